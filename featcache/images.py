@@ -1,0 +1,164 @@
+"""Image files: their order, their ids, their pixels and their content."""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+from featcache.errors import ChallengeError
+
+_NAME = re.compile(r"(?P<split>train|test)-(?P<number>\d+)_nsd-(?P<id>\d+)\.(png|jpg|jpeg)", re.IGNORECASE)
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on bad files
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with a tree."""
+
+    path: Path
+    problem: str  # what was expected and what was found
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The images of one split, in the order of the response rows.
+
+    paths : (n_images,) files
+    ids : (n_images,) int64, ids of the pictures, the same for every subject that saw them
+    """
+
+    paths: tuple[Path, ...]
+    ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def list_images(folder: Path, split: str) -> tuple[ImageFiles, list[Fault]]:
+    """The images of a folder by their number, and what is wrong with the folder's file names."""
+    found: dict[int, tuple[Path, int]] = {}
+    faults = [] if folder.is_dir() else [Fault(folder, "expected a folder of images; found none")]
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name) if folder.is_dir() else ():
+        match = _NAME.fullmatch(entry.name)
+        path = folder / entry.name
+        if entry.name.startswith(".") or entry.name in ("Thumbs.db", "desktop.ini"):
+            continue  # what file managers leave behind
+        if match is None or match["split"].lower() != split:
+            faults.append(Fault(path, f"expected a name such as {split}-0001_nsd-00013.png; found another"))
+        elif (number := int(match["number"])) in found:
+            faults.append(Fault(path, f"expected one image a number; found number {number} in {found[number][0].name}"))
+        else:
+            found[number] = (path, int(match["id"]))
+    numbers = sorted(found)
+    faults += _gaps(folder, numbers)
+    ids = np.array([found[number][1] for number in numbers], dtype=np.int64)
+    return ImageFiles(tuple(found[number][0] for number in numbers), ids), faults
+
+
+def _gaps(folder: Path, numbers: list[int]) -> list[Fault]:
+    missing = sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers))
+    if numbers and numbers[0] == 0:
+        return [Fault(folder, "expected images numbered from 1; found number 0")]
+    if not missing:
+        return []
+    shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+    return [Fault(folder, f"expected images numbered 1 to {numbers[-1]}; found {len(missing)} missing: {shown}")]
+
+
+def load_image(path: Path) -> Image.Image:
+    """Decode a PNG or JPEG of any size and mode to 8-bit RGB.
+
+    Transparency is laid over mid-grey, 16-bit grey is scaled to 8 bits, and a camera's rotation flag is applied.
+    Raises ChallengeError where the file cannot be decoded to its end.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except _UNREADABLE as error:
+        raise ChallengeError(
+            f"{path}: expected a whole PNG or JPEG image; found one that cannot be decoded ({_first_line(error)}); "
+            "copy the file again"
+        ) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255 instead of scaling them
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (128, 128, 128, 255)), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def image_fault(path: Path) -> Fault | None:
+    """Decode an image to its end and say what is wrong with it, if anything is."""
+    try:
+        load_image(path)
+    except ChallengeError as error:
+        return Fault(path, str(error).removeprefix(f"{path}: ").rpartition(";")[0])
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# Pillow pads a truncated file with grey if another package in the process asked for that. We never want it.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+class ContentIndex:
+    """Digests of file contents, remembered as long as a file's size and modification time stay.
+
+    What git's index does: the first run reads every file, later ones only ask the file system for its dates.
+    The index is a plain JSON file; losing it costs one reading of the files and changes no digest.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._known: dict[str, list] = json.loads(path.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            self._known = {}
+
+    def digest(self, paths: Iterable[Path]) -> str:
+        """One digest of the contents of these files, in this order; their names and places do not enter."""
+        whole = blake2b(digest_size=16)
+        fresh = {str(path.absolute()): self._entry(path) for path in paths}
+        for _, _, content in fresh.values():
+            whole.update(bytes.fromhex(content))
+        if any(self._known.get(name) != entry for name, entry in fresh.items()):
+            self._known |= fresh
+            self._save()
+        return whole.hexdigest()
+
+    def _entry(self, path: Path) -> list:
+        stat = path.stat()
+        known = self._known.get(str(path.absolute()))
+        if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
+            return known
+        return [stat.st_size, stat.st_mtime_ns, _file_digest(path)]
+
+    def _save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        partial.write_text(json.dumps(self._known))
+        os.replace(partial, self.path)
+
+
+def _file_digest(path: Path) -> str:
+    whole = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            whole.update(block)
+    return whole.hexdigest()

@@ -1,0 +1,34 @@
+"""What a person sees while a stage runs. All of it goes to stderr, so that stdout stays a result."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+_stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def say(message: str) -> None:
+    """One line for the person who waits."""
+    _stderr.print(message)
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} {self._unit}/s")
+
+
+@contextmanager
+def bar(description: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A progress bar with a rate; yields the function to call with the number of units just done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
+    with Progress(*columns, console=_stderr, transient=not _stderr.is_terminal) as progress:
+        task = progress.add_task(description, total=total, completed=done)
+        yield lambda n: progress.advance(task, n)

@@ -1,0 +1,97 @@
+"""ROI masks of the challenge: label arrays, and the pickled dicts that name the labels."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featcache.errors import ChallengeError
+
+HEMISPHERES = ("lh", "rh")
+FSAVERAGE_VERTICES = 163_842  # of one hemisphere of the fsaverage surface
+
+# Known classes in the order of the report; a tree may bring others, which follow in alphabetical order.
+CLASSES = ("prf-visualrois", "floc-bodies", "floc-faces", "floc-places", "floc-words", "streams")
+
+
+class _ObjectArray:
+    """Stands in for numpy.ndarray while a mapping is unpickled: keeps the state and runs nothing."""
+
+    items: list[Any]
+
+    def __setstate__(self, state: tuple) -> None:
+        self.items = list(state[4])
+
+
+class _Dtype:
+    """Stands in for numpy.dtype."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _scalar(_: Any, raw: bytes) -> int:
+    """Stands in for numpy's scalar constructor: an integer key, little-endian as on every machine numpy pickles on."""
+    return int.from_bytes(raw, "little", signed=True)
+
+
+_ADMITTED: dict[str, Any] = {
+    "_reconstruct": lambda *_: _ObjectArray(),
+    "ndarray": _ObjectArray,
+    "dtype": _Dtype,
+    "scalar": _scalar,
+}
+_NUMPY_MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
+
+
+class _MappingUnpickler(pickle.Unpickler):
+    """Admits what a dict of ints and strings inside a 0-d object array needs, and gives it nothing that can act."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in _NUMPY_MODULES and name in _ADMITTED:
+            return _ADMITTED[name]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a dict of labels never needs")
+
+
+def read_mapping(path: Path) -> dict[int, str]:
+    """{label: ROI name} from a `mapping_<class>.npy`, without running anything that the file contains.
+
+    Raises ChallengeError for a file that is not such a dict, or whose pickle asks for any function.
+    """
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read_header(file)
+            if shape != () or dtype != object:
+                raise ValueError(f"it is an array of {dtype}, shape {shape}")
+            mapping = _MappingUnpickler(file).load().items[0]
+            return {_label(label): _name(name) for label, name in mapping.items()}
+    except FileNotFoundError as error:
+        raise ChallengeError(f"{path}: expected the names of the labels; found no file; copy it again") from error
+    except (pickle.UnpicklingError, ValueError, TypeError, AttributeError, IndexError, EOFError, KeyError) as error:
+        raise ChallengeError(
+            f"{path}: expected a pickled dict of labels and ROI names; found something else ({error}); "
+            "nothing in it was run; get the file from the challenge again"
+        ) from error
+
+
+def _label(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"label {value!r} is not an integer")
+    return value
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"name {value!r} is not a string")
+    return value
+
+
+def class_order(name: str) -> tuple[int, str]:
+    """Sort key of an ROI class."""
+    return (CLASSES.index(name) if name in CLASSES else len(CLASSES), name)

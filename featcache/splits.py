@@ -1,0 +1,96 @@
+"""Folds by image id, and the one guard against an image on both sides of a split.
+
+Subjects share images, so a fold belongs to the image and not to its row: whoever sees an image, in whatever order and
+beside whatever others, finds it in the same fold.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from featcache.errors import ConfigError, FeatcacheError, LeakError
+
+_N_IDS_SHOWN = 5  # enough to look the images up, few enough for one line
+
+
+def assign_folds(image_ids: ArrayLike, n_folds: int, seed: int) -> NDArray[np.int64]:
+    """Fold of each image: ``splitmix64(splitmix64(seed) + image_id) mod n_folds``.
+
+    A pure function of image id, ``n_folds`` and ``seed``. Folds are equal in expectation, not in number; with few
+    images one may be empty, which `check_folds` refuses.
+
+    Parameters
+    ----------
+    image_ids : (n_images,), integers >= 0; an id may occur more than once
+    n_folds : at least 2
+    seed : any integer, taken modulo 2**64
+
+    Returns
+    -------
+    folds : (n_images,) int64 in [0, n_folds)
+
+    Raises
+    ------
+    ConfigError : ``n_folds`` below 2
+    FeatcacheError : ids that are not a list of integers >= 0
+
+    Source: splitmix64 is the finaliser of Steele, Lea and Flood, Fast splittable pseudorandom number generators (2014).
+    """
+    if n_folds < 2:
+        raise ConfigError(f"the number of folds must be at least 2, but got {n_folds}; raise --folds")
+    ids = _checked_ids(image_ids)
+    # An array and not a scalar: NumPy warns when a scalar wraps around, and wrapping is what the hash is made of.
+    key = _splitmix64(np.array([seed % 2**64], dtype=np.uint64))
+    return (_splitmix64(key + ids) % np.uint64(n_folds)).astype(np.int64)
+
+
+def check_folds(folds: ArrayLike, n_folds: int) -> None:
+    """Raise ConfigError when one of the ``n_folds`` folds holds none of the images in ``folds``, (n_images,)."""
+    folds = np.asarray(folds)
+    empty = np.setdiff1d(np.arange(n_folds), folds)
+    if empty.size:
+        raise ConfigError(
+            f"each of the {n_folds} folds must hold an image, but {folds.size} images leave fold {_shown(empty)} "
+            "empty; ask for fewer --folds"
+        )
+
+
+def refuse_leak(trained_ids: ArrayLike, scored_ids: ArrayLike, what: str) -> None:
+    """Raise LeakError when an image that ``what`` was trained on is also one that it is scored on.
+
+    Parameters
+    ----------
+    trained_ids, scored_ids : (n_images,), integers >= 0; either may be empty, and ids may repeat
+    what : what would be scored, as the message names it, e.g. "fold 2 of ridge"
+    """
+    shared = np.intersect1d(_checked_ids(trained_ids), _checked_ids(scored_ids))
+    if shared.size:
+        raise LeakError(
+            f"{what} must be scored on images that it was not trained on, but {shared.size} "
+            f"{'image is' if shared.size == 1 else 'images are'} on both sides (id {_shown(shared)}); "
+            "split both by the same image ids, --folds and seed, and train it again"
+        )
+
+
+def _checked_ids(image_ids: ArrayLike) -> NDArray[np.uint64]:
+    ids = np.asarray(image_ids)
+    if ids.ndim != 1:
+        raise FeatcacheError(f"image ids must be (n_images,), but got the shape {ids.shape}; pass one list of ids")
+    integers = ids.dtype.kind in "iu" or not ids.size  # an empty list has no dtype of its own
+    if not integers or (ids < 0).any():
+        found = f"{ids.min()}" if integers else f"values of type {ids.dtype}"
+        raise FeatcacheError(f"image ids must be integers >= 0, but got {found}; use the ids in the images' file names")
+    return ids.astype(np.uint64)
+
+
+def _splitmix64(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    mixed = keys + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def _shown(numbers: NDArray[np.generic]) -> str:
+    more = ", ..." if numbers.size > _N_IDS_SHOWN else ""
+    return ", ".join(str(number) for number in numbers[:_N_IDS_SHOWN]) + more

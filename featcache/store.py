@@ -1,0 +1,214 @@
+"""One Zarr format for every matrix with a row per image: features and predictions.
+
+A store is a Zarr v3 group with an array per layer (or hemisphere). Chunks hold whole rows, uncompressed, each with a
+crc32c checksum. Rows are appended in whole chunks and then recorded in `committed.json`, which is replaced in one step:
+whatever is recorded is whole, and whatever is not recorded is written again. Rows that were never written read as NaN
+and are refused.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from featcache.config import differences, fingerprint
+from featcache.errors import StoreError
+
+FORMAT = 1
+_CHUNK_BYTES = 16 << 20  # upper bound of a chunk: large enough to read at disk speed
+_CHUNK_ROWS = 256  # upper bound of what an interruption can cost, in images
+_COMMITTED = "committed.json"
+_LOCK = ".writing.lock"
+
+
+@dataclass(frozen=True)
+class Store:
+    """An open store. `arrays` maps a layer or hemisphere to its (n_rows, n_columns) Zarr array.
+
+    recipe : what decided the rows; its fingerprint is in the store's name
+    image_ids : (n_rows,) int64; the first n_train rows are training images, the others test images
+    facts : what else the writer recorded (origin of the weights, versions, scores)
+    """
+
+    path: Path
+    recipe: Mapping[str, Any]
+    image_ids: np.ndarray
+    n_train: int
+    facts: Mapping[str, Any]
+    arrays: Mapping[str, zarr.Array]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def committed(self) -> dict[str, int]:
+        """Rows of each array that are there for good."""
+        try:
+            return json.loads((self.path / _COMMITTED).read_text())
+        except FileNotFoundError:
+            return dict.fromkeys(self.arrays, 0)
+        except json.JSONDecodeError as error:
+            raise _damaged(self.path, f"{_COMMITTED} cannot be read") from error
+
+    @property
+    def complete(self) -> bool:
+        return all(self.committed.get(name, 0) == len(self.image_ids) for name in self.arrays)
+
+    def chunk_rows(self, name: str) -> int:
+        return self.arrays[name].chunks[0]
+
+    def append(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Write the next rows of some arrays, {name: (n, n_columns)}, and commit them together.
+
+        n must be a multiple of the array's chunk rows, unless the rows reach the end: a chunk is never written twice.
+        Raises StoreError where a value is not finite, and names the array.
+        """
+        committed = self.committed
+        for name, values in rows.items():
+            start, array = committed[name], self.arrays[name]
+            stop = start + len(values)
+            if values.shape[1:] != array.shape[1:] or stop > array.shape[0]:
+                raise ValueError(f"{name}: rows of shape {values.shape} do not fit {array.shape} from row {start}")
+            if len(values) % array.chunks[0] and stop != array.shape[0]:
+                raise ValueError(f"{name}: {len(values)} rows do not fill chunks of {array.chunks[0]}")
+            if not np.isfinite(values).all():
+                raise StoreError(
+                    f"{self.path}: expected finite values; found NaN or infinity in {name}, rows {start} to {stop}; "
+                    "use --dtype float32, or other weights"
+                )
+            array[start:stop] = values
+            committed[name] = stop
+        replace_json(self.path / _COMMITTED, committed)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows start to stop of one array. Raises StoreError for rows not committed, lost or damaged."""
+        stop = len(self.image_ids) if stop is None else stop
+        if stop > self.committed.get(name, 0):
+            raise StoreError(
+                f"{self.path}: expected {stop} rows of {name}; found {self.committed.get(name, 0)}; "
+                "run the command that writes it again, it goes on from there"
+            )
+        try:
+            values = np.asarray(self.arrays[name][start:stop])
+        except (ValueError, RuntimeError, OSError) as error:  # zarr raises these for a wrong checksum or a short chunk
+            raise _damaged(self.path, f"a chunk of {name} fails its checksum ({error})") from error
+        if not np.isfinite(values).all():
+            raise _damaged(self.path, f"a chunk of {name} is missing")
+        return values
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the store for one writer; a second process is told so instead of mixing its rows in."""
+        with (self.path / _LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StoreError(
+                    f"{self.path}: expected to be the only writer; found another process writing; wait for it to end"
+                ) from error
+            yield
+
+
+def create_store(
+    folder: Path,
+    label: str,
+    recipe: Mapping[str, Any],
+    image_ids: np.ndarray,
+    n_train: int,
+    columns: Mapping[str, int],
+    facts: Mapping[str, Any],
+) -> Store:
+    """Make the store for a recipe, empty: float32 arrays {name: (len(image_ids), n_columns)}.
+
+    It is built under another name and renamed, so that a store either has everything or is not there.
+    """
+    path = store_path(folder, label, recipe)
+    _refuse_full_disk(folder, 4 * len(image_ids) * sum(columns.values()))
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    about = {"format": FORMAT, "recipe": recipe, "facts": facts, "n_train": n_train, "image_ids": image_ids.tolist()}
+    about["arrays"] = list(columns)
+    group = zarr.create_group(partial, zarr_format=3, attributes={"featcache": about})
+    for name, n_columns in columns.items():
+        rows = _chunk_rows(n_columns)
+        group.create_array(
+            name,
+            shape=(len(image_ids), n_columns),
+            chunks=(min(rows, len(image_ids)), max(n_columns, 1)),
+            dtype="float32",
+            compressors=[Crc32cCodec()],
+            fill_value=float("nan"),
+        )
+    os.replace(partial, path)
+    return open_store(path)
+
+
+def _chunk_rows(n_columns: int) -> int:
+    """A power of two, so that the largest of several is a multiple of the others."""
+    rows = _CHUNK_BYTES // max(4 * n_columns, 1)
+    return 1 << (min(max(rows, 1), _CHUNK_ROWS).bit_length() - 1)
+
+
+def _refuse_full_disk(folder: Path, n_bytes: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise StoreError(
+            f"{folder}: expected {n_bytes / 1e9:.1f} GB of free disk; found {free / 1e9:.1f} GB; "
+            "make room or choose another --work"
+        )
+
+
+def open_store(path: Path) -> Store:
+    """Open a store. Raises StoreError if it is damaged or of another format."""
+    try:
+        group = zarr.open_group(path, mode="r+", zarr_format=3)
+        about: Any = group.attrs["featcache"]
+        if about["format"] != FORMAT:
+            raise StoreError(
+                f"{path}: expected store format {FORMAT}; found {about['format']}; "
+                "delete it and run the command that writes it again, or choose another --work"
+            )
+        ids = np.array(about["image_ids"], dtype=np.int64)
+        return Store(path, about["recipe"], ids, about["n_train"], about["facts"], {name: group[name] for name in about["arrays"]})
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"its description cannot be read ({error})") from error
+
+
+def store_path(folder: Path, label: str, recipe: Mapping[str, Any]) -> Path:
+    return folder / f"{label}-{fingerprint(recipe)}"
+
+
+def list_stores(folder: Path) -> list[Store]:
+    """Every store in a folder, by name."""
+    return [open_store(path) for path in sorted(folder.glob("[!.]*")) if path.is_dir()]
+
+
+def nearest(recipe: Mapping[str, Any], stores: Sequence[Store]) -> tuple[Store, dict[str, tuple[Any, Any]]] | None:
+    """Of the stores there are, the one whose recipe differs least, and in what: why a look-up missed."""
+    candidates = [(store, differences(recipe, store.recipe)) for store in stores]
+    return min(candidates, key=lambda pair: len(pair[1]), default=None)
+
+
+def replace_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all, and have it on the disk before returning."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _damaged(path: Path, why: str) -> StoreError:
+    return StoreError(f"{path}: expected a whole store; found that {why}; delete it and run the command that writes it again")

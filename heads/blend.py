@@ -1,0 +1,245 @@
+"""Weights over models, learnt from out-of-fold predictions, and the blend that they make.
+
+All that a weighted average of models needs to know of a vertex are the first and second moments of the models'
+predictions and their products with the responses. They are gathered in one pass over the stores, per fold of the
+images, so that weights can be learnt on some folds and scored on the others without reading anything again.
+
+Predictions are standardised per vertex before they are averaged: r ignores scale, an average does not.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from featcache.challenge import Subject
+from featcache.splits import assign_folds, refuse_leak
+from featcache.store import Store
+from heads.metrics import accuracy_from_r
+
+_FOLDS, _SEED = 5, 0  # on which weights are learnt and scored; any split by image id serves
+_GREEDY_ROUNDS = 30  # members a greedy blend may have, counting repeats
+_MINIMUM_SLOPE = 1e-3  # a vertex that no model explains keeps a trace of the blend instead of a constant
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over a set of images, float64; the first axis is the fold, or is absent after `total`.
+
+    n : (...,) images
+    model : (..., n_vertices, n_models) predictions
+    product : (..., n_vertices, n_models, n_models) products of two models' predictions
+    cross : (..., n_vertices, n_models) predictions times responses
+    response, response_square : (..., n_vertices)
+    """
+
+    n: np.ndarray
+    model: np.ndarray
+    product: np.ndarray
+    cross: np.ndarray
+    response: np.ndarray
+    response_square: np.ndarray
+
+    def total(self, without: int | None = None) -> "Moments":
+        """Over all folds, or all but one."""
+        kept = [fold for fold in range(len(self.n)) if fold != without]
+        return Moments(*(values[kept].sum(0) for values in vars(self).values()))
+
+
+def gather_moments(subject: Subject, hemisphere: str, stores: Sequence[Store]) -> Moments:
+    """One pass over the out-of-fold predictions of some models and the responses they are of."""
+    folds = assign_folds(subject.train.ids, _FOLDS, _SEED)
+    n_vertices, n_models = subject.n_vertices[hemisphere], len(stores)
+    sums = Moments(
+        np.zeros(_FOLDS),
+        np.zeros((_FOLDS, n_vertices, n_models)),
+        np.zeros((_FOLDS, n_vertices, n_models, n_models)),
+        np.zeros((_FOLDS, n_vertices, n_models)),
+        np.zeros((_FOLDS, n_vertices)),
+        np.zeros((_FOLDS, n_vertices)),
+    )
+    responses, step = subject.responses(hemisphere), max(store.chunk_rows(hemisphere) for store in stores)
+    for start in range(0, len(folds), step):
+        rows = slice(start, min(start + step, len(folds)))
+        predictions = np.stack([store.read(hemisphere, rows.start, rows.stop) for store in stores])
+        for fold in np.unique(folds[rows]):
+            members = folds[rows] == fold
+            _add(sums, fold, predictions[:, members], responses[rows][members])
+    return sums
+
+
+def _add(sums: Moments, fold: int, predictions: np.ndarray, responses: np.ndarray) -> None:
+    """predictions (n_models, n, n_vertices), responses (n, n_vertices)"""
+    p = np.ascontiguousarray(predictions.transpose(2, 1, 0), dtype=np.float64)  # (n_vertices, n, n_models)
+    y = np.asarray(responses, dtype=np.float64)
+    sums.n[fold] += len(y)
+    sums.model[fold] += p.sum(1)
+    sums.product[fold] += p.transpose(0, 2, 1) @ p
+    sums.cross[fold] += (y.T[:, None, :] @ p)[:, 0]
+    sums.response[fold] += y.sum(0)
+    sums.response_square[fold] += (y**2).sum(0)
+
+
+def standardise(moments: Moments, mean: np.ndarray, scale: np.ndarray) -> Moments:
+    """The moments of (predictions - mean) / scale, both (n_vertices, n_models), for moments with a fold axis."""
+    n = moments.n[:, None, None]
+    product = moments.product - mean[..., None] * moments.model[:, :, None] - moments.model[..., None] * mean[:, None]
+    product += n[..., None] * mean[..., None] * mean[:, None]
+    return Moments(
+        moments.n,
+        (moments.model - n * mean) / scale,
+        product / (scale[..., None] * scale[:, None]),
+        (moments.cross - mean * moments.response[..., None]) / scale,
+        moments.response,
+        moments.response_square,
+    )
+
+
+def location_and_scale(total: Moments) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each model at each vertex; a constant model has scale 1."""
+    mean = total.model / total.n
+    variance = np.einsum("vmm->vm", total.product) / total.n - mean**2
+    constant = variance <= 1e-12 * np.maximum(mean**2, np.finfo(np.float64).tiny)
+    return mean, np.sqrt(np.where(constant, 1, variance))
+
+
+def blend_r(moments: Moments, weights: np.ndarray) -> np.ndarray:
+    """(..., n_vertices) r of blends with responses, from moments without a fold axis.
+
+    weights : (..., n_models), any number of blends at once
+    """
+    predicted = weights @ moments.model.T
+    squares = np.einsum("...m,vmk,...k->...v", weights, moments.product, weights, optimize=True)
+    return _r(moments.n, predicted, squares, weights @ moments.cross.T, moments.response, moments.response_square)
+
+
+def nested_r(moments: Moments, weights: Sequence[np.ndarray]) -> np.ndarray:
+    """(n_vertices,) r over all images of a blend whose weights (n_models,) differ from fold to fold."""
+    parts = [
+        (
+            moments.model[fold] @ w,
+            np.einsum("m,vmk,k->v", w, moments.product[fold], w, optimize=True),
+            moments.cross[fold] @ w,
+        )
+        for fold, w in enumerate(weights)
+    ]
+    predicted, squares, cross = (np.sum(part, axis=0) for part in zip(*parts, strict=True))
+    return _r(moments.n.sum(), predicted, squares, cross, moments.response.sum(0), moments.response_square.sum(0))
+
+
+def _r(
+    n: float, predicted: np.ndarray, squares: np.ndarray, cross: np.ndarray, response: np.ndarray, square: np.ndarray
+) -> np.ndarray:
+    """Correlation from sums; 0 where either side is constant."""
+    spread = (squares - predicted**2 / n) * (square - response**2 / n)
+    covariance = cross - predicted * response / n
+    defined = spread > 1e-18 * np.maximum(squares * square, np.finfo(np.float64).tiny)
+    return np.clip(np.where(defined, covariance / np.sqrt(np.where(defined, spread, 1)), 0), -1, 1)
+
+
+Quality = Callable[[np.ndarray], np.ndarray]  # r (..., n_vertices) -> what a blend is chosen by (...,)
+
+
+def challenge_quality(noise_ceiling: np.ndarray | None) -> Quality:
+    """Mean noise-normalised accuracy, or mean r^2 where there is no ceiling; negative r count as 0."""
+
+    def quality(r: np.ndarray) -> np.ndarray:
+        if noise_ceiling is None or not noise_ceiling.any():
+            return np.mean(np.maximum(r, 0) ** 2, axis=-1)
+        rows = np.reshape(r, (-1, len(noise_ceiling)))
+        return np.reshape([np.nanmean(accuracy_from_r(row, noise_ceiling)) for row in rows], np.shape(r)[:-1])
+
+    return quality
+
+
+def single(moments: Moments, quality: Quality) -> np.ndarray:
+    """(n_models,) all weight on the best model."""
+    models = np.eye(moments.model.shape[1])
+    return models[np.argmax(quality(blend_r(moments, models)))]
+
+
+def uniform(moments: Moments, quality: Quality) -> np.ndarray:
+    """(n_models,) the same weight for every model."""
+    n_models = moments.model.shape[1]
+    return np.full(n_models, 1 / n_models)
+
+
+def by_score(moments: Moments, quality: Quality) -> np.ndarray:
+    """(n_models,) weights in proportion to the models' scores."""
+    scores = quality(blend_r(moments, np.eye(moments.model.shape[1])))
+    return scores / scores.sum() if scores.sum() > 0 else uniform(moments, quality)
+
+
+def greedy(moments: Moments, quality: Quality) -> np.ndarray:
+    """(n_models,) add the model, old or new, that helps the average most; stop where none does.
+
+    Caruana et al. 2004, Ensemble selection from libraries of models, https://doi.org/10.1145/1015330.1015432
+    """
+    models = np.eye(moments.model.shape[1])
+    chosen, best = np.zeros(len(models)), -np.inf
+    for _ in range(_GREEDY_ROUNDS):
+        scores = quality(blend_r(moments, chosen + models))
+        if scores.max() <= best:
+            break
+        best, chosen = scores.max(), chosen + models[np.argmax(scores)]
+    return chosen / chosen.sum()
+
+
+METHODS: dict[str, Callable[[Moments, Quality], np.ndarray]] = {"uniform": uniform, "score": by_score, "greedy": greedy}
+
+
+@dataclass(frozen=True)
+class Blended:
+    """The blend of one hemisphere of one subject.
+
+    weights : (n_models,) of the standardised predictions, adding up to 1, learnt on all training images
+    r : {'best single' | 'uniform' | method: (n_vertices,)} scores in which the weights of each fold's images were learnt
+        on the other folds
+    test : (n_test, n_vertices) float32, in the units of the responses
+    """
+
+    weights: np.ndarray
+    r: dict[str, np.ndarray]
+    test: np.ndarray
+
+
+def blend_hemisphere(subject: Subject, hemisphere: str, stores: Sequence[Store], method: str) -> Blended:
+    """Learn weights for some models, score them on folds that they were not learnt on, and blend the test predictions."""
+    raw = gather_moments(subject, hemisphere, stores)
+    mean, scale = location_and_scale(raw.total())
+    moments, quality = standardise(raw, mean, scale), challenge_quality(subject.noise_ceiling[hemisphere])
+    learners = {"best single": single, "uniform": uniform, method: METHODS[method]}
+    r = {name: nested_r(moments, _nested_weights(subject, moments, quality, learn)) for name, learn in learners.items()}
+    weights = METHODS[method](moments.total(), quality)
+    return Blended(weights, r, _test_blend(subject, hemisphere, stores, moments.total(), mean, scale, weights))
+
+
+def _nested_weights(
+    subject: Subject, moments: Moments, quality: Quality, learn: Callable[[Moments, Quality], np.ndarray]
+) -> list[np.ndarray]:
+    folds = assign_folds(subject.train.ids, _FOLDS, _SEED)
+    for fold in range(_FOLDS):
+        refuse_leak(subject.train.ids[folds != fold], subject.train.ids[folds == fold], f"the blend of {subject.name}")
+    return [learn(moments.total(without=fold), quality) for fold in range(_FOLDS)]
+
+
+def _test_blend(
+    subject: Subject,
+    hemisphere: str,
+    stores: Sequence[Store],
+    total: Moments,
+    mean: np.ndarray,
+    scale: np.ndarray,
+    weights: np.ndarray,
+) -> np.ndarray:
+    """The blend of the test predictions, regressed on the responses: it has their mean and, where it is right, their size."""
+    n_train, n_test = len(subject.train), len(subject.test)
+    blended = np.zeros((n_test, subject.n_vertices[hemisphere]))
+    for store, weight, m, s in zip(stores, weights, mean.T, scale.T, strict=True):
+        if weight:
+            blended += weight * (store.read(hemisphere, n_train, n_train + n_test) - m) / s
+    response_mean = total.response / total.n
+    spread = np.sqrt(np.maximum(total.response_square / total.n - response_mean**2, 0))
+    variance = np.einsum("m,vmk,k->v", weights, total.product, weights, optimize=True) / total.n
+    slope = np.maximum(blend_r(total, weights), _MINIMUM_SLOPE) * spread / np.sqrt(np.where(variance > 0, variance, 1))
+    return (response_mean + slope * blended).astype(np.float32)

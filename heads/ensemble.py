@@ -1,0 +1,97 @@
+"""Every prediction store of the work folder -> blend, scores, weights and submission."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from featcache.challenge import Challenge, Subject
+from featcache.errors import StoreError
+from featcache.extract import image_digest
+from featcache.images import ContentIndex
+from featcache.progress import bar, say
+from featcache.roi import HEMISPHERES
+from featcache.store import Store, list_stores, replace_json
+from heads.blend import Blended, blend_hemisphere
+from heads.config import BlendConfig
+from heads.fit import FOLDER as PREDICTIONS
+from heads.metrics import VertexScores
+from heads.submission import write_predictions, write_zip
+
+FOLDER = "submission"
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """What a blend left behind.
+
+    scores : {'best single' | 'uniform' | method: scores per subject and hemisphere}
+    weights : {subject: {hemisphere: {model: weight}}}
+    submission : the zip, or None where a subject of the tree has no predictions
+    """
+
+    scores: Mapping[str, Sequence[VertexScores]]
+    weights: Mapping[str, Mapping[str, Mapping[str, float]]]
+    submission: Path | None
+
+
+def blend(challenge: Challenge, config: BlendConfig, work: Path) -> Ensemble:
+    """Blend the models of every subject, per hemisphere. Raises StoreError where there is nothing to blend."""
+    members = {subject: models for subject in challenge.subjects if (models := prediction_stores(subject, work))}
+    if not members:
+        raise StoreError(
+            f"{work / PREDICTIONS}: expected predictions for this tree; found none; run 'extract' and 'fit-heads' first"
+        )
+    scores: dict[str, list[VertexScores]] = {}
+    weights: dict[str, dict[str, dict[str, float]]] = {}
+    with bar(f"blend {config.method}", len(members) * len(HEMISPHERES), "hemispheres") as advance:
+        for subject, stores in members.items():
+            weights[subject.name] = {}
+            for hemisphere in HEMISPHERES:
+                blended = blend_hemisphere(subject, hemisphere, stores, config.method)
+                write_predictions(work / FOLDER, subject, hemisphere, blended.test)
+                weights[subject.name][hemisphere] = _named(stores, blended.weights)
+                _collect(scores, subject, hemisphere, blended)
+                advance(1)
+    replace_json(work / FOLDER / "weights.json", {"method": config.method, "weights": weights})
+    return Ensemble(scores, weights, _submit(challenge, members, work))
+
+
+def prediction_stores(subject: Subject, work: Path) -> list[Store]:
+    """The complete prediction stores of the subject's images and responses as they are now; the others are named."""
+    own = [store for store in list_stores(work / PREDICTIONS) if store.recipe["subject"] == subject.name]
+    if not own:
+        say(f"{subject.name}: no predictions")
+        return []
+    images = image_digest(subject, work)
+    index = ContentIndex(work / "index" / f"{subject.name}-responses.json")
+    responses = index.digest([subject.response_path(hemisphere) for hemisphere in HEMISPHERES])
+    usable = []
+    for store in own:
+        if store.recipe["features"]["images"] != images or store.recipe["responses"] != responses:
+            say(f"{subject.name}: left out {store.name}: fitted to other images or responses than the tree has now")
+        elif not np.array_equal(store.image_ids, subject.image_ids):
+            say(f"{subject.name}: left out {store.name}: its images have other ids than the tree has now")
+        elif not store.complete:
+            say(f"{subject.name}: left out {store.name}: not complete, run 'fit-heads' again")
+        else:
+            usable.append(store)
+    return usable
+
+
+def _named(stores: Sequence[Store], weights: np.ndarray) -> dict[str, float]:
+    return {store.facts["model"]: round(float(weight), 6) for store, weight in zip(stores, weights, strict=True)}
+
+
+def _collect(scores: dict[str, list[VertexScores]], subject: Subject, hemisphere: str, blended: Blended) -> None:
+    ceiling, rois = subject.noise_ceiling[hemisphere], subject.rois[hemisphere]
+    for method, r in blended.r.items():
+        scores.setdefault(method, []).append(VertexScores(subject.name, hemisphere, r, ceiling, rois))
+
+
+def _submit(challenge: Challenge, members: Mapping[Subject, list[Store]], work: Path) -> Path | None:
+    if missing := [subject.name for subject in challenge.subjects if subject not in members]:
+        say(f"no submission.zip: {', '.join(missing)} of the tree have no predictions; extract and fit them first")
+        return None
+    return write_zip(work / FOLDER, challenge.subjects, work / "submission.zip")

@@ -1,0 +1,213 @@
+"""Feature stores -> out-of-fold and test predictions, and the weights that made them."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from featcache.challenge import Challenge, Subject
+from featcache.config import fingerprint
+from featcache.device import resolve_device
+from featcache.errors import StoreError
+from featcache.extract import FOLDER as FEATURES
+from featcache.extract import image_digest
+from featcache.images import ContentIndex
+from featcache.progress import bar, say
+from featcache.roi import HEMISPHERES
+from featcache.splits import assign_folds, check_folds, refuse_leak
+from featcache.store import Store, create_store, list_stores, open_store, store_path
+from heads.config import FitConfig
+from heads.metrics import VertexScores, pearson_r
+from heads.ridge import LinearMap, RidgeFolds
+from heads.training import AdamWFolds
+
+FOLDER = "predictions.zarr"
+WEIGHTS = "heads"
+
+# What belongs to a subject and not to a model: without these, recipes of one model agree across subjects.
+_OF_A_SUBJECT = ("subject", "images", "image_ids", "responses", "noise_ceiling", "rois")
+
+
+class FoldSolver(Protocol):
+    """Fits heads on all folds but one, for each fold in turn."""
+
+    vertex_block: int | None  # vertices it takes at a time; None: all at once
+
+    def fit(self, responses: torch.Tensor, **about: Any) -> list[LinearMap]: ...
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One subject's prediction store for one model."""
+
+    subject: str
+    model: str
+    path: Path
+    weights: Path
+    new: bool
+    seconds: float
+
+
+def fit_heads(challenge: Challenge, subjects: Sequence[Subject], config: FitConfig, work: Path) -> list[Fitted]:
+    """Fit the heads that `config` names to every feature store of these subjects.
+
+    Each gives a prediction store: out-of-fold predictions of the training images, then the test images' predictions,
+    the mean over the folds' heads. Raises StoreError if there is nothing to fit to.
+    """
+    stores = [(subject, store) for subject in subjects for store in feature_stores(subject, work)]
+    if missing := [s.name for s in subjects if s.name not in {subject.name for subject, _ in stores}]:
+        raise StoreError(
+            f"{work / FEATURES}: expected complete features of {', '.join(missing)}; found none for the images of this tree; "
+            "run 'extract' first"
+        )
+    return [_fit_store(subject, store, config, work) for subject, store in stores]
+
+
+def feature_stores(subject: Subject, work: Path) -> list[Store]:
+    """The complete feature stores of the subject's images as they are now; the others are named and left out."""
+    own = [store for store in list_stores(work / FEATURES) if store.recipe["subject"] == subject.name]
+    digest = image_digest(subject, work) if own else ""
+    usable = []
+    for store in own:
+        if store.recipe["images"] != digest or not np.array_equal(store.image_ids, subject.image_ids):
+            say(f"{subject.name}: left out {store.name}: made from other images than the tree has now")
+        elif not store.complete:
+            say(f"{subject.name}: left out {store.name}: not complete, run 'extract' again")
+        else:
+            usable.append(store)
+    return usable
+
+
+def prediction_recipe(subject: Subject, features: Store, config: FitConfig, work: Path) -> dict[str, Any]:
+    """Everything that decides the rows of a prediction store."""
+    index = ContentIndex(work / "index" / f"{subject.name}-responses.json")
+    responses = index.digest([subject.response_path(hemisphere) for hemisphere in HEMISPHERES])
+    recipe = {"kind": "predictions", "subject": subject.name, "features": dict(features.recipe), "responses": responses}
+    if config.resolved_solver == "adamw":  # the closed form needs neither
+        recipe["noise_ceiling"] = _digest_arrays(subject.noise_ceiling)
+        if config.head == "roi":
+            recipe["rois"] = {h: _digest_arrays(subject.rois[h]) for h in HEMISPHERES}
+    return recipe | config.recipe()
+
+
+def _digest_arrays(arrays: dict[str, Any]) -> dict[str, str | None]:
+    return {
+        name: None if array is None else fingerprint({"values": np.asarray(array, dtype=np.float64).tolist()})
+        for name, array in arrays.items()
+    }
+
+
+def model_name(recipe: dict[str, Any]) -> str:
+    """The same for every subject: backbone, layers, size, head and objective in words, and a fingerprint."""
+    features = {key: value for key, value in recipe["features"].items() if key not in _OF_A_SUBJECT}
+    model = {key: value for key, value in recipe.items() if key not in _OF_A_SUBJECT} | {"features": features}
+    layers, size = "+".join(features["layers"]), features["transform"]["input_size"][-1]
+    words = f"{features['backbone']}@{size} {layers} {recipe['head']} {recipe['objective']}"
+    return f"{words} {fingerprint(model)[:6]}"
+
+
+def _fit_store(subject: Subject, features: Store, config: FitConfig, work: Path) -> Fitted:
+    began = time.perf_counter()
+    recipe = prediction_recipe(subject, features, config, work)
+    label = f"{subject.name}-{features.recipe['backbone']}-{config.head}-{config.objective}"
+    path, name = store_path(work / FOLDER, label, recipe), model_name(recipe)
+    weights = work / WEIGHTS / f"{path.name}.safetensors"
+    store = open_store(path) if path.is_dir() else _create(work / FOLDER, label, recipe, subject, features, name)
+    done = store.complete and weights.exists()
+    if done:
+        say(f"{subject.name}: already fitted, {path}")
+    else:
+        _fit(subject, features, store, config, weights)
+    return Fitted(subject.name, name, path, weights, not done, time.perf_counter() - began)
+
+
+def _create(folder: Path, label: str, recipe: dict[str, Any], subject: Subject, features: Store, name: str) -> Store:
+    facts = {"model": name, "features": features.name, "torch": torch.__version__}
+    return create_store(folder, label, recipe, subject.image_ids, len(subject.train), subject.n_vertices, facts)
+
+
+def _fit(subject: Subject, features: Store, store: Store, config: FitConfig, weights: Path) -> None:
+    device = resolve_device(config.device)
+    folds = assign_folds(subject.train.ids, config.n_folds, config.seed)
+    check_folds(folds, config.n_folds)
+    x = torch.cat([torch.from_numpy(features.read(layer)) for layer in features.arrays], 1).to(device)
+    solver = _solver(x[: len(folds)], folds, subject.train.ids, config)
+    tensors: dict[str, torch.Tensor] = {}
+    n_vertices = sum(subject.n_vertices.values())
+    with store.writing(), bar(f"{subject.name} {store.facts['model']}", n_vertices, "vertices") as advance:
+        for hemisphere in HEMISPHERES:
+            predictions, head = cross_validate(solver, x, folds, subject, hemisphere, advance)
+            tensors |= {f"{hemisphere}.weights": head.weights, f"{hemisphere}.intercept": head.intercept}
+            _append(store, hemisphere, predictions)
+        _save_weights(tensors, weights, store)
+
+
+def _solver(features: torch.Tensor, folds: np.ndarray, image_ids: np.ndarray, config: FitConfig) -> FoldSolver:
+    if config.resolved_solver == "exact":
+        return RidgeFolds(features, folds, config.ridge)
+    return AdamWFolds(features, folds, image_ids, config)
+
+
+def cross_validate(
+    solver: FoldSolver,
+    features: torch.Tensor,
+    folds: np.ndarray,
+    subject: Subject,
+    hemisphere: str,
+    advance: Callable[[int], None],
+) -> tuple[np.ndarray, LinearMap]:
+    """Predictions (n_train + n_test, n_vertices) float32 of one hemisphere, and the mean of the folds' heads.
+
+    Training rows are predicted by the head that did not see their fold; test rows by the mean head, which for linear
+    maps is the mean of the heads' predictions.
+
+    features : (n_train + n_test, n_features) float32; folds : (n_train,)
+    """
+    n_train = len(folds)
+    refuse_leak(subject.train.ids, subject.test.ids, f"the test split of {subject.name}")
+    for fold in range(folds.max() + 1):
+        trained, held_out = subject.train.ids[folds != fold], subject.train.ids[folds == fold]
+        refuse_leak(trained, held_out, f"fold {fold} of {subject.name}")
+    responses, ceiling = subject.responses(hemisphere), subject.noise_ceiling[hemisphere]
+    n_vertices = responses.shape[1]
+    predictions = np.empty((len(features), n_vertices), dtype=np.float32)
+    mean = LinearMap(torch.empty(features.shape[1], n_vertices), torch.empty(n_vertices))
+    step = solver.vertex_block or max(n_vertices, 1)
+    for block in (slice(start, min(start + step, n_vertices)) for start in range(0, n_vertices, step)):
+        y = torch.from_numpy(np.array(responses[:, block], dtype=np.float32)).to(features.device)
+        maps = solver.fit(y, noise_ceiling=ceiling, rois=tuple(subject.rois[hemisphere].values()))
+        for fold, head in enumerate(maps):
+            held_out = np.flatnonzero(folds == fold)
+            predictions[held_out, block] = head(features[held_out]).cpu().numpy()
+        average = LinearMap(*(torch.stack(parts).mean(0) for parts in zip(*maps, strict=True)))
+        predictions[n_train:, block] = average(features[n_train:]).cpu().numpy()
+        mean.weights[:, block], mean.intercept[block] = average.weights.cpu(), average.intercept.cpu()
+        advance(block.stop - block.start)
+    return predictions, mean
+
+
+def _append(store: Store, hemisphere: str, predictions: np.ndarray) -> None:
+    """Write what an earlier run did not; an interrupted one left whole chunks of the same numbers."""
+    step = store.chunk_rows(hemisphere)
+    for start in range(store.committed[hemisphere], len(predictions), step):
+        store.append({hemisphere: predictions[start : start + step]})
+
+
+def _save_weights(tensors: dict[str, torch.Tensor], path: Path, store: Store) -> None:
+    """safetensors: {lh,rh}.weights (n_features, n_vertices) and {lh,rh}.intercept (n_vertices,), the mean over folds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    metadata = {"model": store.facts["model"], "predictions": store.name, "features": store.facts["features"]}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    partial.replace(path)
+
+
+def score(subject: Subject, hemisphere: str, predictions: np.ndarray) -> VertexScores:
+    """r of predictions (n_train, n_vertices) of the training images, with the subject's ceilings and ROIs."""
+    r = pearson_r(predictions, subject.responses(hemisphere))
+    return VertexScores(subject.name, hemisphere, r, subject.noise_ceiling[hemisphere], subject.rois[hemisphere])

@@ -1,0 +1,177 @@
+"""Losses that heads and backbones are trained with: pure functions of predictions and responses.
+
+Every loss is ``loss(predictions, responses, noise_ceiling=None) -> 0-d tensor``, so that one loop can train with any of
+them; those without a use for the ceiling only check it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from featcache.errors import ConfigError, FeatcacheError
+
+Matrix: TypeAlias = "Tensor | NDArray"
+Loss: TypeAlias = Callable[..., Tensor]
+
+
+def smooth_l1(predictions: Matrix, responses: Matrix, noise_ceiling: Matrix | None = None) -> Tensor:
+    """Mean over images and vertices of ``e**2 / 2`` where ``|e| < 1`` and ``|e| - 1/2`` elsewhere, e the difference.
+
+    Parameters
+    ----------
+    predictions, responses : (n_images, n_vertices), in the unit of the responses
+    noise_ceiling : (n_vertices,), fraction of variance in [0, 1]; checked, not used
+
+    Raises
+    ------
+    FeatcacheError : shapes that do not match, or a ceiling outside [0, 1]
+
+    Source: Girshick, Fast R-CNN (2015).
+    """
+    predictions, responses, _ = _checked(predictions, responses, noise_ceiling)
+    return functional.smooth_l1_loss(predictions, responses)
+
+
+def mse(predictions: Matrix, responses: Matrix, noise_ceiling: Matrix | None = None) -> Tensor:
+    """Mean over images and vertices of the squared difference.
+
+    Parameters and errors are those of `smooth_l1`.
+    """
+    predictions, responses, _ = _checked(predictions, responses, noise_ceiling)
+    return functional.mse_loss(predictions, responses)
+
+
+def pearson(predictions: Matrix, responses: Matrix, noise_ceiling: Matrix | None = None) -> Tensor:
+    """Mean over vertices of ``(1 - r_v) / 2``, r_v the correlation over the images of the batch; in [0, 1].
+
+    A vertex whose predictions or responses are constant in the batch has r_v = 0 and no gradient.
+
+    Parameters
+    ----------
+    predictions, responses : (n_images, n_vertices), any unit; at least 2 images
+    noise_ceiling : (n_vertices,), fraction of variance in [0, 1]; checked, not used
+
+    Raises
+    ------
+    FeatcacheError : shapes that do not match, fewer than 2 images, or a ceiling outside [0, 1]
+
+    Source: the PC loss of the UARK-UAlbany entry to the Algonauts 2023 challenge.
+    """
+    predictions, responses, _ = _checked(predictions, responses, noise_ceiling)
+    return _distance(predictions, responses).mean()
+
+
+def mnnpc(predictions: Matrix, responses: Matrix, noise_ceiling: Matrix | None = None) -> Tensor:
+    """Mean over vertices of ``((1 - r_v) / 2)**2 / NC_v``, the noise-normalised Pearson loss.
+
+    NC_v = 0 is taken as 1. Without any ceiling it is `pearson`: ``(1 - r_v) / 2``, not squared.
+
+    Parameters
+    ----------
+    predictions, responses : (n_images, n_vertices), any unit; at least 2 images
+    noise_ceiling : (n_vertices,), fraction of variance in [0, 1], never edited; or None
+
+    Raises
+    ------
+    FeatcacheError : shapes that do not match, fewer than 2 images, or a ceiling outside [0, 1]
+
+    Source: the MNNPC loss of the UARK-UAlbany entry to the Algonauts 2023 challenge.
+    """
+    predictions, responses, noise_ceiling = _checked(predictions, responses, noise_ceiling)
+    distance = _distance(predictions, responses)
+    if noise_ceiling is None:
+        return distance.mean()
+    return (distance**2 / noise_ceiling.masked_fill(noise_ceiling == 0, 1)).mean()
+
+
+LOSSES: dict[str, Loss] = {"smooth_l1": smooth_l1, "mse": mse, "pearson": pearson, "mnnpc": mnnpc}
+
+
+def weighted_sum(terms: Sequence[tuple[float, str]]) -> Loss:
+    """The loss ``sum(weight * LOSSES[name])`` over ``terms``, pairs of weight and name; same signature as each of them.
+
+    Raises
+    ------
+    ConfigError : no terms, an unknown name, or a weight that is not a finite number above 0
+    """
+    terms = tuple(terms)
+    if not terms:
+        raise ConfigError(f"a loss must have at least one term, but got none; choose from {', '.join(LOSSES)}")
+    for weight, name in terms:
+        if name not in LOSSES:
+            raise ConfigError(f"a loss must be one of {', '.join(LOSSES)}, but got {name!r}; correct --loss")
+        if not (math.isfinite(weight) and weight > 0):
+            raise ConfigError(
+                f"a loss's weight must be finite and above 0, but got {weight} for {name}; correct --loss"
+            )
+
+    def loss(predictions: Matrix, responses: Matrix, noise_ceiling: Matrix | None = None) -> Tensor:
+        values = [weight * LOSSES[name](predictions, responses, noise_ceiling) for weight, name in terms]
+        return torch.stack(values).sum()
+
+    return loss
+
+
+def _checked(
+    predictions: Matrix, responses: Matrix, noise_ceiling: Matrix | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All three as tensors of one dtype, float32 at least, on the device of the predictions."""
+    predictions = torch.as_tensor(predictions)
+    responses = torch.as_tensor(responses, device=predictions.device)
+    if predictions.ndim != 2 or predictions.shape != responses.shape or not predictions.numel():
+        raise FeatcacheError(
+            "predictions and responses must both be (n_images, n_vertices) and not empty, "
+            f"but got {tuple(predictions.shape)} and {tuple(responses.shape)}; pass the same images and vertices"
+        )
+    # Half precision has too few digits to sum squares over a batch.
+    dtype = torch.promote_types(torch.promote_types(predictions.dtype, responses.dtype), torch.float32)
+    if noise_ceiling is not None:
+        noise_ceiling = _checked_ceiling(noise_ceiling, predictions).to(dtype)
+    return predictions.to(dtype), responses.to(dtype), noise_ceiling
+
+
+def _checked_ceiling(noise_ceiling: Matrix, predictions: Tensor) -> Tensor:
+    noise_ceiling = torch.as_tensor(noise_ceiling, device=predictions.device)
+    n_vertices = predictions.shape[1]
+    if noise_ceiling.shape != (n_vertices,):
+        raise FeatcacheError(
+            f"the noise ceiling must be (n_vertices,), here ({n_vertices},), but got {tuple(noise_ceiling.shape)}; "
+            "pass one value per vertex"
+        )
+    if not bool(((noise_ceiling >= 0) & (noise_ceiling <= 1)).all()):  # in this form NaN is refused too
+        raise FeatcacheError(
+            "the noise ceiling must be a fraction of variance in [0, 1], but got values from "
+            f"{noise_ceiling.min():.4g} to {noise_ceiling.max():.4g}; divide percent by 100"
+        )
+    return noise_ceiling
+
+
+def _distance(predictions: Tensor, responses: Tensor) -> Tensor:
+    """``(1 - r_v) / 2``, (n_vertices,) in [0, 1]."""
+    if len(predictions) < 2:
+        raise FeatcacheError("a correlation must be over at least 2 images, but the batch has 1; use a larger batch")
+    r = (_unit_columns(predictions) * _unit_columns(responses)).sum(0)
+    return (1 - r) / 2
+
+
+def _unit_columns(values: Tensor) -> Tensor:
+    """Columns with their mean taken out, of norm 1; a constant column becomes 0, with a gradient of 0."""
+    first = values[0].detach()
+    # The mean of a constant column may be off by a rounding; less its first row it is exactly 0.
+    shifted = values - first
+    centred = shifted - shifted.mean(0)
+    # r ignores scale, so the scale may count as a number and not as a function of the values: squares then neither
+    # overflow nor vanish, on the way back either.
+    scale = centred.detach().abs().amax(0)
+    limits = torch.finfo(values.dtype)
+    constant = scale <= first.abs() * limits.eps + limits.tiny  # False for NaN, which must show up in the loss
+    # `where` on both sides of the norm: one after it alone would multiply an infinite gradient by 0, which is NaN.
+    scaled = torch.where(constant, torch.ones_like(centred), centred / torch.where(constant, 1, scale))
+    return torch.where(constant, torch.zeros_like(scaled), scaled / scaled.norm(dim=0))

@@ -1,0 +1,313 @@
+"""How good predictions are: Pearson r per vertex, noise-normalised accuracy, and means over subjects and ROIs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from featcache.errors import FeatcacheError
+
+Float64s = NDArray[np.float64]
+ZeroCeiling = Literal["exclude", "epsilon"]
+
+# Two tiles of 64 images x 4096 vertices a thread, 2 MB each in float64: they stay in a core's share of the cache, and
+# smaller ones cost more in calls than they save.
+_TILE_VERTICES = 4096
+_TILE_NUMBERS = 64 * _TILE_VERTICES
+
+_MAX_MEAN_TO_SD = 10.0  # beyond it, sums of squares that were not shifted lose more than two digits
+_CONSTANT_SD_TO_MEAN = 1e-13  # below it, what varies is the rounding of float64
+_EPSILON_CEILING = 1e-14  # what the organisers' published script puts for a ceiling of 0
+
+
+def pearson_r(predictions: ArrayLike, responses: ArrayLike) -> Float64s:
+    """Pearson correlation over images, for each vertex, summed in float64.
+
+    ``r_v = sum_i(dp_iv dy_iv) / sqrt(sum_i(dp_iv**2) sum_i(dy_iv**2))``, where dp and dy are the predictions and
+    responses less their means over images; exactly 0 where either is constant (up to the rounding of float64).
+
+    Works tile by tile, on one thread a core, so that the memory it needs does not grow with the matrices.
+
+    Parameters
+    ----------
+    predictions, responses : (n_images, n_vertices), any unit, real and finite; arrays, memory maps or CPU tensors
+
+    Returns
+    -------
+    r : (n_vertices,) float64 in [-1, 1]
+
+    Raises
+    ------
+    FeatcacheError : shapes that do not match, numbers that are not real and finite, or fewer than 2 images
+    """
+    predictions, responses = _checked_matrices(predictions, responses)
+    n_vertices = predictions.shape[1]
+    r = np.empty(n_vertices)
+
+    def fill(first: int) -> None:
+        block = slice(first, first + _TILE_VERTICES)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused, in one line
+            r[block] = _block_r(predictions[:, block], responses[:, block])
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy lets go of the interpreter while it sums
+        for _ in threads.map(fill, range(0, n_vertices, _TILE_VERTICES)):
+            pass
+    return r
+
+
+def noise_normalized_accuracy(
+    predictions: ArrayLike, responses: ArrayLike, noise_ceiling: ArrayLike, zero_ceiling: ZeroCeiling = "exclude"
+) -> Float64s:
+    """The challenge's metric for each vertex, percent: `accuracy_from_r` of `pearson_r`.
+
+    Parameters
+    ----------
+    predictions, responses : (n_images, n_vertices), as for `pearson_r`
+    noise_ceiling, zero_ceiling : as for `accuracy_from_r`
+
+    Returns
+    -------
+    accuracy : (n_vertices,) float64, percent in [0, 100], or NaN where the vertex is left out
+
+    Raises
+    ------
+    FeatcacheError : as `pearson_r` and `accuracy_from_r`
+    """
+    return accuracy_from_r(pearson_r(predictions, responses), noise_ceiling, zero_ceiling)
+
+
+def accuracy_from_r(r: ArrayLike, noise_ceiling: ArrayLike, zero_ceiling: ZeroCeiling = "exclude") -> Float64s:
+    """Share of the explainable variance that is explained: ``min(100, 100 max(r, 0)**2 / NC)``, percent.
+
+    Parameters
+    ----------
+    r : (n_vertices,), in [-1, 1]
+    noise_ceiling : (n_vertices,), fraction of variance in [0, 1]
+    zero_ceiling : "exclude" gives NaN where the ceiling is 0, to be left out of means, as the challenge's scorer does;
+        "epsilon" takes 1e-14 in its place, as the organisers' published script does, so that any r > 0 counts as 100
+
+    Returns
+    -------
+    accuracy : (n_vertices,) float64, percent in [0, 100], or NaN
+
+    Raises
+    ------
+    FeatcacheError : shapes that do not match, an r or a ceiling out of its range, or another ``zero_ceiling``
+
+    Source: Gifford et al., The Algonauts Project 2023 Challenge: How the Human Brain Makes Sense of Natural Scenes
+    (2023).
+    """
+    if zero_ceiling not in ("exclude", "epsilon"):
+        raise FeatcacheError(f"zero_ceiling must be 'exclude' or 'epsilon', but got {zero_ceiling!r}; use 'exclude'")
+    r = _checked_r(r)
+    noise_ceiling = _checked_ceiling(noise_ceiling, len(r))
+    ceiling = np.where(noise_ceiling == 0, np.nan if zero_ceiling == "exclude" else _EPSILON_CEILING, noise_ceiling)
+    explained = np.maximum(r, 0) ** 2
+    # The share is clipped before it is a share: dividing by the tiniest ceilings would overflow.
+    return 100 * np.minimum(explained, ceiling) / ceiling
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no one truth value to compare by
+class VertexScores:
+    """Scores of the vertices of one hemisphere of one subject; checked when built."""
+
+    subject: str  # e.g. "subj01"
+    hemisphere: Literal["lh", "rh"]
+    r: NDArray  # (n_vertices,), in [-1, 1]
+    noise_ceiling: NDArray | None = None  # (n_vertices,), fraction of variance in [0, 1]; None where there is none
+    rois: Mapping[str, NDArray] = field(default_factory=dict)  # name -> (n_vertices,) bool; ROIs may overlap
+
+    def __post_init__(self) -> None:
+        if self.hemisphere not in ("lh", "rh"):
+            raise FeatcacheError(f"a hemisphere must be 'lh' or 'rh', but got {self.hemisphere!r}; score one at a time")
+        n_vertices = len(_checked_r(self.r))
+        if self.noise_ceiling is not None:
+            _checked_ceiling(self.noise_ceiling, n_vertices)
+        for roi, mask in self.rois.items():
+            if np.shape(mask) != (n_vertices,) or np.asarray(mask).dtype != bool:
+                raise FeatcacheError(
+                    f"the mask of ROI {roi} must be ({n_vertices},) bool, but got {np.shape(mask)} "
+                    f"{np.asarray(mask).dtype} for {self.subject} {self.hemisphere}; pass labels != 0"
+                )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Means over a set of vertices."""
+
+    subject: str  # "all" for every subject together
+    hemisphere: Literal["lh", "rh", "both"]
+    roi: str  # "all" for every vertex
+    n_vertices: int  # over which r is averaged
+    mean_r: float  # in [-1, 1]
+    mean_r2: float  # mean of max(r, 0)**2, in [0, 1]
+    accuracy: float | None  # mean noise-normalised accuracy, percent; None where no vertex has a ceiling to count with
+
+
+def summarize(scores: Sequence[VertexScores], zero_ceiling: ZeroCeiling = "exclude") -> list[Summary]:
+    """Means for each subject's hemispheres, each subject, each ROI over all of them, and, last, over everything.
+
+    Every mean is over vertices, those of all subjects and hemispheres together, and never a mean of means.
+    ``mean_r`` keeps negative r; ``mean_r2`` takes them as 0 before squaring, as the metric does. ``accuracy`` covers
+    only the vertices that have a ceiling: subjects without one, and (unless ``zero_ceiling`` is "epsilon") vertices
+    whose ceiling is 0, count in the other columns alone. An ROI, or a hemisphere, with no vertex has no row.
+
+    Parameters
+    ----------
+    scores : one for each subject and hemisphere
+    zero_ceiling : as for `accuracy_from_r`
+
+    Raises
+    ------
+    FeatcacheError : no scores, or the same hemisphere of a subject twice
+    """
+    _check_distinct(scores)
+    scores = sorted(scores, key=lambda score: (score.subject, score.hemisphere))
+    by_subject = {subject: list(group) for subject, group in groupby(scores, key=lambda score: score.subject)}
+    rois = dict.fromkeys(roi for score in scores for roi in score.rois)
+
+    def rows() -> Iterator[Summary | None]:
+        for score in scores:
+            yield _summary(score.subject, score.hemisphere, "all", [score], zero_ceiling)
+        for subject, group in by_subject.items():
+            yield _summary(subject, "both", "all", group, zero_ceiling)
+        for roi in rois:
+            yield _summary("all", "both", roi, scores, zero_ceiling)
+        yield _summary("all", "both", "all", scores, zero_ceiling)
+
+    return [row for row in rows() if row is not None]
+
+
+def _summary(
+    subject: str,
+    hemisphere: Literal["lh", "rh", "both"],
+    roi: str,
+    scores: Sequence[VertexScores],
+    zero_ceiling: ZeroCeiling,
+) -> Summary | None:
+    """One row over the vertices of ``roi``, or None where there are none."""
+    parts = [_in_roi(score, roi, zero_ceiling) for score in scores]
+    r, accuracy = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    if not r.size:
+        return None
+    counted = accuracy[~np.isnan(accuracy)]
+    return Summary(
+        subject=subject,
+        hemisphere=hemisphere,
+        roi=roi,
+        n_vertices=r.size,
+        mean_r=float(r.mean()),
+        mean_r2=float((np.maximum(r, 0) ** 2).mean()),
+        accuracy=float(counted.mean()) if counted.size else None,
+    )
+
+
+def _in_roi(score: VertexScores, roi: str, zero_ceiling: ZeroCeiling) -> tuple[Float64s, Float64s]:
+    """r and accuracy of the vertices in ``roi``; NaN for an accuracy that does not count."""
+    r = np.asarray(score.r, dtype=np.float64)
+    if score.noise_ceiling is None:
+        accuracy = np.full(r.shape, np.nan)
+    else:
+        accuracy = accuracy_from_r(r, score.noise_ceiling, zero_ceiling)
+    mask = slice(None) if roi == "all" else score.rois.get(roi, np.zeros(r.shape, dtype=bool))
+    return r[mask], accuracy[mask]
+
+
+def _check_distinct(scores: Sequence[VertexScores]) -> None:
+    if not scores:
+        raise FeatcacheError("a summary must be of at least one hemisphere, but got no scores; score a subject first")
+    seen: set[tuple[str, str]] = set()
+    for score in scores:
+        key = (score.subject, score.hemisphere)
+        if key in seen:
+            raise FeatcacheError(f"a hemisphere must be scored once, but {' '.join(key)} is there twice; leave one out")
+        seen.add(key)
+
+
+def _checked_matrices(predictions: ArrayLike, responses: ArrayLike) -> tuple[NDArray, NDArray]:
+    predictions, responses = np.asarray(predictions), np.asarray(responses)
+    if predictions.ndim != 2 or predictions.shape != responses.shape:
+        raise FeatcacheError(
+            "predictions and responses must both be (n_images, n_vertices), "
+            f"but got {predictions.shape} and {responses.shape}; pass the same images and vertices"
+        )
+    if len(predictions) < 2:
+        raise FeatcacheError(f"a correlation must be over at least 2 images, but got {len(predictions)}; score more")
+    for name, matrix in (("predictions", predictions), ("responses", responses)):
+        if matrix.dtype.kind not in "fiub":
+            raise FeatcacheError(f"{name} must be real numbers, but got {matrix.dtype}; convert them to float32")
+    return predictions, responses
+
+
+def _checked_r(r: ArrayLike) -> Float64s:
+    r = np.asarray(r, dtype=np.float64)
+    if r.ndim != 1 or not (np.abs(r) <= 1).all():  # in this form NaN is refused too
+        raise FeatcacheError(f"r must be (n_vertices,) in [-1, 1], but got {_range(r)}; compute it with pearson_r")
+    return r
+
+
+def _checked_ceiling(noise_ceiling: ArrayLike, n_vertices: int) -> Float64s:
+    noise_ceiling = np.asarray(noise_ceiling, dtype=np.float64)
+    if noise_ceiling.shape != (n_vertices,) or not ((noise_ceiling >= 0) & (noise_ceiling <= 1)).all():
+        raise FeatcacheError(
+            f"the noise ceiling must be ({n_vertices},), fraction of variance in [0, 1], but got "
+            f"{_range(noise_ceiling)}; pass one value per vertex, and divide percent by 100"
+        )
+    return noise_ceiling
+
+
+def _range(values: Float64s) -> str:
+    return f"{values.shape} from {values.min():.4g} to {values.max():.4g}" if values.size else f"{values.shape}"
+
+
+def _block_r(predictions: NDArray, responses: NDArray) -> Float64s:
+    """r of one block of vertices, (n_images, n_block) -> (n_block,)."""
+    n_images = len(predictions)
+    shifts = np.zeros((2, predictions.shape[1]))
+    sums, squares, products = _sums(predictions, responses, shifts)
+    if _mean_swamps_spread(sums, squares, n_images).any():
+        # Less its first row, a constant column is exactly 0, and no other loses more than log10(n_images) digits, since
+        # (first - mean)**2 is at most the sum of all such squares. Rarely needed, so not the way for every block.
+        shifts = np.stack([predictions[0], responses[0]]).astype(np.float64)
+        sums, squares, products = _sums(predictions, responses, shifts)
+    means = sums / n_images
+    spreads = squares - sums * means
+    if not np.isfinite(spreads).all():
+        raise FeatcacheError(
+            "predictions and responses must be finite, but some are NaN, infinite or too large to square; "
+            "look for a diverged fit or a damaged file"
+        )
+    constant = spreads <= n_images * (_CONSTANT_SD_TO_MEAN * (shifts + means)) ** 2
+    norms = np.sqrt(np.where(constant, 1, spreads))
+    r = (products - sums[0] * means[1]) / norms[0] / norms[1]
+    return np.where(constant.any(axis=0), 0, np.clip(r, -1, 1))
+
+
+def _mean_swamps_spread(sums: Float64s, squares: Float64s, n_images: int) -> NDArray[np.bool_]:
+    mean_squares = sums**2 / n_images
+    return mean_squares > _MAX_MEAN_TO_SD**2 * (squares - mean_squares)
+
+
+def _sums(predictions: NDArray, responses: NDArray, shifts: Float64s) -> tuple[Float64s, Float64s, Float64s]:
+    """Sums over images of both matrices less ``shifts``, (2, n_block), of their squares, and, (n_block,), of p y."""
+    n_images, n_block = predictions.shape
+    n_rows = max(1, _TILE_NUMBERS // n_block)
+    sums, squares, products = np.zeros((2, n_block)), np.zeros((2, n_block)), np.zeros(n_block)
+    buffer = np.empty((2, min(n_rows, n_images), n_block))
+    for first in range(0, n_images, n_rows):
+        tile = buffer[:, : min(n_rows, n_images - first)]
+        np.copyto(tile[0], predictions[first : first + n_rows])
+        np.copyto(tile[1], responses[first : first + n_rows])
+        if shifts.any():
+            tile -= shifts[:, None]
+        sums += np.einsum("kiv->kv", tile)
+        squares += np.einsum("kiv,kiv->kv", tile, tile)
+        products += np.einsum("iv,iv->v", *tile)
+    return sums, squares, products

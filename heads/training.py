@@ -1,0 +1,130 @@
+"""The only gradient loop: batches, loss, optimiser, schedule, early stop."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from featcache.splits import assign_folds, refuse_leak
+from heads.config import AdamWConfig, FitConfig
+from heads.losses import Loss, weighted_sum
+from heads.metrics import accuracy_from_r, pearson_r
+from heads.modules import LinearHead, RoiHead
+from heads.ridge import LinearMap
+
+
+class AdamWFolds:
+    """Heads trained by gradient on all folds but one, for each fold in turn.
+
+    features : (n_images, n_features) float32, on the device that trains
+    folds, image_ids : (n_images,)
+    """
+
+    vertex_block: int | None = None  # a loss is a mean over vertices and stops for all of them together
+
+    def __init__(self, features: torch.Tensor, folds: np.ndarray, image_ids: np.ndarray, config: FitConfig) -> None:
+        self._features, self._folds, self._ids, self._config = features, folds, image_ids, config
+
+    def fit(
+        self, responses: torch.Tensor, noise_ceiling: np.ndarray | None = None, rois: Sequence[np.ndarray] = (), **_: Any
+    ) -> list[LinearMap]:
+        """One map a fold, for (n_images, n_vertices) float32 responses on the features' device.
+
+        noise_ceiling : (n_vertices,), fraction of variance in [0, 1], or None
+        rois : masks (n_vertices,), for the head that has a layer for each
+        """
+        return [self._fit_fold(fold, responses, noise_ceiling, rois) for fold in range(self._folds.max() + 1)]
+
+    def _fit_fold(
+        self, fold: int, responses: torch.Tensor, noise_ceiling: np.ndarray | None, rois: Sequence[np.ndarray]
+    ) -> LinearMap:
+        # The held-out fold is for scoring: when to stop is decided on images taken from the training folds.
+        stop = assign_folds(self._ids, self._config.adamw.validation, self._config.seed + 1) == 0
+        trained, validated = np.flatnonzero((self._folds != fold) & ~stop), np.flatnonzero((self._folds != fold) & stop)
+        if len(validated) < 2:  # a tree so small that the draw left none: take every tenth, by id
+            order = np.argsort(self._ids[trained], kind="stable")
+            validated, trained = trained[order[::10]], np.delete(trained, order[::10])
+        refuse_leak(self._ids[trained], self._ids[validated], f"early stopping of fold {fold}")
+        mean, scale = _standardisation(self._features[trained])
+        torch.manual_seed(self._config.seed)
+        head = _make_head(self._config.head, self._features.shape[1], responses.shape[1], rois)
+        best = train_head(
+            head.to(self._features.device),
+            (self._features - mean) / scale,
+            responses,
+            trained,
+            validated,
+            weighted_sum(self._config.terms),
+            noise_ceiling,
+            self._config.adamw,
+        )
+        weights = best.weights / scale[:, None]
+        return LinearMap(weights, best.intercept - mean @ weights)
+
+
+def train_head(
+    head: nn.Module,
+    features: torch.Tensor,
+    responses: torch.Tensor,
+    trained: np.ndarray,
+    validated: np.ndarray,
+    loss: Loss,
+    noise_ceiling: np.ndarray | None,
+    config: AdamWConfig,
+) -> LinearMap:
+    """Train a head on some rows; the map of the epoch that scored best on other rows.
+
+    features (n_images, n_features) and responses (n_images, n_vertices) stay on the device; `trained` and `validated`
+    are row numbers. Batches differ between epochs; the torch seed decides them.
+    """
+    ceiling = None if noise_ceiling is None else torch.as_tensor(noise_ceiling, device=features.device)
+    rows = torch.as_tensor(trained, device=features.device)
+    decayed, free = [p for p in head.parameters() if p.ndim > 1], [p for p in head.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate)
+    n_batches = max(len(rows) // config.batch_size, 1)  # the images that do not fill a batch come in another epoch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs * n_batches)
+    best, best_score, waited = _snapshot(head), -np.inf, 0
+    for _ in range(config.epochs):
+        shuffled = rows[torch.randperm(len(rows), device=rows.device)]
+        for batch in shuffled[: n_batches * config.batch_size].split(config.batch_size):
+            optimiser.zero_grad(set_to_none=True)
+            loss(head(features[batch]), responses[batch], ceiling).backward()
+            optimiser.step()
+            schedule.step()
+        score = _score(head, features[validated], responses[validated], noise_ceiling)
+        if score > best_score:
+            best, best_score, waited = _snapshot(head), score, 0
+        elif (waited := waited + 1) >= config.patience:
+            break
+    return best
+
+
+@torch.no_grad()
+def _score(
+    head: nn.Module, features: torch.Tensor, responses: torch.Tensor, noise_ceiling: np.ndarray | None
+) -> float:
+    """The challenge's metric over vertices, or mean r without ceilings."""
+    r = pearson_r(head(features).cpu(), responses.cpu())
+    if noise_ceiling is None or not noise_ceiling.any():
+        return float(r.mean())
+    return float(np.nanmean(accuracy_from_r(r, noise_ceiling)))
+
+
+def _snapshot(head: nn.Module) -> LinearMap:
+    weights, intercept = head.linear_map()
+    return LinearMap(weights.detach().clone(), intercept.detach().clone())
+
+
+def _make_head(kind: str, n_features: int, n_vertices: int, rois: Sequence[np.ndarray]) -> nn.Module:
+    if kind == "linear":
+        return LinearHead(n_features, n_vertices)
+    return RoiHead(n_features, n_vertices, [torch.from_numpy(mask) for mask in rois if mask.any()])
+
+
+def _standardisation(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each feature; 1 for a feature that never changes."""
+    scale, mean = torch.std_mean(features, 0)
+    return mean, torch.where(scale > 0, scale, torch.ones_like(scale))
