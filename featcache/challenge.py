@@ -18,7 +18,7 @@ from featcache.roi import FSAVERAGE_VERTICES, HEMISPHERES, class_order, read_map
 _ROWS_PER_SCAN = 256  # response rows looked at in one go: bounds the memory of a scan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one subject is one thing, and arrays have no truth value to compare by
 class Subject:
     """One subject of the tree. Dicts are keyed by hemisphere, 'lh' and 'rh'.
 
@@ -121,14 +121,13 @@ def open_challenge(root: Path, noise_ceiling: Path | None = None) -> Challenge:
 
 
 def deep_faults(
-    challenge: Challenge, workers: int = 2, progress: Callable[[int, int], None] | None = None
+    challenge: Challenge, workers: int = 2, advance: Callable[[int], object] = lambda n: None
 ) -> Iterator[Fault]:
     """Decode every image and read every response: the part of `check` that takes time."""
     paths = [path for subject in challenge.subjects for path in subject.image_paths]
     with ThreadPoolExecutor(workers) as pool:
-        for done, fault in enumerate(pool.map(image_fault, paths), start=1):
-            if progress:
-                progress(done, len(paths))
+        for fault in pool.map(image_fault, paths):
+            advance(1)
             if fault:
                 yield fault
     for subject in challenge.subjects:

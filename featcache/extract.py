@@ -12,7 +12,7 @@ import timm
 import torch
 
 from featcache.backbone import Backbone, load_backbone
-from featcache.challenge import Challenge, Subject
+from featcache.challenge import Subject
 from featcache.config import ExtractConfig, fingerprint
 from featcache.device import resolve_device
 from featcache.errors import BackboneError
@@ -35,7 +35,7 @@ class Extracted:
     seconds: float
 
 
-def extract(challenge: Challenge, subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> list[Extracted]:
+def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> list[Extracted]:
     """Fill a feature store for every subject: rows are its training images, then its test images.
 
     A store is found again by what decides its rows (see `feature_recipe`), never by batch size, workers or paths.

@@ -25,10 +25,22 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:.1f} {self._unit}/s")
 
 
+def _progress(unit: str) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
+    return Progress(*columns, console=_stderr)
+
+
 @contextmanager
 def bar(description: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
     """A progress bar with a rate; yields the function to call with the number of units just done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
-    with Progress(*columns, console=_stderr, transient=not _stderr.is_terminal) as progress:
+    with _progress(unit) as progress:
         task = progress.add_task(description, total=total, completed=done)
         yield lambda n: progress.advance(task, n)
+
+
+@contextmanager
+def steps(description: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for work that knows its own total; yields the function to call with (done, total)."""
+    with _progress(unit) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

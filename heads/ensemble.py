@@ -9,13 +9,13 @@ import numpy as np
 from featcache.challenge import Challenge, Subject
 from featcache.errors import StoreError
 from featcache.extract import image_digest
-from featcache.images import ContentIndex
 from featcache.progress import bar, say
 from featcache.roi import HEMISPHERES
-from featcache.store import Store, list_stores, replace_json
+from featcache.store import Store, replace_json
 from heads.blend import Blended, blend_hemisphere
 from heads.config import BlendConfig
 from heads.fit import FOLDER as PREDICTIONS
+from heads.fit import keep, own_stores, response_digest
 from heads.metrics import VertexScores
 from heads.submission import write_predictions, write_zip
 
@@ -60,24 +60,14 @@ def blend(challenge: Challenge, config: BlendConfig, work: Path) -> Ensemble:
 
 def prediction_stores(subject: Subject, work: Path) -> list[Store]:
     """The complete prediction stores of the subject's images and responses as they are now; the others are named."""
-    own = [store for store in list_stores(work / PREDICTIONS) if store.recipe["subject"] == subject.name]
-    if not own:
-        say(f"{subject.name}: no predictions")
-        return []
-    images = image_digest(subject, work)
-    index = ContentIndex(work / "index" / f"{subject.name}-responses.json")
-    responses = index.digest([subject.response_path(hemisphere) for hemisphere in HEMISPHERES])
-    usable = []
-    for store in own:
-        if store.recipe["features"]["images"] != images or store.recipe["responses"] != responses:
-            say(f"{subject.name}: left out {store.name}: fitted to other images or responses than the tree has now")
-        elif not np.array_equal(store.image_ids, subject.image_ids):
-            say(f"{subject.name}: left out {store.name}: its images have other ids than the tree has now")
-        elif not store.complete:
-            say(f"{subject.name}: left out {store.name}: not complete, run 'fit-heads' again")
-        else:
-            usable.append(store)
-    return usable
+    stores = own_stores(subject, work / PREDICTIONS, "fit-heads")
+    now = (image_digest(subject, work), response_digest(subject, work)) if stores else ("", "")
+
+    def fault(store: Store) -> str:
+        then = (store.recipe["features"]["images"], store.recipe["responses"])
+        return "" if then == now else "fitted to other images or responses than the tree has now"
+
+    return keep(subject, stores, fault)
 
 
 def _named(stores: Sequence[Store], weights: np.ndarray) -> dict[str, float]:

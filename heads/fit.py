@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from featcache.challenge import Challenge, Subject
+from featcache.challenge import Subject
 from featcache.config import fingerprint
 from featcache.device import resolve_device
 from featcache.errors import StoreError
@@ -53,41 +53,58 @@ class Fitted:
     seconds: float
 
 
-def fit_heads(challenge: Challenge, subjects: Sequence[Subject], config: FitConfig, work: Path) -> list[Fitted]:
+def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path) -> list[Fitted]:
     """Fit the heads that `config` names to every feature store of these subjects.
 
     Each gives a prediction store: out-of-fold predictions of the training images, then the test images' predictions,
     the mean over the folds' heads. Raises StoreError if there is nothing to fit to.
     """
-    stores = [(subject, store) for subject in subjects for store in feature_stores(subject, work)]
-    if missing := [s.name for s in subjects if s.name not in {subject.name for subject, _ in stores}]:
+    found = [(subject, feature_stores(subject, work)) for subject in subjects]
+    if not any(stores for _, stores in found):
         raise StoreError(
-            f"{work / FEATURES}: expected complete features of {', '.join(missing)}; found none for the images of this tree; "
-            "run 'extract' first"
+            f"{work / FEATURES}: expected complete features of {', '.join(s.name for s in subjects)}; "
+            "found none for the images of this tree; run 'extract' first"
         )
-    return [_fit_store(subject, store, config, work) for subject, store in stores]
+    return [_fit_store(subject, store, config, work) for subject, stores in found for store in stores]
 
 
 def feature_stores(subject: Subject, work: Path) -> list[Store]:
     """The complete feature stores of the subject's images as they are now; the others are named and left out."""
-    own = [store for store in list_stores(work / FEATURES) if store.recipe["subject"] == subject.name]
-    digest = image_digest(subject, work) if own else ""
-    usable = []
-    for store in own:
-        if store.recipe["images"] != digest or not np.array_equal(store.image_ids, subject.image_ids):
-            say(f"{subject.name}: left out {store.name}: made from other images than the tree has now")
-        elif not store.complete:
-            say(f"{subject.name}: left out {store.name}: not complete, run 'extract' again")
-        else:
-            usable.append(store)
-    return usable
+    stores = own_stores(subject, work / FEATURES, "extract")
+    digest = image_digest(subject, work) if stores else ""
+    return keep(subject, stores, lambda store: "" if store.recipe["images"] == digest else "made from other images")
+
+
+def own_stores(subject: Subject, folder: Path, command: str) -> list[Store]:
+    """The subject's stores in a folder that are complete and have the rows of its images, in their order."""
+    own = [store for store in list_stores(folder) if store.recipe["subject"] == subject.name]
+    if not own:
+        say(f"{subject.name}: nothing in {folder}; run '{command}'")
+    complete = keep(subject, own, lambda store: "" if store.complete else f"not complete, run '{command}' again")
+    return keep(
+        subject, complete, lambda s: "" if np.array_equal(s.image_ids, subject.image_ids) else "its images have other ids"
+    )
+
+
+def keep(subject: Subject, stores: Sequence[Store], fault: Callable[[Store], str]) -> list[Store]:
+    """The stores without a fault; the others are named with theirs."""
+    faults = {store.name: fault(store) for store in stores}
+    for name, why in faults.items():
+        if why:
+            say(f"{subject.name}: left out {name}: {why}")
+    return [store for store in stores if not faults[store.name]]
+
+
+def response_digest(subject: Subject, work: Path) -> str:
+    """One digest of a subject's response files."""
+    index = ContentIndex(work / "index" / f"{subject.name}-responses.json")
+    return index.digest([subject.response_path(hemisphere) for hemisphere in HEMISPHERES])
 
 
 def prediction_recipe(subject: Subject, features: Store, config: FitConfig, work: Path) -> dict[str, Any]:
     """Everything that decides the rows of a prediction store."""
-    index = ContentIndex(work / "index" / f"{subject.name}-responses.json")
-    responses = index.digest([subject.response_path(hemisphere) for hemisphere in HEMISPHERES])
-    recipe = {"kind": "predictions", "subject": subject.name, "features": dict(features.recipe), "responses": responses}
+    recipe = {"kind": "predictions", "subject": subject.name, "features": dict(features.recipe)}
+    recipe["responses"] = response_digest(subject, work)
     if config.resolved_solver == "adamw":  # the closed form needs neither
         recipe["noise_ceiling"] = _digest_arrays(subject.noise_ceiling)
         if config.head == "roi":
@@ -139,7 +156,7 @@ def _fit(subject: Subject, features: Store, store: Store, config: FitConfig, wei
     solver = _solver(x[: len(folds)], folds, subject.train.ids, config)
     tensors: dict[str, torch.Tensor] = {}
     n_vertices = sum(subject.n_vertices.values())
-    with store.writing(), bar(f"{subject.name} {store.facts['model']}", n_vertices, "vertices") as advance:
+    with store.writing(), bar(subject.name, n_vertices, "vertices") as advance:
         for hemisphere in HEMISPHERES:
             predictions, head = cross_validate(solver, x, folds, subject, hemisphere, advance)
             tensors |= {f"{hemisphere}.weights": head.weights, f"{hemisphere}.intercept": head.intercept}
@@ -205,6 +222,18 @@ def _save_weights(tensors: dict[str, torch.Tensor], path: Path, store: Store) ->
     metadata = {"model": store.facts["model"], "predictions": store.name, "features": store.facts["features"]}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     partial.replace(path)
+
+
+def scores_by_model(subjects: Sequence[Subject], fitted: Sequence[Fitted]) -> dict[str, list[VertexScores]]:
+    """{model: out-of-fold scores of each subject and hemisphere}, with the subjects' ceilings and ROIs."""
+    by_name = {subject.name: subject for subject in subjects}
+    scores: dict[str, list[VertexScores]] = {}
+    for one in fitted:
+        store = open_store(one.path)
+        for hemisphere in HEMISPHERES:
+            predictions = store.read(hemisphere, 0, store.n_train)
+            scores.setdefault(one.model, []).append(score(by_name[one.subject], hemisphere, predictions))
+    return scores
 
 
 def score(subject: Subject, hemisphere: str, predictions: np.ndarray) -> VertexScores:

@@ -58,7 +58,7 @@ def test_every_loss_has_a_slow_reference():
 
 @all_losses
 @pytest.mark.parametrize("with_ceiling", [True, False])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(shape=shapes, seed=st.integers(0, 2**32), data=st.data())
 def test_equals_its_formula(name, with_ceiling, shape, seed, data):
     predictions, responses, ceiling = matrices(shape, seed)

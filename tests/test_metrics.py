@@ -55,7 +55,7 @@ def small_tiles(monkeypatch):
 # pearson_r
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(shape=shapes, seed=seeds, data=st.data())
 def test_r_is_scipys(shape, seed, data):
     predictions, responses = matrices(shape, seed)
@@ -146,7 +146,7 @@ def test_small_signal_on_a_large_mean_is_no_constant():
     np.testing.assert_allclose(pearson_r(1 + 1e-9 * responses, responses), 1, atol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(shape=shapes, seed=seeds, scale=st.floats(1e-6, 1e6), offset=st.floats(-100, 100))
 def test_r_ignores_order_scale_and_offset(shape, seed, scale, offset):
     predictions, responses = matrices(shape, seed)
@@ -211,7 +211,7 @@ def test_no_argument_is_edited():
 # noise-normalised accuracy
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     pairs=st.lists(st.tuples(st.floats(-1, 1), st.one_of(st.just(0.0), st.floats(0, 1))), max_size=30),
     zero_ceiling=st.sampled_from(["exclude", "epsilon"]),

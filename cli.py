@@ -1,0 +1,280 @@
+"""Command line: options -> config -> one call -> one result line. Heavy imports wait until a command runs."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from featcache.config import DTYPES, BackboneConfig, ExtractConfig
+from featcache.errors import ConfigError, FeatcacheError
+from heads.config import BLENDS, HEADS, LOSS_NAMES, SOLVERS, AdamWConfig, BlendConfig, FitConfig
+
+app = typer.Typer(
+    help="Predict responses of the visual cortex from cached image features: extract once, refit heads in seconds, blend.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# typer's usage errors; newer releases carry click inside themselves, so the class has no name of its own to import
+UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+Data = Annotated[Path, typer.Option("--data", envvar="FEATCACHE_DATA", help="The challenge tree.")]
+Work = Annotated[Path, typer.Option("--work", envvar="FEATCACHE_WORK", help="Where stores and results go.")]
+Ceiling = Annotated[
+    Path | None,
+    typer.Option(
+        "--noise-ceiling",
+        envvar="FEATCACHE_NOISE_CEILING",
+        help="Folder of subjXX/{lh,rh}.npy, percent or fraction. Default: noise_ceiling in the tree, if there.",
+    ),
+]
+Subjects = Annotated[str, typer.Option("--subject", help="all, or numbers such as 1,3.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Make the last line of stdout a JSON object.")]
+
+DATA, WORK = Path("data/challenge"), Path("work")
+
+
+@app.command()
+def simulate(
+    data: Data = DATA,
+    full: Annotated[bool, typer.Option("--full", help="The real challenge's counts: 73,000 images, 39,548 vertices.")] = False,
+    subjects: Annotated[int, typer.Option(help="Number of subjects.")] = 8,
+    images: Annotated[int, typer.Option(help="Training images of a subject.")] = 200,
+    test_images: Annotated[int, typer.Option(help="Test images of a subject.")] = 40,
+    shared: Annotated[int, typer.Option(help="Training images that all subjects saw.")] = 50,
+    vertices: Annotated[int, typer.Option(help="Vertices of both hemispheres together.")] = 989,
+    size: Annotated[int, typer.Option(help="Pixels on a side of an image.")] = 128,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes. Default: one a core.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a challenge tree whose ground truth is known."""
+    from featcache.progress import steps
+    from featcache.simulate import SimulateConfig
+    from featcache.simulate import simulate as run
+
+    began = time.perf_counter()
+    left = round(vertices * 19_004 / 39_548)
+    config = (
+        SimulateConfig.full(seed=seed, workers=workers)
+        if full
+        else SimulateConfig(
+            n_subjects=subjects,
+            n_train=images,
+            n_test=test_images,
+            n_shared=shared,
+            n_vertices=(left, vertices - left),
+            image_size=size,
+            seed=seed,
+            workers=workers,
+        )
+    )
+    with steps("simulate", "steps") as update:
+        run(config, data, update)
+    _finish(f"wrote {data}", {"data": str(data)}, began, as_json)
+
+
+@app.command()
+def check(
+    data: Data = DATA,
+    noise_ceiling: Ceiling = None,
+    workers: Annotated[int, typer.Option(help="Threads that decode images.")] = ExtractConfig().workers,
+    as_json: AsJson = False,
+) -> None:
+    """List everything that is wrong with a challenge tree."""
+    from featcache.challenge import deep_faults, scan_tree
+    from featcache.progress import bar, say
+
+    began = time.perf_counter()
+    challenge, faults = scan_tree(_existing(data), noise_ceiling)
+    total = sum(len(subject.image_paths) for subject in challenge.subjects)
+    with bar("check", total, "images") as advance:
+        faults += deep_faults(challenge, workers, advance)
+    for note in challenge.notes:
+        say(note)
+    for fault in faults:
+        typer.echo(str(fault))
+    result = {"data": str(data), "faults": [str(fault) for fault in faults], "notes": challenge.notes}
+    n_subjects = len(challenge.subjects)
+    _finish(f"{data}: {n_subjects} subjects, {total} images, {len(faults)} faults", result, began, as_json)
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command()
+def extract(
+    data: Data = DATA,
+    work: Work = WORK,
+    noise_ceiling: Ceiling = None,
+    subject: Subjects = "all",
+    backbone: Annotated[
+        str, typer.Option(envvar="FEATCACHE_BACKBONE", help="Any model name of timm.")
+    ] = BackboneConfig.name,
+    weights: Annotated[
+        str, typer.Option(envvar="FEATCACHE_WEIGHTS", help="hub, packaged, none or a file.")
+    ] = BackboneConfig.weights,
+    size: Annotated[
+        int | None, typer.Option(envvar="FEATCACHE_SIZE", help="Pixels on a side. Default: what the weights were trained at.")
+    ] = BackboneConfig.size,
+    layers: Annotated[str, typer.Option(help="Layers to cache, separated by commas.")] = "pooled",
+    dtype: Annotated[str, typer.Option(help=f"Precision of the arithmetic: {', '.join(DTYPES)}.")] = ExtractConfig.dtype,
+    batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = ExtractConfig.batch_size,
+    workers: Annotated[int, typer.Option(help="Threads that decode while the model runs.")] = ExtractConfig().workers,
+    device: Device = ExtractConfig.device,
+    as_json: AsJson = False,
+) -> None:
+    """Run a backbone over every image once and cache what its layers say."""
+    began = time.perf_counter()
+    config = ExtractConfig(
+        BackboneConfig(backbone, weights, size), tuple(layers.split(",")), dtype, batch_size, workers, device
+    )
+    challenge = _open(data, noise_ceiling)
+    chosen = challenge.select(subject)
+    from featcache.extract import FOLDER
+    from featcache.extract import extract as run
+
+    done = run(chosen, config, work)
+    new = sum(one.n_new for one in done)
+    stores = [{"subject": one.subject, "path": str(one.path), "images": one.n_images, "new": one.n_new} for one in done]
+    _finish(f"{len(done)} subjects, {new} new images in {work / FOLDER}", {"stores": stores}, began, as_json)
+
+
+@app.command("fit-heads")
+def fit_heads(
+    data: Data = DATA,
+    work: Work = WORK,
+    noise_ceiling: Ceiling = None,
+    subject: Subjects = "all",
+    loss: Annotated[
+        str, typer.Option(help=f"{', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc.")
+    ] = FitConfig.loss,
+    head: Annotated[str, typer.Option(help=f"{', '.join(HEADS)} (a layer a hemisphere and one an ROI).")] = FitConfig.head,
+    solver: Annotated[str, typer.Option(help=f"{', '.join(SOLVERS)}.")] = FitConfig.solver,
+    folds: Annotated[int, typer.Option(help="Folds of the training images, by image id.")] = FitConfig.n_folds,
+    seed: Annotated[int, typer.Option(help="Of the folds and of the gradient loop.")] = FitConfig.seed,
+    epochs: Annotated[int, typer.Option(help="adamw: the most epochs.")] = AdamWConfig.epochs,
+    learning_rate: Annotated[float, typer.Option(help="adamw: at the first step.")] = AdamWConfig.learning_rate,
+    weight_decay: Annotated[float, typer.Option(help="adamw: decoupled.")] = AdamWConfig.weight_decay,
+    batch_size: Annotated[int, typer.Option(help="adamw: images a step.")] = AdamWConfig.batch_size,
+    device: Device = FitConfig.device,
+    as_json: AsJson = False,
+) -> None:
+    """Fit heads to every cached feature store, out of fold."""
+    began = time.perf_counter()
+    adamw = AdamWConfig(learning_rate, weight_decay, epochs, batch_size)
+    config = FitConfig(loss, head, solver, folds, seed, device, adamw=adamw)
+    challenge = _open(data, noise_ceiling)
+    chosen = challenge.select(subject)
+    from featcache.progress import say
+    from heads.fit import FOLDER, scores_by_model
+    from heads.fit import fit_heads as run
+    from heads.report import as_json as scores_as_json
+    from heads.report import print_table, score_table
+
+    if config.resolved_solver == "exact":
+        say(f"{loss}: closed form; linear heads have the same optimum under mse, pearson and mnnpc")
+    done = run(chosen, config, work)
+    scores = scores_by_model(chosen, done)
+    print_table(score_table(scores, "out-of-fold"))
+    stores = [{"subject": f.subject, "model": f.model, "path": str(f.path), "weights": str(f.weights)} for f in done]
+    new = sum(fitted.new for fitted in done)
+    result = {"stores": stores, "scores": scores_as_json(scores)}
+    _finish(f"{len(done)} fits, {new} of them new, in {work / FOLDER}", result, began, as_json)
+
+
+@app.command()
+def blend(
+    data: Data = DATA,
+    work: Work = WORK,
+    noise_ceiling: Ceiling = None,
+    method: Annotated[str, typer.Option(help=f"{', '.join(BLENDS)}.")] = BlendConfig.method,
+    as_json: AsJson = False,
+) -> None:
+    """Blend every model, score the blend, and write the submission."""
+    began = time.perf_counter()
+    config = BlendConfig(method)
+    challenge = _open(data, noise_ceiling)
+    from heads.ensemble import FOLDER
+    from heads.ensemble import blend as run
+    from heads.report import as_json as scores_as_json
+    from heads.report import print_table, score_table
+
+    done = run(challenge, config, work)
+    print_table(score_table(done.scores, "out-of-fold, blend weights learnt on other folds"))
+    written = done.submission or work / FOLDER
+    result = {
+        "submission": str(done.submission) if done.submission else None,
+        "predictions": str(work / FOLDER),
+        "weights": done.weights,
+        "scores": scores_as_json(done.scores),
+    }
+    _finish(f"wrote {written}", result, began, as_json)
+
+
+def _existing(data: Path) -> Path:
+    if not data.is_dir():
+        raise ConfigError(
+            f"--data: expected a challenge tree; found no folder {data}; get the data of the Algonauts 2023 challenge "
+            "(algonauts.csail.mit.edu/2023), or write a stand-in with 'simulate'"
+        )
+    return data
+
+
+def _open(data: Path, noise_ceiling: Path | None) -> Any:
+    from featcache.challenge import open_challenge
+    from featcache.progress import say
+
+    challenge = open_challenge(_existing(data), noise_ceiling)
+    for note in challenge.notes:
+        say(note)
+    return challenge
+
+
+def _finish(message: str, result: dict[str, Any], began: float, as_json: bool) -> None:
+    """The one line that every command ends with."""
+    seconds = round(time.perf_counter() - began, 2)
+    typer.echo(f"{message} ({seconds:.1f} s)")
+    if as_json:
+        typer.echo(json.dumps(result | {"seconds": seconds}, allow_nan=False))
+
+
+def _fail(message: str, code: int = 1) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of one command; a user's mistake is one line on stderr and code 1."""
+    try:
+        return app(args=arguments, standalone_mode=False) or 0
+    except FeatcacheError as error:
+        return _fail(str(error))
+    except UsageError as error:
+        return _fail(f"{getattr(error, 'format_message', error.__str__)()}; --help lists the options")
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; what was committed is kept, and the same command goes on from there", 130)
+    except MemoryError as error:
+        return _fail(f"expected enough memory; found none left ({error}); fit fewer subjects or vertices at a time")
+    except OSError as error:
+        where = error.filename or "a file"
+        return _fail(
+            f"{where}: expected to read and write there; found: {error.strerror or error}; "
+            "make room or choose another --work; what was committed is intact"
+        )
+
+
+def main() -> None:
+    code = run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if code == 130 else sys.exit(code)  # threads that still decode must not hold up an interruption
+
+
+if __name__ == "__main__":
+    main()
