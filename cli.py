@@ -15,7 +15,7 @@ from featcache.errors import ConfigError, FeatcacheError
 from heads.config import BLENDS, HEADS, LOSS_NAMES, SOLVERS, AdamWConfig, BlendConfig, FitConfig
 
 app = typer.Typer(
-    help="Predict responses of the visual cortex from cached image features: extract once, refit heads in seconds, blend.",
+    help="Predict responses of the visual cortex from cached image features: extract once, refit heads, blend.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,7 +43,9 @@ DATA, WORK = Path("data/challenge"), Path("work")
 @app.command()
 def simulate(
     data: Data = DATA,
-    full: Annotated[bool, typer.Option("--full", help="The real challenge's counts: 73,000 images, 39,548 vertices.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="The real challenge's counts: 73,000 images, 39,548 vertices.")
+    ] = False,
     subjects: Annotated[int, typer.Option(help="Number of subjects.")] = 8,
     images: Annotated[int, typer.Option(help="Training images of a subject.")] = 200,
     test_images: Annotated[int, typer.Option(help="Test images of a subject.")] = 40,
@@ -120,10 +122,13 @@ def extract(
         str, typer.Option(envvar="FEATCACHE_WEIGHTS", help="hub, packaged, none or a file.")
     ] = BackboneConfig.weights,
     size: Annotated[
-        int | None, typer.Option(envvar="FEATCACHE_SIZE", help="Pixels on a side. Default: what the weights were trained at.")
+        int | None,
+        typer.Option(envvar="FEATCACHE_SIZE", help="Pixels on a side. Default: what the weights were trained at."),
     ] = BackboneConfig.size,
     layers: Annotated[str, typer.Option(help="Layers to cache, separated by commas.")] = "pooled",
-    dtype: Annotated[str, typer.Option(help=f"Precision of the arithmetic: {', '.join(DTYPES)}.")] = ExtractConfig.dtype,
+    dtype: Annotated[
+        str, typer.Option(help=f"Precision of the arithmetic: {', '.join(DTYPES)}.")
+    ] = ExtractConfig.dtype,
     batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = ExtractConfig.batch_size,
     workers: Annotated[int, typer.Option(help="Threads that decode while the model runs.")] = ExtractConfig().workers,
     device: Device = ExtractConfig.device,
@@ -154,7 +159,9 @@ def fit_heads(
     loss: Annotated[
         str, typer.Option(help=f"{', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc.")
     ] = FitConfig.loss,
-    head: Annotated[str, typer.Option(help=f"{', '.join(HEADS)} (a layer a hemisphere and one an ROI).")] = FitConfig.head,
+    head: Annotated[
+        str, typer.Option(help=f"{', '.join(HEADS)} (a layer a hemisphere and one an ROI).")
+    ] = FitConfig.head,
     solver: Annotated[str, typer.Option(help=f"{', '.join(SOLVERS)}.")] = FitConfig.solver,
     folds: Annotated[int, typer.Option(help="Folds of the training images, by image id.")] = FitConfig.n_folds,
     seed: Annotated[int, typer.Option(help="Of the folds and of the gradient loop.")] = FitConfig.seed,

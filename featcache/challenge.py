@@ -70,7 +70,9 @@ class Challenge:
         wanted = [f"subj{int(part):02d}" if part.isdigit() else part for part in names.split(",")]
         for name in wanted:
             if name not in by_name:
-                raise ChallengeError(f"--subject: expected one of {', '.join(by_name)}; found {name!r}; choose from those")
+                raise ChallengeError(
+                    f"--subject: expected one of {', '.join(by_name)}; found {name!r}; choose from those"
+                )
         return tuple(by_name[name] for name in wanted)
 
 
@@ -95,7 +97,9 @@ class _Scan:
         else:
             if array.ndim == n_dimensions and array.dtype.kind in "fiub":
                 return array
-            self.fault(path, f"expected {n_dimensions} dimension(s) of numbers; found shape {array.shape} of {array.dtype}")
+            self.fault(
+                path, f"expected {n_dimensions} dimension(s) of numbers; found shape {array.shape} of {array.dtype}"
+            )
         return None
 
 
@@ -165,7 +169,9 @@ def _scan_subject(scan: _Scan, ceilings: dict[str, np.ndarray]) -> Subject:
         if (responses := scan.array(path, 2)) is not None:
             n_vertices[hemisphere] = responses.shape[1]
             if len(responses) != len(train):
-                scan.fault(path, f"expected a row for each of {len(train)} training images; found {len(responses)} rows")
+                scan.fault(
+                    path, f"expected a row for each of {len(train)} training images; found {len(responses)} rows"
+                )
     checked = {h: _check_ceiling(scan, h, ceilings.get(h), n_vertices.get(h)) for h in HEMISPHERES}
     fsaverage = {h: _scan_fsaverage(scan, h, n_vertices.get(h)) for h in HEMISPHERES}
     rois = _scan_rois(scan, n_vertices)
@@ -185,7 +191,7 @@ def _scan_fsaverage(scan: _Scan, hemisphere: str, n_vertices: int | None) -> np.
     if not path.exists() or n_vertices is None or (mask := scan.array(path, 1)) is None:
         return None
     if len(mask) != FSAVERAGE_VERTICES or np.any((mask != 0) & (mask != 1)):
-        scan.fault(path, f"expected {FSAVERAGE_VERTICES} zeros and ones; found {len(mask)} values up to {mask.max(initial=0)}")
+        scan.fault(path, f"expected {FSAVERAGE_VERTICES} zeros and ones; found {len(mask)} up to {mask.max(initial=0)}")
     elif mask.sum(dtype=np.int64) != n_vertices:
         scan.fault(path, f"expected {n_vertices} ones, the columns of the responses; found {mask.sum(dtype=np.int64)}")
     return mask.astype(bool)
@@ -231,14 +237,14 @@ def _scan_class(
 def _ceiling_folder(root: Path, noise_ceiling: Path | None) -> Path | None:
     if noise_ceiling is not None and not noise_ceiling.is_dir():
         raise ChallengeError(
-            f"--noise-ceiling: expected a folder with subj01/lh.npy and so on; found none at {noise_ceiling}; correct it"
+            f"--noise-ceiling: expected a folder of subj01/lh.npy and so on; found none at {noise_ceiling}; correct it"
         )
     beside = root / "noise_ceiling"
     return noise_ceiling or (beside if beside.is_dir() else None)
 
 
 def _read_ceilings(scans: list[_Scan], folder: Path | None) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
-    """Every ceiling as a fraction. Percent or fraction is decided once, for the folder: one value above 1 is percent."""
+    """Every ceiling as a fraction. The unit is decided once, for the folder: one value above 1 is percent."""
     if folder is None:
         return {}, ["no noise ceilings: scores are mean r and mean r^2"]
     raw: dict[str, dict[str, np.ndarray]] = {scan.folder.name: {} for scan in scans}

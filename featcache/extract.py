@@ -77,8 +77,9 @@ def probe(backbone: Backbone, layers: tuple[str, ...], device: str) -> dict[str,
         with torch.inference_mode():
             outputs = backbone.features(torch.zeros(1, *size, device=device), layers)
     except (RuntimeError, AssertionError, ValueError) as error:
+        why = str(error).splitlines()[0][:120]
         raise BackboneError(
-            f"--size: expected a size that {backbone.name} can take; found {size[-1]} ({str(error).splitlines()[0][:120]}); "
+            f"--size: expected a size that {backbone.name} can take; found {size[-1]} ({why}); "
             "choose another, such as the default"
         ) from error
     return {layer: rows.shape[1] for layer, rows in outputs.items()}

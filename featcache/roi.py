@@ -65,9 +65,11 @@ def read_mapping(path: Path) -> dict[int, str]:
     try:
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
-            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
             shape, _, dtype = read_header(file)
-            if shape != () or dtype != object:
+            if shape != () or dtype.kind != "O":
                 raise ValueError(f"it is an array of {dtype}, shape {shape}")
             mapping = _MappingUnpickler(file).load().items[0]
             return {_label(label): _name(name) for label, name in mapping.items()}

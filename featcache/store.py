@@ -180,7 +180,14 @@ def open_store(path: Path) -> Store:
                 "delete it and run the command that writes it again, or choose another --work"
             )
         ids = np.array(about["image_ids"], dtype=np.int64)
-        return Store(path, about["recipe"], ids, about["n_train"], about["facts"], {name: group[name] for name in about["arrays"]})
+        return Store(
+            path,
+            about["recipe"],
+            ids,
+            about["n_train"],
+            about["facts"],
+            {name: zarr.open_array(path / name, mode="r+", zarr_format=3) for name in about["arrays"]},
+        )
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"its description cannot be read ({error})") from error
 
@@ -211,4 +218,6 @@ def replace_json(path: Path, content: Any) -> None:
 
 
 def _damaged(path: Path, why: str) -> StoreError:
-    return StoreError(f"{path}: expected a whole store; found that {why}; delete it and run the command that writes it again")
+    return StoreError(
+        f"{path}: expected a whole store; found that {why}; delete it and run the command that writes it again"
+    )

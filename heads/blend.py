@@ -128,7 +128,12 @@ def nested_r(moments: Moments, weights: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _r(
-    n: float, predicted: np.ndarray, squares: np.ndarray, cross: np.ndarray, response: np.ndarray, square: np.ndarray
+    n: float | np.ndarray,
+    predicted: np.ndarray,
+    squares: np.ndarray,
+    cross: np.ndarray,
+    response: np.ndarray,
+    square: np.ndarray,
 ) -> np.ndarray:
     """Correlation from sums; 0 where either side is constant."""
     spread = (squares - predicted**2 / n) * (square - response**2 / n)
@@ -193,8 +198,8 @@ class Blended:
     """The blend of one hemisphere of one subject.
 
     weights : (n_models,) of the standardised predictions, adding up to 1, learnt on all training images
-    r : {'best single' | 'uniform' | method: (n_vertices,)} scores in which the weights of each fold's images were learnt
-        on the other folds
+    r : {'best single' | 'uniform' | method: (n_vertices,)} scores; each fold's images were blended
+        with weights learnt on the other folds
     test : (n_test, n_vertices) float32, in the units of the responses
     """
 
@@ -204,7 +209,7 @@ class Blended:
 
 
 def blend_hemisphere(subject: Subject, hemisphere: str, stores: Sequence[Store], method: str) -> Blended:
-    """Learn weights for some models, score them on folds that they were not learnt on, and blend the test predictions."""
+    """Learn weights for models, score them on folds they were not learnt on, and blend the test predictions."""
     raw = gather_moments(subject, hemisphere, stores)
     mean, scale = location_and_scale(raw.total())
     moments, quality = standardise(raw, mean, scale), challenge_quality(subject.noise_ceiling[hemisphere])
@@ -232,7 +237,7 @@ def _test_blend(
     scale: np.ndarray,
     weights: np.ndarray,
 ) -> np.ndarray:
-    """The blend of the test predictions, regressed on the responses: it has their mean and, where it is right, their size."""
+    """The blend of the test predictions, regressed on the responses: it has their mean and their units."""
     n_train, n_test = len(subject.train), len(subject.test)
     blended = np.zeros((n_test, subject.n_vertices[hemisphere]))
     for store, weight, m, s in zip(stores, weights, mean.T, scale.T, strict=True):

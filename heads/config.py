@@ -1,5 +1,6 @@
 """Settings of fitting and blending heads. Imports no torch, so that `--help` answers at once."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +71,8 @@ class RidgeConfig:
 
     def __post_init__(self) -> None:
         one_of("selection", self.selection, ("auto", "loo", "gcv"))
+        if not self.penalties or not all(0 <= penalty < math.inf for penalty in self.penalties):
+            raise ConfigError(f"penalties: expected one or more numbers from 0; found {self.penalties}; correct them")
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class FitConfig:
         at_least("seed", self.seed, 0)
         if self.solver == "exact" and not self.exact_reaches_optimum:
             raise ConfigError(
-                "--solver exact: expected --head linear and a loss of mse, pearson and mnnpc alone, whose optimum it is; "
+                "--solver exact: expected --head linear and a loss of mse, pearson and mnnpc, whose optimum it is; "
                 f"found --head {self.head} --loss {loss_label(self.terms)}; use --solver adamw"
             )
 

@@ -82,7 +82,9 @@ def own_stores(subject: Subject, folder: Path, command: str) -> list[Store]:
         say(f"{subject.name}: nothing in {folder}; run '{command}'")
     complete = keep(subject, own, lambda store: "" if store.complete else f"not complete, run '{command}' again")
     return keep(
-        subject, complete, lambda s: "" if np.array_equal(s.image_ids, subject.image_ids) else "its images have other ids"
+        subject,
+        complete,
+        lambda s: "" if np.array_equal(s.image_ids, subject.image_ids) else "its images have other ids",
     )
 
 
@@ -216,7 +218,7 @@ def _append(store: Store, hemisphere: str, predictions: np.ndarray) -> None:
 
 
 def _save_weights(tensors: dict[str, torch.Tensor], path: Path, store: Store) -> None:
-    """safetensors: {lh,rh}.weights (n_features, n_vertices) and {lh,rh}.intercept (n_vertices,), the mean over folds."""
+    """safetensors: {lh,rh}.weights (n_features, n_vertices) and {lh,rh}.intercept (n_vertices,), means over folds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
     metadata = {"model": store.facts["model"], "predictions": store.name, "features": store.facts["features"]}

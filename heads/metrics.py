@@ -119,7 +119,7 @@ class VertexScores:
     """Scores of the vertices of one hemisphere of one subject; checked when built."""
 
     subject: str  # e.g. "subj01"
-    hemisphere: Literal["lh", "rh"]
+    hemisphere: str  # "lh" or "rh"
     r: NDArray  # (n_vertices,), in [-1, 1]
     noise_ceiling: NDArray | None = None  # (n_vertices,), fraction of variance in [0, 1]; None where there is none
     rois: Mapping[str, NDArray] = field(default_factory=dict)  # name -> (n_vertices,) bool; ROIs may overlap
@@ -143,7 +143,7 @@ class Summary:
     """Means over a set of vertices."""
 
     subject: str  # "all" for every subject together
-    hemisphere: Literal["lh", "rh", "both"]
+    hemisphere: str  # "lh", "rh" or "both"
     roi: str  # "all" for every vertex
     n_vertices: int  # over which r is averaged
     mean_r: float  # in [-1, 1]
@@ -187,7 +187,7 @@ def summarize(scores: Sequence[VertexScores], zero_ceiling: ZeroCeiling = "exclu
 
 def _summary(
     subject: str,
-    hemisphere: Literal["lh", "rh", "both"],
+    hemisphere: str,
     roi: str,
     scores: Sequence[VertexScores],
     zero_ceiling: ZeroCeiling,

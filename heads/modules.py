@@ -1,4 +1,4 @@
-"""Heads that a gradient trains. Each reduces to one LinearMap, so that the cache and `predict` know one kind of head."""
+"""Heads that a gradient trains. Each reduces to one LinearMap, so that whoever predicts knows one kind of head."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from heads.ridge import LinearMap
-
 
 # torch's own start predicts noise of the size of the signal, which few images never wear down; zero would leave
 # correlation losses without a gradient.
@@ -63,3 +62,6 @@ class RoiHead(nn.Module):
         """(rows, n_outputs) -> (rows, n_vertices)"""
         sums = outputs.new_zeros(len(outputs), len(self.share))
         return sums.index_add(1, self.vertex, outputs) * self.share
+
+
+Head = LinearHead | RoiHead

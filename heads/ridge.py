@@ -102,7 +102,7 @@ def choose_penalties(
 
     rotated : (rank, n_vertices) U'X'Y
     response_squares : (n_vertices,) squares of the centred responses, summed over images
-    rows : scores XU (n_images, rank) and centred responses (n_images, n_vertices) for the exact error; None: generalised
+    rows : scores XU (n_images, rank) and centred responses (n_images, n_vertices) for the exact one; None: generalised
     """
     shrinkage = basis.values / (basis.values + penalties[:, None])  # (n_penalties, rank)
     freedom = (shrinkage.sum(1) + 1) / basis.n_images  # the intercept is one degree of freedom
@@ -111,12 +111,16 @@ def choose_penalties(
     else:
         errors = _loo_errors(basis, rotated, shrinkage, *rows)
     errors[freedom > _FULL] = torch.inf
-    errors[-1].clamp_max_(torch.finfo(errors.dtype).max)  # the largest penalty is always on offer
+    errors[penalties.argmax()].clamp_max_(torch.finfo(errors.dtype).max)  # the largest penalty is always on offer
     return penalties[errors.argmin(0)]
 
 
 def _gcv_errors(
-    basis: Eigenbasis, rotated: torch.Tensor, response_squares: torch.Tensor, shrinkage: torch.Tensor, freedom: torch.Tensor
+    basis: Eigenbasis,
+    rotated: torch.Tensor,
+    response_squares: torch.Tensor,
+    shrinkage: torch.Tensor,
+    freedom: torch.Tensor,
 ) -> torch.Tensor:
     """(n_penalties, n_vertices) ||y - h y||^2 / n / (1 - trace(h) / n)^2, in float64: it is a small difference."""
     explained = (rotated.double() ** 2) / basis.values.double()[:, None]
@@ -174,8 +178,12 @@ class RidgeFolds:
 
     def __init__(self, features: torch.Tensor, folds: np.ndarray, config: RidgeConfig) -> None:
         self._config = config
-        self._held_out = [torch.from_numpy(np.flatnonzero(folds == k)).to(features.device) for k in range(folds.max() + 1)]
-        self._trained = [torch.from_numpy(np.flatnonzero(folds != k)).to(features.device) for k in range(folds.max() + 1)]
+        self._held_out = [
+            torch.from_numpy(np.flatnonzero(folds == k)).to(features.device) for k in range(folds.max() + 1)
+        ]
+        self._trained = [
+            torch.from_numpy(np.flatnonzero(folds != k)).to(features.device) for k in range(folds.max() + 1)
+        ]
         self._features = features
         self._offset = features.mean(0)  # keeps float32 sums small; the folds' own means are exact all the same
         self._bases = self._eigenbases()
@@ -240,7 +248,9 @@ class RidgeHead(RegressorMixin, BaseEstimator):
         config = RidgeConfig(tuple(self.penalties), self.selection)
         x, y = _matrix("features", features), _matrix("responses", responses)
         if len(x) != len(y) or len(x) < 3:
-            raise ConfigError(f"expected 3 or more images, as many features as responses; found {len(x)} and {len(y)} rows")
+            raise ConfigError(
+                f"expected 3 or more images, as many features as responses; found {len(x)} and {len(y)} rows"
+            )
         basis = eigenbasis(x)
         blocks = [_fit_block(basis, x, block, config) for block in y.split(_VERTEX_BLOCK, dim=1)]
         self.weights_ = _like(responses, torch.cat([head.weights for head, _ in blocks], 1))
@@ -270,7 +280,9 @@ def _fit_block(
 def _matrix(name: str, values: Any) -> torch.Tensor:
     matrix = torch.as_tensor(np.asarray(values) if not isinstance(values, torch.Tensor) else values)
     if matrix.ndim != 2:
-        raise ConfigError(f"expected a matrix of {name}, (n_images, columns); found shape {tuple(matrix.shape)}; reshape it")
+        raise ConfigError(
+            f"expected a matrix of {name}, (n_images, columns); found shape {tuple(matrix.shape)}; reshape it"
+        )
     if not torch.isfinite(matrix := matrix.to(torch.float32)).all():
         raise ConfigError(f"expected finite {name}; found NaN or infinity; remove those rows or columns")
     return matrix

@@ -58,7 +58,7 @@ def write_zip(folder: Path, subjects: Sequence[Subject], path: Path) -> Path:
 
 
 def check_submission(path: Path, subjects: Sequence[Subject]) -> None:
-    """Raise FeatcacheError unless the zip is what the challenge takes for this tree: names, shapes, type, values, size."""
+    """Raise FeatcacheError unless the challenge would take the zip: names, shapes, type, values and size."""
     if (size := path.stat().st_size) > MAX_BYTES:
         raise _refused(path, f"at most {MAX_BYTES:,} bytes", f"{size:,}")
     with zipfile.ZipFile(path) as archive:

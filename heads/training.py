@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from featcache.splits import assign_folds, refuse_leak
 from heads.config import AdamWConfig, FitConfig
 from heads.losses import Loss, weighted_sum
 from heads.metrics import accuracy_from_r, pearson_r
-from heads.modules import LinearHead, RoiHead
+from heads.modules import Head, LinearHead, RoiHead
 from heads.ridge import LinearMap
 
 
@@ -28,7 +27,11 @@ class AdamWFolds:
         self._features, self._folds, self._ids, self._config = features, folds, image_ids, config
 
     def fit(
-        self, responses: torch.Tensor, noise_ceiling: np.ndarray | None = None, rois: Sequence[np.ndarray] = (), **_: Any
+        self,
+        responses: torch.Tensor,
+        noise_ceiling: np.ndarray | None = None,
+        rois: Sequence[np.ndarray] = (),
+        **_: Any,
     ) -> list[LinearMap]:
         """One map a fold, for (n_images, n_vertices) float32 responses on the features' device.
 
@@ -65,7 +68,7 @@ class AdamWFolds:
 
 
 def train_head(
-    head: nn.Module,
+    head: Head,
     features: torch.Tensor,
     responses: torch.Tensor,
     trained: np.ndarray,
@@ -103,9 +106,7 @@ def train_head(
 
 
 @torch.no_grad()
-def _score(
-    head: nn.Module, features: torch.Tensor, responses: torch.Tensor, noise_ceiling: np.ndarray | None
-) -> float:
+def _score(head: Head, features: torch.Tensor, responses: torch.Tensor, noise_ceiling: np.ndarray | None) -> float:
     """The challenge's metric over vertices, or mean r without ceilings."""
     r = pearson_r(head(features).cpu(), responses.cpu())
     if noise_ceiling is None or not noise_ceiling.any():
@@ -113,12 +114,12 @@ def _score(
     return float(np.nanmean(accuracy_from_r(r, noise_ceiling)))
 
 
-def _snapshot(head: nn.Module) -> LinearMap:
+def _snapshot(head: Head) -> LinearMap:
     weights, intercept = head.linear_map()
     return LinearMap(weights.detach().clone(), intercept.detach().clone())
 
 
-def _make_head(kind: str, n_features: int, n_vertices: int, rois: Sequence[np.ndarray]) -> nn.Module:
+def _make_head(kind: str, n_features: int, n_vertices: int, rois: Sequence[np.ndarray]) -> Head:
     if kind == "linear":
         return LinearHead(n_features, n_vertices)
     return RoiHead(n_features, n_vertices, [torch.from_numpy(mask) for mask in rois if mask.any()])

@@ -3,13 +3,13 @@
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -231,17 +231,27 @@ def _write_responses(
     rows: Iterator[tuple[slice, np.ndarray, np.ndarray]],
 ) -> None:
     """Training responses into the tree; test responses, and their signals, into the truth."""
-    subject, hemisphere = job
+    with ExitStack() as stack:
+        files = [stack.enter_context(_row_file(path, shape)) for path in _response_paths(staging, *job, split)]
+        for _, signal, responses in rows:
+            for file, block in zip(files, (responses, signal), strict=False):  # training signals are not written
+                file.write(np.ascontiguousarray(block, dtype="<f4").data)
+
+
+def _response_paths(staging: Path, subject: int, hemisphere: str, split: str) -> list[Path]:
     if split == "train":
-        folder = staging / _name(subject) / "training_split" / "training_fmri"
-        files = [None, _create(folder / f"{hemisphere}_training_fmri.npy", shape)]
-    else:
-        folder = staging / "truth" / _name(subject)
-        files = [_create(folder / f"{hemisphere}_test_{name}.npy", shape) for name in ("signal", "responses")]
-    for at, *blocks_of_rows in rows:
-        for file, block in zip(files, blocks_of_rows, strict=True):
-            if file is not None:
-                file[at] = block
+        return [staging / _name(subject) / "training_split" / "training_fmri" / f"{hemisphere}_training_fmri.npy"]
+    return [staging / "truth" / _name(subject) / f"{hemisphere}_test_{what}.npy" for what in ("responses", "signal")]
+
+
+@contextmanager
+def _row_file(path: Path, shape: tuple[int, int]) -> Iterator[BinaryIO]:
+    """A float32 .npy of that shape whose rows are appended: a memory map would keep all of them in memory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype("<f4")), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        yield file
 
 
 def _write_masks(config: SimulateConfig, folder: Path, subject: int, hemisphere: str, vertices: Vertices) -> None:
@@ -277,11 +287,6 @@ def _write_truth(path: Path, planted: Planted) -> None:
         ceiling=planted.ceiling,
         dead=planted.dead,
     )
-
-
-def _create(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
 
 
 def _save(path: Path, values: np.ndarray) -> None:

@@ -1,0 +1,424 @@
+"""Closed-form heads equal the plain formula, and choose penalties by the errors that they say they do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.base import clone
+from sklearn.linear_model import Ridge
+
+import heads.ridge
+from featcache.errors import ConfigError
+from featcache.splits import assign_folds
+from heads.config import RidgeConfig
+from heads.metrics import pearson_r
+from heads.ridge import LinearMap, RidgeFolds, RidgeHead, _gcv_errors, _loo_errors, eigenbasis, is_exact
+
+SHAPES = [(60, 10), (10, 60), (21, 20), (20, 20), (20, 21), (22, 20), (5, 1), (3, 4)]
+MULTIPLES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
+
+all_shapes = pytest.mark.parametrize(("n_images", "n_features"), SHAPES)
+both_selections = pytest.mark.parametrize("selection", ["loo", "gcv"])
+
+
+def planted(n_images, n_features, n_vertices=6, noise=0.5, seed=0):
+    """Features, responses, and the weights that made them; float32, as the cache has them."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(n_images, n_features))
+    weights = rng.normal(size=(n_features, n_vertices)) / np.sqrt(n_features)
+    responses = features @ weights + noise * rng.normal(size=(n_images, n_vertices))
+    return features.astype(np.float32), responses.astype(np.float32), weights
+
+
+def slow_ridge(features, responses, penalties):
+    """Weights and intercepts, a vertex at a time: solve (X'X + p I) w = X'y in float64, X and y centred."""
+    features, responses = features.astype(np.float64), responses.astype(np.float64)
+    centred, weights = features - features.mean(0), []
+    for y, penalty in zip(responses.T, penalties, strict=True):
+        gram = centred.T @ centred + penalty * np.eye(centred.shape[1])
+        weights.append(np.linalg.solve(gram, centred.T @ (y - y.mean())))
+    weights = np.stack(weights, axis=1)
+    return weights, responses.mean(0) - features.mean(0) @ weights
+
+
+def assert_is_ridge(head, features, responses, atol=2e-4, weight_atol=1e-3):
+    weights, intercept = slow_ridge(features, responses, head.penalties_)
+    np.testing.assert_allclose(head.weights_, weights, rtol=1e-3, atol=weight_atol)
+    predictions = features.astype(np.float64) @ weights + intercept
+    np.testing.assert_allclose(head.predict(features), predictions, rtol=1e-5, atol=atol)
+
+
+def slow_hat(features, penalty):
+    """(n_images, n_images) H with H y the predictions of the training images, intercept and all."""
+    centred = features.astype(np.float64) - features.astype(np.float64).mean(0)
+    gram = centred.T @ centred + penalty * np.eye(centred.shape[1])
+    return centred @ np.linalg.solve(gram, centred.T) + 1 / len(features)
+
+
+def slow_gcv(features, responses, penalty):
+    hat, n_images = slow_hat(features, penalty), len(features)
+    residuals = responses - hat @ responses.astype(np.float64)
+    return (residuals**2).mean(0) / (1 - np.trace(hat) / n_images) ** 2
+
+
+def slow_loo(features, responses, penalty):
+    """Refit without each image in turn."""
+    errors = []
+    for left_out in range(len(features)):
+        kept = np.arange(len(features)) != left_out
+        weights, intercept = slow_ridge(features[kept], responses[kept], [penalty] * responses.shape[1])
+        errors.append((responses[left_out] - features[left_out].astype(np.float64) @ weights - intercept) ** 2)
+    return np.mean(errors, axis=0)
+
+
+def error_parts(features, responses, penalties):
+    """What the error functions are given by `solve`."""
+    x, y = torch.from_numpy(features), torch.from_numpy(responses)
+    basis, centred = eigenbasis(x), y - y.mean(0)
+    rotated = basis.vectors.T @ ((x - basis.mean).T @ centred)
+    shrinkage = basis.values / (basis.values + torch.as_tensor(penalties, dtype=torch.float32)[:, None])
+    return basis, rotated, centred, shrinkage, (x - basis.mean) @ basis.vectors
+
+
+@all_shapes
+@both_selections
+def test_weights_and_predictions_are_those_of_the_formula(n_images, n_features, selection):
+    features, responses, _ = planted(n_images, n_features)
+    assert_is_ridge(RidgeHead(selection=selection).fit(features, responses), features, responses)
+
+
+@all_shapes
+def test_weights_are_those_of_scikit_learn(n_images, n_features):
+    features, responses, _ = planted(n_images, n_features)
+    head = RidgeHead(penalties=MULTIPLES).fit(features, responses)
+    reference = Ridge(alpha=head.penalties_.astype(np.float64)).fit(features.astype(np.float64), responses)
+    np.testing.assert_allclose(head.weights_, reference.coef_.T, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(head.intercept_, reference.intercept_, rtol=1e-3, atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_images=st.integers(3, 30),
+    n_features=st.integers(1, 30),
+    n_vertices=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+    selection=st.sampled_from(["auto", "loo", "gcv"]),
+)
+def test_formula_holds_for_any_shape(n_images, n_features, n_vertices, seed, selection):
+    features, responses, _ = planted(n_images, n_features, n_vertices, seed=seed)
+    # float32 keeps four digits of the weights down to a hundredth of the mean eigenvalue, whatever is below it.
+    head = RidgeHead(penalties=MULTIPLES[1:], selection=selection).fit(features, responses)
+    assert head.weights_.shape == (n_features, n_vertices)
+    assert head.intercept_.shape == head.penalties_.shape == (n_vertices,)
+    assert_is_ridge(head, features, responses)
+
+
+@both_selections
+@pytest.mark.parametrize(("n_images", "n_features"), [(60, 10), (20, 40)])
+def test_constant_features_have_no_weight(n_images, n_features, selection):
+    features, responses, _ = planted(n_images, n_features)
+    features[:, [0, 3]] = [0, 7.3]
+    head = RidgeHead(selection=selection).fit(features, responses)
+    assert np.abs(head.weights_[[0, 3]]).max() < 1e-4
+    assert_is_ridge(head, features, responses)
+
+
+@both_selections
+@pytest.mark.parametrize("value", [0, 1000.1, -3e-5])
+def test_features_that_are_all_constant_predict_the_mean(value, selection):
+    _, responses, _ = planted(30, 4)
+    features = np.full((30, 4), value, dtype=np.float32)
+    predictions = RidgeHead(selection=selection).fit(features, responses).predict(features)
+    np.testing.assert_allclose(predictions, np.broadcast_to(responses.mean(0), (30, 6)), atol=1e-5)
+
+
+@both_selections
+@pytest.mark.parametrize("value", [0, 0.1, 1000.1])
+def test_constant_responses_are_predicted_as_they_are(value, selection):
+    features, responses, _ = planted(40, 8)
+    responses[:, 2] = value
+    head = RidgeHead(selection=selection).fit(features, responses)
+    new = 10 * planted(50, 8, seed=1)[0]
+    np.testing.assert_allclose(head.predict(new)[:, 2], np.float32(value), rtol=1e-6, atol=1e-6)
+    assert_is_ridge(head, features, responses)
+
+
+@both_selections
+def test_rows_that_repeat(selection):
+    features, responses, _ = planted(12, 20)
+    features, responses = np.tile(features, (3, 1)), np.tile(responses, (3, 1))
+    assert_is_ridge(RidgeHead(selection=selection).fit(features, responses), features, responses)
+
+
+@both_selections
+@pytest.mark.parametrize(("n_images", "n_features"), [(80, 10), (20, 40)])
+def test_large_offsets_change_nothing_but_the_intercept(n_images, n_features, selection):
+    # Whole numbers over 64, so that float32 holds the sums exactly.
+    features, responses, _ = (np.round(64 * part) / 64 for part in planted(n_images, n_features))
+    plain = RidgeHead(penalties=MULTIPLES, selection=selection).fit(features, responses)
+    moved = RidgeHead(penalties=MULTIPLES, selection=selection).fit(features + 1000, responses - 1000)
+    np.testing.assert_allclose(moved.penalties_, plain.penalties_, rtol=1e-4)
+    np.testing.assert_allclose(moved.weights_, plain.weights_, atol=1e-3)
+    np.testing.assert_allclose(moved.predict(features + 1000) + 1000, plain.predict(features), atol=5e-3)
+
+
+@pytest.mark.parametrize(("n_images", "n_features"), [(30, 6), (12, 25), (16, 15), (15, 15)])
+def test_leave_one_out_errors_are_those_of_refits(n_images, n_features):
+    features, responses, _ = planted(n_images, n_features, n_vertices=3)
+    penalties = [0.5, 5.0, 50.0]
+    basis, rotated, centred, shrinkage, scores = error_parts(features, responses, penalties)
+    errors = _loo_errors(basis, rotated, shrinkage, scores, centred)
+    expected = [slow_loo(features, responses, penalty) for penalty in penalties]
+    np.testing.assert_allclose(errors, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("n_images", "n_features"), [(30, 6), (12, 25), (16, 15), (15, 15)])
+def test_gcv_errors_are_those_of_the_hat_matrix(n_images, n_features):
+    features, responses, _ = planted(n_images, n_features, n_vertices=3)
+    penalties = [0.5, 5.0, 50.0]
+    basis, rotated, centred, shrinkage, _ = error_parts(features, responses, penalties)
+    freedom = (shrinkage.sum(1) + 1) / n_images
+    errors = _gcv_errors(basis, rotated, centred.square().sum(0), shrinkage, freedom)
+    expected = [slow_gcv(features, responses, penalty) for penalty in penalties]
+    np.testing.assert_allclose(errors, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("selection", "slow_error"), [("loo", slow_loo), ("gcv", slow_gcv)])
+@pytest.mark.parametrize(("n_images", "n_features"), [(30, 6), (20, 25)])
+def test_each_vertex_has_the_penalty_of_least_error(selection, slow_error, n_images, n_features):
+    features, responses, _ = planted(n_images, n_features, n_vertices=12, noise=1)
+    head = RidgeHead(penalties=MULTIPLES, selection=selection).fit(features, responses)
+    penalties = eigenbasis(torch.from_numpy(features)).penalties(MULTIPLES).numpy()
+    best = np.argmin([slow_error(features, responses, penalty) for penalty in penalties], axis=0)
+    assert len(set(best)) > 1  # else the table says nothing
+    np.testing.assert_allclose(head.penalties_, penalties[best], rtol=1e-5)
+
+
+@both_selections
+def test_noise_is_penalised_more_than_signal(selection):
+    features, responses, _ = planted(100, 20, n_vertices=2, noise=0.01)
+    responses[:, 1] = np.random.default_rng(1).normal(size=100)
+    clean, noisy = RidgeHead(selection=selection).fit(features, responses).penalties_
+    assert noisy > 100 * clean
+
+
+def test_penalties_are_multiples_of_the_mean_eigenvalue():
+    features, responses, _ = planted(50, 8)
+    head = RidgeHead(penalties=[0.3]).fit(features, responses)
+    scatter = np.cov(features.astype(np.float64), rowvar=False, ddof=0) * len(features)
+    np.testing.assert_allclose(head.penalties_, 0.3 * np.linalg.eigvalsh(scatter).mean(), rtol=1e-5)
+
+
+@both_selections
+@pytest.mark.parametrize("penalties", [(1e-12, 1e-11), (1e-11, 1e-12)])
+def test_interpolation_is_never_taken_for_a_perfect_fit(penalties, selection):
+    # More features than images and hardly any penalty: no error is left to choose by, so the largest penalty serves.
+    features, responses, _ = planted(10, 30)
+    head = RidgeHead(penalties=penalties, selection=selection).fit(features, responses)
+    largest = eigenbasis(torch.from_numpy(features)).penalties([max(penalties)])
+    np.testing.assert_allclose(head.penalties_, largest.expand(6), rtol=1e-5)
+
+
+@both_selections
+def test_order_of_the_penalties_does_not_matter(selection):
+    features, responses, _ = planted(20, 25, noise=1)
+    ascending = RidgeHead(penalties=MULTIPLES, selection=selection).fit(features, responses)
+    descending = RidgeHead(penalties=MULTIPLES[::-1], selection=selection).fit(features, responses)
+    np.testing.assert_array_equal(descending.penalties_, ascending.penalties_)
+
+
+@pytest.mark.parametrize("shape", [(400, 10), (400, 30)])
+@both_selections
+def test_a_planted_linear_model_is_recovered(shape, selection):
+    features, responses, weights = planted(*shape, noise=0.01)
+    head = RidgeHead(selection=selection).fit(features, responses)
+    np.testing.assert_allclose(head.weights_, weights, atol=5e-3)
+
+
+@pytest.mark.parametrize(("n_images", "exact"), [(1024, True), (1025, False)])
+def test_auto_is_exact_as_long_as_it_is_cheap(n_images, exact):
+    assert is_exact(RidgeConfig(), n_images) is exact
+    assert is_exact(RidgeConfig(selection="loo"), n_images)
+    assert not is_exact(RidgeConfig(selection="gcv"), n_images)
+
+
+@pytest.mark.parametrize(("n_images", "meant"), [(25, "loo"), (1100, "gcv")])
+def test_auto_gives_the_heads_of_the_selection_it_stands_for(n_images, meant):
+    features, responses, _ = planted(n_images, 6, n_vertices=40, noise=3)
+    # One image of large leverage is what the two selections see differently.
+    features[0] *= 20
+    auto, same, other = (
+        RidgeHead(selection=selection).fit(features, responses).penalties_
+        for selection in ("auto", meant, {"loo": "gcv", "gcv": "loo"}[meant])
+    )
+    np.testing.assert_array_equal(auto, same)
+    assert not np.array_equal(auto, other)
+
+
+@both_selections
+@pytest.mark.parametrize(("n_images", "n_features"), [(60, 10), (20, 30)])
+def test_vertices_do_not_depend_on_their_block(n_images, n_features, selection, monkeypatch):
+    features, responses, _ = planted(n_images, n_features, n_vertices=11)
+    whole = RidgeHead(selection=selection).fit(features, responses)
+    monkeypatch.setattr(heads.ridge, "_VERTEX_BLOCK", 3)
+    blocks = RidgeHead(selection=selection).fit(features, responses)
+    np.testing.assert_array_equal(blocks.penalties_, whole.penalties_)
+    np.testing.assert_allclose(blocks.weights_, whole.weights_, atol=1e-6)
+    np.testing.assert_allclose(blocks.intercept_, whole.intercept_, atol=1e-6)
+
+
+def test_the_answer_is_of_the_kind_of_the_question():
+    features, responses, _ = planted(30, 5)
+    arrays = RidgeHead().fit(features, responses)
+    tensors = RidgeHead().fit(torch.from_numpy(features), torch.from_numpy(responses))
+    for name in ("weights_", "intercept_", "penalties_"):
+        array, tensor = getattr(arrays, name), getattr(tensors, name)
+        assert isinstance(array, np.ndarray) and array.dtype == np.float32
+        assert isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32
+        np.testing.assert_array_equal(array, tensor)
+    assert isinstance(arrays.predict(features), np.ndarray)
+    assert isinstance(tensors.predict(torch.from_numpy(features)), torch.Tensor)
+    assert isinstance(arrays.predict(torch.from_numpy(features)), torch.Tensor)
+    assert isinstance(tensors.predict(features), np.ndarray)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int64])
+def test_other_number_types_serve(dtype):
+    features, responses = (np.round(4 * part).astype(dtype) for part in planted(30, 5)[:2])
+    head = RidgeHead().fit(features, responses)
+    assert head.predict(features).dtype == np.float32
+    assert_is_ridge(head, features, responses, atol=1e-3)
+
+
+def test_arguments_are_left_as_they_are():
+    features, responses, _ = planted(30, 5)
+    before = features.copy(), responses.copy()
+    RidgeHead().fit(features, responses).predict(features)
+    np.testing.assert_array_equal(features, before[0])
+    np.testing.assert_array_equal(responses, before[1])
+
+
+def test_scikit_learn_can_clone_and_score_it():
+    head = RidgeHead(penalties=[0.1, 1.0], selection="gcv")
+    features, responses, _ = planted(60, 5, noise=0.01)
+    copy = clone(head.fit(features, responses))
+    assert copy.get_params() == {"penalties": [0.1, 1.0], "selection": "gcv"}
+    assert not hasattr(copy, "weights_")
+    assert RidgeHead().fit(features, responses).score(features, responses) > 0.99
+
+
+def broken(which, change):
+    features, responses, _ = planted(20, 5)
+    parts = {"features": features, "responses": responses}
+    parts[which] = change(parts[which])
+    return parts["features"], parts["responses"]
+
+
+def with_value(value):
+    def change(matrix):
+        matrix = matrix.copy()
+        matrix[4, 2] = value
+        return matrix
+
+    return change
+
+
+@pytest.mark.parametrize("which", ["features", "responses"])
+@pytest.mark.parametrize(
+    "change",
+    [with_value(np.nan), with_value(np.inf), lambda m: m[:, 0], lambda m: m[None], lambda m: m[:-1], lambda m: m[:0]],
+    ids=["nan", "inf", "1-d", "3-d", "a row less", "no rows"],
+)
+def test_matrices_that_cannot_be_fitted_are_refused(which, change):
+    with pytest.raises(ConfigError, match="expected"):
+        RidgeHead().fit(*broken(which, change))
+
+
+def test_too_few_images_are_refused():
+    features, responses, _ = planted(2, 5)
+    with pytest.raises(ConfigError, match="3 or more"):
+        RidgeHead().fit(features, responses)
+
+
+def test_other_features_than_in_fit_are_refused():
+    features, responses, _ = planted(20, 5)
+    head = RidgeHead().fit(features, responses)
+    with pytest.raises(ConfigError, match="expected 5 features"):
+        head.predict(features[:, :4])
+
+
+@pytest.mark.parametrize("settings", [{"selection": "best"}, {"penalties": []}, {"penalties": [-1.0]}])
+def test_settings_that_mean_nothing_are_refused(settings):
+    features, responses, _ = planted(20, 5)
+    with pytest.raises(ConfigError):
+        RidgeHead(**settings).fit(features, responses)
+
+
+def out_of_fold(features, responses, folds, config):
+    predictions = torch.empty(responses.shape)
+    x, y = torch.from_numpy(features), torch.from_numpy(responses)
+    for fold, head in enumerate(RidgeFolds(x, folds, config).fit(y)):
+        predictions[folds == fold] = head(x[folds == fold])
+    return predictions.numpy()
+
+
+@both_selections
+@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize(("n_images", "n_features"), [(120, 10), (40, 60), (40, 32), (40, 33), (40, 31)])
+def test_every_fold_is_fitted_as_if_alone(n_images, n_features, offset, selection):
+    features, responses, _ = planted(n_images, n_features, noise=1)
+    features, responses = features + np.float32(offset), responses - np.float32(offset)
+    folds = np.arange(n_images) % 5  # equal folds, so that 32 training images meet 31, 32 and 33 features
+    config = RidgeConfig(penalties=MULTIPLES[2:], selection=selection)
+    maps = RidgeFolds(torch.from_numpy(features), folds, config).fit(torch.from_numpy(responses))
+    assert len(maps) == 5
+    for fold, head in enumerate(maps):
+        assert isinstance(head, LinearMap)
+        trained = folds != fold
+        alone = RidgeHead(config.penalties, selection).fit(features[trained], responses[trained])
+        np.testing.assert_allclose(head.weights, alone.weights_, atol=2e-3)
+        predictions = head(torch.from_numpy(features))
+        np.testing.assert_allclose(predictions, alone.predict(features), atol=2e-2 if offset else 1e-3)
+
+
+@both_selections
+@pytest.mark.parametrize(("n_images", "n_features"), [(120, 10), (40, 60)])
+def test_held_out_responses_do_not_reach_their_fold(n_images, n_features, selection):
+    features, responses, _ = planted(n_images, n_features, noise=1)
+    folds, x = np.arange(n_images) % 4, torch.from_numpy(features)
+    solver = RidgeFolds(x, folds, RidgeConfig(penalties=MULTIPLES, selection=selection))
+    before = solver.fit(torch.from_numpy(responses))
+    other = responses.copy()
+    other[folds == 2] = np.random.default_rng(5).normal(size=other[folds == 2].shape)
+    after = solver.fit(torch.from_numpy(other))
+    np.testing.assert_allclose(after[2](x), before[2](x), atol=1e-4)
+    assert (after[1](x) - before[1](x)).abs().max() > 0.01
+
+
+def test_one_solver_serves_many_responses():
+    features, responses, _ = planted(60, 8, n_vertices=10)
+    solver = RidgeFolds(torch.from_numpy(features), np.arange(60) % 3, RidgeConfig())
+    together = solver.fit(torch.from_numpy(responses))
+    parts = [solver.fit(torch.from_numpy(responses[:, block])) for block in (slice(0, 4), slice(4, 10))]
+    for fold, head in enumerate(together):
+        weights = torch.cat([part[fold].weights for part in parts], 1)
+        np.testing.assert_allclose(weights, head.weights, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n_images", "n_features"), [(400, 20), (150, 200)])
+@both_selections
+def test_shuffled_responses_cannot_be_predicted(n_images, n_features, selection):
+    features, responses, _ = planted(n_images, n_features, n_vertices=60)
+    folds, config = assign_folds(np.arange(n_images), 5, 0), RidgeConfig(selection=selection)
+    shuffled = responses[np.random.default_rng(3).permutation(n_images)]
+    assert mean_r_in_folds(features, responses, folds, config) > 0.4
+    assert abs(mean_r_in_folds(features, shuffled, folds, config)) < 0.05
+
+
+def mean_r_in_folds(features, responses, folds, config):
+    """Fold by fold: across folds, the mean of the training images is below where that of the held-out ones is above."""
+    predictions = out_of_fold(features, responses, folds, config)
+    return np.mean([pearson_r(predictions[folds == fold], responses[folds == fold]) for fold in np.unique(folds)])
