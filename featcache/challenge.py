@@ -4,9 +4,9 @@ Layout of Algonauts 2023 (Gifford et al. 2023, https://arxiv.org/abs/2301.03198)
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +109,10 @@ def scan_tree(root: Path, noise_ceiling: Path | None = None) -> tuple[Challenge,
     if not folders:
         return Challenge(root, ()), [Fault(root, "expected folders subj01, subj02, ...; found none")]
     scans = [_Scan(folder) for folder in folders]
-    ceilings, notes = _read_ceilings(scans, _ceiling_folder(root, noise_ceiling))
-    subjects = tuple(_scan_subject(scan, ceilings.get(scan.folder.name, {})) for scan in scans)
+    subjects = [_scan_subject(scan) for scan in scans]
+    notes = _read_ceilings(scans, subjects, _ceiling_folder(root, noise_ceiling))
     notes += _absences(subjects) + _shared_notes(subjects)
-    return Challenge(root, subjects, tuple(notes)), [fault for scan in scans for fault in scan.faults]
+    return Challenge(root, tuple(subjects), tuple(notes)), [fault for scan in scans for fault in scan.faults]
 
 
 def open_challenge(root: Path, noise_ceiling: Path | None = None) -> Challenge:
@@ -157,7 +157,7 @@ def _response_path(folder: Path, hemisphere: str) -> Path:
     return folder / "training_split" / "training_fmri" / f"{hemisphere}_training_fmri.npy"
 
 
-def _scan_subject(scan: _Scan, ceilings: dict[str, np.ndarray]) -> Subject:
+def _scan_subject(scan: _Scan) -> Subject:
     train = _scan_images(scan, "training_split/training_images", "train")
     test = _scan_images(scan, "test_split/test_images", "test")
     if both := sorted(set(train.ids.tolist()) & set(test.ids.tolist())):
@@ -172,10 +172,9 @@ def _scan_subject(scan: _Scan, ceilings: dict[str, np.ndarray]) -> Subject:
                 scan.fault(
                     path, f"expected a row for each of {len(train)} training images; found {len(responses)} rows"
                 )
-    checked = {h: _check_ceiling(scan, h, ceilings.get(h), n_vertices.get(h)) for h in HEMISPHERES}
     fsaverage = {h: _scan_fsaverage(scan, h, n_vertices.get(h)) for h in HEMISPHERES}
     rois = _scan_rois(scan, n_vertices)
-    return Subject(scan.folder.name, scan.folder, train, test, n_vertices, rois, checked, fsaverage)
+    return Subject(scan.folder.name, scan.folder, train, test, n_vertices, rois, dict.fromkeys(HEMISPHERES), fsaverage)
 
 
 def _scan_images(scan: _Scan, folder: str, split: str) -> ImageFiles:
@@ -243,46 +242,41 @@ def _ceiling_folder(root: Path, noise_ceiling: Path | None) -> Path | None:
     return noise_ceiling or (beside if beside.is_dir() else None)
 
 
-def _read_ceilings(scans: list[_Scan], folder: Path | None) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
-    """Every ceiling as a fraction. The unit is decided once, for the folder: one value above 1 is percent."""
+def _read_ceilings(scans: list[_Scan], subjects: list[Subject], folder: Path | None) -> list[str]:
+    """Give the subjects their ceilings as fractions; what to say of them.
+
+    The unit is decided once, for the whole folder: one value above 1 makes it percent.
+    """
     if folder is None:
-        return {}, ["no noise ceilings: scores are mean r and mean r^2"]
-    raw: dict[str, dict[str, np.ndarray]] = {scan.folder.name: {} for scan in scans}
-    for scan in scans:
+        return ["no noise ceilings: scores are mean r and mean r^2"]
+    raw: dict[tuple[int, str], np.ndarray] = {}
+    for number, (scan, subject) in enumerate(zip(scans, subjects, strict=True)):
         for hemisphere in HEMISPHERES:
-            path = folder / scan.folder.name / f"{hemisphere}.npy"
+            path = folder / subject.name / f"{hemisphere}.npy"
             if path.exists() and (ceiling := scan.array(path, 1)) is not None:
-                raw[scan.folder.name][hemisphere] = np.array(ceiling, dtype=np.float32)
-    largest = max((np.nanmax(c, initial=0) for one in raw.values() for c in one.values()), default=0)
-    unit = 100 if largest > 1 else 1
-    name = "percent" if unit == 100 else "fractions"
-    for scan in scans:
-        _check_range(scan, folder, raw[scan.folder.name], unit)
-    fractions = {subject: {h: c / np.float32(unit) for h, c in one.items()} for subject, one in raw.items()}
-    return fractions, [f"noise ceilings from {folder}, read as {name} (largest {largest:.4g})"]
+                raw[number, hemisphere] = np.array(ceiling, dtype=np.float32)
+    largest = max((np.nanmax(ceiling, initial=0) for ceiling in raw.values()), default=0)
+    unit, name = (100, "percent") if largest > 1 else (1, "fractions")
+    for (number, hemisphere), ceiling in raw.items():
+        path = folder / subjects[number].name / f"{hemisphere}.npy"
+        if _check_ceiling(scans[number], path, ceiling, subjects[number].n_vertices.get(hemisphere), unit):
+            both = subjects[number].noise_ceiling | {hemisphere: ceiling / np.float32(unit)}
+            subjects[number] = replace(subjects[number], noise_ceiling=both)
+    return [f"noise ceilings from {folder}, read as {name} (largest {largest:.4g})"]
 
 
-def _check_range(scan: _Scan, folder: Path, ceilings: dict[str, np.ndarray], unit: int) -> None:
-    for hemisphere, ceiling in ceilings.items():
-        bad = np.flatnonzero(~((ceiling >= 0) & (ceiling <= unit)))  # NaN is bad too
-        if len(bad):
-            path = folder / scan.folder.name / f"{hemisphere}.npy"
-            scan.fault(path, f"expected ceilings from 0 to {unit}; found {ceiling[bad[0]]} at vertex {bad[0]}")
+def _check_ceiling(scan: _Scan, path: Path, ceiling: np.ndarray, n_vertices: int | None, unit: int) -> bool:
+    bad = np.flatnonzero(~((ceiling >= 0) & (ceiling <= unit)))  # NaN is bad too
+    if n_vertices is not None and len(ceiling) != n_vertices:
+        scan.fault(path, f"expected a ceiling for each of {n_vertices} vertices; found {len(ceiling)}")
+    elif len(bad):
+        scan.fault(path, f"expected ceilings from 0 to {unit}; found {ceiling[bad[0]]} at vertex {bad[0]}")
+    else:
+        return True
+    return False
 
 
-def _check_ceiling(
-    scan: _Scan, hemisphere: str, ceiling: np.ndarray | None, n_vertices: int | None
-) -> np.ndarray | None:
-    if ceiling is not None and n_vertices is not None and len(ceiling) != n_vertices:
-        scan.fault(
-            _response_path(scan.folder, hemisphere),
-            f"expected the {len(ceiling)} vertices of the noise ceiling; found {n_vertices}",
-        )
-        return None
-    return ceiling
-
-
-def _absences(subjects: tuple[Subject, ...]) -> list[str]:
+def _absences(subjects: Sequence[Subject]) -> list[str]:
     """What some subjects lack, and what that means."""
 
     def lacking(missing: Callable[[Subject, str], bool]) -> str:
@@ -300,7 +294,7 @@ def _absences(subjects: tuple[Subject, ...]) -> list[str]:
     return notes
 
 
-def _shared_notes(subjects: tuple[Subject, ...]) -> list[str]:
+def _shared_notes(subjects: Sequence[Subject]) -> list[str]:
     """Test images that another subject trains on: legal, and a leak for whatever is trained on several subjects."""
     trained = {image_id for subject in subjects for image_id in subject.train.ids.tolist()}
     tested = {image_id for subject in subjects for image_id in subject.test.ids.tolist()}

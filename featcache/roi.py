@@ -39,21 +39,26 @@ def _scalar(_: Any, raw: bytes) -> int:
     return int.from_bytes(raw, "little", signed=True)
 
 
-_ADMITTED: dict[str, Any] = {
-    "_reconstruct": lambda *_: _ObjectArray(),
-    "ndarray": _ObjectArray,
-    "dtype": _Dtype,
-    "scalar": _scalar,
+def _encode(text: str, _: str) -> bytes:
+    """Stands in for _codecs.encode, by which old protocols write bytes."""
+    return text.encode("latin1")
+
+
+_ADMITTED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _ObjectArray,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _encode,
 }
-_NUMPY_MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before and since numpy 2
+    _ADMITTED |= {(_module, "_reconstruct"): lambda *_: _ObjectArray(), (_module, "scalar"): _scalar}
 
 
 class _MappingUnpickler(pickle.Unpickler):
     """Admits what a dict of ints and strings inside a 0-d object array needs, and gives it nothing that can act."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in _NUMPY_MODULES and name in _ADMITTED:
-            return _ADMITTED[name]
+        if (module, name) in _ADMITTED:
+            return _ADMITTED[module, name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a dict of labels never needs")
 
 

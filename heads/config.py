@@ -25,7 +25,7 @@ def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
     terms = []
     for part in text.replace(" ", "").split("+"):
         match = _TERM.fullmatch(part)
-        if match is None or match["name"] not in LOSS_NAMES or float(match["weight"] or 1) == 0:
+        if match is None or match["name"] not in LOSS_NAMES or not 0 < float(match["weight"] or 1) < math.inf:
             raise ConfigError(
                 f"--loss: expected {', '.join(LOSS_NAMES)} or a weighted sum such as smooth_l1+0.5*mnnpc; "
                 f"found {part!r} in {text!r}; correct it"
@@ -38,7 +38,12 @@ def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
 
 def loss_label(terms: tuple[tuple[float, str], ...]) -> str:
     """The one way to write a loss: ((1.0, 'smooth_l1'), (0.5, 'mnnpc')) -> 'smooth_l1+0.5*mnnpc'."""
-    return "+".join(name if weight == 1 else f"{weight:g}*{name}" for weight, name in terms)
+    return "+".join(name if weight == 1 else f"{_digits(weight)}*{name}" for weight, name in terms)
+
+
+def _digits(weight: float) -> str:
+    """As many as tell it from every other, and no '+', which `parse_loss` would take for another term."""
+    return repr(float(weight)).removesuffix(".0").replace("e+", "e")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class AdamWConfig:
         at_least("epochs", self.epochs, 1)
         at_least("batch-size", self.batch_size, 2)
         at_least("patience", self.patience, 1)
+        at_least("validation", self.validation, 2)
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ class FitConfig:
         one_of("device", self.device, DEVICES)
         at_least("folds", self.n_folds, 2)
         at_least("seed", self.seed, 0)
+        parse_loss(self.loss)
         if self.solver == "exact" and not self.exact_reaches_optimum:
             raise ConfigError(
                 "--solver exact: expected --head linear and a loss of mse, pearson and mnnpc, whose optimum it is; "

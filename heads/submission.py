@@ -36,9 +36,11 @@ def write_predictions(folder: Path, subject: Subject, hemisphere: str, predictio
 
 
 def _rounded(predictions: np.ndarray) -> np.ndarray:
-    bits = np.ascontiguousarray(predictions, dtype=np.float32).view(np.uint32)
+    values = np.ascontiguousarray(predictions, dtype=np.float32)
     half = np.uint32(1) << (_DROPPED_BITS - np.uint32(1))
-    return (((bits + half) >> _DROPPED_BITS) << _DROPPED_BITS).view(np.float32)
+    rounded = (((values.view(np.uint32) + half) >> _DROPPED_BITS) << _DROPPED_BITS).view(np.float32)
+    # The carry would make infinity of the largest numbers, and a number of some NaN.
+    return np.where(np.isfinite(values) & np.isfinite(rounded), rounded, values)
 
 
 def write_zip(folder: Path, subjects: Sequence[Subject], path: Path) -> Path:
@@ -61,18 +63,28 @@ def check_submission(path: Path, subjects: Sequence[Subject]) -> None:
     """Raise FeatcacheError unless the challenge would take the zip: names, shapes, type, values and size."""
     if (size := path.stat().st_size) > MAX_BYTES:
         raise _refused(path, f"at most {MAX_BYTES:,} bytes", f"{size:,}")
-    with zipfile.ZipFile(path) as archive:
-        expected = [prediction_name(subject, h) for subject in subjects for h in HEMISPHERES]
-        if sorted(archive.namelist()) != sorted(expected):
-            raise _refused(path, f"the files {', '.join(expected)}", ", ".join(archive.namelist()))
-        for subject in subjects:
-            for hemisphere in HEMISPHERES:
-                _check_member(path, archive, subject, hemisphere)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check_members(path, archive, subjects)
+    except zipfile.BadZipFile as error:
+        raise _refused(path, "a whole zip", f"one that cannot be read ({error})") from error
+
+
+def _check_members(path: Path, archive: zipfile.ZipFile, subjects: Sequence[Subject]) -> None:
+    expected = [prediction_name(subject, h) for subject in subjects for h in HEMISPHERES]
+    if sorted(archive.namelist()) != sorted(expected):
+        raise _refused(path, f"the files {', '.join(expected)}", ", ".join(archive.namelist()) or "none")
+    for subject in subjects:
+        for hemisphere in HEMISPHERES:
+            _check_member(path, archive, subject, hemisphere)
 
 
 def _check_member(path: Path, archive: zipfile.ZipFile, subject: Subject, hemisphere: str) -> None:
     name = prediction_name(subject, hemisphere)
-    predictions = np.load(io.BytesIO(archive.read(name)))
+    try:
+        predictions = np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
+    except ValueError as error:
+        raise _refused(path, f"a whole .npy file of numbers in {name}", str(error)) from error
     shape = (len(subject.test), subject.n_vertices[hemisphere])
     if predictions.shape != shape or predictions.dtype != np.float32:
         raise _refused(path, f"{name} of shape {shape}, float32", f"{predictions.shape}, {predictions.dtype}")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from featcache.errors import ConfigError
 from featcache.splits import assign_folds, refuse_leak
 from heads.config import AdamWConfig, FitConfig
 from heads.losses import Loss, weighted_sum
@@ -43,12 +44,7 @@ class AdamWFolds:
     def _fit_fold(
         self, fold: int, responses: torch.Tensor, noise_ceiling: np.ndarray | None, rois: Sequence[np.ndarray]
     ) -> LinearMap:
-        # The held-out fold is for scoring: when to stop is decided on images taken from the training folds.
-        stop = assign_folds(self._ids, self._config.adamw.validation, self._config.seed + 1) == 0
-        trained, validated = np.flatnonzero((self._folds != fold) & ~stop), np.flatnonzero((self._folds != fold) & stop)
-        if len(validated) < 2:  # a tree so small that the draw left none: take every tenth, by id
-            order = np.argsort(self._ids[trained], kind="stable")
-            validated, trained = trained[order[::10]], np.delete(trained, order[::10])
+        trained, validated = self._split(fold)
         refuse_leak(self._ids[trained], self._ids[validated], f"early stopping of fold {fold}")
         mean, scale = _standardisation(self._features[trained])
         torch.manual_seed(self._config.seed)
@@ -65,6 +61,20 @@ class AdamWFolds:
         )
         weights = best.weights / scale[:, None]
         return LinearMap(weights, best.intercept - mean @ weights)
+
+    def _split(self, fold: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows to train on and rows to decide when to stop by, all outside the fold, which is for scoring."""
+        outside = np.flatnonzero(self._folds != fold)
+        if len(outside) < 4:
+            raise ConfigError(
+                f"fold {fold}: expected 4 or more images outside it, to train on and to decide when to stop; "
+                f"found {len(outside)}; add images, or give other --folds"
+            )
+        stop = assign_folds(self._ids[outside], self._config.adamw.validation, self._config.seed + 1) == 0
+        if not 2 <= stop.sum() <= len(outside) - 2:  # so few images that the draw left none for r: every tenth, by id
+            stop = np.zeros(len(outside), dtype=bool)
+            stop[np.argsort(self._ids[outside], kind="stable")[:: min(10, len(outside) // 2)]] = True
+        return outside[~stop], outside[stop]
 
 
 def train_head(

@@ -1,0 +1,57 @@
+"""A planted tree, small enough to be made anew for every run of the tests."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from featcache.simulate import SimulateConfig, simulate
+
+TINY = SimulateConfig(
+    n_subjects=2,
+    n_train=(30, 24),
+    n_test=(5, 6),
+    n_shared=8,
+    n_vertices=(40, 44),
+    image_size=32,
+    n_reference=50,
+    workers=1,
+)
+V4 = Path(__file__).resolve().parents[2] / "shared" / "real" / "v4"
+
+for name in [name for name in os.environ if name.startswith("FEATCACHE_")]:
+    del os.environ[name]  # a developer's defaults are not the tests'
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two subjects of a simulated tree, for reading."""
+    root = tmp_path_factory.mktemp("tiny") / "challenge"
+    simulate(TINY, root)
+    return root
+
+
+@pytest.fixture
+def tree(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of it, for damaging."""
+    return Path(shutil.copytree(tiny, tmp_path / "challenge"))
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every line that a stage says while it runs."""
+    lines: list[str] = []
+    record: Callable[[str], None] = lines.append
+    for module in ("featcache.extract", "heads.fit", "heads.ensemble", "featcache.progress"):
+        monkeypatch.setattr(f"{module}.say", record)
+    return lines
+
+
+@pytest.fixture(scope="session")
+def v4() -> Path:
+    """Real recordings in the challenge's layout, which are not part of this project."""
+    if not V4.is_dir():
+        pytest.skip(f"no real recordings: {V4} is not on this machine")
+    return V4

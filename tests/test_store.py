@@ -1,0 +1,167 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featcache import store as store_module
+from featcache.errors import StoreError
+from featcache.store import Store, create_store, list_stores, nearest, open_store
+
+RECIPE = {"kind": "features", "size": 224}
+IDS = np.arange(100, 110)
+ROWS = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_CHUNK_ROWS", 4)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return create_store(tmp_path / "features.zarr", "a", RECIPE, IDS, 7, {"pooled": 3, "stem": 2}, {"origin": "test"})
+
+
+@pytest.fixture
+def filled(store: Store) -> Store:
+    store.append({"pooled": ROWS, "stem": ROWS[:, :2]})
+    return store
+
+
+def test_what_was_appended_is_read_after_reopening(filled):
+    again = open_store(filled.path)
+    assert np.array_equal(again.read("pooled"), ROWS) and np.array_equal(again.read("stem", 3, 9), ROWS[3:9, :2])
+    assert again.image_ids.tolist() == IDS.tolist() and again.n_train == 7
+    assert again.recipe == RECIPE and again.facts == {"origin": "test"} and again.complete
+    assert list(again.arrays) == ["pooled", "stem"]
+
+
+def test_rows_that_were_not_committed_are_refused(store):
+    assert not store.complete
+    store.append({"pooled": ROWS[:4]})
+    assert store.committed == {"pooled": 4, "stem": 0}
+    with pytest.raises(StoreError, match="expected 5 rows of pooled; found 4"):
+        store.read("pooled", 0, 5)
+
+
+def test_a_chunk_written_but_not_committed_does_not_count(store):
+    """What a kill between the chunk and its record leaves behind."""
+    store.arrays["pooled"][0:4] = ROWS[:4]
+    with pytest.raises(StoreError, match="found 0"):
+        store.read("pooled", 0, 4)
+    store.append({"pooled": ROWS[:4] + 1})
+    assert np.array_equal(store.read("pooled", 0, 4), ROWS[:4] + 1)
+
+
+def test_rows_must_fill_chunks_until_the_end(store):
+    with pytest.raises(ValueError, match="do not fill chunks of 4"):
+        store.append({"pooled": ROWS[:3]})
+    store.append({"pooled": ROWS[:8]})
+    store.append({"pooled": ROWS[8:]})
+    assert np.array_equal(store.read("pooled"), ROWS)
+
+
+def test_rows_of_another_width_or_past_the_end_are_refused(store):
+    for rows in (ROWS[:, :2], np.zeros((12, 3), np.float32)):
+        with pytest.raises(ValueError, match="do not fit"):
+            store.append({"pooled": rows})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused_by_name_and_nothing_is_committed(store, bad):
+    rows = ROWS.copy()
+    rows[5, 1] = bad
+    with pytest.raises(StoreError, match="found NaN or infinity in pooled"):
+        store.append({"pooled": rows})
+    assert store.committed["pooled"] == 0
+
+
+def chunk_files(store: Store, name: str) -> list[Path]:
+    return sorted(path for path in (store.path / name / "c").rglob("*") if path.is_file())
+
+
+def test_one_flipped_bit_is_noticed(filled):
+    path = chunk_files(filled, "pooled")[1]
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+    assert np.array_equal(filled.read("pooled", 0, 4), ROWS[:4])
+    with pytest.raises(StoreError, match="fails its checksum"):
+        filled.read("pooled")
+
+
+def test_a_lost_chunk_does_not_read_as_zeros(filled):
+    chunk_files(filled, "pooled")[0].unlink()
+    with pytest.raises(StoreError, match="a chunk of pooled is missing"):
+        filled.read("pooled")
+
+
+def test_a_truncated_chunk_is_noticed(filled):
+    path = chunk_files(filled, "stem")[0]
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(StoreError, match="delete it and run the command that writes it again"):
+        filled.read("stem")
+
+
+def test_a_store_of_another_format_is_refused_with_both_numbers(filled):
+    description = filled.path / "zarr.json"
+    content = json.loads(description.read_text())
+    content["attributes"]["featcache"]["format"] = 0
+    description.write_text(json.dumps(content))
+    with pytest.raises(StoreError, match="expected store format 1; found 0; delete it"):
+        list_stores(filled.path.parent)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"zarr_format": 3, "node_type": "group", "attributes": {}}'])
+def test_a_damaged_description_is_refused(filled, content):
+    (filled.path / "zarr.json").write_text(content)
+    with pytest.raises(StoreError, match="its description cannot be read"):
+        open_store(filled.path)
+
+
+def test_a_damaged_record_of_rows_is_refused(filled):
+    (filled.path / "committed.json").write_text("{")
+    with pytest.raises(StoreError, match=r"committed.json cannot be read"):
+        filled.read("pooled")
+
+
+def test_a_half_made_store_is_not_listed(filled):
+    (filled.path.parent / ".a-other.123").mkdir()
+    assert [store.name for store in list_stores(filled.path.parent)] == [filled.name]
+    assert list_stores(filled.path / "nowhere") == []
+
+
+def test_a_miss_names_the_nearest_store_and_the_setting(store, tmp_path):
+    far = create_store(store.path.parent, "b", {"kind": "x", "size": 1, "dtype": "x"}, IDS, 7, {"pooled": 3}, {})
+    found = nearest({"kind": "features", "size": 384}, [far, store])
+    assert found is not None and found[0].name == store.name and found[1] == {"size": (384, 224)}
+    assert nearest(RECIPE, []) is None
+
+
+def test_a_store_that_cannot_fit_on_the_disk_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 100})())
+    with pytest.raises(StoreError, match=r"GB of free disk; found 0.0 GB"):
+        create_store(tmp_path / "f", "a", RECIPE, IDS, 7, {"pooled": 3}, {})
+    assert list((tmp_path / "f").iterdir()) == []
+
+
+def test_chunk_rows_are_powers_of_two_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(store_module, "_CHUNK_ROWS", 256)
+    for n_columns in (0, 1, 1280, 20_544, 10**6, 10**8):
+        rows = store_module._chunk_rows(n_columns)
+        assert rows in {1 << k for k in range(9)} and (rows == 1 or rows * n_columns * 4 <= 16 << 20)
+
+
+def test_a_second_writer_is_refused(store):
+    script = (
+        "import sys; from pathlib import Path; from featcache.store import open_store\n"
+        "with open_store(Path(sys.argv[1])).writing(): print('wrote')"
+    )
+    with store.writing():
+        second = subprocess.run([sys.executable, "-c", script, store.path], capture_output=True, text=True)
+    assert "found another process writing" in second.stderr
+    third = subprocess.run([sys.executable, "-c", script, store.path], capture_output=True, text=True)
+    assert third.stdout == "wrote\n"
