@@ -104,17 +104,18 @@ def _build(config: BackboneConfig) -> tuple[nn.Module, str]:
 
 
 def _create(config: BackboneConfig, pretrained: bool = False, **overlay: Any) -> nn.Module:
-    """The network without its classifier; `overlay` tells timm's own loader where the weights are."""
+    """The network without its classifier; `overlay` tells timm's own loader where the weights are.
+
+    It is built with the classifier that the weights have, and loses it afterwards: asked for none, timm's loader stops
+    being strict and takes a file of any other network without a word.
+    """
     # Transformers need their position embeddings made for the size; convolutions take any and know no such argument.
     fixed = _pretrained_config(config.name).get("fixed_input_size", False)
     size: dict[str, Any] = {"img_size": config.size} if fixed and config.size is not None else {}
-    return timm.create_model(
-        config.name,
-        pretrained=pretrained or bool(overlay),
-        pretrained_cfg_overlay=overlay or None,
-        num_classes=0,
-        **size,
-    )
+    pretrained = pretrained or bool(overlay)
+    model = timm.create_model(config.name, pretrained=pretrained, pretrained_cfg_overlay=overlay or None, **size)
+    model.reset_classifier(0)
+    return model
 
 
 def _pretrained_config(name: str) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
             f"--weights: expected hub, packaged, none or a weights file; found no file {path}; correct it"
         )
     try:
-        return _create(config, file=str(path))
+        return _create(config, state_dict=_with_classifier(config, timm.models.load_state_dict(str(path))))
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
         if "weights_only" in str(error):
             raise BackboneError(
@@ -138,11 +139,22 @@ def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
             f"--weights: expected weights of {config.name}; found others in {path} ({_mismatch(error)}); "
             "name the backbone that they belong to"
         ) from error
-    except (OSError, EOFError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+    except (OSError, EOFError, ValueError, LookupError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
         raise BackboneError(
             f"--weights: expected a .safetensors or .pth file; found {path}, which cannot be read ({_short(error)}); "
             "copy it again"
         ) from error
+
+
+def _with_classifier(config: BackboneConfig, state: dict[str, Any]) -> dict[str, Any]:
+    """A file's tensors, with a fresh classifier where it has none or one for other classes: we drop it anyway."""
+    known = _pretrained_config(config.name)
+    names = known.get("classifier") or ()
+    for name in (names,) if isinstance(names, str) else names:
+        if f"{name}.weight" not in state or len(state[f"{name}.weight"]) != known["num_classes"]:
+            fresh = timm.create_model(config.name).get_submodule(name).state_dict()
+            state = state | {f"{name}.{key}": tensor for key, tensor in fresh.items()}
+    return state
 
 
 def _from_hub(config: BackboneConfig) -> nn.Module:
