@@ -200,6 +200,7 @@ def cross_validate(
     for block in (slice(start, min(start + step, n_vertices)) for start in range(0, n_vertices, step)):
         y = torch.from_numpy(np.array(responses[:, block], dtype=np.float32)).to(features.device)
         maps = solver.fit(y, noise_ceiling=ceiling, rois=tuple(subject.rois[hemisphere].values()))
+        maps = [_on_one_level(head, features[:n_train][folds != fold], y) for fold, head in enumerate(maps)]
         for fold, head in enumerate(maps):
             held_out = np.flatnonzero(folds == fold)
             predictions[held_out, block] = head(features[held_out]).cpu().numpy()
@@ -208,6 +209,16 @@ def cross_validate(
         mean.weights[:, block], mean.intercept[block] = average.weights.cpu(), average.intercept.cpu()
         advance(block.stop - block.start)
     return predictions, mean
+
+
+def _on_one_level(head: LinearMap, trained: torch.Tensor, responses: torch.Tensor) -> LinearMap:
+    """The same head with the intercept that puts its mean prediction of the images it was trained on at one level.
+
+    A fold whose responses happen to be high leaves a low mean to the head that is trained without it. Left in, these
+    opposite steps give predictions of pure noise a correlation below 0 and take some from every real one. The level,
+    the mean response to all training images, is one number for all folds, so no r can depend on it.
+    """
+    return LinearMap(head.weights, responses.mean(0) - trained.mean(0) @ head.weights)
 
 
 def _append(store: Store, hemisphere: str, predictions: np.ndarray) -> None:

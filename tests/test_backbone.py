@@ -168,7 +168,7 @@ class Attack:
 
 def test_a_weights_file_that_runs_code_is_refused_and_runs_nothing(tmp_path):
     torch.save({"stem.weight": Attack(tmp_path / "made")}, tmp_path / "w.pth")
-    with pytest.raises(BackboneError, match="found code in .* which was not run"):
+    with pytest.raises(BackboneError, match=r"found code in .* which was not run"):
         load_backbone(BackboneConfig(SMALL, str(tmp_path / "w.pth")))
     assert not (tmp_path / "made").exists()
 
@@ -187,7 +187,9 @@ def test_an_unreachable_hub_is_one_line_that_names_the_ways_out(monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     monkeypatch.setattr("featcache.backbone._cached", lambda hub_id: None)
-    with pytest.raises(BackboneError, match=r"no network.*--weights packaged .*--weights PATH .*--weights none") as found:
+    with pytest.raises(
+        BackboneError, match=r"no network.*--weights packaged .*--weights PATH .*--weights none"
+    ) as found:
         load_backbone(BackboneConfig())
     assert "\n" not in str(found.value)
 

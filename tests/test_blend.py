@@ -36,7 +36,7 @@ FOLDS = assign_folds(IDS[:N_TRAIN], 5, 0)
 
 
 def made_up(n_models=N_MODELS, seed=0, noise=(0.5, 1, 2, 4)):
-    """Predictions (n_models, n_train + n_test, n_vertices) of models of several qualities, units and places; responses."""
+    """Predictions (n_models, n_images, n_vertices) of models of several qualities, units and places, and responses."""
     rng = np.random.default_rng(seed)
     responses = rng.normal(size=(N_TRAIN + N_TEST, N_VERTICES)) * 3 + 1
     predictions = [
@@ -216,7 +216,7 @@ def test_r_of_weights_that_differ_from_fold_to_fold(data):
     standard = slow_standard(predictions)[:, :N_TRAIN]
     blend = np.empty((N_TRAIN, N_VERTICES))
     for fold, w in enumerate(weights):
-        blend[FOLDS == fold] = mixed(w, standard)[FOLDS == fold]
+        blend[fold == FOLDS] = mixed(w, standard)[fold == FOLDS]
     r = nested_r(standard_moments(predictions, responses), weights)
     np.testing.assert_allclose(r, slow_r(blend, responses[:N_TRAIN]), atol=1e-6)
 
@@ -333,7 +333,7 @@ def test_the_whole_of_it(method, ceiling, data, tmp_path):
         blend = np.empty((N_TRAIN, N_VERTICES))
         for fold in range(5):
             weights = learn(moments.total(without=fold), quality)
-            blend[FOLDS == fold] = mixed(weights, standard[:, :N_TRAIN])[FOLDS == fold]
+            blend[fold == FOLDS] = mixed(weights, standard[:, :N_TRAIN])[fold == FOLDS]
         np.testing.assert_allclose(result.r[name], slow_r(blend, of_images), atol=1e-6)
     np.testing.assert_allclose(result.weights, METHODS[method](moments.total(), quality), atol=1e-9)
     assert result.test.shape == (N_TEST, N_VERTICES)

@@ -136,7 +136,7 @@ def test_all_faults_are_listed_at_once(tree):
 
 def test_every_command_refuses_a_tree_with_a_cheap_fault(tree):
     drop_row(tree)
-    with pytest.raises(ChallengeError, match="expected a row for each of 30 .* run 'check'"):
+    with pytest.raises(ChallengeError, match=r"expected a row for each of 30 .* run 'check'"):
         open_challenge(tree)
 
 

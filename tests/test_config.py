@@ -28,7 +28,7 @@ def test_differences_names_each_setting():
     [{"dtype": "float8"}, {"device": "tpu"}, {"batch_size": 0}, {"workers": 0}, {"layers": ("nowhere",)}],
 )
 def test_extract_config_refuses(settings):
-    with pytest.raises(ConfigError, match="expected .* found"):
+    with pytest.raises(ConfigError, match=r"expected .* found"):
         ExtractConfig(**settings)
 
 

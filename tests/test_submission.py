@@ -175,7 +175,7 @@ def test_predictions_that_are_wrong_do_not_replace_a_zip_that_is_right(folder, s
     path = write_zip(folder, subjects, tmp_path / "submission.zip")
     right = path.read_bytes()
     write_predictions(folder, subjects[0], "lh", np.full((5, 4), np.nan))
-    with pytest.raises(FeatcacheError, match="expected finite values in subj01/lh_pred_test.npy"):
+    with pytest.raises(FeatcacheError, match="expected finite values in subj01/lh_pred_test"):
         write_zip(folder, subjects, path)
     assert path.read_bytes() == right
 

