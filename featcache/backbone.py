@@ -113,7 +113,7 @@ def _create(config: BackboneConfig, pretrained: bool = False, **overlay: Any) ->
     fixed = _pretrained_config(config.name).get("fixed_input_size", False)
     size: dict[str, Any] = {"img_size": config.size} if fixed and config.size is not None else {}
     pretrained = pretrained or bool(overlay)
-    model = timm.create_model(config.name, pretrained=pretrained, pretrained_cfg_overlay=overlay or None, **size)
+    model: Any = timm.create_model(config.name, pretrained=pretrained, pretrained_cfg_overlay=overlay or None, **size)
     model.reset_classifier(0)
     return model
 

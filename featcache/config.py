@@ -22,7 +22,7 @@ def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
 
 def at_least(option: str, value: float, minimum: float) -> None:
     """Refuse a number below the smallest one that works."""
-    if value < minimum:
+    if not value >= minimum:  # NaN is refused too
         raise ConfigError(f"--{option}: expected {minimum} or more; found {value}; raise it")
 
 

@@ -9,7 +9,7 @@ from heads.ridge import LinearMap
 
 # torch's own start predicts noise of the size of the signal, which few images never wear down; zero would leave
 # correlation losses without a gradient.
-_START = 1e-2
+_START = 0.1
 
 
 def _layer(n_features: int, n_outputs: int) -> nn.Linear:

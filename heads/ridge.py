@@ -4,8 +4,8 @@ With X the centred features and U e U' = X'X, the weights of a vertex under pena
 
     w(p) = U (U'X'y) / (e + p)
 
-so one eigendecomposition serves every vertex and penalty, and X'y is all that is needed of the responses. Folds are
-had by subtraction: X'X and X'Y of all images less those of the held-out ones.
+so one eigendecomposition serves every vertex and penalty, and X'y is all that is needed of the responses. X'X and X'Y
+are computed once for each fold's images; what a head is trained on is the sum over the other folds.
 
 Penalties are chosen on the training images alone, per vertex, by the smallest of
 - 'loo': the exact leave-one-out error, mean of ((y - h y) / (1 - h_ii))^2, one product of the size of X'Y a penalty;
@@ -191,32 +191,35 @@ class RidgeFolds:
     def _eigenbases(self) -> list[Eigenbasis]:
         if min(map(len, self._trained)) <= self._features.shape[1]:
             return [eigenbasis(self._features[rows]) for rows in self._trained]
-        shifted = self._features - self._offset
-        gram, total = shifted.T @ shifted, shifted.sum(0)
+        blocks = [self._features[rows] - self._offset for rows in self._held_out]
+        grams, sums = [block.T @ block for block in blocks], [block.sum(0) for block in blocks]
         bases = []
-        for held_out, trained in zip(self._held_out, self._trained, strict=True):
-            block, n_images = shifted[held_out], len(trained)
-            mean = (total - block.sum(0)) / n_images
-            centred = gram - block.T @ block - n_images * torch.outer(mean, mean)
-            bases.append(eigenbasis_of_gram(centred, mean + self._offset, n_images))
+        for fold, trained in enumerate(self._trained):
+            mean = _without(sums, fold) / len(trained)
+            centred = _without(grams, fold) - len(trained) * torch.outer(mean, mean)
+            bases.append(eigenbasis_of_gram(centred, mean + self._offset, len(trained)))
         return bases
 
     def fit(self, responses: torch.Tensor, **_: Any) -> list[LinearMap]:
         """One map a fold, for (n_images, n_vertices) float32 responses."""
-        response_offset = responses.mean(0)
-        shifted = responses - response_offset
-        cross = [(self._features[rows] - self._offset).T @ shifted[rows] for rows in self._held_out]
-        whole, total, squares = torch.stack(cross).sum(0), shifted.sum(0), shifted.square().sum(0)
+        level = responses.mean(0)
+        blocks = [responses[rows] - level for rows in self._held_out]
+        sums, squares = [block.sum(0) for block in blocks], [block.square().sum(0) for block in blocks]
+        cross = [(self._features[r] - self._offset).T @ b for r, b in zip(self._held_out, blocks, strict=True)]
         maps = []
-        for k, (basis, held_out, trained) in enumerate(zip(self._bases, self._held_out, self._trained, strict=True)):
-            block = shifted[held_out]
-            mean = (total - block.sum(0)) / basis.n_images
-            centred = whole - cross[k] - basis.n_images * torch.outer(basis.mean - self._offset, mean)
-            spread = squares - block.square().sum(0) - basis.n_images * mean.square()
+        for fold, (basis, trained) in enumerate(zip(self._bases, self._trained, strict=True)):
+            mean = _without(sums, fold) / basis.n_images
+            centred = _without(cross, fold) - basis.n_images * torch.outer(basis.mean - self._offset, mean)
+            spread = _without(squares, fold) - basis.n_images * mean.square()
             exact = is_exact(self._config, basis.n_images)
             rows = (self._features[trained], responses[trained]) if exact else None
-            maps.append(solve(basis, centred, mean + response_offset, spread, self._config.penalties, rows)[0])
+            maps.append(solve(basis, centred, mean + level, spread, self._config.penalties, rows)[0])
         return maps
+
+
+def _without(parts: Sequence[torch.Tensor], fold: int) -> torch.Tensor:
+    """The sum over all folds but one: adding the others up keeps the digits that subtracting an outlier would lose."""
+    return torch.stack([part for other, part in enumerate(parts) if other != fold]).sum(0)
 
 
 class RidgeHead(RegressorMixin, BaseEstimator):

@@ -14,6 +14,9 @@ from heads.metrics import accuracy_from_r, pearson_r
 from heads.modules import Head, LinearHead, RoiHead
 from heads.ridge import LinearMap
 
+# The first gradients of a correlation loss are the largest, and torch's 0.999 would remember them for 1,000 steps.
+_BETAS = (0.9, 0.95)
+
 
 class AdamWFolds:
     """Heads trained by gradient on all folds but one, for each fold in turn.
@@ -60,7 +63,9 @@ class AdamWFolds:
             self._config.adamw,
         )
         weights = best.weights / scale[:, None]
-        return LinearMap(weights, best.intercept - mean @ weights)
+        return calibrate(
+            LinearMap(weights, best.intercept - mean @ weights), self._features[outside], responses[outside]
+        )
 
     def _split(self, fold: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows to train on and rows to decide when to stop by, all outside the fold, which is for scoring."""
@@ -96,7 +101,7 @@ def train_head(
     rows = torch.as_tensor(trained, device=features.device)
     decayed, free = [p for p in head.parameters() if p.ndim > 1], [p for p in head.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate)
+    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS)
     n_batches = max(len(rows) // config.batch_size, 1)  # the images that do not fill a batch come in another epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs * n_batches)
     best, best_score, waited = _snapshot(head), -np.inf, 0
@@ -113,6 +118,21 @@ def train_head(
         elif (waited := waited + 1) >= config.patience:
             break
     return best
+
+
+@torch.no_grad()
+def calibrate(head: LinearMap, features: torch.Tensor, responses: torch.Tensor) -> LinearMap:
+    """Give each vertex the scale and intercept that fit these rows best, its direction kept; a scale below 0 becomes 0.
+
+    Correlation losses leave both free, and folds that stop at different epochs differ in them. Pooled over folds, such
+    steps would count as errors.
+    """
+    predictions = head(features)
+    centred = predictions - predictions.mean(0)
+    variance = centred.square().sum(0)
+    covariance = (centred * (responses - responses.mean(0))).sum(0)
+    slope = (covariance / torch.where(variance > 0, variance, 1)).clamp_min(0)
+    return LinearMap(head.weights * slope, responses.mean(0) + slope * (head.intercept - predictions.mean(0)))
 
 
 @torch.no_grad()
