@@ -63,9 +63,8 @@ class AdamWFolds:
             self._config.adamw,
         )
         weights = best.weights / scale[:, None]
-        return calibrate(
-            LinearMap(weights, best.intercept - mean @ weights), self._features[outside], responses[outside]
-        )
+        whole = LinearMap(weights, best.intercept - mean @ weights)
+        return calibrate(whole, self._features[trained], responses[trained])
 
     def _split(self, fold: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows to train on and rows to decide when to stop by, all outside the fold, which is for scoring."""
