@@ -14,7 +14,7 @@ import torch
 from featcache.backbone import Backbone, load_backbone
 from featcache.challenge import Subject
 from featcache.config import ExtractConfig, fingerprint
-from featcache.device import resolve_device
+from featcache.device import keep_freed_memory, resolve_device
 from featcache.errors import BackboneError
 from featcache.images import ContentIndex, load_image
 from featcache.progress import bar, say
@@ -41,6 +41,8 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> l
     A store is found again by what decides its rows (see `feature_recipe`), never by batch size, workers or paths.
     """
     device = resolve_device(config.device)
+    if device == "cpu":
+        keep_freed_memory()
     backbone = load_backbone(config.backbone, device)
     if config.backbone.weights == "none":
         say(f"{backbone.name}: random weights, as asked; the scores will show it")
