@@ -16,13 +16,12 @@ from heads.config import BLENDS, HEADS, LOSS_NAMES, SOLVERS, AdamWConfig, BlendC
 
 app = typer.Typer(
     help="Predict responses of the visual cortex from cached image features: extract once, refit heads, blend.",
-    no_args_is_help=True,
     rich_markup_mode=None,  # plain help answers in half the time
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 # typer's usage errors; newer releases carry click inside themselves, so the class has no name of its own to import
-UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 Data = Annotated[Path, typer.Option("--data", envvar="FEATCACHE_DATA", help="The challenge tree.")]
 Work = Annotated[Path, typer.Option("--work", envvar="FEATCACHE_WORK", help="Where stores and results go.")]
@@ -260,15 +259,24 @@ def _fail(message: str, code: int = 1) -> int:
 def run(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one command; a user's mistake is one line on stderr and code 1."""
     try:
-        return app(args=arguments, standalone_mode=False) or 0
+        return (
+            app(args=list(sys.argv[1:] if arguments is None else arguments) or ["--help"], standalone_mode=False) or 0
+        )
     except FeatcacheError as error:
         return _fail(str(error))
-    except UsageError as error:
+    except ClickException as error:
         return _fail(f"{getattr(error, 'format_message', error.__str__)()}; --help lists the options")
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted; what was committed is kept, and the same command goes on from there", 130)
     except MemoryError as error:
         return _fail(f"expected enough memory; found none left ({error}); fit fewer subjects or vertices at a time")
+    except RuntimeError as error:
+        if "memory" not in str(error):  # torch has no class of its own for it on a CPU
+            raise
+        first = str(error).splitlines()[0]
+        return _fail(
+            f"expected enough memory; found: {first}; lower --batch-size, or choose one --subject or --device cpu"
+        )
     except OSError as error:
         where = error.filename or "a file"
         return _fail(

@@ -64,7 +64,12 @@ class Backbone:
 def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
     """Build the network and load its weights. Raises BackboneError, which names the ways out."""
     _refuse_unknown(config.name)
-    model, origin = _build(config)
+    try:
+        model, origin = _build(config)
+    except AssertionError as error:
+        raise BackboneError(
+            f"--size: expected one that {config.name} can take; found {config.size}; choose another ({_short(error)})"
+        ) from error
     # Channels last: convolutions ran 2 to 3 times as fast on a CPU, with features equal to 1e-6 (docs/log.md).
     model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     size = {} if config.size is None else {"input_size": (3, config.size, config.size)}
@@ -80,9 +85,13 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
 
 
 def _refuse_unknown(name: str) -> None:
-    if timm.is_model(name):
-        return
-    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    try:
+        if timm.is_model(name):
+            timm.models.get_pretrained_cfg(name)
+            return
+    except RuntimeError:
+        pass  # the model is known, the tag behind its name is not
+    near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3)
     raise BackboneError(
         f"--backbone: expected a model name of timm {timm.__version__}; found {name!r}; "
         + (f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them")

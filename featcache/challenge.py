@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from featcache.errors import ChallengeError
 from featcache.images import Fault, ImageFiles, image_fault, list_images
 from featcache.roi import FSAVERAGE_VERTICES, HEMISPHERES, class_order, read_mapping
 
+_SURELY_PERCENT = 2  # a largest ceiling just above 1 is a fraction out of range, and no whole folder ends at 2 %
 _ROWS_PER_SCAN = 256  # response rows looked at in one go: bounds the memory of a scan
 
 
@@ -73,7 +75,7 @@ class Challenge:
                 raise ChallengeError(
                     f"--subject: expected one of {', '.join(by_name)}; found {name!r}; choose from those"
                 )
-        return tuple(by_name[name] for name in wanted)
+        return tuple(by_name[name] for name in dict.fromkeys(wanted))
 
 
 @dataclass
@@ -89,10 +91,10 @@ class _Scan:
     def array(self, path: Path, n_dimensions: int) -> np.ndarray | None:
         """Map a numeric .npy file of so many dimensions, or note why it cannot be."""
         try:
-            array = np.load(path, mmap_mode="r")
+            array = np.lib.format.open_memmap(path, mode="r")  # np.load would open a zip or a pickle of that name
         except FileNotFoundError:
             self.fault(path, "expected a .npy file; found none")
-        except (ValueError, OSError, EOFError) as error:
+        except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:
             self.fault(path, f"expected a whole .npy file of numbers; found one that cannot be read ({error})")
         else:
             if array.ndim == n_dimensions and array.dtype.kind in "fiub":
@@ -238,6 +240,10 @@ def _ceiling_folder(root: Path, noise_ceiling: Path | None) -> Path | None:
         raise ChallengeError(
             f"--noise-ceiling: expected a folder of subj01/lh.npy and so on; found none at {noise_ceiling}; correct it"
         )
+    if noise_ceiling is not None and not any(noise_ceiling.glob("subj*/?h.npy")):
+        raise ChallengeError(
+            f"--noise-ceiling: expected subj01/lh.npy and so on; found none in {noise_ceiling}; name their folder"
+        )
     beside = root / "noise_ceiling"
     return noise_ceiling or (beside if beside.is_dir() else None)
 
@@ -245,7 +251,7 @@ def _ceiling_folder(root: Path, noise_ceiling: Path | None) -> Path | None:
 def _read_ceilings(scans: list[_Scan], subjects: list[Subject], folder: Path | None) -> list[str]:
     """Give the subjects their ceilings as fractions; what to say of them.
 
-    The unit is decided once, for the whole folder: one value above 1 makes it percent.
+    The unit is decided once, for the whole folder, by its largest value; a file of the other unit is a fault.
     """
     if folder is None:
         return ["no noise ceilings: scores are mean r and mean r^2"]
@@ -255,8 +261,10 @@ def _read_ceilings(scans: list[_Scan], subjects: list[Subject], folder: Path | N
             path = folder / subject.name / f"{hemisphere}.npy"
             if path.exists() and (ceiling := scan.array(path, 1)) is not None:
                 raw[number, hemisphere] = np.array(ceiling, dtype=np.float32)
-    largest = max((np.nanmax(ceiling, initial=0) for ceiling in raw.values()), default=0)
-    unit, name = (100, "percent") if largest > 1 else (1, "fractions")
+    if not raw:
+        return ["no noise ceilings: scores are mean r and mean r^2"]
+    largest = max(np.nanmax(ceiling, initial=0) for ceiling in raw.values())
+    unit, name = (100, "percent") if largest > _SURELY_PERCENT else (1, "fractions")
     for (number, hemisphere), ceiling in raw.items():
         path = folder / subjects[number].name / f"{hemisphere}.npy"
         if _check_ceiling(scans[number], path, ceiling, subjects[number].n_vertices.get(hemisphere), unit):
@@ -269,6 +277,10 @@ def _check_ceiling(scan: _Scan, path: Path, ceiling: np.ndarray, n_vertices: int
     bad = np.flatnonzero(~((ceiling >= 0) & (ceiling <= unit)))  # NaN is bad too
     if n_vertices is not None and len(ceiling) != n_vertices:
         scan.fault(path, f"expected a ceiling for each of {n_vertices} vertices; found {len(ceiling)}")
+    elif unit > 1 and 0 < np.nanmax(ceiling, initial=0) <= 1:
+        scan.fault(
+            path, f"expected percent, as other ceilings of the folder; found fractions up to {ceiling.max():.4g}"
+        )
     elif len(bad):
         scan.fault(path, f"expected ceilings from 0 to {unit}; found {ceiling[bad[0]]} at vertex {bad[0]}")
     else:

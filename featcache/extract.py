@@ -43,6 +43,7 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> l
     device = resolve_device(config.device)
     if device == "cpu":
         keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32: on recent GPUs torch would round products to TF32
     backbone = load_backbone(config.backbone, device)
     if config.backbone.weights == "none":
         say(f"{backbone.name}: random weights, as asked; the scores will show it")

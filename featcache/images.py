@@ -127,9 +127,10 @@ class ContentIndex:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._known: dict[str, list] = json.loads(path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            self._known = {}
+            known = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):  # none yet, or damaged: it is only a memory
+            known = {}
+        self._known: dict[str, list] = known if isinstance(known, dict) else {}
 
     def digest(self, paths: Iterable[Path]) -> str:
         """One digest of the contents of these files, in this order; their names and places do not enter."""

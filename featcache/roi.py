@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,21 @@ for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before an
     _ADMITTED |= {(_module, "_reconstruct"): lambda *_: _ObjectArray(), (_module, "scalar"): _scalar}
 
 
+_MAPPING_BYTES = 100_000  # a few dozen names need one hundredth of it
+_NOT_A_MAPPING = (  # what a damaged header or pickle makes its readers raise
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    SyntaxError,
+    TokenError,
+    TypeError,
+    ValueError,
+)
+
+
 class _MappingUnpickler(pickle.Unpickler):
     """Admits what a dict of ints and strings inside a 0-d object array needs, and gives it nothing that can act."""
 
@@ -68,6 +84,8 @@ def read_mapping(path: Path) -> dict[int, str]:
     Raises ChallengeError for a file that is not such a dict, or whose pickle asks for any function.
     """
     try:
+        if path.stat().st_size > _MAPPING_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
             read_header = (
@@ -80,7 +98,7 @@ def read_mapping(path: Path) -> dict[int, str]:
             return {_label(label): _name(name) for label, name in mapping.items()}
     except FileNotFoundError as error:
         raise ChallengeError(f"{path}: expected the names of the labels; found no file; copy it again") from error
-    except (pickle.UnpicklingError, ValueError, TypeError, AttributeError, IndexError, EOFError, KeyError) as error:
+    except _NOT_A_MAPPING as error:
         raise ChallengeError(
             f"{path}: expected a pickled dict of labels and ROI names; found something else ({error}); "
             "nothing in it was run; get the file from the challenge again"

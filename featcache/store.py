@@ -54,11 +54,16 @@ class Store:
     def committed(self) -> dict[str, int]:
         """Rows of each array that are there for good."""
         try:
-            return json.loads((self.path / _COMMITTED).read_text())
+            return self._whole(json.loads((self.path / _COMMITTED).read_text()))
         except FileNotFoundError:
             return dict.fromkeys(self.arrays, 0)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # not JSON, or not text
             raise _damaged(self.path, f"{_COMMITTED} cannot be read") from error
+
+    def _whole(self, committed: Any) -> dict[str, int]:
+        if not isinstance(committed, dict) or committed.keys() != self.arrays.keys():
+            raise ValueError("another store's record")
+        return committed
 
     @property
     def complete(self) -> bool:

@@ -1,5 +1,6 @@
 """Every prediction store of the work folder -> blend, scores, weights and submission."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from featcache.store import Store, replace_json
 from heads.blend import Blended, blend_hemisphere
 from heads.config import BlendConfig
 from heads.fit import FOLDER as PREDICTIONS
-from heads.fit import keep, own_stores, response_digest
+from heads.fit import keep, own_stores, response_digest, subject_digests
 from heads.metrics import VertexScores
 from heads.submission import write_predictions, write_zip
 
@@ -43,6 +44,8 @@ def blend(challenge: Challenge, config: BlendConfig, work: Path) -> Ensemble:
         raise StoreError(
             f"{work / PREDICTIONS}: expected predictions for this tree; found none; run 'extract' and 'fit-heads' first"
         )
+    staging = work / f".{FOLDER}"
+    shutil.rmtree(staging, ignore_errors=True)
     scores: dict[str, list[VertexScores]] = {}
     weights: dict[str, dict[str, dict[str, float]]] = {}
     with bar(f"blend {config.method}", len(members) * len(HEMISPHERES), "hemispheres") as advance:
@@ -50,11 +53,13 @@ def blend(challenge: Challenge, config: BlendConfig, work: Path) -> Ensemble:
             weights[subject.name] = {}
             for hemisphere in HEMISPHERES:
                 blended = blend_hemisphere(subject, hemisphere, stores, config.method)
-                write_predictions(work / FOLDER, subject, hemisphere, blended.test)
+                write_predictions(staging, subject, hemisphere, blended.test)
                 weights[subject.name][hemisphere] = _named(stores, blended.weights)
                 _collect(scores, subject, hemisphere, blended)
                 advance(1)
-    replace_json(work / FOLDER / "weights.json", {"method": config.method, "weights": weights})
+    replace_json(staging / "weights.json", {"method": config.method, "weights": weights})
+    shutil.rmtree(work / FOLDER, ignore_errors=True)  # whole or not at all: never old files among new ones
+    staging.rename(work / FOLDER)
     return Ensemble(scores, weights, _submit(challenge, members, work))
 
 
@@ -62,10 +67,14 @@ def prediction_stores(subject: Subject, work: Path) -> list[Store]:
     """The complete prediction stores of the subject's images and responses as they are now; the others are named."""
     stores = own_stores(subject, work / PREDICTIONS, "fit-heads")
     now = (image_digest(subject, work), response_digest(subject, work)) if stores else ("", "")
+    about = subject_digests(subject)
 
     def fault(store: Store) -> str:
         then = (store.recipe["features"]["images"], store.recipe["responses"])
-        return "" if then == now else "fitted to other images or responses than the tree has now"
+        others = [name for name in about if store.recipe.get(name, about[name]) != about[name]]
+        if then != now:
+            return "fitted to other images or responses than the tree has now"
+        return f"fitted with another {' and '.join(others)} than given now" if others else ""
 
     return keep(subject, stores, fault)
 
@@ -82,6 +91,7 @@ def _collect(scores: dict[str, list[VertexScores]], subject: Subject, hemisphere
 
 def _submit(challenge: Challenge, members: Mapping[Subject, list[Store]], work: Path) -> Path | None:
     if missing := [subject.name for subject in challenge.subjects if subject not in members]:
+        (work / "submission.zip").unlink(missing_ok=True)  # an older blend's
         say(f"no submission.zip: {', '.join(missing)} of the tree have no predictions; extract and fit them first")
         return None
     return write_zip(work / FOLDER, challenge.subjects, work / "submission.zip")

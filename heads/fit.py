@@ -1,5 +1,6 @@
 """Feature stores -> out-of-fold and test predictions, and the weights that made them."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from featcache.challenge import Subject
 from featcache.config import fingerprint
@@ -108,10 +109,17 @@ def prediction_recipe(subject: Subject, features: Store, config: FitConfig, work
     recipe = {"kind": "predictions", "subject": subject.name, "features": dict(features.recipe)}
     recipe["responses"] = response_digest(subject, work)
     if config.resolved_solver == "adamw":  # the closed form needs neither
-        recipe["noise_ceiling"] = _digest_arrays(subject.noise_ceiling)
+        about = subject_digests(subject)
+        recipe["noise_ceiling"] = about["noise_ceiling"]
         if config.head == "roi":
-            recipe["rois"] = {h: _digest_arrays(subject.rois[h]) for h in HEMISPHERES}
+            recipe["rois"] = about["rois"]
     return recipe | config.recipe()
+
+
+def subject_digests(subject: Subject) -> dict[str, dict[str, Any]]:
+    """What gradient heads know of a subject besides features and responses."""
+    rois = {hemisphere: _digest_arrays(subject.rois[hemisphere]) for hemisphere in HEMISPHERES}
+    return {"noise_ceiling": _digest_arrays(subject.noise_ceiling), "rois": rois}
 
 
 def _digest_arrays(arrays: dict[str, Any]) -> dict[str, str | None]:
@@ -132,6 +140,8 @@ def model_name(recipe: dict[str, Any]) -> str:
 
 def _fit_store(subject: Subject, features: Store, config: FitConfig, work: Path) -> Fitted:
     began = time.perf_counter()
+    resolve_device(config.device)  # what cannot work is refused before a store is made for it
+    check_folds(assign_folds(subject.train.ids, config.n_folds, config.seed), config.n_folds)
     recipe = prediction_recipe(subject, features, config, work)
     label = f"{subject.name}-{features.recipe['backbone']}-{config.head}-{config.objective}"
     path, name = store_path(work / FOLDER, label, recipe), model_name(recipe)
@@ -153,7 +163,6 @@ def _create(folder: Path, label: str, recipe: dict[str, Any], subject: Subject, 
 def _fit(subject: Subject, features: Store, store: Store, config: FitConfig, weights: Path) -> None:
     device = resolve_device(config.device)
     folds = assign_folds(subject.train.ids, config.n_folds, config.seed)
-    check_folds(folds, config.n_folds)
     x = torch.cat([torch.from_numpy(features.read(layer)) for layer in features.arrays], 1).to(device)
     solver = _solver(x[: len(folds)], folds, subject.train.ids, config)
     tensors: dict[str, torch.Tensor] = {}
@@ -190,18 +199,19 @@ def cross_validate(
     n_train = len(folds)
     refuse_leak(subject.train.ids, subject.test.ids, f"the test split of {subject.name}")
     for fold in range(folds.max() + 1):
-        trained, held_out = subject.train.ids[folds != fold], subject.train.ids[folds == fold]
-        refuse_leak(trained, held_out, f"fold {fold} of {subject.name}")
+        refuse_leak(
+            subject.train.ids[folds != fold], subject.train.ids[folds == fold], f"fold {fold} of {subject.name}"
+        )
     responses, ceiling = subject.responses(hemisphere), subject.noise_ceiling[hemisphere]
     n_vertices = responses.shape[1]
     predictions = np.empty((len(features), n_vertices), dtype=np.float32)
     mean = LinearMap(torch.empty(features.shape[1], n_vertices), torch.empty(n_vertices))
+    trained = [_Trained(features[:n_train][folds != fold]) for fold in range(folds.max() + 1)]
     step = solver.vertex_block or max(n_vertices, 1)
     for block in (slice(start, min(start + step, n_vertices)) for start in range(0, n_vertices, step)):
         y = torch.from_numpy(np.array(responses[:, block], dtype=np.float32)).to(features.device)
         maps = solver.fit(y, noise_ceiling=ceiling, rois=tuple(subject.rois[hemisphere].values()))
-        maps = [_on_one_level(head, features[:n_train][folds != fold], y) for fold, head in enumerate(maps)]
-        for fold, head in enumerate(maps):
+        for fold, head in enumerate(comparable(maps, trained, y.mean(0))):
             held_out = np.flatnonzero(folds == fold)
             predictions[held_out, block] = head(features[held_out]).cpu().numpy()
         average = LinearMap(*(torch.stack(parts).mean(0) for parts in zip(*maps, strict=True)))
@@ -211,14 +221,35 @@ def cross_validate(
     return predictions, mean
 
 
-def _on_one_level(head: LinearMap, trained: torch.Tensor, responses: torch.Tensor) -> LinearMap:
-    """The same head with the intercept that puts its mean prediction of the images it was trained on at one level.
+class _Trained:
+    """The features that a fold's head was trained on, as far as the spread of its predictions needs them."""
 
-    A fold whose responses happen to be high leaves a low mean to the head that is trained without it. Left in, these
-    opposite steps give predictions of pure noise a correlation below 0 and take some from every real one. The level,
-    the mean response to all training images, is one number for all folds, so no r can depend on it.
+    def __init__(self, features: torch.Tensor) -> None:
+        self.mean, self._n_images = features.mean(0), len(features)
+        centred = features - self.mean
+        self._tall = len(features) > features.shape[1]
+        self._factor = centred.T @ centred if self._tall else centred
+
+    def spread(self, weights: torch.Tensor) -> torch.Tensor:
+        """(n_vertices,) standard deviation of the predictions; 1 where they are constant."""
+        product = self._factor @ weights
+        squares = (weights * product).sum(0) if self._tall else product.square().sum(0)
+        return torch.where(squares > 0, squares / self._n_images, 1).sqrt()
+
+
+def comparable(maps: Sequence[LinearMap], trained: Sequence[_Trained], level: torch.Tensor) -> list[LinearMap]:
+    """The folds' heads, with the mean and spread of their predictions of what they were trained on made equal.
+
+    Heads of different folds differ in level and scale: a fold whose responses happen to be high leaves a low mean to
+    the head trained without it, and each takes its own penalty. Pooled over folds, these steps give predictions of noise
+    a correlation below 0 and take some from every real one. Level and spread are set to one number a vertex, on which
+    no r depends, from nothing but the images that the head saw.
+
+    level : (n_vertices,) mean response
     """
-    return LinearMap(head.weights, responses.mean(0) - trained.mean(0) @ head.weights)
+    spreads = torch.stack([rows.spread(head.weights) for rows, head in zip(trained, maps, strict=True)])
+    weights = [head.weights * scale for head, scale in zip(maps, spreads.mean(0) / spreads, strict=True)]
+    return [LinearMap(w, level - rows.mean @ w) for w, rows in zip(weights, trained, strict=True)]
 
 
 def _append(store: Store, hemisphere: str, predictions: np.ndarray) -> None:
@@ -231,9 +262,10 @@ def _append(store: Store, hemisphere: str, predictions: np.ndarray) -> None:
 def _save_weights(tensors: dict[str, torch.Tensor], path: Path, store: Store) -> None:
     """safetensors: {lh,rh}.weights (n_features, n_vertices) and {lh,rh}.intercept (n_vertices,), means over folds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     metadata = {"model": store.facts["model"], "predictions": store.name, "features": store.facts["features"]}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    # safetensors' own writer reports a full disk as an error of its own kind
+    partial.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
     partial.replace(path)
 
 

@@ -249,8 +249,9 @@ class RidgeHead(RegressorMixin, BaseEstimator):
         Raises ConfigError for shapes that do not belong together, values that are not finite, or fewer than 3 images.
         """
         config = RidgeConfig(tuple(self.penalties), self.selection)
-        x, y = _matrix("features", features), _matrix("responses", responses)
-        if len(x) != len(y) or len(x) < 3:
+        x = _matrix("features", features)
+        y = _matrix("responses", responses).to(x.device)
+        if len(x) != len(y) or len(x) < 3 or not x.numel():
             raise ConfigError(
                 f"expected 3 or more images, as many features as responses; found {len(x)} and {len(y)} rows"
             )

@@ -144,6 +144,17 @@ def test_an_unknown_backbone_names_its_neighbours():
         load_backbone(BackboneConfig("convnext_xlarg", "none"))
 
 
+@pytest.mark.parametrize("weights", ["none", "hub"])
+def test_an_unknown_tag_names_its_neighbours(weights):
+    with pytest.raises(BackboneError, match=r"found 'convnext_base.fb_in22'; did you mean .*convnext_base.fb_in22k"):
+        load_backbone(BackboneConfig("convnext_base.fb_in22", weights))
+
+
+def test_a_size_refused_while_building_is_one_line():
+    with pytest.raises(BackboneError, match="--size: expected one that xcit_nano_12_p16_224 can take; found 100"):
+        load_backbone(BackboneConfig("xcit_nano_12_p16_224", "none", 100))
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(BackboneError, match=r"found no file .*w\.pth"):
         load_backbone(BackboneConfig(SMALL, str(tmp_path / "w.pth")))

@@ -236,3 +236,33 @@ def test_real_recordings_have_no_fault(v4):
     assert [len(s.train) for s in challenge.subjects] == [720, 960, 960, 960, 640, 320, 960, 959]
     assert set(challenge.subjects[0].rois["lh"]) == {"hV4"}
     assert list(deep_faults(challenge)) == []
+
+
+def test_one_ceiling_above_1_does_not_turn_fractions_into_percent(tree):
+    for path in (tree / "noise_ceiling").glob("*/*.npy"):
+        rewrite(path, lambda a: a / 100)
+    path = rewrite(tree / "noise_ceiling/subj01/lh.npy", set_value((5,), 1.02))
+    found = faults_of(tree)
+    assert len(found) == 1 and str(path) in found[0] and "expected ceilings from 0 to 1; found 1.02" in found[0]
+
+
+def test_a_file_of_the_other_unit_is_a_fault(tree):
+    path = rewrite(tree / "noise_ceiling/subj02/rh.npy", lambda a: a / 100)
+    found = faults_of(tree)
+    assert len(found) == 1 and str(path) in found[0] and "expected percent" in found[0]
+
+
+def test_a_ceiling_folder_without_ceilings_is_refused(tree):
+    with pytest.raises(ChallengeError, match=r"--noise-ceiling: expected subj01/lh.npy and so on; found none"):
+        open_challenge(tree, tree / "subj01")
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04garbage", b"\x93NUMPY\x01\x00v\x00{'descr': ('<f4', (" + b" " * 120])
+@pytest.mark.parametrize("name", [RESPONSES, f"{MASKS}/lh.streams_challenge_space.npy"])
+def test_other_bytes_under_an_array_s_name_are_a_fault(tree, name, content):
+    (tree / name).write_bytes(content)
+    assert any(f"{name}: expected a whole .npy file of numbers" in fault for fault in faults_of(tree))
+
+
+def test_a_subject_named_twice_is_one_subject(tiny):
+    assert len(open_challenge(tiny).select("1,1,subj01")) == 1

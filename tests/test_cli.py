@@ -212,3 +212,41 @@ def test_a_store_of_an_older_format_is_one_line(work, capfd):
 def test_the_installed_command_is_the_same_program():
     done = subprocess.run([sys.executable, "cli.py", "extract", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "--backbone" in done.stdout
+
+
+def test_no_command_is_help(capfd):
+    assert cli.run([]) == 0 and "fit-heads" in capfd.readouterr().out
+
+
+def test_predictions_made_with_other_ceilings_are_left_out_by_name(tree, work, capfd):
+    arguments = ("--data", str(tree))
+    run(capfd, "extract", *arguments)
+    for _ in range(2):
+        run(capfd, "fit-heads", *arguments, "--loss", "smooth_l1", "--epochs", "1")
+        path = tree / "noise_ceiling/subj01/lh.npy"
+        np.save(path, np.load(path) * 0.9)
+    np.save(path, np.load(path) / 0.9)
+    assert cli.run(["blend", *arguments]) == 0
+    assert "subj01: left out" in (err := capfd.readouterr().err) and "another noise_ceiling than given now" in err
+
+
+def test_an_older_zip_does_not_outlive_a_blend_without_one(work, capfd):
+    run(capfd, "extract", "--subject", "1")
+    run(capfd, "fit-heads")
+    (work / "submission.zip").write_text("of an older blend")
+    run(capfd, "blend")
+    assert not (work / "submission.zip").exists()
+
+
+def test_nothing_is_left_behind_by_folds_that_cannot_be(work, capfd):
+    run(capfd, "extract")
+    fails(capfd, "fit-heads", "--folds", "30")
+    assert not (work / "predictions.zarr").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "\udcff"])
+def test_a_damaged_index_is_only_a_memory(work, capfd, content):
+    run(capfd, "extract")
+    for path in (work / "index").iterdir():
+        path.write_bytes(content.encode(errors="surrogateescape"))
+    assert sum(store["new"] for store in run(capfd, "extract")["stores"]) == 0

@@ -122,8 +122,9 @@ def test_a_damaged_description_is_refused(filled, content):
         open_store(filled.path)
 
 
-def test_a_damaged_record_of_rows_is_refused(filled):
-    (filled.path / "committed.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"other": 3}'])
+def test_a_damaged_record_of_rows_is_refused(filled, content):
+    (filled.path / "committed.json").write_text(content)
     with pytest.raises(StoreError, match=r"committed.json cannot be read"):
         filled.read("pooled")
 
