@@ -256,18 +256,22 @@ def _fail(message: str, code: int = 1) -> int:
     return code
 
 
+def _interrupted() -> int:
+    return _fail("interrupted; what was committed is kept, and the same command goes on from there", 130)
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one command; a user's mistake is one line on stderr and code 1."""
     try:
-        return (
-            app(args=list(sys.argv[1:] if arguments is None else arguments) or ["--help"], standalone_mode=False) or 0
-        )
+        given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+        code = app(args=given, standalone_mode=False) or 0
+        return _interrupted() if code == 130 else code  # typer may turn the interruption into its exit code
     except FeatcacheError as error:
         return _fail(str(error))
     except ClickException as error:
         return _fail(f"{getattr(error, 'format_message', error.__str__)()}; --help lists the options")
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; what was committed is kept, and the same command goes on from there", 130)
+        return _interrupted()
     except MemoryError as error:
         return _fail(f"expected enough memory; found none left ({error}); fit fewer subjects or vertices at a time")
     except RuntimeError as error:

@@ -112,7 +112,8 @@ def _find_or_create(
     path = store_path(folder, label, recipe)
     if path.is_dir():
         return open_store(path)
-    others = [store for store in list_stores(folder) if store.recipe.get("subject") == subject.name]
+    same = {"subject": subject.name, "backbone": backbone.name}  # another backbone explains itself
+    others = [store for store in list_stores(folder) if same.items() <= store.recipe.items()]
     if miss := nearest(recipe, others):
         changed = "; ".join(f"{name} is {ours}, was {theirs}" for name, (ours, theirs) in miss[1].items())
         say(f"{subject.name}: a new store, because nothing matches; nearest is {miss[0].name}: {changed}")

@@ -167,7 +167,7 @@ def _fit(subject: Subject, features: Store, store: Store, config: FitConfig, wei
     solver = _solver(x[: len(folds)], folds, subject.train.ids, config)
     tensors: dict[str, torch.Tensor] = {}
     n_vertices = sum(subject.n_vertices.values())
-    with store.writing(), bar(subject.name, n_vertices, "vertices") as advance:
+    with store.writing(), bar(f"{subject.name} {features.recipe['backbone']}", n_vertices, "vertices") as advance:
         for hemisphere in HEMISPHERES:
             predictions, head = cross_validate(solver, x, folds, subject, hemisphere, advance)
             tensors |= {f"{hemisphere}.weights": head.weights, f"{hemisphere}.intercept": head.intercept}

@@ -250,3 +250,12 @@ def test_a_damaged_index_is_only_a_memory(work, capfd, content):
     for path in (work / "index").iterdir():
         path.write_bytes(content.encode(errors="surrogateescape"))
     assert sum(store["new"] for store in run(capfd, "extract")["stores"]) == 0
+
+
+def test_an_interruption_says_what_is_kept(work, monkeypatch, capfd):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("featcache.extract.load_backbone", interrupted)
+    assert cli.run(["extract"]) == 130
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: interrupted; what was committed is kept")

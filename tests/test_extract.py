@@ -138,7 +138,6 @@ def test_batch_size_changes_rows_by_rounding_alone(tiny, tmp_path):
             "transform.input_size is [3, 64, 64], was [3, 48, 48]",
         ),
         (ExtractConfig(BACKBONE, dtype="bfloat16"), "dtype is bfloat16, was float32"),
-        (ExtractConfig(BackboneConfig("test_vit", "none", 48)), "backbone is test_vit"),
     ],
 )
 def test_a_changed_setting_makes_another_store_and_is_named(tiny, tmp_path, said, config, setting):
