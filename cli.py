@@ -1,18 +1,31 @@
 """Command line: options -> config -> one call -> one result line. Heavy imports wait until a command runs."""
 
+import inspect
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from featcache.config import DTYPES, BackboneConfig, ExtractConfig
+from featcache.config import DTYPES, BackboneConfig, ExtractConfig, one_of
 from featcache.errors import ConfigError, FeatcacheError
-from heads.config import BLENDS, HEADS, LOSS_NAMES, SOLVERS, AdamWConfig, BlendConfig, FitConfig
+from heads.config import (
+    BLENDS,
+    HEADS,
+    LOSS_NAMES,
+    RECIPES,
+    SOLVERS,
+    AdamWConfig,
+    BlendConfig,
+    FitConfig,
+    StageConfig,
+    TrainConfig,
+)
 
 app = typer.Typer(
     help="Predict responses of the visual cortex from cached image features: extract once, refit heads, blend.",
@@ -34,6 +47,18 @@ Ceiling = Annotated[
     ),
 ]
 Subjects = Annotated[str, typer.Option("--subject", help="all, or numbers such as 1,3.")]
+Name = Annotated[
+    str | None,
+    typer.Option("--backbone", envvar="FEATCACHE_BACKBONE", help=f"Any model name of timm. [{BackboneConfig.name}]"),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option("--weights", envvar="FEATCACHE_WEIGHTS", help=f"hub, packaged, none or a file. [{BackboneConfig.weights}]"),
+]
+Size = Annotated[
+    int | None,
+    typer.Option("--size", envvar="FEATCACHE_SIZE", help="Pixels on a side. [what the weights were trained at]"),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Make the last line of stdout a JSON object.")]
 
@@ -109,22 +134,98 @@ def check(
         raise typer.Exit(1)
 
 
+def _training_command(stage: str) -> Callable[..., None]:
+    """The command of one stage of training. Its options are the fields of TrainConfig, so that each stands once."""
+
+    def command(
+        *,
+        data: Data = DATA,
+        work: Work = WORK,
+        noise_ceiling: Ceiling = None,
+        subject: Subjects = "all",
+        backbone: Name = None,
+        weights: Weights = None,
+        size: Size = None,
+        init: Annotated[
+            str, typer.Option(help="stage1, hub, packaged, none, a weights file, or a checkpoint's folder.")
+        ] = "stage1",
+        fold: Annotated[str, typer.Option(help="The fold held out, or all: each in turn.")] = "all",
+        folds: Annotated[int, typer.Option(help="Folds of the training images, by image id.")] = StageConfig.n_folds,
+        fold_seed: Annotated[int, typer.Option(help="Of the folds.")] = StageConfig.fold_seed,
+        recipe: Annotated[str, typer.Option(help=f"Settings to start from: {', '.join(RECIPES)}.")] = "fast",
+        save_every: Annotated[
+            int, typer.Option(help="Steps between states to go on from, besides epochs; 0: none.")
+        ] = StageConfig.save_every,
+        image_cache: Annotated[
+            float, typer.Option(help="GB that decoded images may take on the disk.")
+        ] = StageConfig.image_cache,
+        workers: Annotated[int, typer.Option(help="Threads that decode images.")] = StageConfig("pretrain").workers,
+        device: Device = StageConfig.device,
+        as_json: AsJson = False,
+        **given: Any,
+    ) -> None:
+        began = time.perf_counter()
+        one_of("recipe", recipe, tuple(RECIPES))
+        if not fold.isdigit() and fold != "all":
+            raise ConfigError(f"--fold: expected all or a number from 0 to {folds - 1}; found {fold!r}; correct it")
+        config = StageConfig(
+            stage,
+            replace(RECIPES[recipe], **{name: value for name, value in given.items() if value is not None}),
+            _backbone(backbone, weights, size),
+            init,
+            any_backbone=backbone is None and weights is None,
+            fold=None if fold == "all" else int(fold),
+            n_folds=folds,
+            fold_seed=fold_seed,
+            device=device,
+            save_every=save_every,
+            image_cache=image_cache,
+            workers=workers,
+        )
+        challenge = _open(data, noise_ceiling)
+        chosen = challenge.select(subject)
+        from heads.end_to_end import train_stage
+
+        done = train_stage(chosen, config, work)
+        new = sum(one.new for one in done)
+        checkpoints = [
+            {"path": str(one.checkpoint.path), "score": one.checkpoint.facts["score"], "seconds": round(one.seconds, 1)}
+            for one in done
+        ]
+        _finish(
+            f"{len(done)} checkpoints, {new} of them new, in {work / 'checkpoints'}",
+            {"checkpoints": checkpoints},
+            began,
+            as_json,
+        )
+
+    signature = inspect.signature(command)
+    options = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    options = [p for p in options if stage == "finetune" or p.name != "init"]
+    for setting in fields(TrainConfig):
+        kind = Annotated[setting.type | None, typer.Option(help=setting.metadata["help"])]
+        options.append(inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    command.__annotations__ = {option.name: option.annotation for option in options}
+    return command
+
+
+app.command("pretrain", help="Train a backbone on all subjects at once: stage 1.")(_training_command("pretrain"))
+app.command("finetune", help="Train a backbone on each subject alone: stage 2.")(_training_command("finetune"))
+
+
 @app.command()
 def extract(
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
-    backbone: Annotated[
-        str, typer.Option(envvar="FEATCACHE_BACKBONE", help="Any model name of timm.")
-    ] = BackboneConfig.name,
-    weights: Annotated[
-        str, typer.Option(envvar="FEATCACHE_WEIGHTS", help="hub, packaged, none or a file.")
-    ] = BackboneConfig.weights,
-    size: Annotated[
-        int | None,
-        typer.Option(envvar="FEATCACHE_SIZE", help="Pixels on a side. Default: what the weights were trained at."),
-    ] = BackboneConfig.size,
+    backbone: Name = None,
+    weights: Weights = None,
+    size: Size = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="auto: those in the work folder, if any. none: the backbone as it is. Or a folder.")
+    ] = "auto",
     layers: Annotated[str, typer.Option(help="Layers to cache, separated by commas.")] = "pooled",
     dtype: Annotated[
         str, typer.Option(help=f"Precision of the arithmetic: {', '.join(DTYPES)}.")
@@ -137,7 +238,14 @@ def extract(
     """Run a backbone over every image once and cache what its layers say."""
     began = time.perf_counter()
     config = ExtractConfig(
-        BackboneConfig(backbone, weights, size), tuple(layers.split(",")), dtype, batch_size, workers, device
+        _backbone(backbone, weights, size),
+        tuple(layers.split(",")),
+        dtype,
+        batch_size,
+        workers,
+        device,
+        checkpoint,
+        any_backbone=backbone is None and weights is None,
     )
     challenge = _open(data, noise_ceiling)
     chosen = challenge.select(subject)
@@ -224,6 +332,10 @@ def blend(
     _finish(f"wrote {written}", result, began, as_json)
 
 
+def _backbone(name: str | None, weights: str | None, size: int | None) -> BackboneConfig:
+    return BackboneConfig(name or BackboneConfig.name, weights or BackboneConfig.weights, size)
+
+
 def _existing(data: Path) -> Path:
     if not data.is_dir():
         raise ConfigError(
@@ -244,7 +356,9 @@ def _open(data: Path, noise_ceiling: Path | None) -> Any:
 
 
 def _finish(message: str, result: dict[str, Any], began: float, as_json: bool) -> None:
-    """The one line that every command ends with."""
+    """The one line that every command ends with, from one of the processes that ran it."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     seconds = round(time.perf_counter() - began, 2)
     typer.echo(f"{message} ({seconds:.1f} s)")
     if as_json:

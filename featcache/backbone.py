@@ -36,20 +36,31 @@ _WAYS_OUT = (
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen backbone in evaluation mode.
+    """A backbone, frozen and in evaluation mode as it is loaded.
 
-    transform : PIL image -> (3, height, width) float32 tensor, as timm prepares images for these weights
-    transform_recipe : what that transform does, in plain values
+    pixels : PIL image -> (3, height, width) uint8, resized and cropped as timm does for these weights
+    transform_recipe : what the whole transform does, in plain values
     digest : of every tensor, so of the weights themselves whatever file they came in
     origin : where the weights came from, in words
     """
 
     name: str
     model: nn.Module
-    transform: Callable[[Image.Image], torch.Tensor]
+    pixels: Callable[[Image.Image], torch.Tensor]
     transform_recipe: Mapping[str, Any]
     digest: str
     origin: str
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n_images, 3, height, width) uint8 -> float32 as the weights expect them, on the device of the pixels."""
+        mean, std = (
+            torch.tensor(self.transform_recipe[key], device=pixels.device)[:, None, None] for key in ("mean", "std")
+        )
+        return pixels.float().div_(255).sub_(mean).div_(std)
+
+    def transform(self, image: Image.Image) -> torch.Tensor:
+        """(3, height, width) float32: one image as the network reads it."""
+        return self.normalise(self.pixels(image)[None])[0]
 
     def features(self, images: torch.Tensor, layers: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """{layer: (n_images, n_features)} for (n_images, 3, height, width) images.
@@ -77,11 +88,16 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
     return Backbone(
         config.name,
         model.to(device),
-        timm.data.create_transform(**data, is_training=False),
+        _pixels(timm.data.create_transform(**data, is_training=False, use_prefetcher=True)),
         {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()},
         _digest(model),
         origin,
     )
+
+
+def _pixels(crop: Callable[[Image.Image], Any]) -> Callable[[Image.Image], torch.Tensor]:
+    """timm's transform up to where pixels become numbers to compute with."""
+    return lambda image: torch.as_tensor(crop(image))  # older releases of timm give an array
 
 
 def _refuse_unknown(name: str) -> None:

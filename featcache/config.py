@@ -49,6 +49,9 @@ class ExtractConfig:
     batch_size: int = 32  # images a forward pass
     workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 16))  # threads that decode images
     device: str = "auto"
+    # none: the backbone as its weights come | auto: the work folder's checkpoints of it, if any | a checkpoint's folder
+    checkpoint: str = "none"
+    any_backbone: bool = False  # auto: checkpoints of every backbone, whatever `backbone` says
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)

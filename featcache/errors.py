@@ -27,3 +27,7 @@ class StoreError(FeatcacheError):
 
 class LeakError(FeatcacheError):
     """One image on both sides of a split."""
+
+
+class CheckpointError(FeatcacheError):
+    """A checkpoint that is missing, damaged, diverged, or of another architecture or tree."""

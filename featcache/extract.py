@@ -1,22 +1,26 @@
 """Images x backbone -> feature store. Killed at any moment and run again, it ends bit-equal to a run that was not."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 
+from featcache.ahead import ahead
 from featcache.backbone import Backbone, load_backbone
 from featcache.challenge import Subject
-from featcache.config import ExtractConfig, fingerprint
+from featcache.checkpoint import FOLDER as CHECKPOINTS
+from featcache.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, usable
+from featcache.config import BackboneConfig, ExtractConfig, fingerprint
+from featcache.contents import digests, image_digest
 from featcache.device import keep_freed_memory, resolve_device
-from featcache.errors import BackboneError
-from featcache.images import ContentIndex, load_image
+from featcache.errors import BackboneError, CheckpointError
+from featcache.images import load_image
+from featcache.pixels import find_pixels
 from featcache.progress import bar, say
 from featcache.store import Store, create_store, list_stores, nearest, open_store, store_path
 
@@ -44,20 +48,81 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> l
     if device == "cpu":
         keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32: on recent GPUs torch would round products to TF32
-    backbone = load_backbone(config.backbone, device)
+    done = []
+    for checkpoint, served in _sources(subjects, config, work):
+        backbone = _load(checkpoint, config, device)
+        columns = probe(backbone, config.layers, device)
+        source = Source(backbone, checkpoint, columns, device)
+        done += [_extract_subject(subject, source, config, work) for subject in served]
+    return done
+
+
+@dataclass(frozen=True)
+class Source:
+    """A backbone that is ready to read images.
+
+    checkpoint : where it was trained; None for one as its weights came
+    columns : {layer: number of features}
+    """
+
+    backbone: Backbone
+    checkpoint: Checkpoint | None
+    columns: dict[str, int]
+    device: str
+
+    @property
+    def fold(self) -> dict[str, Any] | None:
+        """What the store's recipe says of the training; a backbone as its weights came saw none of the images."""
+        one = self.checkpoint
+        return None if one is None else {"stage": one.recipe["stage"], "training": one.training, **one.fold}
+
+
+def _sources(
+    subjects: Sequence[Subject], config: ExtractConfig, work: Path
+) -> list[tuple[Checkpoint | None, list[Subject]]]:
+    """Which backbones read whose images: checkpoints by name, each once, or the one backbone as its weights come."""
+    if config.checkpoint == "none":
+        return [(None, list(subjects))]
+    if config.checkpoint != "auto":
+        checkpoint = find_checkpoint(work, config.checkpoint)
+        _refuse_other_backbone(checkpoint, config)
+        checkpoint.refuse_other_tree({subject.name: digests(subject, work) for subject in subjects})
+        return [(checkpoint, list(subjects))]
+    known = [one for one in list_checkpoints(work) if config.any_backbone or _is_of(one, config.backbone)]
+    served: dict[str, tuple[Checkpoint | None, list[Subject]]] = {}
+    for subject in subjects if known else ():
+        for checkpoint in usable(subject, known, digests(subject, work)):
+            served.setdefault(checkpoint.name, (checkpoint, []))[1].append(subject)
+    if served:
+        say(f"{len(served)} checkpoints in {work / CHECKPOINTS}; --checkpoint none is the backbone before training")
+    return [served[name] for name in sorted(served)] or [(None, list(subjects))]
+
+
+def _is_of(checkpoint: Checkpoint, backbone: BackboneConfig) -> bool:
+    trained = checkpoint.recipe["backbone"]
+    return (trained["name"], trained["weights"]) == (backbone.name, backbone.weights)
+
+
+def _refuse_other_backbone(checkpoint: Checkpoint, config: ExtractConfig) -> None:
+    trained = checkpoint.recipe["backbone"]["name"]
+    if not config.any_backbone and trained != config.backbone.name:
+        raise CheckpointError(
+            f"{checkpoint.path}: expected a checkpoint of {config.backbone.name}; found one of {trained}; "
+            f"name --backbone {trained}, or another checkpoint"
+        )
+
+
+def _load(checkpoint: Checkpoint | None, config: ExtractConfig, device: str) -> Backbone:
+    if checkpoint is not None:
+        return checkpoint.backbone(device, config.backbone.size)
     if config.backbone.weights == "none":
-        say(f"{backbone.name}: random weights, as asked; the scores will show it")
-    columns = probe(backbone, config.layers, device)
-    return [_extract_subject(subject, backbone, config, columns, device, work) for subject in subjects]
+        say(f"{config.backbone.name}: random weights, as asked; the scores will show it")
+    return load_backbone(config.backbone, device)
 
 
-def image_digest(subject: Subject, work: Path) -> str:
-    """One digest of a subject's image contents, in row order."""
-    return ContentIndex(work / "index" / f"{subject.name}.json").digest(subject.image_paths)
-
-
-def feature_recipe(backbone: Backbone, config: ExtractConfig, subject: Subject, work: Path) -> dict[str, Any]:
+def feature_recipe(source: Source, config: ExtractConfig, subject: Subject, work: Path) -> dict[str, Any]:
     """Everything that decides the rows of a feature store."""
+    backbone = source.backbone
     return {
         "kind": "features",
         "subject": subject.name,
@@ -69,7 +134,7 @@ def feature_recipe(backbone: Backbone, config: ExtractConfig, subject: Subject, 
         "transform": dict(backbone.transform_recipe),
         "layers": list(config.layers),
         "dtype": config.dtype,
-        "fold": None,  # of the fine-tuned checkpoint; a frozen backbone saw none of the images
+        "fold": source.fold,
     }
 
 
@@ -88,10 +153,8 @@ def probe(backbone: Backbone, layers: tuple[str, ...], device: str) -> dict[str,
     return {layer: rows.shape[1] for layer, rows in outputs.items()}
 
 
-def _extract_subject(
-    subject: Subject, backbone: Backbone, config: ExtractConfig, columns: dict[str, int], device: str, work: Path
-) -> Extracted:
-    store = _find_or_create(subject, backbone, config, columns, work)
+def _extract_subject(subject: Subject, source: Source, config: ExtractConfig, work: Path) -> Extracted:
+    store = _find_or_create(subject, source, config, work)
     n_images, began = len(store.image_ids), time.perf_counter()
     done = min(store.committed.values())
     if done == n_images:
@@ -99,26 +162,33 @@ def _extract_subject(
     else:
         if done:
             say(f"{subject.name}: goes on after image {done} of {n_images}")
-        with bar(f"{subject.name} {backbone.name}", n_images, "images", done) as advance, store.writing():
-            _fill(store, subject.image_paths, backbone, config, device, advance)
+        images = _reader(subject, source.backbone, config, work)
+        with bar(f"{subject.name} {_label(source)}", n_images, "images", done) as advance, store.writing():
+            _fill(store, images, source, config, advance)
     return Extracted(subject.name, store.path, n_images, n_images - done, time.perf_counter() - began)
 
 
-def _find_or_create(
-    subject: Subject, backbone: Backbone, config: ExtractConfig, columns: dict[str, int], work: Path
-) -> Store:
-    folder, label = work / FOLDER, f"{subject.name}-{backbone.name}"
-    recipe = feature_recipe(backbone, config, subject, work)
+def _label(source: Source) -> str:
+    fold = source.fold
+    return source.backbone.name + (f"-{fold['stage']}-fold{fold['fold']}" if fold else "")
+
+
+def _find_or_create(subject: Subject, source: Source, config: ExtractConfig, work: Path) -> Store:
+    folder, label = work / FOLDER, f"{subject.name}-{_label(source)}"
+    recipe = feature_recipe(source, config, subject, work)
     path = store_path(folder, label, recipe)
     if path.is_dir():
         return open_store(path)
-    same = {"subject": subject.name, "backbone": backbone.name}  # another backbone explains itself
+    # another backbone, or another fold of its training, explains itself
+    same = {key: recipe[key] for key in ("subject", "backbone", "fold")}
     others = [store for store in list_stores(folder) if same.items() <= store.recipe.items()]
     if miss := nearest(recipe, others):
         changed = "; ".join(f"{name} is {ours}, was {theirs}" for name, (ours, theirs) in miss[1].items())
         say(f"{subject.name}: a new store, because nothing matches; nearest is {miss[0].name}: {changed}")
-    facts = {"origin": backbone.origin, "torch": torch.__version__, "device": device_name(config.device)}
-    return create_store(folder, label, recipe, subject.image_ids, len(subject.train), columns, facts)
+    facts = {"origin": source.backbone.origin, "torch": torch.__version__, "device": device_name(config.device)}
+    if source.checkpoint is not None:
+        facts["seen_ids"] = np.intersect1d(source.checkpoint.seen_ids, subject.image_ids).tolist()
+    return create_store(folder, label, recipe, subject.image_ids, len(subject.train), source.columns, facts)
 
 
 def device_name(device: str) -> str:
@@ -128,10 +198,9 @@ def device_name(device: str) -> str:
 
 def _fill(
     store: Store,
-    paths: Sequence[Path],
-    backbone: Backbone,
+    images: "Reader",
+    source: Source,
     config: ExtractConfig,
-    device: str,
     advance: Callable[[int], None],
 ) -> None:
     """Compute and commit the rows that are missing.
@@ -139,14 +208,14 @@ def _fill(
     Batches start anew at every commit, whether or not the run was interrupted there: the sums inside a network
     depend on the shape of the batch, so only equal batches give equal bits.
     """
-    layers = tuple(store.arrays)
+    layers, stop = tuple(store.arrays), len(store.image_ids)
     span = max(store.chunk_rows(layer) for layer in layers)  # a multiple of the others: all are powers of two
-    batches = _plan(min(store.committed.values()), len(paths), span, config.batch_size)
+    batches = _plan(min(store.committed.values()), stop, span, config.batch_size)
     rows: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
-    for batch, images in zip(batches, _decoded(batches, paths, backbone, config), strict=True):
-        for layer, values in _forward(backbone, images.to(device), layers, config.dtype).items():
+    for batch, pixels in zip(batches, images(batches), strict=True):
+        for layer, values in _forward(source, pixels, layers, config.dtype).items():
             rows[layer].append(values)
-        if batch.stop % span == 0 or batch.stop == len(paths):
+        if batch.stop % span == 0 or batch.stop == stop:
             store.append({layer: torch.cat(rows.pop(layer)).numpy() for layer in layers})
             rows = {layer: [] for layer in layers}
         advance(len(batch))
@@ -158,33 +227,36 @@ def _plan(start: int, stop: int, span: int, batch_size: int) -> list[range]:
     return [span[i : i + batch_size] for span in spans for i in range(0, len(span), batch_size)]
 
 
-def _forward(backbone: Backbone, images: torch.Tensor, layers: tuple[str, ...], dtype: str) -> dict[str, torch.Tensor]:
-    low = dtype != "float32"
-    with torch.inference_mode(), torch.autocast(images.device.type, getattr(torch, dtype), enabled=low):
+def _forward(source: Source, pixels: torch.Tensor, layers: tuple[str, ...], dtype: str) -> dict[str, torch.Tensor]:
+    low, backbone = dtype != "float32", source.backbone
+    with torch.inference_mode(), torch.autocast(source.device, getattr(torch, dtype), enabled=low):
+        images = backbone.normalise(pixels.to(source.device))
         return {layer: values.float().cpu() for layer, values in backbone.features(images, layers).items()}
+
+
+Reader = Callable[[Sequence[range]], Iterator[torch.Tensor]]  # (len(batch), 3, height, width) uint8 for each batch
+
+
+def _reader(subject: Subject, backbone: Backbone, config: ExtractConfig, work: Path) -> Reader:
+    """Where the pixels come from: what training left, or the image files."""
+    if (pixels := find_pixels(subject, backbone, work)) is not None:
+        return lambda batches: (pixels.read(batch) for batch in batches)
+    return lambda batches: _decoded(batches, subject.image_paths, backbone, config)
 
 
 def _decoded(
     batches: Sequence[range], paths: Sequence[Path], backbone: Backbone, config: ExtractConfig
 ) -> Iterator[torch.Tensor]:
-    """(len(batch), 3, height, width) for each batch in turn, decoded by threads while the model runs.
+    """The images of each batch in turn, decoded by threads while the model runs.
 
     Pillow lets go of the interpreter while it decodes and resizes, so threads do, and nothing is copied between
     processes. Only a few batches are ever in memory.
     """
-    ahead = _AHEAD + 2 * config.workers // config.batch_size
-    waiting: deque[list[Future[torch.Tensor]]] = deque()
-    pool = ThreadPoolExecutor(config.workers)
-    try:
-        for batch in batches:
-            waiting.append([pool.submit(_load, paths[row], backbone) for row in batch])
-            if len(waiting) > ahead:
-                yield torch.stack([image.result() for image in waiting.popleft()])
-        while waiting:
-            yield torch.stack([image.result() for image in waiting.popleft()])
-    finally:
-        pool.shutdown(cancel_futures=True)
+    depth = _AHEAD * config.batch_size + 2 * config.workers
+    images = ahead(lambda row: _decode(paths[row], backbone), (row for b in batches for row in b), depth, config.workers)
+    for batch in batches:
+        yield torch.stack([next(images) for _ in batch])
 
 
-def _load(path: Path, backbone: Backbone) -> torch.Tensor:
-    return backbone.transform(load_image(path))
+def _decode(path: Path, backbone: Backbone) -> torch.Tensor:
+    return backbone.pixels(load_image(path))

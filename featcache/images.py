@@ -1,11 +1,8 @@
-"""Image files: their order, their ids, their pixels and their content."""
+"""Image files: their order, their ids and their pixels."""
 
-import json
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -115,51 +112,3 @@ def _first_line(error: BaseException) -> str:
 
 # Pillow pads a truncated file with grey if another package in the process asked for that. We never want it.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
-
-
-class ContentIndex:
-    """Digests of file contents, remembered as long as a file's size and modification time stay.
-
-    What git's index does: the first run reads every file, later ones only ask the file system for its dates.
-    The index is a plain JSON file; losing it costs one reading of the files and changes no digest.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            known = json.loads(path.read_text())
-        except (FileNotFoundError, ValueError):  # none yet, or damaged: it is only a memory
-            known = {}
-        self._known: dict[str, list] = known if isinstance(known, dict) else {}
-
-    def digest(self, paths: Iterable[Path]) -> str:
-        """One digest of the contents of these files, in this order; their names and places do not enter."""
-        whole = blake2b(digest_size=16)
-        fresh = {str(path.absolute()): self._entry(path) for path in paths}
-        for _, _, content in fresh.values():
-            whole.update(bytes.fromhex(content))
-        if any(self._known.get(name) != entry for name, entry in fresh.items()):
-            self._known |= fresh
-            self._save()
-        return whole.hexdigest()
-
-    def _entry(self, path: Path) -> list:
-        stat = path.stat()
-        known = self._known.get(str(path.absolute()))
-        if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return known
-        return [stat.st_size, stat.st_mtime_ns, _file_digest(path)]
-
-    def _save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(self._known))
-        os.replace(partial, self.path)
-
-
-def _file_digest(path: Path) -> str:
-    whole = blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            whole.update(block)
-    return whole.hexdigest()

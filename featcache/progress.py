@@ -1,5 +1,6 @@
 """What a person sees while a stage runs. All of it goes to stderr, so that stdout stays a result."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -7,7 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-_stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+# of several processes that train together, one speaks
+_stderr = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0", highlight=False, soft_wrap=True, markup=False)
 
 
 def say(message: str) -> None:

@@ -1,17 +1,23 @@
-"""Settings of fitting and blending heads. Imports no torch, so that `--help` answers at once."""
+"""Settings of training, fitting and blending. Imports no torch, so that `--help` answers at once."""
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from featcache.config import DEVICES, at_least, one_of
+from featcache.config import DEVICES, BackboneConfig, at_least, one_of
 from featcache.errors import ConfigError
 
 LOSS_NAMES = ("smooth_l1", "mse", "pearson", "mnnpc")
 HEADS = ("linear", "roi")
 SOLVERS = ("auto", "exact", "adamw")
 BLENDS = ("uniform", "score", "greedy")
+STAGES = ("pretrain", "finetune")
+PRECISIONS = ("float32", "bfloat16", "float16")
+HEAD_STARTS = ("default", "small", "fitted")
+STOPS = ("fold", "never")
+CORRELATIONS = frozenset({"pearson", "mnnpc"})
 
 # Under each of these, and any sum of them, the best linear map of a vertex points in the least-squares direction:
 # mse by definition, the others because they fall as the vertex's r rises, and least squares maximises r.
@@ -142,3 +148,113 @@ class BlendConfig:
 
     def __post_init__(self) -> None:
         one_of("method", self.method, BLENDS)
+
+
+def _option(default: Any, meaning: str) -> Any:
+    """A field that the command line offers as an option, with this help."""
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The gradient loop of backbone and heads together, for both stages. The defaults are the fast recipe."""
+
+    loss: str = _option("smooth_l1+pearson", f"{', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc.")
+    epochs: int = _option(5, "The learning rate reaches zero at the end of the last.")
+    batch_size: int = _option(32, "Images a device and pass.")
+    accumulate: int = _option(1, "Passes before each step of the optimiser.")
+    correlation_batch: int = _option(0, "Images that a correlation loss sees, over passes and devices; 0: one pass.")
+    learning_rate: float = _option(3e-4, "Of the backbone's last layer, at its highest.")
+    head_learning_rate: float = _option(1e-3, "Of the heads.")
+    layer_decay: float = _option(1.0, "Learning rate of a layer as a part of the next one's; 1: all the same.")
+    weight_decay: float = _option(0.05, "Decoupled; not on biases and norms.")
+    warmup: float = _option(0.0, "Epochs over which the learning rate rises from zero.")
+    clip_norm: float = _option(1.0, "Largest norm of the gradient; 0: any.")
+    ema: float = _option(0.0, "Decay a step of the average of the weights that is scored and saved; 0: none.")
+    precision: str = _option("float32", f"{', '.join(PRECISIONS)}.")
+    freeze_norm: bool = _option(False, "Keep the batch statistics that the backbone came with.")
+    head_start: str = _option("fitted", "Stage 2: default (torch's), small (a tenth of it), or fitted (docs/training.md).")
+    augment: bool = _option(False, "Shifts and zooms of 3 %, brightness, contrast and saturation by a tenth.")
+    stop: str = _option("fold", "fold: keep the epoch that scores best on the held-out fold; never: keep the last.")
+    patience: int = _option(3, "Epochs without a better score before it stops.")
+    embedding: int = _option(512, "Stage 1: features of a subject.")
+    seed: int = _option(0, "Of batches, heads and dropout.")
+
+    def __post_init__(self) -> None:
+        parse_loss(self.loss)
+        one_of("precision", self.precision, PRECISIONS)
+        one_of("head-start", self.head_start, HEAD_STARTS)
+        one_of("stop", self.stop, STOPS)
+        for name, least in (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("patience", 1), ("embedding", 1)):
+            at_least(name.replace("_", "-"), getattr(self, name), least)
+        for name in ("correlation_batch", "weight_decay", "warmup", "clip_norm", "seed"):
+            at_least(name.replace("_", "-"), getattr(self, name), 0)
+        for name in ("learning_rate", "head_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: expected a number above 0; found {getattr(self, name)}; correct it"
+                )
+        for name, low in (("ema", 0), ("layer_decay", 0)):
+            if not low <= getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: expected a number from 0 to 1; found {getattr(self, name)}; correct it"
+                )
+
+    @property
+    def terms(self) -> tuple[tuple[float, str], ...]:
+        return parse_loss(self.loss)
+
+    @property
+    def uses_correlation(self) -> bool:
+        return any(name in CORRELATIONS for _, name in self.terms)
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the weights that come out, given data, start and fold."""
+        return dict(vars(self)) | {"loss": loss_label(self.terms)}
+
+
+RECIPES: dict[str, TrainConfig] = {
+    "fast": TrainConfig(),
+    # As published: AdamW, 1e-4 on a cosine to zero, batches of 8, 12 epochs or early stopping, everything at torch's own.
+    "paper": TrainConfig(
+        loss="smooth_l1",
+        epochs=12,
+        batch_size=8,
+        learning_rate=1e-4,
+        head_learning_rate=1e-4,
+        weight_decay=0.01,
+        clip_norm=0.0,
+        head_start="default",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of training: what starts from what, and which folds are held out."""
+
+    stage: str  # pretrain (all subjects together) | finetune (each subject alone)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    # pretrain: what it starts from. finetune: of which stage-1 checkpoint, unless `init` names another start
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    init: str = "stage1"  # finetune only: stage1 | hub | packaged | none | a weights file | a checkpoint's folder
+    any_backbone: bool = False  # init stage1: the only stage-1 backbone there is, whatever `backbone` says
+    fold: int | None = None  # the one held out; None: each in turn
+    n_folds: int = 5
+    fold_seed: int = 0  # the folds of fit-heads with the same number and seed
+    device: str = "auto"
+    save_every: int = 0  # steps between states to go on from, besides the end of each epoch; 0: none
+    image_cache: float = 50.0  # 10^9 bytes that decoded images may take on the disk
+    workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 16))  # threads that decode images
+
+    def __post_init__(self) -> None:
+        one_of("stage", self.stage, STAGES)
+        one_of("device", self.device, DEVICES)
+        at_least("folds", self.n_folds, 2)
+        at_least("seed", self.fold_seed, 0)
+        at_least("save-every", self.save_every, 0)
+        at_least("workers", self.workers, 1)
+        if self.fold is not None and not 0 <= self.fold < self.n_folds:
+            raise ConfigError(
+                f"--fold: expected all or a number from 0 to {self.n_folds - 1}; found {self.fold}; choose one of those"
+            )

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from featcache.challenge import Challenge, Subject
+from featcache.contents import image_digest, response_digest, subject_digests
 from featcache.errors import StoreError
-from featcache.extract import image_digest
 from featcache.progress import bar, say
 from featcache.roi import HEMISPHERES
 from featcache.store import Store, replace_json
 from heads.blend import Blended, blend_hemisphere
 from heads.config import BlendConfig
 from heads.fit import FOLDER as PREDICTIONS
-from heads.fit import keep, own_stores, response_digest, subject_digests
+from heads.fit import keep, own_stores
 from heads.metrics import VertexScores
 from heads.submission import write_predictions, write_zip
 

@@ -13,11 +13,10 @@ from safetensors.torch import save
 
 from featcache.challenge import Subject
 from featcache.config import fingerprint
+from featcache.contents import image_digest, response_digest, subject_digests
 from featcache.device import resolve_device
 from featcache.errors import StoreError
 from featcache.extract import FOLDER as FEATURES
-from featcache.extract import image_digest
-from featcache.images import ContentIndex
 from featcache.progress import bar, say
 from featcache.roi import HEMISPHERES
 from featcache.splits import assign_folds, check_folds, refuse_leak
@@ -98,12 +97,6 @@ def keep(subject: Subject, stores: Sequence[Store], fault: Callable[[Store], str
     return [store for store in stores if not faults[store.name]]
 
 
-def response_digest(subject: Subject, work: Path) -> str:
-    """One digest of a subject's response files."""
-    index = ContentIndex(work / "index" / f"{subject.name}-responses.json")
-    return index.digest([subject.response_path(hemisphere) for hemisphere in HEMISPHERES])
-
-
 def prediction_recipe(subject: Subject, features: Store, config: FitConfig, work: Path) -> dict[str, Any]:
     """Everything that decides the rows of a prediction store."""
     recipe = {"kind": "predictions", "subject": subject.name, "features": dict(features.recipe)}
@@ -114,19 +107,6 @@ def prediction_recipe(subject: Subject, features: Store, config: FitConfig, work
         if config.head == "roi":
             recipe["rois"] = about["rois"]
     return recipe | config.recipe()
-
-
-def subject_digests(subject: Subject) -> dict[str, dict[str, Any]]:
-    """What gradient heads know of a subject besides features and responses."""
-    rois = {hemisphere: _digest_arrays(subject.rois[hemisphere]) for hemisphere in HEMISPHERES}
-    return {"noise_ceiling": _digest_arrays(subject.noise_ceiling), "rois": rois}
-
-
-def _digest_arrays(arrays: dict[str, Any]) -> dict[str, str | None]:
-    return {
-        name: None if array is None else fingerprint({"values": np.asarray(array, dtype=np.float64).tolist()})
-        for name, array in arrays.items()
-    }
 
 
 def model_name(recipe: dict[str, Any]) -> str:

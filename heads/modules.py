@@ -9,13 +9,14 @@ from heads.ridge import LinearMap
 
 # torch's own start predicts noise of the size of the signal, which few images never wear down; zero would leave
 # correlation losses without a gradient.
-_START = 0.1
+SMALL = 0.1
 
 
-def _layer(n_features: int, n_outputs: int) -> nn.Linear:
+def _layer(n_features: int, n_outputs: int, start: float) -> nn.Linear:
+    """`start` times torch's own random weights."""
     layer = nn.Linear(n_features, n_outputs)
     with torch.no_grad():
-        layer.weight.mul_(_START)
+        layer.weight.mul_(start)
         layer.bias.zero_()
     return layer
 
@@ -25,7 +26,7 @@ class LinearHead(nn.Module):
 
     def __init__(self, n_features: int, n_vertices: int) -> None:
         super().__init__()
-        self.layer = _layer(n_features, n_vertices)
+        self.layer = _layer(n_features, n_vertices, SMALL)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.layer(features)
@@ -40,15 +41,18 @@ class RoiHead(nn.Module):
     A vertex in no ROI has the hemisphere layer's prediction, unscaled. The layers lie side by side in one product.
 
     rois : masks (n_vertices,) of the ROIs; empty ones have no layer
+    start : the size of the first weights, 1 for torch's own
     """
 
     vertex: torch.Tensor  # (n_outputs,) the vertex of each output: all of them, then those of each ROI
     share: torch.Tensor  # (n_vertices,) one over the number of layers that predict the vertex
 
-    def __init__(self, n_features: int, n_vertices: int, rois: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, n_features: int, n_vertices: int, rois: Sequence[torch.Tensor], start: float = SMALL
+    ) -> None:
         super().__init__()
         vertex = torch.cat([torch.arange(n_vertices), *(torch.as_tensor(mask).nonzero().flatten() for mask in rois)])
-        self.layer = _layer(n_features, len(vertex))
+        self.layer = _layer(n_features, len(vertex), start)
         self.register_buffer("vertex", vertex)
         self.register_buffer("share", 1 / torch.bincount(vertex, minlength=n_vertices))
 
@@ -57,6 +61,12 @@ class RoiHead(nn.Module):
 
     def linear_map(self) -> LinearMap:
         return LinearMap(self._mean(self.layer.weight.T), self._mean(self.layer.bias[None])[0])
+
+    @torch.no_grad()
+    def start_from(self, head: LinearMap) -> None:
+        """Make every layer predict what `head` does for its vertices, so that their mean does."""
+        self.layer.weight.copy_(head.weights.T[self.vertex])
+        self.layer.bias.copy_(head.intercept[self.vertex])
 
     def _mean(self, outputs: torch.Tensor) -> torch.Tensor:
         """(rows, n_outputs) -> (rows, n_vertices)"""

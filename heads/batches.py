@@ -1,0 +1,89 @@
+"""Images and responses of several subjects, in batches that mix them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from featcache.challenge import Subject
+from featcache.pixels import Pixels
+from featcache.roi import HEMISPHERES
+from featcache.splits import assign_folds
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Responses of one subject's images in a batch.
+
+    rows : (n,) which images of the batch are this subject's
+    responses : (n, n_vertices) float32
+    """
+
+    subject: str
+    hemisphere: str
+    rows: torch.Tensor
+    responses: torch.Tensor
+
+
+class Images:
+    """Training images of some subjects with their pixels and responses, split by one held-out fold.
+
+    An image is a pair (number of the subject, row of its files).
+
+    pixels : one a subject
+    fold : {'fold': the one held out, 'n_folds': ..., 'seed': ...}
+    """
+
+    def __init__(self, subjects: Sequence[Subject], pixels: Sequence[Pixels], fold: dict[str, int]) -> None:
+        self.subjects, self._pixels = tuple(subjects), pixels
+        self._responses = [{h: subject.responses(h) for h in HEMISPHERES} for subject in subjects]
+        held_out = [assign_folds(s.train.ids, fold["n_folds"], fold["seed"]) == fold["fold"] for s in subjects]
+        self.held_out = [np.flatnonzero(mask) for mask in held_out]
+        self.trained = [np.flatnonzero(~mask) for mask in held_out]
+        self._pairs = np.concatenate([_pairs(number, rows) for number, rows in enumerate(self.trained)])
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    @property
+    def trained_ids(self) -> np.ndarray:
+        return np.unique(np.concatenate([s.train.ids[r] for s, r in zip(self.subjects, self.trained, strict=True)]))
+
+    @property
+    def held_out_ids(self) -> np.ndarray:
+        return np.unique(np.concatenate([s.train.ids[r] for s, r in zip(self.subjects, self.held_out, strict=True)]))
+
+    def epoch(self, seed: int, number: int, step: int) -> list[np.ndarray]:
+        """The pairs of each step of an epoch, (step, 2); those that do not fill one come in another epoch."""
+        shuffled = np.random.default_rng((seed, number)).permutation(self._pairs)
+        return [shuffled[i : i + step] for i in range(0, len(shuffled) - step + 1, step)]
+
+    def read(self, pairs: np.ndarray) -> torch.Tensor:
+        """(n, 3, height, width) uint8"""
+        first = self._pixels[pairs[0, 0]]
+        out = np.empty((len(pairs), *first.array.shape[1:]), dtype=np.uint8)
+        for number in np.unique(pairs[:, 0]):
+            own = pairs[:, 0] == number
+            out[own] = self._pixels[number].array[pairs[own, 1]]
+        return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+    def targets(self, pairs: np.ndarray) -> list[Targets]:
+        """The responses to these images, for each subject and hemisphere that has vertices."""
+        return [
+            self._target(number, hemisphere, pairs)
+            for number in np.unique(pairs[:, 0])
+            for hemisphere in HEMISPHERES
+            if self.subjects[number].n_vertices[hemisphere]
+        ]
+
+    def _target(self, number: int, hemisphere: str, pairs: np.ndarray) -> Targets:
+        own = np.flatnonzero(pairs[:, 0] == number)
+        responses = np.asarray(self._responses[number][hemisphere][pairs[own, 1]], dtype=np.float32)
+        return Targets(
+            self.subjects[number].name, hemisphere, torch.from_numpy(own), torch.from_numpy(np.ascontiguousarray(responses))
+        )
+
+
+def _pairs(number: int, rows: np.ndarray) -> np.ndarray:
+    return np.stack([np.full(len(rows), number), rows], 1)

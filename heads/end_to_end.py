@@ -1,0 +1,259 @@
+"""The two stages of training: `pretrain` on all subjects, `finetune` on one. One function, two configs.
+
+Both train once per fold of the image id, so that a picture that is scored was never trained on, in either stage: the
+second stage of a fold starts from the first stage of the same fold.
+
+Source: the UARK-UAlbany entry to the Algonauts 2023 challenge.
+"""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import timm
+import torch
+
+from featcache.backbone import Backbone, load_backbone
+from featcache.challenge import Subject
+from featcache.checkpoint import (
+    FOLDER,
+    Checkpoint,
+    checkpoint_path,
+    list_checkpoints,
+    open_checkpoint,
+    siblings,
+    usable,
+)
+from featcache.config import BackboneConfig
+from featcache.contents import digests, subject_digests
+from featcache.device import keep_freed_memory, resolve_device
+from featcache.errors import CheckpointError, LeakError
+from featcache.pixels import Pixels, cache_pixels
+from featcache.progress import say
+from featcache.roi import HEMISPHERES
+from featcache.splits import assign_folds, check_folds, refuse_leak
+from heads.batches import Images
+from heads.config import StageConfig
+from heads.encoder import AllSubjects, Encoder, OneSubject, linear_map_of, output_columns
+from heads.encoder_training import EncoderTraining, make_accelerator
+from heads.modules import SMALL
+from heads.ridge import LinearMap, RidgeHead
+
+_FEATURE_BATCH = 64  # images a pass where only features are asked for
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One checkpoint of one stage."""
+
+    checkpoint: Checkpoint
+    new: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """The backbone that training starts from, and the checkpoint it is out of, if any."""
+
+    backbone: Backbone
+    checkpoint: Checkpoint | None
+    settings: BackboneConfig  # of the first weights, before any training
+
+    def recipe(self) -> dict[str, str | None]:
+        training = None if self.checkpoint is None else self.checkpoint.training
+        return {"weights": self.backbone.digest, "training": training}
+
+
+def train_stage(subjects: Sequence[Subject], config: StageConfig, work: Path) -> list[Trained]:
+    """Train one stage: `pretrain` leaves a checkpoint a fold, `finetune` one a fold and subject.
+
+    What is there already is skipped; an interrupted run goes on. Raises CheckpointError for a start that is missing or
+    of another tree, and LeakError for one that saw images of the fold that is held out.
+    """
+    device = resolve_device(config.device)
+    if device == "cpu":
+        keep_freed_memory()
+    groups = [tuple(subjects)] if config.stage == "pretrain" else [(subject,) for subject in subjects]
+    for subject in subjects:
+        check_folds(assign_folds(subject.train.ids, config.n_folds, config.fold_seed), config.n_folds)
+        refuse_leak(subject.train.ids, subject.test.ids, f"the test split of {subject.name}")
+    folds = range(config.n_folds) if config.fold is None else [config.fold]
+    starts = _Starts(config, work, device)
+    return [_train_fold(group, fold, config, starts, work) for group in groups for fold in folds]
+
+
+def _train_fold(
+    subjects: tuple[Subject, ...], number: int, config: StageConfig, starts: "_Starts", work: Path
+) -> Trained:
+    began = time.perf_counter()
+    fold = {"fold": number, "n_folds": config.n_folds, "seed": config.fold_seed}
+    start = starts.of(subjects, fold)
+    checkpoint = _checkpoint(subjects, fold, config, start, work)
+    if checkpoint.finished:
+        say(f"already trained, {checkpoint.path}")
+        return Trained(checkpoint, False, time.perf_counter() - began)
+    accelerator = make_accelerator(config.train.precision, starts.device)
+    with accelerator.main_process_first():
+        pixels = cache_pixels(subjects, start.backbone, work, config.image_cache, config.workers)
+    images = Images(subjects, pixels, fold)
+    checkpoint = _know_ids(checkpoint, images, start)
+    torch.manual_seed(config.train.seed)
+    network = copy.deepcopy(start.backbone.model).requires_grad_(True)
+    encoder = Encoder(network, _heads(subjects, images, pixels, start, config))
+    run = EncoderTraining(
+        encoder, start.backbone, images, config.train, accelerator, checkpoint, config.save_every
+    )
+    return Trained(run.train(), True, time.perf_counter() - began)
+
+
+def _checkpoint(
+    subjects: Sequence[Subject], fold: dict[str, int], config: StageConfig, start: Start, work: Path
+) -> Checkpoint:
+    """The checkpoint that this run fills: as an earlier run left it, or a new one."""
+    recipe = {
+        "kind": "checkpoint",
+        "stage": config.stage,
+        "subjects": {s.name: digests(s, work) | subject_digests(s) for s in subjects},
+        "backbone": {
+            "name": start.settings.name,
+            "weights": start.settings.weights,
+            "size": start.backbone.transform_recipe["input_size"][-1],
+        },
+        "transform": dict(start.backbone.transform_recipe),
+        "timm": timm.__version__,
+        "start": start.recipe(),
+        "fold": fold,
+        "settings": config.train.recipe(),
+    }
+    who = f"{config.stage}-{subjects[0].name}" if config.stage == "finetune" else config.stage
+    label = f"{who}-{start.settings.name}-fold{fold['fold']}"
+    path = checkpoint_path(work, label, recipe)
+    if (path / "checkpoint.json").exists():
+        return open_checkpoint(path)
+    versions = {"torch": torch.__version__, "accelerate": accelerate.__version__}
+    facts = {"label": label, "origin": start.backbone.origin, "versions": versions, "scores": [], "finished": False}
+    return Checkpoint(path, recipe, facts)
+
+
+def _know_ids(checkpoint: Checkpoint, images: Images, start: Start) -> Checkpoint:
+    """Put the ids that it will have seen among the facts, and refuse those of the fold that is held out."""
+    before = np.empty(0, np.int64) if start.checkpoint is None else start.checkpoint.seen_ids
+    seen = np.union1d(before, images.trained_ids)
+    refuse_leak(seen, images.held_out_ids, f"fold {checkpoint.fold['fold']} of {checkpoint.facts['label']}")
+    return replace(checkpoint, facts=checkpoint.facts | {"seen_ids": seen.tolist()})
+
+
+def _heads(
+    subjects: Sequence[Subject], images: Images, pixels: Sequence[Pixels], start: Start, config: StageConfig
+) -> AllSubjects | OneSubject:
+    n_features = start.backbone.model.num_features
+    size = 1.0 if config.train.head_start == "default" else SMALL
+    if config.stage == "pretrain":
+        names = [subject.name for subject in subjects]
+        return AllSubjects(n_features, names, output_columns(subjects), config.train.embedding, size)
+    heads = OneSubject(n_features, subjects[0], size)
+    if config.train.head_start == "fitted":
+        heads.start_from(_fitted_maps(subjects[0], images, pixels[0], start))
+    return heads
+
+
+def _fitted_maps(subject: Subject, images: Images, pixels: Pixels, start: Start) -> dict[str, LinearMap]:
+    """Where stage 1's own heads ended for this subject; without stage 1, closed form on the backbone as it is."""
+    if (one := start.checkpoint) is not None and one.recipe["stage"] == "pretrain":
+        tensors, names = one.heads(), list(one.recipe["subjects"])
+        return {h: linear_map_of(tensors, names, subject.name, h) for h in HEMISPHERES}
+    rows = images.trained[0]
+    features = _features(start.backbone, pixels, rows)
+    heads = {h: RidgeHead().fit(features, torch.from_numpy(np.asarray(subject.responses(h)[rows]))) for h in HEMISPHERES}
+    return {h: LinearMap(head.weights_, head.intercept_) for h, head in heads.items()}
+
+
+@torch.inference_mode()
+def _features(backbone: Backbone, pixels: Pixels, rows: np.ndarray) -> torch.Tensor:
+    """(len(rows), n_features) float32 of the pooled last layer."""
+    device = next(backbone.model.parameters()).device
+    batches = [rows[i : i + _FEATURE_BATCH] for i in range(0, len(rows), _FEATURE_BATCH)]
+    parts = [backbone.features(backbone.normalise(pixels.read(b).to(device)), ("pooled",))["pooled"] for b in batches]
+    return torch.cat(parts).float().cpu()
+
+
+class _Starts:
+    """Where each fold starts from. Weights are loaded once for all the folds that start from the same."""
+
+    def __init__(self, config: StageConfig, work: Path, device: str) -> None:
+        self._config, self._work, self.device = config, work, device
+        self._last: tuple[Any, Start] | None = None
+
+    def of(self, subjects: Sequence[Subject], fold: dict[str, int]) -> Start:
+        found = self._wanted(subjects, fold)
+        if self._last is None or self._last[0] != found:
+            self._last = (found, self._load(found))
+        return self._last[1]
+
+    def _load(self, found: Path | BackboneConfig) -> Start:
+        if isinstance(found, BackboneConfig):
+            return Start(load_backbone(found, self.device), None, found)
+        checkpoint = open_checkpoint(found)
+        trained = checkpoint.recipe["backbone"]
+        settings = BackboneConfig(trained["name"], trained["weights"], trained["size"])
+        return Start(checkpoint.backbone(self.device, self._config.backbone.size), checkpoint, settings)
+
+    def _wanted(self, subjects: Sequence[Subject], fold: dict[str, int]) -> Path | BackboneConfig:
+        init, own = self._config.init, self._config.backbone
+        if self._config.stage == "pretrain":
+            return own
+        if init == "stage1":
+            return self._stage1(subjects[0], fold)
+        if init not in ("hub", "packaged", "none") and Path(init).is_dir():
+            return self._given(open_checkpoint(Path(init)), subjects[0], fold)
+        return replace(own, weights=init)
+
+    def _stage1(self, subject: Subject, fold: dict[str, int]) -> Path:
+        """The stage-1 checkpoint of this fold in the work folder."""
+        known = [one for one in list_checkpoints(self._work) if one.recipe["stage"] == "pretrain"]
+        ours = usable(subject, [one for one in known if self._is_wanted(one)], digests(subject, self._work))
+        trainings = sorted({one.training for one in ours})
+        if len(trainings) > 1:
+            names = ", ".join(min(one.name for one in ours if one.training == t) for t in trainings)
+            raise CheckpointError(
+                f"--init stage1: expected one stage-1 training in {self._work / FOLDER}; found {len(trainings)} "
+                f"({names}); name the folder of one with --init"
+            )
+        return self._sibling(ours, fold, f"of {subject.name} in {self._work / FOLDER}")
+
+    def _is_wanted(self, one: Checkpoint) -> bool:
+        own, trained = self._config.backbone, one.recipe["backbone"]
+        same = (trained["name"], trained["weights"]) == (own.name, own.weights) and own.size in (None, trained["size"])
+        return self._config.any_backbone or same
+
+    def _given(self, given: Checkpoint, subject: Subject, fold: dict[str, int]) -> Path:
+        """The checkpoint of this fold beside the one that was named."""
+        trained = given.recipe["backbone"]["name"]
+        if not self._config.any_backbone and trained != self._config.backbone.name:
+            raise CheckpointError(
+                f"--init {given.path}: expected a checkpoint of {self._config.backbone.name}; found one of {trained}; "
+                f"name --backbone {trained}, or another checkpoint"
+            )
+        given.refuse_other_tree({subject.name: digests(subject, self._work)})
+        return self._sibling(siblings(given), fold, f"like {given.path}")
+
+    def _sibling(self, checkpoints: Sequence[Checkpoint], fold: dict[str, int], where: str) -> Path:
+        for one in checkpoints:
+            if one.fold == fold and one.finished:
+                return one.path
+        if any((one.fold["n_folds"], one.fold["seed"]) != (fold["n_folds"], fold["seed"]) for one in checkpoints):
+            raise LeakError(
+                f"expected a stage-1 checkpoint of the same folds ({fold['n_folds']}, seed {fold['seed']}) {where}; "
+                "found one of others, which saw images that are held out here; give its --folds and --fold-seed"
+            )
+        folds = sorted(one.fold["fold"] for one in checkpoints if one.finished)
+        raise CheckpointError(
+            f"expected a stage-1 checkpoint of fold {fold['fold']} {where}; found "
+            + (f"only folds {', '.join(map(str, folds))}" if folds else "none")
+            + f"; run pretrain --fold {fold['fold']}, or start without stage 1: --init hub"
+        )
