@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -53,7 +53,9 @@ Name = Annotated[
 ]
 Weights = Annotated[
     str | None,
-    typer.Option("--weights", envvar="FEATCACHE_WEIGHTS", help=f"hub, packaged, none or a file. [{BackboneConfig.weights}]"),
+    typer.Option(
+        "--weights", envvar="FEATCACHE_WEIGHTS", help=f"hub, packaged, none or a file. [{BackboneConfig.weights}]"
+    ),
 ]
 Size = Annotated[
     int | None,
@@ -203,7 +205,7 @@ def _training_command(stage: str) -> Callable[..., None]:
     options = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     options = [p for p in options if stage == "finetune" or p.name != "init"]
     for setting in fields(TrainConfig):
-        kind = Annotated[setting.type | None, typer.Option(help=setting.metadata["help"])]
+        kind: Any = Annotated[cast(type, setting.type) | None, typer.Option(help=setting.metadata["help"])]
         options.append(inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
     command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
     command.__annotations__ = {option.name: option.annotation for option in options}

@@ -253,7 +253,8 @@ def _decoded(
     processes. Only a few batches are ever in memory.
     """
     depth = _AHEAD * config.batch_size + 2 * config.workers
-    images = ahead(lambda row: _decode(paths[row], backbone), (row for b in batches for row in b), depth, config.workers)
+    rows = (row for batch in batches for row in batch)
+    images = ahead(lambda row: _decode(paths[row], backbone), rows, depth, config.workers)
     for batch in batches:
         yield torch.stack([next(images) for _ in batch])
 

@@ -63,9 +63,11 @@ def cache_pixels(
     """
     paths = [_path(subject, backbone, work) for subject in subjects]
     sizes = [len(subject.image_ids) * _bytes_per_image(backbone) for subject in subjects]
-    missing = [pair for pair in zip(paths, sizes, subjects, strict=True) if _committed(pair[0]) < len(pair[2].image_ids)]
+    every = zip(paths, sizes, subjects, strict=True)
+    missing = [(path, size, subject) for path, size, subject in every if _committed(path) < len(subject.image_ids)]
     if missing:
-        _make_room(work / FOLDER, paths, sum(sizes), sum(size for path, size, _ in missing if not path.exists()), limit_gb)
+        new = sum(size for path, size, _ in missing if not path.exists())
+        _make_room(work / FOLDER, paths, sum(sizes), new, limit_gb)
         size = backbone.transform_recipe["input_size"][-1]
         say(f"images at {size} px, once: {sum(sizes) / 1e9:.2f} GB in {work / FOLDER} (at most {limit_gb:g} GB)")
     for path, _, subject in missing:

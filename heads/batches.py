@@ -40,7 +40,10 @@ class Images:
         self._responses = [{h: subject.responses(h) for h in HEMISPHERES} for subject in subjects]
         held_out = [assign_folds(s.train.ids, fold["n_folds"], fold["seed"]) == fold["fold"] for s in subjects]
         self.held_out = [np.flatnonzero(mask) for mask in held_out]
-        self.trained = [np.flatnonzero(~mask) for mask in held_out]
+        tested = np.concatenate([subject.test.ids for subject in subjects])
+        # A picture that one subject is tested on may be a training image of another: it stays out for all of them.
+        shown = [~mask & ~np.isin(s.train.ids, tested) for s, mask in zip(subjects, held_out, strict=True)]
+        self.trained = [np.flatnonzero(mask) for mask in shown]
         self._pairs = np.concatenate([_pairs(number, rows) for number, rows in enumerate(self.trained)])
 
     def __len__(self) -> int:
@@ -79,10 +82,8 @@ class Images:
 
     def _target(self, number: int, hemisphere: str, pairs: np.ndarray) -> Targets:
         own = np.flatnonzero(pairs[:, 0] == number)
-        responses = np.asarray(self._responses[number][hemisphere][pairs[own, 1]], dtype=np.float32)
-        return Targets(
-            self.subjects[number].name, hemisphere, torch.from_numpy(own), torch.from_numpy(np.ascontiguousarray(responses))
-        )
+        responses = np.ascontiguousarray(self._responses[number][hemisphere][pairs[own, 1]], dtype=np.float32)
+        return Targets(self.subjects[number].name, hemisphere, torch.from_numpy(own), torch.from_numpy(responses))
 
 
 def _pairs(number: int, rows: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from featcache.errors import ConfigError
 
 LOSS_NAMES = ("smooth_l1", "mse", "pearson", "mnnpc")
 HEADS = ("linear", "roi")
-SOLVERS = ("auto", "exact", "adamw")
+SOLVERS = ("auto", "exact", "adamw", "trained")
 BLENDS = ("uniform", "score", "greedy")
 STAGES = ("pretrain", "finetune")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -93,7 +93,7 @@ class FitConfig:
 
     loss: str = "mnnpc"  # a weighted sum of LOSS_NAMES
     head: str = "linear"  # linear | roi
-    solver: str = "auto"  # auto | exact | adamw
+    solver: str = "auto"  # auto | exact | adamw | trained, the heads that a checkpoint brought with it
     n_folds: int = 5  # of the training images, by image id
     seed: int = 0  # of the folds and of the gradient loop
     device: str = "auto"
@@ -130,10 +130,12 @@ class FitConfig:
     @property
     def objective(self) -> str:
         """What the heads optimise, in a word: every loss that closed form serves has the same heads."""
-        return "ridge" if self.resolved_solver == "exact" else loss_label(self.terms)
+        return {"exact": "ridge", "trained": "trained"}.get(self.resolved_solver, loss_label(self.terms))
 
     def recipe(self) -> dict[str, Any]:
         """What decides the heads, given features, responses and ceilings."""
+        if self.resolved_solver == "trained":  # with the backbone, whose recipe has everything
+            return {"head": "trained", "solver": "trained", "objective": "trained"}
         solver = self.ridge if self.resolved_solver == "exact" else self.adamw
         settings = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(solver).items()}
         common = {"head": self.head, "n_folds": self.n_folds, "seed": self.seed}
@@ -159,7 +161,7 @@ def _option(default: Any, meaning: str) -> Any:
 class TrainConfig:
     """The gradient loop of backbone and heads together, for both stages. The defaults are the fast recipe."""
 
-    loss: str = _option("smooth_l1+pearson", f"{', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc.")
+    loss: str = _option("smooth_l1", f"{', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc.")
     epochs: int = _option(5, "The learning rate reaches zero at the end of the last.")
     batch_size: int = _option(32, "Images a device and pass.")
     accumulate: int = _option(1, "Passes before each step of the optimiser.")
@@ -172,8 +174,8 @@ class TrainConfig:
     clip_norm: float = _option(1.0, "Largest norm of the gradient; 0: any.")
     ema: float = _option(0.0, "Decay a step of the average of the weights that is scored and saved; 0: none.")
     precision: str = _option("float32", f"{', '.join(PRECISIONS)}.")
-    freeze_norm: bool = _option(False, "Keep the batch statistics that the backbone came with.")
-    head_start: str = _option("fitted", "Stage 2: default (torch's), small (a tenth of it), or fitted (docs/training.md).")
+    freeze_norm: bool = _option(True, "Keep the batch statistics that the backbone came with.")
+    head_start: str = _option("fitted", "Stage 2: default (torch's), small (a tenth), or fitted (docs/training.md).")
     augment: bool = _option(False, "Shifts and zooms of 3 %, brightness, contrast and saturation by a tenth.")
     stop: str = _option("fold", "fold: keep the epoch that scores best on the held-out fold; never: keep the last.")
     patience: int = _option(3, "Epochs without a better score before it stops.")
@@ -194,10 +196,10 @@ class TrainConfig:
                 raise ConfigError(
                     f"--{name.replace('_', '-')}: expected a number above 0; found {getattr(self, name)}; correct it"
                 )
-        for name, low in (("ema", 0), ("layer_decay", 0)):
-            if not low <= getattr(self, name) <= 1:
+        for name in ("ema", "layer_decay"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ConfigError(
-                    f"--{name.replace('_', '-')}: expected a number from 0 to 1; found {getattr(self, name)}; correct it"
+                    f"--{name.replace('_', '-')}: expected a number from 0 to 1; found {value}; correct it"
                 )
 
     @property
@@ -215,7 +217,7 @@ class TrainConfig:
 
 RECIPES: dict[str, TrainConfig] = {
     "fast": TrainConfig(),
-    # As published: AdamW, 1e-4 on a cosine to zero, batches of 8, 12 epochs or early stopping, everything at torch's own.
+    # As published: AdamW, 1e-4 on a cosine to zero, batches of 8, 12 epochs or early stopping; the rest is torch's own.
     "paper": TrainConfig(
         loss="smooth_l1",
         epochs=12,
@@ -224,6 +226,7 @@ RECIPES: dict[str, TrainConfig] = {
         head_learning_rate=1e-4,
         weight_decay=0.01,
         clip_norm=0.0,
+        freeze_norm=False,
         head_start="default",
     ),
 }

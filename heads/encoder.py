@@ -5,6 +5,7 @@ so that whoever trains or scores needs to know nothing else of the heads.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -81,14 +82,17 @@ class OneSubject(nn.Module):
     def forward(self, features: torch.Tensor, subjects: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.hemispheres[hemisphere](features) for hemisphere in HEMISPHERES], 1)
 
+    def _head(self, hemisphere: str) -> RoiHead:
+        return cast(RoiHead, self.hemispheres[hemisphere])
+
     def start_from(self, maps: Mapping[str, LinearMap]) -> None:
         """Make every layer of a hemisphere the same map, so that their mean is that map."""
         for hemisphere, head in maps.items():
-            self.hemispheres[hemisphere].start_from(head)
+            self._head(hemisphere).start_from(head)
 
     def saved(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps: `linear_map_of` reads it."""
-        maps = {hemisphere: self.hemispheres[hemisphere].linear_map() for hemisphere in HEMISPHERES}
+        maps = {hemisphere: self._head(hemisphere).linear_map() for hemisphere in HEMISPHERES}
         return {
             f"{self.names[0]}.{hemisphere}.{part}": tensor.detach()
             for hemisphere, head in maps.items()

@@ -275,8 +275,8 @@ class EncoderTraining:
             if self._accelerator.is_main_process:
                 backbone = {key: value for key, value in encoder.backbone.state_dict().items()}
                 save_weights(self._checkpoint.path / folder, backbone, encoder.heads.saved())
-            facts = facts | {"weights": folder, "epoch": epoch, "score": score}
-        self._checkpoint = replace(self._checkpoint, facts=facts | {"scores": scores})
+            facts = {**facts, "weights": folder, "epoch": epoch, "score": score}
+        self._checkpoint = replace(self._checkpoint, facts={**facts, "scores": scores})
         more = epoch < self._config.epochs and not self.finished
         self._record(state=self._save_state(epoch, 0) if more else None)
         say(f"{facts['label']}: epoch {epoch} scores {score:.4f} on fold {self._checkpoint.fold['fold']}")
@@ -345,14 +345,15 @@ class EncoderTraining:
         return state["epoch"], state["step"]
 
     def _record(self, **facts: Any) -> None:
-        self._checkpoint = replace(self._checkpoint, facts=self._checkpoint.facts | facts)
+        self._checkpoint = replace(self._checkpoint, facts={**self._checkpoint.facts, **facts})
         if self._accelerator.is_main_process:
             record(self._checkpoint)
         self._accelerator.wait_for_everyone()
 
     def _diverged(self, loss: float, number: int) -> CheckpointError:
         facts = self._checkpoint.facts
-        kept = f"epoch {facts['epoch']} is kept in {self._checkpoint.path}" if facts.get("weights") else "none was saved"
+        path = self._checkpoint.path
+        kept = f"epoch {facts['epoch']} is kept in {path}" if facts.get("weights") else "none was saved"
         epoch, step = divmod(number, self._per_epoch)
         return CheckpointError(
             f"{facts['label']}: expected a finite loss; found {loss} at epoch {epoch + 1}, step {step + 1} of "
@@ -361,7 +362,7 @@ class EncoderTraining:
 
 
 def parameter_groups(encoder: Encoder, config: TrainConfig) -> list[dict[str, Any]]:
-    """timm's groups: no decay on biases and norms, smaller rates for earlier layers, a rate of its own for the heads."""
+    """timm's groups: no decay on biases and norms, smaller rates for earlier layers, another rate for the heads."""
     if config.layer_decay < 1:
         groups = param_groups_layer_decay(encoder.backbone, config.weight_decay, layer_decay=config.layer_decay)
     else:
@@ -377,14 +378,15 @@ def _augmentation() -> Callable[[torch.Tensor], torch.Tensor]:
     return v2.Compose([move, v2.ColorJitter(0.1, 0.1, 0.1)])
 
 
-def _norms(model: nn.Module) -> list[nn.Module]:
+def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def _train_mode(model: nn.Module, freeze_norm: bool) -> None:
     model.train()
     if freeze_norm:
-        for norm in _norms(getattr(model, "module", model).backbone):
+        whole: Any = getattr(model, "module", model)  # inside what distributes it
+        for norm in _norms(whole.backbone):
             norm.eval()
 
 

@@ -17,6 +17,7 @@ import accelerate
 import numpy as np
 import timm
 import torch
+from torch import nn
 
 from featcache.backbone import Backbone, load_backbone
 from featcache.challenge import Subject
@@ -83,12 +84,12 @@ def train_stage(subjects: Sequence[Subject], config: StageConfig, work: Path) ->
         check_folds(assign_folds(subject.train.ids, config.n_folds, config.fold_seed), config.n_folds)
         refuse_leak(subject.train.ids, subject.test.ids, f"the test split of {subject.name}")
     folds = range(config.n_folds) if config.fold is None else [config.fold]
-    starts = _Starts(config, work, device)
-    return [_train_fold(group, fold, config, starts, work) for group in groups for fold in folds]
+    starts = _Starts(config, work)
+    return [_train_fold(group, fold, config, starts, device, work) for group in groups for fold in folds]
 
 
 def _train_fold(
-    subjects: tuple[Subject, ...], number: int, config: StageConfig, starts: "_Starts", work: Path
+    subjects: tuple[Subject, ...], number: int, config: StageConfig, starts: "_Starts", device: str, work: Path
 ) -> Trained:
     began = time.perf_counter()
     fold = {"fold": number, "n_folds": config.n_folds, "seed": config.fold_seed}
@@ -97,17 +98,15 @@ def _train_fold(
     if checkpoint.finished:
         say(f"already trained, {checkpoint.path}")
         return Trained(checkpoint, False, time.perf_counter() - began)
-    accelerator = make_accelerator(config.train.precision, starts.device)
+    accelerator = make_accelerator(config.train.precision, device)
     with accelerator.main_process_first():
         pixels = cache_pixels(subjects, start.backbone, work, config.image_cache, config.workers)
     images = Images(subjects, pixels, fold)
     checkpoint = _know_ids(checkpoint, images, start)
     torch.manual_seed(config.train.seed)
-    network = copy.deepcopy(start.backbone.model).requires_grad_(True)
-    encoder = Encoder(network, _heads(subjects, images, pixels, start, config))
-    run = EncoderTraining(
-        encoder, start.backbone, images, config.train, accelerator, checkpoint, config.save_every
-    )
+    network = copy.deepcopy(start.backbone.model).to(accelerator.device)
+    encoder = Encoder(network, _heads(subjects, images, pixels, start, network, config)).requires_grad_(True)
+    run = EncoderTraining(encoder, start.backbone, images, config.train, accelerator, checkpoint, config.save_every)
     return Trained(run.train(), True, time.perf_counter() - began)
 
 
@@ -145,32 +144,43 @@ def _know_ids(checkpoint: Checkpoint, images: Images, start: Start) -> Checkpoin
     before = np.empty(0, np.int64) if start.checkpoint is None else start.checkpoint.seen_ids
     seen = np.union1d(before, images.trained_ids)
     refuse_leak(seen, images.held_out_ids, f"fold {checkpoint.fold['fold']} of {checkpoint.facts['label']}")
-    return replace(checkpoint, facts=checkpoint.facts | {"seen_ids": seen.tolist()})
+    return replace(checkpoint, facts={**checkpoint.facts, "seen_ids": seen.tolist()})
 
 
 def _heads(
-    subjects: Sequence[Subject], images: Images, pixels: Sequence[Pixels], start: Start, config: StageConfig
+    subjects: Sequence[Subject],
+    images: Images,
+    pixels: Sequence[Pixels],
+    start: Start,
+    network: nn.Module,
+    config: StageConfig,
 ) -> AllSubjects | OneSubject:
-    n_features = start.backbone.model.num_features
+    n_features: Any = start.backbone.model.num_features
     size = 1.0 if config.train.head_start == "default" else SMALL
     if config.stage == "pretrain":
         names = [subject.name for subject in subjects]
         return AllSubjects(n_features, names, output_columns(subjects), config.train.embedding, size)
     heads = OneSubject(n_features, subjects[0], size)
     if config.train.head_start == "fitted":
-        heads.start_from(_fitted_maps(subjects[0], images, pixels[0], start))
+        heads.start_from(_fitted_maps(subjects[0], images, pixels[0], start, network))
     return heads
 
 
-def _fitted_maps(subject: Subject, images: Images, pixels: Pixels, start: Start) -> dict[str, LinearMap]:
+def _fitted_maps(
+    subject: Subject, images: Images, pixels: Pixels, start: Start, network: nn.Module
+) -> dict[str, LinearMap]:
     """Where stage 1's own heads ended for this subject; without stage 1, closed form on the backbone as it is."""
     if (one := start.checkpoint) is not None and one.recipe["stage"] == "pretrain":
         tensors, names = one.heads(), list(one.recipe["subjects"])
         return {h: linear_map_of(tensors, names, subject.name, h) for h in HEMISPHERES}
     rows = images.trained[0]
-    features = _features(start.backbone, pixels, rows)
-    heads = {h: RidgeHead().fit(features, torch.from_numpy(np.asarray(subject.responses(h)[rows]))) for h in HEMISPHERES}
-    return {h: LinearMap(head.weights_, head.intercept_) for h, head in heads.items()}
+    features = _features(replace(start.backbone, model=network), pixels, rows)
+    maps = {}
+    for hemisphere in HEMISPHERES:
+        responses = torch.from_numpy(np.asarray(subject.responses(hemisphere)[rows]))
+        head = RidgeHead().fit(features, responses)
+        maps[hemisphere] = LinearMap(head.weights_, head.intercept_)
+    return maps
 
 
 @torch.inference_mode()
@@ -185,8 +195,8 @@ def _features(backbone: Backbone, pixels: Pixels, rows: np.ndarray) -> torch.Ten
 class _Starts:
     """Where each fold starts from. Weights are loaded once for all the folds that start from the same."""
 
-    def __init__(self, config: StageConfig, work: Path, device: str) -> None:
-        self._config, self._work, self.device = config, work, device
+    def __init__(self, config: StageConfig, work: Path) -> None:
+        self._config, self._work = config, work
         self._last: tuple[Any, Start] | None = None
 
     def of(self, subjects: Sequence[Subject], fold: dict[str, int]) -> Start:
@@ -197,11 +207,11 @@ class _Starts:
 
     def _load(self, found: Path | BackboneConfig) -> Start:
         if isinstance(found, BackboneConfig):
-            return Start(load_backbone(found, self.device), None, found)
+            return Start(load_backbone(found), None, found)
         checkpoint = open_checkpoint(found)
         trained = checkpoint.recipe["backbone"]
         settings = BackboneConfig(trained["name"], trained["weights"], trained["size"])
-        return Start(checkpoint.backbone(self.device, self._config.backbone.size), checkpoint, settings)
+        return Start(checkpoint.backbone(size=self._config.backbone.size), checkpoint, settings)
 
     def _wanted(self, subjects: Sequence[Subject], fold: dict[str, int]) -> Path | BackboneConfig:
         init, own = self._config.init, self._config.backbone

@@ -15,8 +15,8 @@ from featcache.roi import HEMISPHERES
 from featcache.store import Store, replace_json
 from heads.blend import Blended, blend_hemisphere
 from heads.config import BlendConfig
+from heads.features import keep, own_stores
 from heads.fit import FOLDER as PREDICTIONS
-from heads.fit import keep, own_stores
 from heads.metrics import VertexScores
 from heads.submission import write_predictions, write_zip
 

@@ -13,11 +13,12 @@ SMALL = 0.1
 
 
 def _layer(n_features: int, n_outputs: int, start: float) -> nn.Linear:
-    """`start` times torch's own random weights."""
+    """`start` times torch's own random weights; below 1 without its random intercepts."""
     layer = nn.Linear(n_features, n_outputs)
-    with torch.no_grad():
-        layer.weight.mul_(start)
-        layer.bias.zero_()
+    if start < 1:
+        with torch.no_grad():
+            layer.weight.mul_(start)
+            layer.bias.zero_()
     return layer
 
 
@@ -47,9 +48,7 @@ class RoiHead(nn.Module):
     vertex: torch.Tensor  # (n_outputs,) the vertex of each output: all of them, then those of each ROI
     share: torch.Tensor  # (n_vertices,) one over the number of layers that predict the vertex
 
-    def __init__(
-        self, n_features: int, n_vertices: int, rois: Sequence[torch.Tensor], start: float = SMALL
-    ) -> None:
+    def __init__(self, n_features: int, n_vertices: int, rois: Sequence[torch.Tensor], start: float = SMALL) -> None:
         super().__init__()
         vertex = torch.cat([torch.arange(n_vertices), *(torch.as_tensor(mask).nonzero().flatten() for mask in rois)])
         self.layer = _layer(n_features, len(vertex), start)

@@ -163,8 +163,22 @@ def solve(
     rotated = basis.vectors.T @ cross
     centred = None if rows is None else ((rows[0] - basis.mean) @ basis.vectors, rows[1] - response_mean)
     chosen = choose_penalties(basis, rotated, response_squares, basis.penalties(multiples), centred)
-    weights = basis.vectors @ (rotated / (basis.values[:, None] + chosen))
-    return LinearMap(weights, response_mean - basis.mean @ weights), chosen
+    return maps_of_penalties(basis, rotated, response_mean, chosen), chosen
+
+
+def maps_of_penalties(
+    basis: Eigenbasis, rotated: torch.Tensor, response_mean: torch.Tensor, penalties: torch.Tensor
+) -> LinearMap:
+    """The map of each vertex under its penalty, (n_vertices,), from U'X'Y."""
+    weights = basis.vectors @ (rotated / (basis.values[:, None] + penalties))
+    return LinearMap(weights, response_mean - basis.mean @ weights)
+
+
+def cross_products(
+    features: torch.Tensor, responses: torch.Tensor, feature_mean: torch.Tensor, response_mean: torch.Tensor
+) -> torch.Tensor:
+    """Centred X'Y, (n_features, n_vertices)."""
+    return (features - feature_mean).T @ (responses - response_mean)
 
 
 class RidgeFolds:
@@ -278,7 +292,8 @@ def _fit_block(
     mean = responses.mean(0)
     centred = responses - mean
     rows = (features, responses) if is_exact(config, len(features)) else None
-    return solve(basis, (features - basis.mean).T @ centred, mean, centred.square().sum(0), config.penalties, rows)
+    cross = cross_products(features, responses, basis.mean, mean)
+    return solve(basis, cross, mean, centred.square().sum(0), config.penalties, rows)
 
 
 def _matrix(name: str, values: Any) -> torch.Tensor:

@@ -42,13 +42,21 @@ class AdamWFolds:
         noise_ceiling : (n_vertices,), fraction of variance in [0, 1], or None
         rois : masks (n_vertices,), for the head that has a layer for each
         """
-        return [self._fit_fold(fold, responses, noise_ceiling, rois) for fold in range(self._folds.max() + 1)]
+        splits = [self._split(fold) for fold in range(self._folds.max() + 1)]
+        return [self.fit_rows(t, [v], responses, noise_ceiling, rois)[0] for t, v in splits]
 
-    def _fit_fold(
-        self, fold: int, responses: torch.Tensor, noise_ceiling: np.ndarray | None, rois: Sequence[np.ndarray]
-    ) -> LinearMap:
-        trained, validated = self._split(fold)
-        refuse_leak(self._ids[trained], self._ids[validated], f"early stopping of fold {fold}")
+    def fit_rows(
+        self,
+        trained: np.ndarray,
+        choices: Sequence[np.ndarray],
+        responses: torch.Tensor,
+        noise_ceiling: np.ndarray | None = None,
+        rois: Sequence[np.ndarray] = (),
+        **_: Any,
+    ) -> list[LinearMap]:
+        """Train once on some rows; for each choice, rows too, the map of the epoch that scored best on those."""
+        for rows in choices:
+            refuse_leak(self._ids[trained], self._ids[rows], "early stopping")
         mean, scale = _standardisation(self._features[trained])
         torch.manual_seed(self._config.seed)
         head = _make_head(self._config.head, self._features.shape[1], responses.shape[1], rois)
@@ -57,14 +65,14 @@ class AdamWFolds:
             (self._features - mean) / scale,
             responses,
             trained,
-            validated,
+            choices,
             weighted_sum(self._config.terms),
             noise_ceiling,
             self._config.adamw,
         )
-        weights = best.weights / scale[:, None]
-        whole = LinearMap(weights, best.intercept - mean @ weights)
-        return calibrate(whole, self._features[trained], responses[trained])
+        weights = [one.weights / scale[:, None] for one in best]
+        whole = [LinearMap(w, one.intercept - mean @ w) for w, one in zip(weights, best, strict=True)]
+        return [calibrate(one, self._features[trained], responses[trained]) for one in whole]
 
     def _split(self, fold: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows to train on and rows to decide when to stop by, all outside the fold, which is for scoring."""
@@ -86,14 +94,14 @@ def train_head(
     features: torch.Tensor,
     responses: torch.Tensor,
     trained: np.ndarray,
-    validated: np.ndarray,
+    choices: Sequence[np.ndarray],
     loss: Loss,
     noise_ceiling: np.ndarray | None,
     config: AdamWConfig,
-) -> LinearMap:
-    """Train a head on some rows; the map of the epoch that scored best on other rows.
+) -> list[LinearMap]:
+    """Train a head on some rows; for each choice, other rows, the map of the epoch that scored best on them.
 
-    features (n_images, n_features) and responses (n_images, n_vertices) stay on the device; `trained` and `validated`
+    features (n_images, n_features) and responses (n_images, n_vertices) stay on the device; `trained` and `choices`
     are row numbers. Batches differ between epochs; the torch seed decides them.
     """
     ceiling = None if noise_ceiling is None else torch.as_tensor(noise_ceiling, device=features.device)
@@ -103,7 +111,8 @@ def train_head(
     optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS)
     n_batches = max(len(rows) // config.batch_size, 1)  # the images that do not fill a batch come in another epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs * n_batches)
-    best, best_score, waited = _snapshot(head), -np.inf, 0
+    first = _snapshot(head)
+    stops = [_Stop(first) for _ in choices]
     for _ in range(config.epochs):
         shuffled = rows[torch.randperm(len(rows), device=rows.device)]
         for batch in shuffled[: n_batches * config.batch_size].split(config.batch_size):
@@ -111,12 +120,24 @@ def train_head(
             loss(head(features[batch]), responses[batch], ceiling).backward()
             optimiser.step()
             schedule.step()
-        score = _score(head, features[validated], responses[validated], noise_ceiling)
-        if score > best_score:
-            best, best_score, waited = _snapshot(head), score, 0
-        elif (waited := waited + 1) >= config.patience:
+        now = _snapshot(head)
+        for stop, chosen in zip(stops, choices, strict=True):
+            stop.see(now, _score(head, features[chosen], responses[chosen], noise_ceiling))
+        if all(stop.waited >= config.patience for stop in stops):
             break
-    return best
+    return [stop.best for stop in stops]
+
+
+class _Stop:
+    """The best map so far, by one score, and for how many epochs there was no better one."""
+
+    def __init__(self, first: LinearMap) -> None:
+        self.best, self.score, self.waited = first, -np.inf, 0
+
+    def see(self, head: LinearMap, score: float) -> None:
+        self.waited += 1
+        if score > self.score:
+            self.best, self.score, self.waited = head, score, 0
 
 
 @torch.no_grad()

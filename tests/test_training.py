@@ -183,7 +183,7 @@ def overfitted(config, noise_ceiling=None):
     responses = features[:, :1] + 3 * torch.randn(100, 4)
     trained, validated = np.arange(50), np.arange(50, 100)
     head = LinearHead(60, 4)
-    best = train_head(head, features, responses, trained, validated, LOSSES["mse"], noise_ceiling, config)
+    (best,) = train_head(head, features, responses, trained, [validated], LOSSES["mse"], noise_ceiling, config)
     return best, head, features[validated], responses[validated]
 
 
@@ -214,7 +214,7 @@ def test_weights_decay_and_intercepts_do_not():
     responses = features[:, :2] + 3
     head = LinearHead(5, 2)
     config = AdamWConfig(learning_rate=0.05, weight_decay=10, epochs=60, batch_size=50, patience=60)
-    train_head(head, features, responses, np.arange(150), np.arange(150, 200), LOSSES["mse"], None, config)
+    train_head(head, features, responses, np.arange(150), [np.arange(150, 200)], LOSSES["mse"], None, config)
     assert head.layer.weight.abs().max() < 0.2
     torch.testing.assert_close(head.layer.bias.detach(), torch.full((2,), 3.0), atol=0.3, rtol=0)
 
@@ -224,8 +224,8 @@ def test_rows_outside_are_not_touched():
     features, responses = torch.randn(60, 5), torch.randn(60, 2)
     features[40:50], responses[40:50] = torch.nan, torch.nan
     config = AdamWConfig(epochs=3, batch_size=8)
-    best = train_head(
-        LinearHead(5, 2), features, responses, np.arange(40), np.arange(50, 60), LOSSES["pearson"], None, config
+    (best,) = train_head(
+        LinearHead(5, 2), features, responses, np.arange(40), [np.arange(50, 60)], LOSSES["pearson"], None, config
     )
     assert best.weights.isfinite().all()
 
@@ -238,3 +238,16 @@ def test_arguments_are_left_as_they_are():
     assert torch.equal(features, before[0])
     assert torch.equal(responses, before[1])
     np.testing.assert_array_equal(ceiling, before[2])
+
+
+def test_each_choice_has_the_epoch_that_scored_best_on_its_own_rows(monkeypatch):
+    """Two sets of rows that prefer other epochs get other maps out of one training."""
+    ids, features, responses = planted(120)
+    scores = iter([0.1, 0.9, 0.5, 0.5, 0.9, 0.1])  # first choice, second choice, epoch by epoch
+    monkeypatch.setattr(heads.training, "_score", lambda *_: next(scores))
+    config = AdamWConfig(learning_rate=1e-2, epochs=3, batch_size=32)
+    rows = np.arange(80), [np.arange(80, 100), np.arange(100, 120)]
+    torch.manual_seed(0)
+    late, early = train_head(LinearHead(N_FEATURES, N_VERTICES), features, responses, *rows, LOSSES["mse"], None, config)
+    errors = [LOSSES["mse"](one(features[:80]), responses[:80]) for one in (late, early)]
+    assert errors[0] < errors[1]

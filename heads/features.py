@@ -1,0 +1,123 @@
+"""The features that heads are fitted to: of a frozen backbone, or of one that was trained once per fold."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featcache.challenge import Subject
+from featcache.contents import image_digest
+from featcache.extract import FOLDER
+from featcache.progress import say
+from featcache.splits import assign_folds
+from featcache.store import Store, list_stores
+from heads.config import FitConfig
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """One subject's features of one model.
+
+    stores : of a frozen backbone, the one store; of a trained one, a store for each fold that there is, in their order
+    """
+
+    stores: tuple[Store, ...]
+
+    @property
+    def trained(self) -> bool:
+        return self.stores[0].recipe["fold"] is not None
+
+    @property
+    def name(self) -> str:
+        return "+".join(store.name for store in self.stores)
+
+    def label(self) -> str:
+        """Backbone and stage, for a person."""
+        first = self.stores[0].recipe
+        return first["backbone"] + (f"-{first['fold']['stage']}" if self.trained else "")
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the features; of a trained backbone, those of all folds together."""
+        first = dict(self.stores[0].recipe)
+        if not self.trained:
+            return first
+        weights = [store.recipe["weights"] for store in self.stores]
+        fold = {key: value for key, value in first["fold"].items() if key != "fold"}
+        return first | {"weights": weights, "fold": fold | {"held_out": self.held_out()}}
+
+    def held_out(self) -> list[int]:
+        """The fold that each store's backbone did not see."""
+        return [store.recipe["fold"]["fold"] for store in self.stores]
+
+    def folds(self, subject: Subject, config: FitConfig) -> np.ndarray:
+        """(n_train,) fold of each training image: those of the training, where there was one."""
+        fold = self.stores[0].recipe["fold"] or {"n_folds": config.n_folds, "seed": config.seed}
+        return assign_folds(subject.train.ids, fold["n_folds"], fold["seed"])
+
+    def read(self, device: str) -> list[torch.Tensor]:
+        """(n_train + n_test, n_features) float32 of each store, layers side by side."""
+        return [
+            torch.cat([torch.from_numpy(store.read(layer)) for layer in store.arrays], 1).to(device)
+            for store in self.stores
+        ]
+
+    def seen_ids(self) -> list[np.ndarray]:
+        """Ids of the images that each store's backbone was trained on."""
+        return [np.array(store.facts.get("seen_ids", []), dtype=np.int64) for store in self.stores]
+
+
+def feature_sets(subject: Subject, work: Path) -> list[FeatureSet]:
+    """The complete features of the subject's images as they are now; what is left out is named."""
+    stores = own_stores(subject, work / FOLDER, "extract")
+    digest = image_digest(subject, work) if stores else ""
+    stores = keep(subject, stores, lambda store: "" if store.recipe["images"] == digest else "made from other images")
+    families: dict[str, list[Store]] = {}
+    for store in stores:
+        families.setdefault(_family(store), []).append(store)
+    sets = [FeatureSet(tuple(sorted(family, key=_fold))) for family in families.values()]
+    for one in sets:
+        if one.trained and len(one.stores) < (n_folds := one.stores[0].recipe["fold"]["n_folds"]):
+            which = ", ".join(map(str, one.held_out()))
+            say(f"{subject.name}: {one.label()} has fold {which} of {n_folds}; only their images are predicted")
+    return sets
+
+
+def _family(store: Store) -> str:
+    """Equal for the folds of one training, and for nothing else."""
+    if store.recipe["fold"] is None:
+        return store.name
+    alike = {key: value for key, value in store.recipe.items() if key not in ("weights", "fold")}
+    return repr(alike | {key: value for key, value in store.recipe["fold"].items() if key != "fold"})
+
+
+def _fold(store: Store) -> int:
+    return store.recipe["fold"]["fold"] if store.recipe["fold"] else 0
+
+
+def own_stores(subject: Subject, folder: Path, command: str) -> list[Store]:
+    """The subject's stores in a folder that are complete and have the rows of its images, in their order."""
+    own = [store for store in list_stores(folder) if store.recipe["subject"] == subject.name]
+    if not own:
+        say(f"{subject.name}: nothing in {folder}; run '{command}'")
+    complete = keep(subject, own, lambda store: "" if store.complete else f"not complete, run '{command}' again")
+    return keep(subject, complete, lambda store: _row_fault(store, subject))
+
+
+def _row_fault(store: Store, subject: Subject) -> str:
+    if np.array_equal(store.image_ids, subject.image_ids):
+        return ""
+    if np.isin(store.image_ids, subject.image_ids).all():
+        return f"it has rows of {store.n_train} training images of {len(subject.train)}; train and extract all folds"
+    return "its images have other ids"
+
+
+def keep(subject: Subject, stores: Sequence[Store], fault: Callable[[Store], str]) -> list[Store]:
+    """The stores without a fault; the others are named with theirs."""
+    faults = {store.name: fault(store) for store in stores}
+    for name, why in faults.items():
+        if why:
+            say(f"{subject.name}: left out {name}: {why}")
+    return [store for store in stores if not faults[store.name]]
