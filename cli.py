@@ -257,7 +257,7 @@ def extract(
     done = run(chosen, config, work)
     new = sum(one.n_new for one in done)
     stores = [{"subject": one.subject, "path": str(one.path), "images": one.n_images, "new": one.n_new} for one in done]
-    _finish(f"{len(done)} subjects, {new} new images in {work / FOLDER}", {"stores": stores}, began, as_json)
+    _finish(f"{len(done)} stores, {new} new images in {work / FOLDER}", {"stores": stores}, began, as_json)
 
 
 @app.command("fit-heads")

@@ -79,7 +79,8 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
         model, origin = _build(config)
     except AssertionError as error:
         raise BackboneError(
-            f"--size: expected one that {config.name} can take; found {config.size}; choose another ({_short(error)})"
+            f"--size: expected one that {config.name} can take; found {config.size} ({first_line(error)}); "
+            "choose another"
         ) from error
     # Channels last: convolutions ran 2 to 3 times as fast on a CPU, with features equal to 1e-6 (docs/log.md).
     model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -166,8 +167,8 @@ def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
         ) from error
     except (OSError, EOFError, ValueError, LookupError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
         raise BackboneError(
-            f"--weights: expected a .safetensors or .pth file; found {path}, which cannot be read ({_short(error)}); "
-            "copy it again"
+            f"--weights: expected a .safetensors or .pth file; found {path}, which cannot be read "
+            f"({first_line(error)}); copy it again"
         ) from error
 
 
@@ -197,7 +198,7 @@ def _from_hub(config: BackboneConfig) -> nn.Module:
         return _create(config, pretrained=True)
     except (OSError, RuntimeError) as error:
         raise BackboneError(
-            f"--weights hub: expected to download {config.name}; found: {_short(error)}; try again, or {_WAYS_OUT}"
+            f"--weights hub: expected to download {config.name}; found: {first_line(error)}; try again, or {_WAYS_OUT}"
         ) from error
 
 
@@ -219,7 +220,7 @@ def _refuse_unreachable() -> None:
         pass  # it answered
     except OSError as error:
         raise BackboneError(
-            f"--weights hub: expected an answer from the model hub; found none ({_short(error)}); use {_WAYS_OUT}"
+            f"--weights hub: expected an answer from the model hub; found none ({first_line(error)}); use {_WAYS_OUT}"
         ) from error
 
 
@@ -271,8 +272,9 @@ def _mismatch(error: BaseException) -> str:
     shapes = re.search(r"size mismatch for (\S+):", str(error))
     if missing:
         return f"{missing[1].count(',') + 1} tensors are missing, such as {missing[1].split(',')[0].strip(' .')}"
-    return f"{shapes[1]} has another shape" if shapes else _short(error)
+    return f"{shapes[1]} has another shape" if shapes else first_line(error)
 
 
-def _short(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What another library says of an error, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -9,6 +9,8 @@ A checkpoint is a folder `<work>/checkpoints/<label>-<fingerprint>`:
 """
 
 import json
+import os
+import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +22,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from featcache.backbone import Backbone, load_backbone
+from featcache.backbone import Backbone, first_line, load_backbone
 from featcache.challenge import Subject
 from featcache.config import BackboneConfig, fingerprint
 from featcache.errors import CheckpointError
@@ -107,8 +109,9 @@ class Checkpoint:
             trained = self.recipe["subjects"].get(name)
             if trained is None:
                 return f"expected a checkpoint that was trained on {name}; found {', '.join(self.recipe['subjects'])}"
-            if others := [what for what in digest if trained[what] != digest[what]]:
-                return f"expected a checkpoint of this tree; found one of other {' and '.join(others)} of {name}"
+            if others := [what for what in digest if trained.get(what) != digest[what]]:
+                which = " and ".join(others).replace("_", " ")
+                return f"expected a checkpoint of this tree; found one of other {which} of {name}"
         return ""
 
 
@@ -181,7 +184,7 @@ def load_state(folder: Path, device: str) -> dict[str, Any]:
     """What `save_state` wrote: tensors and numbers, and nothing that could run."""
     try:
         return torch.load(folder / "state.pt", map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
         raise _damaged(folder.parent, f"{folder.name}/state.pt cannot be read") from error
 
 
@@ -190,13 +193,17 @@ def _write(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write(folder)
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # before the description that names it is there
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         # torch and safetensors report a full disk as errors of their own kinds
         shutil.rmtree(folder, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent).free
+        there = next(path for path in folder.absolute().parents if path.is_dir())
         raise CheckpointError(
-            f"{folder.parent}: expected room to save {folder.name}; found {free / 1e9:.2f} GB free "
-            f"({str(error).splitlines()[0]}); make room; the same command goes on after the last one saved"
+            f"{folder.parent}: expected to save {folder.name}; found: {first_line(error)} "
+            f"({shutil.disk_usage(there).free / 1e9:.2f} GB free); make room, or choose another --work; "
+            "the same command goes on after the last epoch saved"
         ) from error
 
 

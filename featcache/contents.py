@@ -19,6 +19,11 @@ def image_digest(subject: Subject, work: Path) -> str:
     return ContentIndex(work / "index" / f"{subject.name}.json").digest(subject.image_paths)
 
 
+def id_digest(subject: Subject) -> str:
+    """One digest of the ids of a subject's images, in row order."""
+    return fingerprint({"ids": subject.image_ids.tolist(), "n_train": len(subject.train)})
+
+
 def response_digest(subject: Subject, work: Path) -> str:
     """One digest of a subject's response files."""
     index = ContentIndex(work / "index" / f"{subject.name}-responses.json")
@@ -27,13 +32,22 @@ def response_digest(subject: Subject, work: Path) -> str:
 
 def digests(subject: Subject, work: Path) -> dict[str, str]:
     """What tells a subject of this tree from one of the same name in another."""
-    return {"images": image_digest(subject, work), "responses": response_digest(subject, work)}
+    return {
+        "images": image_digest(subject, work),
+        "image_ids": id_digest(subject),
+        "responses": response_digest(subject, work),
+    }
 
 
 def subject_digests(subject: Subject) -> dict[str, dict[str, Any]]:
-    """What gradients know of a subject besides images and responses: ceilings and ROIs, per hemisphere."""
+    """What gradients know of a subject besides images and responses, per hemisphere."""
     rois = {hemisphere: _digest_arrays(subject.rois[hemisphere]) for hemisphere in HEMISPHERES}
-    return {"noise_ceiling": _digest_arrays(subject.noise_ceiling), "rois": rois}
+    vertices = {h: None if mask is None else np.flatnonzero(mask) for h, mask in subject.fsaverage.items()}
+    return {
+        "noise_ceiling": _digest_arrays(subject.noise_ceiling),
+        "rois": rois,
+        "fsaverage": _digest_arrays(vertices),
+    }
 
 
 def _digest_arrays(arrays: dict[str, Any]) -> dict[str, str | None]:

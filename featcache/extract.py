@@ -15,8 +15,8 @@ from featcache.backbone import Backbone, load_backbone
 from featcache.challenge import Subject
 from featcache.checkpoint import FOLDER as CHECKPOINTS
 from featcache.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, usable
-from featcache.config import BackboneConfig, ExtractConfig, fingerprint
-from featcache.contents import digests, image_digest
+from featcache.config import BackboneConfig, ExtractConfig
+from featcache.contents import digests, id_digest, image_digest
 from featcache.device import keep_freed_memory, resolve_device
 from featcache.errors import BackboneError, CheckpointError
 from featcache.images import load_image
@@ -95,6 +95,10 @@ def _sources(
             served.setdefault(checkpoint.name, (checkpoint, []))[1].append(subject)
     if served:
         say(f"{len(served)} checkpoints in {work / CHECKPOINTS}; --checkpoint none is the backbone before training")
+        names = {subject.name for _, those in served.values() for subject in those}
+        for subject in subjects:
+            if subject.name not in names:
+                say(f"{subject.name}: left out: no checkpoint was trained on it; train one, or use --checkpoint none")
     return [served[name] for name in sorted(served)] or [(None, list(subjects))]
 
 
@@ -127,7 +131,7 @@ def feature_recipe(source: Source, config: ExtractConfig, subject: Subject, work
         "kind": "features",
         "subject": subject.name,
         "images": image_digest(subject, work),
-        "image_ids": fingerprint({"ids": subject.image_ids.tolist(), "n_train": len(subject.train)}),
+        "image_ids": id_digest(subject),
         "backbone": backbone.name,
         "weights": backbone.digest,
         "timm": timm.__version__,

@@ -5,6 +5,7 @@ there. Rows lie in the file as they come out of the transform, one image after t
 contiguous read: (n_images, height, width, 3), the row order of every store.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -49,7 +50,7 @@ def find_pixels(subject: Subject, backbone: Backbone, work: Path) -> Pixels | No
     path = _path(subject, backbone, work)
     if _committed(path) < len(subject.image_ids):
         return None
-    _touch(path)
+    _record(path).touch()  # what was used last is removed last
     return Pixels(path, np.load(path, mmap_mode="r"))
 
 
@@ -77,7 +78,10 @@ def cache_pixels(
 
 def _path(subject: Subject, backbone: Backbone, work: Path) -> Path:
     """Named by all that decides the pixels: contents, sizes and crop, but not what is done to numbers afterwards."""
-    crop = {key: value for key, value in backbone.transform_recipe.items() if key not in ("mean", "std")}
+    crop = dict(backbone.transform_recipe)
+    if crop["crop_mode"] != "border":  # which pads with the mean
+        del crop["mean"]
+    del crop["std"]
     recipe = {"images": image_digest(subject, work), "crop": crop}
     size = backbone.transform_recipe["input_size"][-1]
     return work / FOLDER / f"{subject.name}-{size}-{fingerprint(recipe)}.npy"
@@ -94,14 +98,10 @@ def _record(path: Path) -> Path:
 def _committed(path: Path) -> int:
     """Images that are there for good."""
     try:
-        return int(json.loads(_record(path).read_text())["images"]) if path.exists() else 0
+        record = json.loads(_record(path).read_text())
+        return int(record["images"]) if path.stat().st_size == record["bytes"] else 0
     except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: they are made again
         return 0
-
-
-def _touch(path: Path) -> None:
-    """What was used last is removed last."""
-    _record(path).touch()
 
 
 def _fill(path: Path, subject: Subject, backbone: Backbone, workers: int) -> None:
@@ -109,10 +109,8 @@ def _fill(path: Path, subject: Subject, backbone: Backbone, workers: int) -> Non
     shape = (len(subject.image_ids), height, width, channels)
     done = _committed(path)
     if not done:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
-        with path.open("r+b") as file:  # claim the disk now: a full one ends a write to a memory map without a word
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        _record(path).unlink(missing_ok=True)  # of a file that was lost: it must not speak for this one
+        _create(path, shape)
     array = np.lib.format.open_memmap(path, mode="r+")
 
     def fill(row: int) -> None:
@@ -124,7 +122,27 @@ def _fill(path: Path, subject: Subject, backbone: Backbone, workers: int) -> Non
             for _ in pool.map(fill, rows):
                 advance(1)
             array.flush()
-            replace_json(_record(path), {"images": rows.stop})
+            replace_json(_record(path), {"images": rows.stop, "bytes": path.stat().st_size})
+
+
+def _create(path: Path, shape: tuple[int, ...]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
+    try:
+        with path.open("r+b") as file:  # claim the disk now: a full one would end a write to a memory map by a signal
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            return  # a file system that cannot promise room
+        path.unlink()
+        raise _no_room(path.parent, int(np.prod(shape))) from error
+
+
+def _no_room(folder: Path, n_bytes: int) -> StoreError:
+    return StoreError(
+        f"{folder}: expected {n_bytes / 1e9:.1f} GB of free disk for the images; found "
+        f"{shutil.disk_usage(folder).free / 1e9:.1f} GB; make room, lower --size, or choose another --work"
+    )
 
 
 def _make_room(folder: Path, needed: Sequence[Path], total: int, new: int, limit_gb: float) -> None:
@@ -138,13 +156,10 @@ def _make_room(folder: Path, needed: Sequence[Path], total: int, new: int, limit
     while others and total + sum(path.stat().st_size for path in others) > limit_gb * 1e9:
         oldest = others.pop(0)
         say(f"removed {oldest}, to keep the images below {limit_gb:g} GB")
-        oldest.unlink()
         _record(oldest).unlink(missing_ok=True)
-    if new > (free := shutil.disk_usage(folder).free):
-        raise StoreError(
-            f"{folder}: expected {new / 1e9:.1f} GB of free disk for the images; found {free / 1e9:.1f} GB; "
-            "make room, lower --size, or choose another --work"
-        )
+        oldest.unlink()
+    if new > shutil.disk_usage(folder).free:
+        raise _no_room(folder, new)
 
 
 def _used(path: Path) -> float:

@@ -157,19 +157,17 @@ class EncoderTraining:
 
     def train(self) -> Checkpoint:
         epoch, step = self._resume()
-        while not self.finished and epoch < self._config.epochs:
+        while not self._checkpoint.finished:
             self._epoch(epoch, step)
             epoch, step = epoch + 1, 0
             self._end_epoch(epoch)
-        self._record(finished=True, state=None)
         return self._checkpoint
 
-    @property
-    def finished(self) -> bool:
-        """Whether the score has stopped rising."""
-        scores = self._checkpoint.facts["scores"]
-        best = int(np.argmax(scores)) if scores else 0
-        return self._config.stop == "fold" and len(scores) - 1 - best >= self._config.patience
+    def _is_enough(self, scores: Sequence[float]) -> bool:
+        """Whether the last epoch is over, or the score has stopped rising."""
+        waited = len(scores) - 1 - int(np.argmax(scores))
+        stopped = self._config.stop == "fold" and waited >= self._config.patience
+        return stopped or len(scores) == self._config.epochs
 
     def _epoch(self, epoch: int, first: int) -> None:
         plan = self._images.epoch(self._config.seed, epoch, self._steps.images)
@@ -276,9 +274,9 @@ class EncoderTraining:
                 backbone = {key: value for key, value in encoder.backbone.state_dict().items()}
                 save_weights(self._checkpoint.path / folder, backbone, encoder.heads.saved())
             facts = {**facts, "weights": folder, "epoch": epoch, "score": score}
-        self._checkpoint = replace(self._checkpoint, facts={**facts, "scores": scores})
-        more = epoch < self._config.epochs and not self.finished
-        self._record(state=self._save_state(epoch, 0) if more else None)
+        enough = self._is_enough(scores)
+        state = None if enough else self._save_state(epoch, 0)
+        self._record(**{**facts, "scores": scores, "state": state, "finished": enough})
         say(f"{facts['label']}: epoch {epoch} scores {score:.4f} on fold {self._checkpoint.fold['fold']}")
 
     def _scored(self) -> Encoder:

@@ -74,6 +74,7 @@ def feature_sets(subject: Subject, work: Path) -> list[FeatureSet]:
     stores = own_stores(subject, work / FOLDER, "extract")
     digest = image_digest(subject, work) if stores else ""
     stores = keep(subject, stores, lambda store: "" if store.recipe["images"] == digest else "made from other images")
+    stores = keep(subject, stores, lambda store: _older_fault(store, stores))
     families: dict[str, list[Store]] = {}
     for store in stores:
         families.setdefault(_family(store), []).append(store)
@@ -83,6 +84,13 @@ def feature_sets(subject: Subject, work: Path) -> list[FeatureSet]:
             which = ", ".join(map(str, one.held_out()))
             say(f"{subject.name}: {one.label()} has fold {which} of {n_folds}; only their images are predicted")
     return sets
+
+
+def _older_fault(store: Store, stores: Sequence[Store]) -> str:
+    """Of two stores of one fold of one training, the later counts: an unfinished checkpoint may have made the other."""
+    alike = [other for other in stores if _family(other) == _family(store) and _fold(other) == _fold(store)]
+    newest = max(alike, key=lambda other: (other.path / "committed.json").stat().st_mtime_ns)
+    return "" if store is newest else f"{newest.name} is of the same training and newer"
 
 
 def _family(store: Store) -> str:

@@ -56,7 +56,7 @@ def test_pixels_and_responses_belong_together(images):
         assert (image.permute(1, 2, 0).numpy() == images._pixels[number].array[row]).all()
     seen = set()
     for target in images.targets(pairs):
-        subject = [one for one in images.subjects if one.name == target.subject][0]
+        subject = next(one for one in images.subjects if one.name == target.subject)
         rows = pairs[target.rows.numpy(), 1]
         np.testing.assert_array_equal(target.responses.numpy(), subject.responses(target.hemisphere)[rows])
         seen.add((target.subject, target.hemisphere, *target.rows.tolist()))

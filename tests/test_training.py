@@ -248,6 +248,8 @@ def test_each_choice_has_the_epoch_that_scored_best_on_its_own_rows(monkeypatch)
     config = AdamWConfig(learning_rate=1e-2, epochs=3, batch_size=32)
     rows = np.arange(80), [np.arange(80, 100), np.arange(100, 120)]
     torch.manual_seed(0)
-    late, early = train_head(LinearHead(N_FEATURES, N_VERTICES), features, responses, *rows, LOSSES["mse"], None, config)
+    late, early = train_head(
+        LinearHead(N_FEATURES, N_VERTICES), features, responses, *rows, LOSSES["mse"], None, config
+    )
     errors = [LOSSES["mse"](one(features[:80]), responses[:80]) for one in (late, early)]
     assert errors[0] < errors[1]
