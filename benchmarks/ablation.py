@@ -65,9 +65,10 @@ def run_seed(
     """{arm: {subject: mean r over the vertices of the held-out fold}}"""
     work = options.work / f"seed{seed}"
     backbone = BackboneConfig(BACKBONE, "packaged", options.size)
-    settings = replace(RECIPES["fast"], seed=seed, stop="never", epochs=options.stage1_epochs)
+    # the default recipe, with the rates that suit a small network in stage 1 (docs/log.md)
+    second = replace(RECIPES["fast"], seed=seed, stop="never", epochs=options.stage2_epochs)
+    settings = replace(second, epochs=options.stage1_epochs, learning_rate=1e-3, head_learning_rate=3e-3)
     common = StageConfig("pretrain", settings, backbone, fold=seed % N_FOLDS, n_folds=N_FOLDS)
-    second = replace(settings, epochs=options.stage2_epochs)
     stages = {"stage 1": (everyone, common)}
     for arm, init, loss in (
         ("stage 2 alone", "packaged", "smooth_l1"),

@@ -1,4 +1,4 @@
-"""The gradient loop of backbone and heads: the right gradient, the same result after any interruption, the best epoch."""
+"""The loop of backbone and heads: the right gradient, the same result after any interruption, the best epoch."""
 
 import os
 import subprocess
@@ -51,7 +51,7 @@ def assert_close(one, other, **tolerance):
 
 
 def mixed_batch():
-    """5 images of subject a and 3 of b; b lacks two of the six outputs and has them in another order; ceilings differ."""
+    """5 images of subject a and 3 of b, which lacks two of six outputs and has the rest in another order."""
     torch.manual_seed(0)
     outputs = torch.randn(8, 6, requires_grad=True)
     rows = {"a": torch.tensor([0, 2, 3, 5, 7]), "b": torch.tensor([1, 4, 6])}
@@ -119,7 +119,7 @@ def test_a_gathered_step_repeats_dropout_and_counts_running_statistics_once(tiny
         before = norm.running_mean.clone()
         inputs = []
         hook = norm.register_forward_pre_hook(lambda m, i: inputs.append(i[0].mean((0, 2, 3)).detach()))
-        result = honest(self, batches, *rest, **options)
+        honest(self, batches, *rest, **options)
         hook.remove()
         expected = before
         for mean in inputs[len(batches) :]:  # the second passes alone
@@ -253,7 +253,7 @@ def test_a_full_disk_is_one_line_and_costs_the_last_save_alone(tiny, tmp_path, m
     monkeypatch.setattr(
         checkpoint_module, "save_file", lambda *a: (saves.append(1), full() if len(saves) == 4 else honest(*a))[1]
     )
-    with pytest.raises(CheckpointError, match="expected to save epoch-002; found: .*No space left"):
+    with pytest.raises(CheckpointError, match=r"expected to save epoch-002; found: .*No space left"):
         train(tiny, tmp_path)
     monkeypatch.setattr(checkpoint_module, "save_file", honest)
     assert_equal(weights(train(tiny, tmp_path)), weights(train(tiny, tmp_path / "whole")))
@@ -285,7 +285,7 @@ def test_earlier_layers_have_smaller_rates_and_biases_no_decay():
     heads = AllSubjects(network.num_features, ["a"], {("a", "lh"): torch.arange(3)}, 4, 1.0)
     groups = parameter_groups(Encoder(network, heads), TrainConfig(layer_decay=0.5, weight_decay=0.1))
     scale = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
-    first, last = scale[id(next(network.parameters()))], scale[id(list(network.layer4.parameters())[0])]
+    first, last = scale[id(next(network.parameters()))], scale[id(next(iter(network.layer4.parameters())))]
     assert 0 < first[0] < last[0] <= 1
     assert all(decay == (0.1 if p.ndim > 1 else 0) for p in network.parameters() for _, decay in [scale[id(p)]])
     assert len(scale) == len([*network.parameters(), *heads.parameters()])

@@ -242,7 +242,7 @@ def test_arguments_are_left_as_they_are():
 
 def test_each_choice_has_the_epoch_that_scored_best_on_its_own_rows(monkeypatch):
     """Two sets of rows that prefer other epochs get other maps out of one training."""
-    ids, features, responses = planted(120)
+    _, features, responses = planted(120)
     scores = iter([0.1, 0.9, 0.5, 0.5, 0.9, 0.1])  # first choice, second choice, epoch by epoch
     monkeypatch.setattr(heads.training, "_score", lambda *_: next(scores))
     config = AdamWConfig(learning_rate=1e-2, epochs=3, batch_size=32)
