@@ -44,7 +44,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every line that a stage says while it runs."""
     lines: list[str] = []
     record: Callable[[str], None] = lines.append
-    for module in ("featcache.extract", "heads.fit", "heads.ensemble", "featcache.progress"):
+    speakers = ("featcache.extract", "featcache.pixels", "featcache.checkpoint", "heads.end_to_end", "heads.features")
+    for module in (*speakers, "heads.encoder_training", "heads.fit", "heads.ensemble", "featcache.progress"):
         monkeypatch.setattr(f"{module}.say", record)
     return lines
 

@@ -1,0 +1,283 @@
+"""Both stages through the commands: what they learn, what they keep apart, and what they refuse."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from PIL import Image
+
+import cli
+from featcache.challenge import open_challenge
+from featcache.checkpoint import list_checkpoints
+from featcache.config import BackboneConfig, ExtractConfig
+from featcache.errors import CheckpointError, LeakError
+from featcache.extract import extract
+from featcache.roi import FSAVERAGE_VERTICES, HEMISPHERES
+from featcache.splits import assign_folds
+from featcache.store import open_store
+from heads.config import FitConfig, StageConfig, TrainConfig
+from heads.end_to_end import train_stage
+from heads.fit import fit_heads, scores_by_model
+from heads.metrics import pearson_r
+
+SETTINGS = {"FEATCACHE_BACKBONE": "test_resnet", "FEATCACHE_WEIGHTS": "none", "FEATCACHE_SIZE": "32"}
+QUICK = ["--folds", "2", "--epochs", "1", "--batch-size", "4", "--workers", "1", "--embedding", "8"]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """A work folder after both stages and extraction, for reading."""
+    work = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (SETTINGS | {"FEATCACHE_DATA": str(tiny), "FEATCACHE_WORK": str(work)}).items():
+            patch.setenv(name, value)
+        for command in (["pretrain", *QUICK], ["finetune", *QUICK], ["extract"]):
+            assert cli.run(command) == 0
+    return work
+
+
+@pytest.fixture
+def work(trained, tiny, tmp_path, monkeypatch):
+    """A copy of it."""
+    for name, value in (SETTINGS | {"FEATCACHE_DATA": str(tiny), "FEATCACHE_WORK": str(tmp_path / "work")}).items():
+        monkeypatch.setenv(name, value)
+    return Path(shutil.copytree(trained, tmp_path / "work"))
+
+
+def run(capfd, *arguments):
+    code = cli.run([*arguments, "--json"])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1]), err
+
+
+def fails(capfd, *arguments):
+    code = cli.run(list(arguments))
+    _, err = capfd.readouterr()
+    assert code == 1 and err.splitlines()[-1].startswith("error: "), err
+    return err.splitlines()[-1]
+
+
+def test_a_checkpoint_a_fold_for_all_subjects_and_one_a_fold_and_subject(trained):
+    found = [(one.recipe["stage"], *one.recipe["subjects"], one.fold["fold"]) for one in list_checkpoints(trained)]
+    both = [("pretrain", "subj01", "subj02", k) for k in (0, 1)]
+    assert sorted(found) == sorted(both + [("finetune", f"subj0{n}", k) for n in (1, 2) for k in (0, 1)])
+
+
+def test_out_of_fold_stays_out_of_fold_through_both_stages(trained, tiny):
+    """No checkpoint, nor the one it started from, saw an image of its fold, of any subject."""
+    subjects = open_challenge(tiny).subjects
+    by_stage = {
+        (one.recipe["stage"], *one.recipe["subjects"], one.fold["fold"]): one for one in list_checkpoints(trained)
+    }
+    for (stage, *names, fold), one in by_stage.items():
+        assert (assign_folds(one.seen_ids, 2, 0) != fold).all()
+        if stage == "finetune":
+            first = by_stage["pretrain", "subj01", "subj02", fold]
+            assert one.recipe["start"] == {"weights": first.backbone().digest, "training": first.training}
+            assert set(first.seen_ids) <= set(one.seen_ids)
+        expected = [s.train.ids[assign_folds(s.train.ids, 2, 0) != fold] for s in subjects]
+        assert set(one.seen_ids) == set(np.concatenate(expected).tolist()), names
+
+
+def test_every_stage_runs_on_what_the_one_before_left(work, tiny, capfd):
+    exact, _ = run(capfd, "fit-heads", "--loss", "mnnpc")
+    as_trained, _ = run(capfd, "fit-heads", "--solver", "trained")
+    gradient, _ = run(capfd, "fit-heads", "--loss", "smooth_l1", "--head", "roi", "--epochs", "2")
+    for fitted in (exact, as_trained, gradient):
+        assert len(fitted["stores"]) == 4 and len({store["model"] for store in fitted["stores"]}) == 2
+    blended, _ = run(capfd, "blend")
+    assert Path(blended["submission"]).is_file()
+    assert len(blended["weights"]["subj01"]["lh"]) == 6
+    again, _ = run(capfd, "finetune", *QUICK)
+    assert all(one["seconds"] < 60 for one in again["checkpoints"]) and len(again["checkpoints"]) == 4
+
+
+def test_trained_heads_predict_what_the_network_did(work, tiny):
+    """The cached features times the heads of the checkpoint are the predictions of the network itself."""
+    subject = open_challenge(tiny).subjects[0]
+    fitted = fit_heads([subject], FitConfig(solver="trained"), work)
+    for one in fitted:
+        store = open_store(one.path)
+        stage, folds = store.recipe["features"]["fold"]["stage"], assign_folds(subject.train.ids, 2, 0)
+        for checkpoint in list_checkpoints(work):
+            if checkpoint.recipe["stage"] == stage and checkpoint.concerns(subject):
+                rows = np.flatnonzero(folds == checkpoint.fold["fold"])
+                predicted = [store.read(h, 0, store.n_train)[rows] for h in HEMISPHERES]
+                r = [pearson_r(p, subject.responses(h)[rows]) for p, h in zip(predicted, HEMISPHERES, strict=True)]
+                if stage == "finetune":  # whose score is of this subject alone
+                    from heads.metrics import VertexScores, summarize
+
+                    both = zip(HEMISPHERES, r, strict=True)
+                    scores = [VertexScores("s", h, values, subject.noise_ceiling[h]) for h, values in both]
+                    assert summarize(scores)[-1].accuracy == pytest.approx(100 * checkpoint.facts["score"], abs=0.05)
+
+
+def test_heads_refuse_images_that_the_backbone_saw(work, tiny):
+    """Its ids tell, whatever the recipe says: one id of the held-out fold among those it saw is enough."""
+    subject = open_challenge(tiny).subjects[0]
+    path = next(path for path in (work / "features.zarr").iterdir() if "subj01" in path.name and "fold0" in path.name)
+    held_out = subject.train.ids[assign_folds(subject.train.ids, 2, 0) == 0]
+    group = zarr.open_group(path, mode="r+")
+    about = dict(group.attrs["featcache"])
+    about["facts"] = about["facts"] | {"seen_ids": [*about["facts"]["seen_ids"], int(held_out[0])]}
+    group.attrs["featcache"] = about
+    with pytest.raises(LeakError, match=rf"{path.name} of subj01 .*id {held_out[0]}"):
+        fit_heads([subject], FitConfig(), work)
+
+
+def test_one_fold_predicts_and_scores_its_own_images_alone(tiny, tmp_path, said):
+    subjects = open_challenge(tiny).subjects[:1]
+    stage = StageConfig("finetune", TrainConfig(epochs=1, batch_size=4), SMALL, "none", fold=1, n_folds=2, workers=1)
+    train_stage(subjects, stage, tmp_path)
+    extract(subjects, ExtractConfig(SMALL, checkpoint="auto"), tmp_path)
+    (fitted,) = fit_heads(subjects, FitConfig(), tmp_path)
+    store, ids = open_store(fitted.path), subjects[0].train.ids
+    assert store.image_ids[: store.n_train].tolist() == ids[assign_folds(ids, 2, 0) == 1].tolist()
+    assert np.isfinite(store.read("lh")).all() and "fold 1" in fitted.model
+    ((scores, _),) = scores_by_model(subjects, [fitted]).values()
+    rows = assign_folds(ids, 2, 0) == 1
+    expected = pearson_r(store.read("lh", 0, store.n_train), subjects[0].responses("lh")[rows])
+    np.testing.assert_array_equal(scores.r, expected)
+
+
+SMALL = BackboneConfig("test_resnet", "none", 32)
+
+
+@pytest.fixture
+def coloured(tree):
+    """Responses that are the mean colour of a picture, mixed differently at every place of the surface.
+
+    The mixture is one for all subjects, as stage 1 expects, so columns that are not aligned would spoil it.
+    """
+    rng = np.random.default_rng(0)
+    mixture = {hemisphere: rng.normal(size=(3, FSAVERAGE_VERTICES)) for hemisphere in HEMISPHERES}
+    for subject in open_challenge(tree).subjects:
+        paths = subject.train.paths
+        colours = rng.uniform(0, 255, size=(len(paths), 3))
+        for path, colour in zip(paths, colours, strict=True):
+            Image.fromarray(np.broadcast_to(colour.astype(np.uint8), (32, 32, 3)).copy()).save(path)
+        for hemisphere, mask in subject.fsaverage.items():
+            signal = (colours - 127) / 74 @ mixture[hemisphere][:, mask]
+            noisy = signal + 0.1 * rng.normal(size=signal.shape)
+            np.save(subject.response_path(hemisphere), noisy.astype(np.float32))
+    return open_challenge(tree)
+
+
+@pytest.mark.parametrize("loss", ["smooth_l1", "pearson", "mnnpc+mse"])
+def test_both_stages_learn_what_was_planted(coloured, tmp_path, loss):
+    """Held-out pictures are predicted nearly as well as the noise allows, from a network that knew nothing."""
+    settings = TrainConfig(
+        loss,
+        epochs=25,
+        batch_size=8,
+        learning_rate=3e-3,
+        head_learning_rate=1e-2,
+        freeze_norm=False,
+        patience=25,
+        embedding=8,
+    )
+    stage = StageConfig("pretrain", settings, SMALL, fold=0, n_folds=3, workers=1)
+    (first,) = train_stage(coloured.subjects, stage, tmp_path)
+    second = replace(stage, stage="finetune", train=replace(settings, epochs=10))
+    best = [one.checkpoint for one in train_stage(coloured.subjects, second, tmp_path)]
+    for checkpoint, subjects in [(first.checkpoint, coloured.subjects)] + [
+        (one, coloured.select(next(iter(one.recipe["subjects"])))) for one in best
+    ]:
+        extract(subjects, ExtractConfig(SMALL, checkpoint=str(checkpoint.path)), tmp_path)
+    scores = scores_by_model(coloured.subjects, fit_heads(coloured.subjects, FitConfig(solver="trained"), tmp_path))
+    for model, of_model in scores.items():
+        r = np.concatenate([one.r for one in of_model])
+        assert np.median(r) > 0.8, model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "--fold", "2", "--folds", "2"], "--fold: expected all or a number from 0 to 1; found 2"),
+        (["pretrain", "--fold", "last"], "--fold: expected all or a number from 0 to 4; found 'last'"),
+        (["finetune", "--subject", "7"], "--subject: expected one of subj01, subj02; found 'subj07'"),
+        (["finetune", "--folds", "3"], "expected a stage-1 checkpoint of the same folds (3, seed 0)"),
+        (["finetune", "--folds", "2", "--fold-seed", "5"], "found one of others, which saw images"),
+        (["finetune", "--backbone", "test_vit"], "expected a stage-1 checkpoint of fold 0 of subj01"),
+        (["finetune", "--init", "nothing-there"], "--weights: expected hub, packaged, none or a weights file"),
+        (["pretrain", "--recipe", "slow"], "--recipe: expected one of fast, paper; found 'slow'"),
+        (["pretrain", "--loss", "rmse"], "--loss: expected smooth_l1"),
+        (["pretrain", "--learning-rate", "0"], "--learning-rate: expected a number above 0"),
+        (["pretrain", "--ema", "2"], "--ema: expected a number from 0 to 1"),
+        (["pretrain", "--epochs", "2", "--folds", "2", "--image-cache", "0.0000001"], "--image-cache"),
+        (["extract", "--checkpoint", "nothing-there"], "expected a checkpoint's folder; found no checkpoint.json"),
+    ],
+)
+def test_mistakes_are_one_line(work, capfd, arguments, message):
+    shutil.rmtree(work / "pixels")
+    assert message in fails(capfd, *arguments)
+
+
+def test_a_checkpoint_of_another_architecture_or_tree_is_refused(work, tree, capfd, monkeypatch):
+    given = next(one for one in list_checkpoints(work) if one.recipe["stage"] == "pretrain")
+    init = ["--init", str(given.path), "--folds", "2"]
+    line = fails(capfd, "finetune", *init, "--backbone", "test_vit")
+    assert "expected a checkpoint of test_vit; found one of test_resnet" in line
+    path = open_challenge(tree).subjects[0].response_path("lh")
+    np.save(path, np.load(path) + 1)
+    monkeypatch.setenv("FEATCACHE_DATA", str(tree))
+    assert "expected a checkpoint of this tree; found one of other responses of subj01" in fails(
+        capfd, "finetune", *init
+    )
+    assert "found one of other responses of subj01" in fails(capfd, "extract", "--checkpoint", str(given.path))
+
+
+def test_stage_2_starts_from_a_checkpoint_of_another_folder(work, tiny, tmp_path, capfd):
+    """Its fold is found beside the one that was named."""
+    given = next(one for one in list_checkpoints(work) if one.recipe["stage"] == "pretrain")
+    done, _ = run(capfd, "finetune", "--init", str(given.path), *QUICK, "--work", str(tmp_path / "other"))
+    starts = {one.recipe["start"]["training"] for one in list_checkpoints(tmp_path / "other")}
+    assert len(done["checkpoints"]) == 4 and starts == {given.training}
+
+
+def test_two_stage_1_trainings_must_be_told_apart(work, capfd):
+    run(capfd, "pretrain", *QUICK, "--seed", "1", "--fold", "0")
+    assert "expected one stage-1 training" in fails(capfd, "finetune", *QUICK)
+
+
+def test_a_start_that_saw_the_held_out_fold_is_refused(work, tiny):
+    """Even where its recipe claims that fold: the ids count."""
+    path = next(
+        one for one in list_checkpoints(work) if one.recipe["stage"] == "pretrain" and one.fold["fold"] == 0
+    ).path
+    about = json.loads((path / "checkpoint.json").read_text())
+    subject = open_challenge(tiny).subjects[0]
+    about["facts"]["seen_ids"] = subject.train.ids.tolist()
+    (path / "checkpoint.json").write_text(json.dumps(about))
+    config = StageConfig("finetune", TrainConfig(epochs=1, batch_size=4, seed=3), SMALL, fold=0, n_folds=2, workers=1)
+    with pytest.raises(LeakError, match="fold 0 of finetune-subj01"):
+        train_stage([subject], config, work)
+
+
+def test_an_unfinished_stage_1_is_not_started_from(work, tiny, capfd):
+    path = next(
+        one for one in list_checkpoints(work) if one.recipe["stage"] == "pretrain" and one.fold["fold"] == 0
+    ).path
+    about = json.loads((path / "checkpoint.json").read_text())
+    about["facts"]["finished"] = False
+    (path / "checkpoint.json").write_text(json.dumps(about))
+    assert "found only folds 1; run pretrain --fold 0" in fails(capfd, "finetune", *QUICK, "--seed", "4")
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "seresnext26d_32x4d", "test_vit", "test_efficientnet", "seresnet18"])
+def test_every_family_of_the_paper_trains_and_extracts(tiny, tmp_path, name):
+    """Convnets with and without squeeze and excitation, and a transformer at a size that is not its own."""
+    subjects, backbone = open_challenge(tiny).subjects[:1], BackboneConfig(name, "none", 64)
+    stage = StageConfig("finetune", TrainConfig(epochs=1, batch_size=4), backbone, "none", fold=0, n_folds=2, workers=1)
+    (one,) = train_stage(subjects, stage, tmp_path)
+    assert one.checkpoint.backbone().digest != one.checkpoint.recipe["start"]["weights"]
+    (stored,) = extract(subjects, ExtractConfig(backbone, checkpoint="auto"), tmp_path)
+    assert np.isfinite(open_store(stored.path).read("pooled")).all()
+    with pytest.raises(CheckpointError, match=f"expected a checkpoint of test_byobnet; found one of {name}"):
+        other = ExtractConfig(BackboneConfig("test_byobnet", "none"), checkpoint=one.checkpoint.name)
+        extract(subjects, other, tmp_path)
