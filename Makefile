@@ -26,6 +26,7 @@ check: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/metric.py
 	$(BIN)/python benchmarks/exact_heads.py
+	$(BIN)/python benchmarks/training.py
 
 # Editable, so that changed code needs no new install; a changed pyproject.toml does.
 .venv/installed: pyproject.toml

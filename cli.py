@@ -18,6 +18,7 @@ from heads.config import (
     BLENDS,
     HEADS,
     LOSS_NAMES,
+    PAPER_SIZE,
     RECIPES,
     SOLVERS,
     AdamWConfig,
@@ -173,7 +174,7 @@ def _training_command(stage: str) -> Callable[..., None]:
         config = StageConfig(
             stage,
             replace(RECIPES[recipe], **{name: value for name, value in given.items() if value is not None}),
-            _backbone(backbone, weights, size),
+            _backbone(backbone, weights, size or (PAPER_SIZE if recipe == "paper" else None)),
             init,
             any_backbone=backbone is None and weights is None,
             fold=None if fold == "all" else int(fold),

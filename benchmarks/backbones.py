@@ -52,7 +52,7 @@ N_FOLDS = 2
 EMBEDDING, OUTPUTS = 512, 39_548  # of the paper's stage 1: subject embedding, vertices of the challenge
 BYTES = 16  # a parameter: weight, gradient and AdamW's two moments in float32
 # The second subject is there so that there are two; the first has enough images for its held-out fold's four parts.
-TREE = SimulateConfig(2, (24, 8), 4, 4, (40, 44), image_size=32, n_reference=50, workers=1)
+TREE = SimulateConfig(2, (12, 4), 2, 2, (40, 44), image_size=32, n_reference=50, workers=1)
 
 
 def measure(name: str, size: int, folder: Path) -> dict[str, Any]:

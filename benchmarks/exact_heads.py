@@ -21,6 +21,7 @@ from featcache.images import ImageFiles
 from featcache.splits import assign_folds
 from heads.config import RidgeConfig
 from heads.fit import cross_validate
+from heads.folds import FrozenFolds
 from heads.ridge import RidgeFolds
 
 
@@ -68,9 +69,9 @@ def main() -> None:
         before, product = peak_gb(), [product_seconds(features, subject)]
         folds = assign_folds(subject.train.ids, 5, 0)
         began = time.perf_counter()
-        solver = RidgeFolds(features[: options.images], folds, RidgeConfig())
+        solver = FrozenFolds(RidgeFolds(features[: options.images], folds, RidgeConfig()), folds)
         decomposed = time.perf_counter() - began
-        cross_validate(solver, features, folds, subject, "lh", lambda n: None)
+        cross_validate(solver, [features], subject, "lh", lambda n: None)
         seconds = time.perf_counter() - began
         product.append(product_seconds(features, subject))
     result = vars(options) | {

@@ -215,6 +215,8 @@ class TrainConfig:
         return dict(vars(self)) | {"loss": loss_label(self.terms)}
 
 
+PAPER_SIZE = 384  # pixels on a side, where --size says nothing else
+
 RECIPES: dict[str, TrainConfig] = {
     "fast": TrainConfig(),
     # As published: AdamW, 1e-4 on a cosine to zero, batches of 8, 12 epochs or early stopping; the rest is torch's own.

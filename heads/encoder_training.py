@@ -158,7 +158,7 @@ class EncoderTraining:
     def train(self) -> Checkpoint:
         epoch, step = self._resume()
         while not self._checkpoint.finished:
-            self._epoch(epoch, step)
+            self.run_epoch(epoch, step)
             epoch, step = epoch + 1, 0
             self._end_epoch(epoch)
         return self._checkpoint
@@ -169,7 +169,8 @@ class EncoderTraining:
         stopped = self._config.stop == "fold" and waited >= self._config.patience
         return stopped or len(scores) == self._config.epochs
 
-    def _epoch(self, epoch: int, first: int) -> None:
+    def run_epoch(self, epoch: int, first: int = 0) -> None:
+        """Train on every image once, from a step on; neither scores nor saves the epoch."""
         plan = self._images.epoch(self._config.seed, epoch, self._steps.images)
         label = f"{self._checkpoint.facts['label']} epoch {epoch + 1}/{self._config.epochs}"
         _train_mode(self._model, self._config.freeze_norm)

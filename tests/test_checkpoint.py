@@ -265,7 +265,7 @@ def test_a_full_disk_leaves_nothing_of_an_epoch_and_everything_of_the_last(made,
         save_file(tensors, path)
 
     monkeypatch.setattr("featcache.checkpoint.save_file", full)
-    with pytest.raises(CheckpointError, match=r"expected room to save epoch-002; found .* GB free \(.*make room"):
+    with pytest.raises(CheckpointError, match=r"expected to save epoch-002; found: .* GB free\); make room"):
         save_weights(made.path / "epoch-002", HEADS, HEADS)
     assert not (made.path / "epoch-002").exists() and files(made.path) == before
     assert open_checkpoint(made.path).backbone().digest
@@ -278,7 +278,7 @@ def test_a_full_disk_leaves_nothing_of_a_state_and_everything_of_the_last(made, 
     save_state(made.path / "state-001-000000", {"epoch": 1})
     before = files(made.path)
     monkeypatch.setattr("featcache.checkpoint.torch.save", raising(error))
-    with pytest.raises(CheckpointError, match="expected room to save state-001-000004; found") as found:
+    with pytest.raises(CheckpointError, match="expected to save state-001-000004; found") as found:
         save_state(made.path / "state-001-000004", {"epoch": 1})
     assert "\n" not in str(found.value) and files(made.path) == before
     assert load_state(made.path / "state-001-000000", "cpu") == {"epoch": 1}

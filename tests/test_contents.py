@@ -8,7 +8,7 @@ from PIL import Image
 
 from featcache.challenge import open_challenge
 from featcache.config import differences
-from featcache.contents import ContentIndex, digests, image_digest, response_digest, subject_digests
+from featcache.contents import ContentIndex, digests, id_digest, image_digest, response_digest, subject_digests
 from featcache.roi import HEMISPHERES, read_mapping
 
 
@@ -73,8 +73,28 @@ def test_digests_of_subjects_differ_and_stay_when_the_tree_moves(tree, tmp_path)
     subject = open_challenge(moved).subjects[0]
     assert digests(subject, tmp_path / "work") == {
         "images": image_digest(subject, tmp_path / "new"),
+        "image_ids": id_digest(subject),
         "responses": response_digest(subject, tmp_path / "new"),
     }
+
+
+def test_the_same_pictures_under_other_ids_are_another_tree(tree, tmp_path):
+    """Folds go by id: a checkpoint would hold out other pictures."""
+    before = digests_of(tree, tmp_path)
+    path = open_challenge(tree).subjects[0].train.paths[0]
+    path.rename(path.with_name("train-0001_nsd-72999.png"))
+    after = digests_of(tree, tmp_path)
+    assert after[0]["images"] == before[0]["images"] and after[0]["image_ids"] != before[0]["image_ids"]
+
+
+def test_a_moved_vertex_is_another_surface(tree):
+    before = subject_digests(open_challenge(tree).subjects[0])
+    path = tree / "subj01/roi_masks/lh.all-vertices_fsaverage_space.npy"
+    np.save(path, np.roll(np.load(path), 1))
+    after = subject_digests(open_challenge(tree).subjects[0])
+    assert (
+        after["fsaverage"]["lh"] != before["fsaverage"]["lh"] and after["fsaverage"]["rh"] == before["fsaverage"]["rh"]
+    )
 
 
 def test_images_in_another_order_have_another_digest(tiny, tmp_path):

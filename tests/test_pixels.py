@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_an_image_that_cannot_be_decoded_is_named_and_keeps_what_was_committed(t
     with pytest.raises(ChallengeError, match=path.name):
         cache(open_challenge(tree).subjects, backbone, tmp_path)
     (record,) = (tmp_path / FOLDER).glob("*.json")
-    assert json.loads(record.read_text()) == {"images": 16}
+    assert json.loads(record.read_text())["images"] == 16
 
 
 def test_backbones_that_differ_in_mean_and_deviation_share_a_file(subjects, tmp_path, monkeypatch):
@@ -270,3 +271,40 @@ def test_what_an_interrupted_run_claimed_is_not_asked_of_the_disk_again(
     counted(monkeypatch)
     monkeypatch.setattr("featcache.pixels.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     assert len(cache(subjects[:1], backbone, tmp_path)) == 1
+
+
+def test_a_lost_file_whose_remaking_is_interrupted_is_not_taken_for_whole(
+    subjects, backbone, tmp_path, monkeypatch, small_commits
+):
+    (made,) = cache(subjects[:1], backbone, tmp_path)
+    made.path.unlink()
+    counted(monkeypatch, stop_at=subjects[0].image_paths[3])
+    with pytest.raises(KeyboardInterrupt):
+        cache(subjects[:1], backbone, tmp_path)
+    assert find_pixels(subjects[0], backbone, tmp_path) is None
+
+
+def test_a_file_cut_short_is_made_again(subjects, backbone, tmp_path):
+    (made,) = cache(subjects[:1], backbone, tmp_path)
+    whole = made.path.read_bytes()
+    made.path.write_bytes(whole[:-100])
+    assert find_pixels(subjects[0], backbone, tmp_path) is None
+    assert cache(subjects[:1], backbone, tmp_path)[0].path.read_bytes() == whole
+
+
+def test_a_disk_that_fills_while_room_is_claimed_is_one_line(subjects, backbone, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("featcache.pixels.os.posix_fallocate", full)
+    with pytest.raises(StoreError, match="GB of free disk for the images"):
+        cache(subjects[:1], backbone, tmp_path)
+    assert not list((tmp_path / "pixels").glob("*.npy"))
+
+
+def test_a_file_system_that_promises_nothing_serves_all_the_same(subjects, backbone, tmp_path, monkeypatch):
+    def unable(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("featcache.pixels.os.posix_fallocate", unable)
+    assert cache(subjects[:1], backbone, tmp_path)[0].array.any()

@@ -1,0 +1,100 @@
+"""Training speed: an epoch of stage 2, from the pixel cache, against a bare loop over ready tensors.
+
+    python benchmarks/training.py [--backbone tf_efficientnet_lite0] [--images 256] [--size 112] [--rounds 3]
+
+The bare loop has every image as a normalised float32 tensor and every response in memory, and does nothing but forward,
+backward and step, on the same network in the same process. Rounds alternate; the ratio is of the medians.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featcache.backbone import load_backbone
+from featcache.challenge import open_challenge
+from featcache.checkpoint import Checkpoint
+from featcache.config import BackboneConfig
+from featcache.device import keep_freed_memory
+from featcache.pixels import cache_pixels
+from featcache.roi import HEMISPHERES
+from featcache.simulate import SimulateConfig, simulate
+from heads.batches import Images
+from heads.config import TrainConfig
+from heads.encoder import Encoder, OneSubject
+from heads.encoder_training import EncoderTraining, make_accelerator
+
+FOLD = {"fold": 0, "n_folds": 5, "seed": 0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="tf_efficientnet_lite0")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--vertices", type=int, nargs=2, default=(475, 514))
+    parser.add_argument("--size", type=int, default=112)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        tree = SimulateConfig(1, options.images, 2, 0, tuple(options.vertices), image_size=64)
+        simulate(tree, Path(folder) / "challenge")
+        print(json.dumps(measure(Path(folder), options), indent=2))
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
+    subjects = open_challenge(folder / "challenge").subjects
+    backbone = load_backbone(BackboneConfig(options.backbone, "none", options.size))
+    images = Images(subjects, cache_pixels(subjects, backbone, folder, 10, 2), FOLD)
+    network: Any = backbone.model
+    encoder = Encoder(network, OneSubject(network.num_features, subjects[0], 0.1)).requires_grad_(True)
+    config = TrainConfig(epochs=2 * options.rounds + 1)
+    checkpoint = Checkpoint(folder, {"fold": FOLD}, {"label": options.backbone, "scores": []})
+    training = EncoderTraining(encoder, backbone, images, config, make_accelerator("float32", "cpu"), checkpoint)
+    n_images = len(images) // config.batch_size * config.batch_size
+    ready = [
+        (backbone.normalise(images.read(pairs)), responses_of(images, pairs))
+        for pairs in images.epoch(0, 0, config.batch_size)
+    ]
+    seconds: dict[str, list[float]] = {"ours": [], "bare": []}
+    for number in range(options.rounds + 1):
+        began = time.perf_counter()
+        training.run_epoch(number)
+        between = time.perf_counter()
+        bare_epoch(encoder, ready, config)
+        if number:  # the first pass of a network over a size of batch is slower
+            seconds["ours"].append(between - began)
+            seconds["bare"].append(time.perf_counter() - between)
+    speed = {name: n_images / float(np.median(taken)) for name, taken in seconds.items()}
+    return {
+        "backbone": f"{options.backbone}@{options.size}, batch {config.batch_size}, {torch.get_num_threads()} threads",
+        "images a second": {name: round(value, 1) for name, value in speed.items()},
+        "ratio": round(speed["ours"] / speed["bare"], 3),
+        "ratios of rounds": [round(b / o, 3) for o, b in zip(seconds["ours"], seconds["bare"], strict=True)],
+        "peak memory, GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),  # Linux counts in KiB
+    }
+
+
+def responses_of(images: Images, pairs: np.ndarray) -> torch.Tensor:
+    by_hemisphere = {target.hemisphere: target.responses for target in images.targets(pairs)}
+    return torch.cat([by_hemisphere[hemisphere] for hemisphere in HEMISPHERES], 1)
+
+
+def bare_epoch(encoder: Encoder, batches: list[tuple[torch.Tensor, torch.Tensor]], config: TrainConfig) -> None:
+    optimiser = torch.optim.AdamW(encoder.parameters(), lr=config.learning_rate)
+    subjects = torch.zeros(config.batch_size, dtype=torch.int64)
+    for pixels, responses in batches:
+        optimiser.zero_grad()
+        torch.nn.functional.smooth_l1_loss(encoder(pixels, subjects), responses).backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.clip_norm)
+        optimiser.step()
+
+
+if __name__ == "__main__":
+    main()
