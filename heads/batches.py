@@ -7,9 +7,11 @@ import numpy as np
 import torch
 
 from featcache.challenge import Subject
+from featcache.errors import ConfigError
 from featcache.pixels import Pixels
 from featcache.roi import HEMISPHERES
 from featcache.splits import assign_folds
+from heads.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -88,3 +90,50 @@ class Images:
 
 def _pairs(number: int, rows: np.ndarray) -> np.ndarray:
     return np.stack([np.full(len(rows), number), rows], 1)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How a step of the optimiser is cut into batches.
+
+    batch : images a device and pass
+    passes : batches a device and step
+    group : passes whose predictions a correlation loss sees together, over all devices; 0: each batch alone
+    devices : processes that train together
+    """
+
+    batch: int
+    passes: int
+    group: int
+    devices: int
+
+    @property
+    def images(self) -> int:
+        return self.batch * self.passes * self.devices
+
+    def groups(self, pairs: np.ndarray) -> list[np.ndarray]:
+        """(images, 2) of one step -> for each group (devices, passes of the group, batch, 2)."""
+        passes = self.group or 1
+        return list(pairs.reshape(-1, self.devices, passes, self.batch, 2))
+
+
+def plan_steps(config: TrainConfig, devices: int, n_images: int) -> Steps:
+    """Raises ConfigError where batches, accumulation and correlation batch do not fit each other or the images."""
+    batch, correlation = config.batch_size, config.correlation_batch if config.uses_correlation else 0
+    together = batch * devices
+    group = 0
+    passes = config.accumulate
+    if correlation not in (0, batch):
+        if correlation % together or (config.accumulate > 1 and config.accumulate % (correlation // together)):
+            raise ConfigError(
+                f"--correlation-batch: expected a multiple of {together} (--batch-size times processes) into which "
+                f"--accumulate {config.accumulate} divides evenly; found {correlation}; choose another"
+            )
+        group = correlation // together
+        passes = max(passes, group)
+    steps = Steps(batch, passes, group, devices)
+    if steps.images > n_images:
+        raise ConfigError(
+            f"--batch-size: expected at least {steps.images} training images for one step; found {n_images}; lower it"
+        )
+    return steps

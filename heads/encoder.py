@@ -13,6 +13,9 @@ from torch import nn
 
 from featcache.challenge import Subject
 from featcache.roi import HEMISPHERES
+from heads.batches import Targets
+from heads.config import CORRELATIONS
+from heads.losses import LOSSES
 from heads.modules import RoiHead
 from heads.ridge import LinearMap
 
@@ -128,6 +131,33 @@ def output_columns(subjects: Sequence[Subject]) -> Columns:
             columns[subject.name, hemisphere] = torch.as_tensor(index + offset)
         offset += size
     return columns
+
+
+def encoder_loss(
+    terms: Sequence[tuple[float, str]],
+    outputs: torch.Tensor,
+    targets: Sequence[Targets],
+    columns: Columns,
+    ceilings: dict[tuple[str, str], torch.Tensor | None],
+) -> torch.Tensor:
+    """The weighted sum of losses over a batch of several subjects, each term a mean over their images and vertices.
+
+    A subject's images are compared with the outputs that are its vertices, under its own ceilings: vertices that it
+    lacks have no part in it, and correlations are over images of one subject. A subject with one image in the batch
+    has no correlation.
+
+    outputs : (n_images, n_outputs)
+    """
+    predicted = [outputs[t.rows.to(outputs.device)][:, columns[t.subject, t.hemisphere]] for t in targets]
+    total = outputs.new_zeros(())
+    for weight, name in terms:
+        counted = [k for k, t in enumerate(targets) if name not in CORRELATIONS or len(t.rows) > 1]
+        numbers = [targets[k].responses.numel() for k in counted]
+        for k, n in zip(counted, numbers, strict=True):
+            t = targets[k]
+            value = LOSSES[name](predicted[k], t.responses, ceilings[t.subject, t.hemisphere])
+            total = total + weight * n / sum(numbers) * value
+    return total if targets and total.requires_grad else total + 0 * outputs.sum()
 
 
 def linear_map_of(heads: Mapping[str, torch.Tensor], names: Sequence[str], subject: str, hemisphere: str) -> LinearMap:

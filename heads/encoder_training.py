@@ -7,7 +7,7 @@ goes on from a saved state takes the same steps as one that was never interrupte
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,9 @@ from featcache.checkpoint import Checkpoint, load_state, record, save_state, sav
 from featcache.errors import CheckpointError, ConfigError
 from featcache.progress import bar, say
 from featcache.roi import HEMISPHERES
-from heads.batches import Images, Targets
-from heads.config import CORRELATIONS, TrainConfig
-from heads.encoder import Encoder
-from heads.losses import LOSSES
+from heads.batches import Images, Targets, plan_steps
+from heads.config import TrainConfig
+from heads.encoder import Encoder, encoder_loss
 from heads.metrics import VertexScores, pearson_r, summarize
 
 _AHEAD = 2  # steps whose images and responses are read before they are asked for
@@ -43,80 +42,6 @@ def make_accelerator(precision: str, device: str) -> Accelerator:
         raise ConfigError("--precision float16: expected a CUDA device; found the CPU; use bfloat16 or float32")
     AcceleratorState._reset_state()  # it is one for the whole process, and refuses another precision in a later run
     return Accelerator(cpu=device == "cpu", mixed_precision=_MIXED[precision])
-
-
-@dataclass(frozen=True)
-class Steps:
-    """How a step of the optimiser is cut into batches.
-
-    batch : images a device and pass
-    passes : batches a device and step
-    group : passes whose predictions a correlation loss sees together, over all devices; 0: each batch alone
-    devices : processes that train together
-    """
-
-    batch: int
-    passes: int
-    group: int
-    devices: int
-
-    @property
-    def images(self) -> int:
-        return self.batch * self.passes * self.devices
-
-    def groups(self, pairs: np.ndarray) -> list[np.ndarray]:
-        """(images, 2) of one step -> for each group (devices, passes of the group, batch, 2)."""
-        passes = self.group or 1
-        return list(pairs.reshape(-1, self.devices, passes, self.batch, 2))
-
-
-def plan_steps(config: TrainConfig, devices: int, n_images: int) -> Steps:
-    """Raises ConfigError where batches, accumulation and correlation batch do not fit each other or the images."""
-    batch, correlation = config.batch_size, config.correlation_batch if config.uses_correlation else 0
-    together = batch * devices
-    group = 0
-    passes = config.accumulate
-    if correlation not in (0, batch):
-        if correlation % together or (config.accumulate > 1 and config.accumulate % (correlation // together)):
-            raise ConfigError(
-                f"--correlation-batch: expected a multiple of {together} (--batch-size times processes) into which "
-                f"--accumulate {config.accumulate} divides evenly; found {correlation}; choose another"
-            )
-        group = correlation // together
-        passes = max(passes, group)
-    steps = Steps(batch, passes, group, devices)
-    if steps.images > n_images:
-        raise ConfigError(
-            f"--batch-size: expected at least {steps.images} training images for one step; found {n_images}; lower it"
-        )
-    return steps
-
-
-def encoder_loss(
-    terms: Sequence[tuple[float, str]],
-    outputs: torch.Tensor,
-    targets: Sequence[Targets],
-    columns: dict[tuple[str, str], torch.Tensor],
-    ceilings: dict[tuple[str, str], torch.Tensor | None],
-) -> torch.Tensor:
-    """The weighted sum of losses over a batch of several subjects, each term a mean over their images and vertices.
-
-    A subject's images are compared with the outputs that are its vertices, under its own ceilings: vertices that it
-    lacks have no part in it, and correlations are over images of one subject. A subject with one image in the batch
-    has no correlation.
-
-    outputs : (n_images, n_outputs)
-    """
-    predicted = [outputs[t.rows.to(outputs.device)][:, columns[t.subject, t.hemisphere]] for t in targets]
-    total = outputs.new_zeros(())
-    for weight, name in terms:
-        counted = [k for k, t in enumerate(targets) if name not in CORRELATIONS or len(t.rows) > 1]
-        numbers = [targets[k].responses.numel() for k in counted]
-        for k, n in zip(counted, numbers, strict=True):
-            t = targets[k]
-            value = LOSSES[name](predicted[k], t.responses, ceilings[t.subject, t.hemisphere])
-            total = total + weight * n / sum(numbers) * value
-    return total if targets and total.requires_grad else total + 0 * outputs.sum()
 
 
 class EncoderTraining:

@@ -16,9 +16,10 @@ from featcache.challenge import open_challenge
 from featcache.config import BackboneConfig
 from featcache.errors import CheckpointError, ConfigError
 from heads import encoder_training
-from heads.batches import Targets
+from heads.batches import Targets, plan_steps
 from heads.config import StageConfig, TrainConfig
-from heads.encoder_training import EncoderTraining, encoder_loss, parameter_groups, plan_steps
+from heads.encoder import encoder_loss
+from heads.encoder_training import EncoderTraining, parameter_groups
 from heads.end_to_end import train_stage
 from heads.losses import LOSSES
 
@@ -166,7 +167,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tiny, tmp_path, monkeypatch,
     assert calls == [*range(stop_at + 1), *range(stop_at, len(calls) - 1)]  # no step was taken twice
 
 
-@pytest.mark.parametrize("written", range(1, 13))
+@pytest.mark.parametrize("written", range(1, 12))
 def test_interrupted_between_any_two_files_it_ends_with_the_same_bits(
     tiny, tmp_path, monkeypatch, uninterrupted, written
 ):
