@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from featcache.config import DTYPES, BackboneConfig, ExtractConfig, one_of
+from featcache.config import DTYPES, BackboneConfig, ExtractConfig
 from featcache.errors import ConfigError, FeatcacheError
 from heads.config import (
     BLENDS,
@@ -27,6 +27,7 @@ from heads.config import (
     StageConfig,
     TrainConfig,
 )
+from heads.config import recipe as settings_of
 
 app = typer.Typer(
     help="Predict responses of the visual cortex from cached image features: extract once, refit heads, blend.",
@@ -168,15 +169,14 @@ def _training_command(stage: str) -> Callable[..., None]:
         **given: Any,
     ) -> None:
         began = time.perf_counter()
-        one_of("recipe", recipe, tuple(RECIPES))
-        if not fold.isdigit() and fold != "all":
+        if not fold.isdecimal() and fold != "all":
             raise ConfigError(f"--fold: expected all or a number from 0 to {folds - 1}; found {fold!r}; correct it")
         config = StageConfig(
             stage,
-            replace(RECIPES[recipe], **{name: value for name, value in given.items() if value is not None}),
+            replace(settings_of(recipe, stage), **{name: value for name, value in given.items() if value is not None}),
             _backbone(backbone, weights, size or (PAPER_SIZE if recipe == "paper" else None)),
             init,
-            any_backbone=backbone is None and weights is None,
+            any_backbone=backbone is None,
             fold=None if fold == "all" else int(fold),
             n_folds=folds,
             fold_seed=fold_seed,
@@ -248,7 +248,7 @@ def extract(
         workers,
         device,
         checkpoint,
-        any_backbone=backbone is None and weights is None,
+        any_backbone=backbone is None,
     )
     challenge = _open(data, noise_ceiling)
     chosen = challenge.select(subject)

@@ -22,7 +22,7 @@ from featcache.extract import extract
 from featcache.simulate import SimulateConfig, simulate
 from featcache.splits import assign_folds
 from featcache.store import open_store, replace_json
-from heads.config import RECIPES, FitConfig, StageConfig
+from heads.config import FitConfig, StageConfig, recipe
 from heads.end_to_end import train_stage
 from heads.fit import fit_heads
 from heads.metrics import pearson_r
@@ -66,8 +66,10 @@ def run_seed(
     work = options.work / f"seed{seed}"
     backbone = BackboneConfig(BACKBONE, "packaged", options.size)
     # the default recipe, with the rates that suit a small network in stage 1 (docs/log.md)
-    second = replace(RECIPES["fast"], seed=seed, stop="never", epochs=options.stage2_epochs)
-    settings = replace(second, epochs=options.stage1_epochs, learning_rate=1e-3, head_learning_rate=3e-3)
+    second = replace(recipe("fast", "finetune"), seed=seed, stop="never", epochs=options.stage2_epochs)
+    settings = replace(
+        second, loss="smooth_l1", epochs=options.stage1_epochs, learning_rate=1e-3, head_learning_rate=3e-3
+    )
     common = StageConfig("pretrain", settings, backbone, fold=seed % N_FOLDS, n_folds=N_FOLDS)
     stages = {"stage 1": (everyone, common)}
     for arm, init, loss in (
@@ -135,7 +137,7 @@ def tree(name: str, work: Path) -> Path:
         return Path(name)
     root = work / "challenge"
     if not root.exists():
-        simulate(SimulateConfig(n_subjects=4, n_train=240, n_test=10, image_size=128), root)
+        simulate(SimulateConfig(n_subjects=4, n_train=160, n_test=10, image_size=128), root)
     return root
 
 

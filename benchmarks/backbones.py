@@ -34,7 +34,7 @@ from featcache.roi import HEMISPHERES
 from featcache.simulate import SimulateConfig, simulate
 from featcache.splits import assign_folds
 from featcache.store import open_store
-from heads.config import RECIPES, FitConfig, StageConfig
+from heads.config import FitConfig, StageConfig, recipe
 from heads.end_to_end import train_stage
 from heads.fit import Fitted, fit_heads
 
@@ -60,11 +60,11 @@ def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
     simulate(TREE, folder / "challenge")
     subjects, work = open_challenge(folder / "challenge").subjects, folder / "work"
     own = BackboneConfig(name, "none", size)
-    recipe = replace(RECIPES["paper"], epochs=1, batch_size=BATCH)
+    settings = replace(recipe("paper", "pretrain"), epochs=1, batch_size=BATCH)
     ends: list[float] = []
     register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     for stage, of in (("pretrain", subjects), ("finetune", subjects[:1])):  # the second starts from the first
-        config = StageConfig(stage, recipe, own, fold=0, n_folds=N_FOLDS, device="cpu", workers=1)
+        config = StageConfig(stage, settings, own, fold=0, n_folds=N_FOLDS, device="cpu", workers=1)
         checkpoint = train_stage(of, config, work)[0].checkpoint.path
     step = float(np.median(np.diff(ends)))  # from one step's end to the next one's; what lies between stages is one
     reading = ExtractConfig(own, batch_size=4 * BATCH, workers=1, device="cpu", checkpoint=str(checkpoint))

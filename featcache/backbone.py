@@ -96,6 +96,21 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
     )
 
 
+def probe(backbone: Backbone, layers: tuple[str, ...], device: str) -> dict[str, int]:
+    """{layer: number of features}, from one empty image. Raises BackboneError if the network cannot take its size."""
+    size = backbone.transform_recipe["input_size"]
+    try:
+        with torch.inference_mode():
+            outputs = backbone.features(torch.zeros(1, *size, device=device), layers)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        why = str(error).splitlines()[0][:120]
+        raise BackboneError(
+            f"--size: expected a size that {backbone.name} can take; found {size[-1]} ({why}); "
+            "choose another, such as the default"
+        ) from error
+    return {layer: rows.shape[1] for layer, rows in outputs.items()}
+
+
 def _pixels(crop: Callable[[Image.Image], Any]) -> Callable[[Image.Image], torch.Tensor]:
     """timm's transform up to where pixels become numbers to compute with."""
     return lambda image: torch.as_tensor(crop(image))  # older releases of timm give an array
@@ -155,7 +170,8 @@ def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
             f"--weights: expected hub, packaged, none or a weights file; found no file {path}; correct it"
         )
     try:
-        return _create(config, state_dict=_with_classifier(config, timm.models.load_state_dict(str(path))))
+        state = timm.models.load_state_dict(str(path))
+        return _bare(config, state) or _create(config, state_dict=_with_classifier(config, state))
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
         if "weights_only" in str(error):
             raise BackboneError(
@@ -170,6 +186,19 @@ def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
             f"--weights: expected a .safetensors or .pth file; found {path}, which cannot be read "
             f"({first_line(error)}); copy it again"
         ) from error
+
+
+def _bare(config: BackboneConfig, state: dict[str, Any]) -> nn.Module | None:
+    """The network with weights that fit it tensor by tensor without its classifier, such as training leaves."""
+    names = _pretrained_config(config.name).get("classifier") or ()
+    if any(f"{name}.weight" in state for name in ((names,) if isinstance(names, str) else names)):
+        return None
+    model = _create(config)
+    own = model.state_dict()
+    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in state.items()}:
+        return None
+    model.load_state_dict(state)
+    return model
 
 
 def _with_classifier(config: BackboneConfig, state: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from featcache.store import replace_json
 FOLDER = "checkpoints"
 FORMAT = 1
 _ABOUT = "checkpoint.json"
+_ORIGIN = "featcache checkpoint"  # in the header of its weights files
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,15 @@ def find_checkpoint(work: Path, name: str) -> Checkpoint:
 
 
 def record(checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's description on the disk, and remove folders that it no longer names."""
+    """Put a checkpoint's description on the disk, then remove the folders that it no longer names."""
     checkpoint.path.mkdir(parents=True, exist_ok=True)
     about = {"format": FORMAT, "recipe": checkpoint.recipe, "facts": checkpoint.facts}
     replace_json(checkpoint.path / _ABOUT, about)
+    prune(checkpoint)
+
+
+def prune(checkpoint: Checkpoint) -> None:
+    """Remove the folders of a checkpoint that its description does not name."""
     current = {checkpoint.facts.get("weights"), checkpoint.facts.get("state")}
     for folder in checkpoint.path.iterdir():
         if folder.is_dir() and folder.name not in current:
@@ -167,12 +173,30 @@ def record(checkpoint: Checkpoint) -> None:
 
 def save_weights(folder: Path, backbone: Mapping[str, torch.Tensor], heads: Mapping[str, torch.Tensor]) -> None:
     """Write both files of an epoch. Raises CheckpointError where they cannot be written, and leaves nothing of them."""
+    origin = {_ORIGIN: folder.parent.name}
 
     def write(folder: Path) -> None:
         for name, tensors in (("backbone", backbone), ("heads", heads)):
-            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
+            whole = {key: value.cpu().contiguous() for key, value in tensors.items()}
+            save_file(whole, folder / f"{name}.safetensors", origin)
 
     _write(folder, write)
+
+
+def refuse_trained(weights: str, option: str) -> None:
+    """Raise CheckpointError for the weights file of a checkpoint, which does not say what images they saw."""
+    if Path(weights).suffix != ".safetensors" or not Path(weights).is_file():
+        return
+    try:
+        with safetensors.safe_open(weights, "pt") as file:
+            name = (file.metadata() or {}).get(_ORIGIN)
+    except (OSError, safetensors.SafetensorError):
+        return  # whoever loads it says what is wrong with it
+    if name:
+        raise CheckpointError(
+            f"{weights}: expected weights that saw none of the images; found those of checkpoint {name}; "
+            f"name its folder with {option}"
+        )
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -180,10 +204,10 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     _write(folder, lambda folder: torch.save(dict(state), folder / "state.pt"))
 
 
-def load_state(folder: Path, device: str) -> dict[str, Any]:
-    """What `save_state` wrote: tensors and numbers, and nothing that could run."""
+def load_state(folder: Path) -> dict[str, Any]:
+    """What `save_state` wrote: tensors in main memory and numbers, and nothing that could run."""
     try:
-        return torch.load(folder / "state.pt", map_location=device, weights_only=True)
+        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
         raise _damaged(folder.parent, f"{folder.name}/state.pt cannot be read") from error
 

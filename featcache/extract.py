@@ -11,14 +11,14 @@ import timm
 import torch
 
 from featcache.ahead import ahead
-from featcache.backbone import Backbone, load_backbone
+from featcache.backbone import Backbone, load_backbone, probe
 from featcache.challenge import Subject
 from featcache.checkpoint import FOLDER as CHECKPOINTS
-from featcache.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, usable
-from featcache.config import BackboneConfig, ExtractConfig
+from featcache.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, refuse_trained, usable
+from featcache.config import ExtractConfig
 from featcache.contents import digests, id_digest, image_digest
 from featcache.device import keep_freed_memory, resolve_device
-from featcache.errors import BackboneError, CheckpointError
+from featcache.errors import CheckpointError
 from featcache.images import load_image
 from featcache.pixels import find_pixels
 from featcache.progress import bar, say
@@ -88,7 +88,8 @@ def _sources(
         _refuse_other_backbone(checkpoint, config)
         checkpoint.refuse_other_tree({subject.name: digests(subject, work) for subject in subjects})
         return [(checkpoint, list(subjects))]
-    known = [one for one in list_checkpoints(work) if config.any_backbone or _is_of(one, config.backbone)]
+    named = None if config.any_backbone else config.backbone.name
+    known = [one for one in list_checkpoints(work) if named in (None, one.recipe["backbone"]["name"])]
     served: dict[str, tuple[Checkpoint | None, list[Subject]]] = {}
     for subject in subjects if known else ():
         for checkpoint in usable(subject, known, digests(subject, work)):
@@ -100,11 +101,6 @@ def _sources(
             if subject.name not in names:
                 say(f"{subject.name}: left out: no checkpoint was trained on it; train one, or use --checkpoint none")
     return [served[name] for name in sorted(served)] or [(None, list(subjects))]
-
-
-def _is_of(checkpoint: Checkpoint, backbone: BackboneConfig) -> bool:
-    trained = checkpoint.recipe["backbone"]
-    return (trained["name"], trained["weights"]) == (backbone.name, backbone.weights)
 
 
 def _refuse_other_backbone(checkpoint: Checkpoint, config: ExtractConfig) -> None:
@@ -119,6 +115,7 @@ def _refuse_other_backbone(checkpoint: Checkpoint, config: ExtractConfig) -> Non
 def _load(checkpoint: Checkpoint | None, config: ExtractConfig, device: str) -> Backbone:
     if checkpoint is not None:
         return checkpoint.backbone(device, config.backbone.size)
+    refuse_trained(config.backbone.weights, "--checkpoint")
     if config.backbone.weights == "none":
         say(f"{config.backbone.name}: random weights, as asked; the scores will show it")
     return load_backbone(config.backbone, device)
@@ -140,21 +137,6 @@ def feature_recipe(source: Source, config: ExtractConfig, subject: Subject, work
         "dtype": config.dtype,
         "fold": source.fold,
     }
-
-
-def probe(backbone: Backbone, layers: tuple[str, ...], device: str) -> dict[str, int]:
-    """{layer: number of features}, from one empty image. Raises BackboneError if the network cannot take its size."""
-    size = backbone.transform_recipe["input_size"]
-    try:
-        with torch.inference_mode():
-            outputs = backbone.features(torch.zeros(1, *size, device=device), layers)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        why = str(error).splitlines()[0][:120]
-        raise BackboneError(
-            f"--size: expected a size that {backbone.name} can take; found {size[-1]} ({why}); "
-            "choose another, such as the default"
-        ) from error
-    return {layer: rows.shape[1] for layer, rows in outputs.items()}
 
 
 def _extract_subject(subject: Subject, source: Source, config: ExtractConfig, work: Path) -> Extracted:
@@ -191,6 +173,7 @@ def _find_or_create(subject: Subject, source: Source, config: ExtractConfig, wor
         say(f"{subject.name}: a new store, because nothing matches; nearest is {miss[0].name}: {changed}")
     facts = {"origin": source.backbone.origin, "torch": torch.__version__, "device": device_name(config.device)}
     if source.checkpoint is not None:
+        facts["checkpoint"] = source.checkpoint.name
         facts["seen_ids"] = np.intersect1d(source.checkpoint.seen_ids, subject.image_ids).tolist()
     return create_store(folder, label, recipe, subject.image_ids, len(subject.train), source.columns, facts)
 

@@ -24,7 +24,7 @@ from featcache.contents import image_digest
 from featcache.errors import StoreError
 from featcache.images import load_image
 from featcache.progress import bar, say
-from featcache.store import replace_json
+from featcache.store import only_writer, replace_json
 
 FOLDER = "pixels"
 _COMMIT = 256  # images between commits: what an interruption can cost
@@ -62,6 +62,11 @@ def cache_pixels(
     Raises StoreError where they would need more than `limit_gb`, 10^9 bytes for everything in the folder, or more than
     the disk has. Pixels of other sizes or images are removed, those not used for longest first, to stay below it.
     """
+    with only_writer(work / FOLDER, wait=True):
+        return _cache(subjects, backbone, work, limit_gb, workers)
+
+
+def _cache(subjects: Sequence[Subject], backbone: Backbone, work: Path, limit_gb: float, workers: int) -> list[Pixels]:
     paths = [_path(subject, backbone, work) for subject in subjects]
     sizes = [len(subject.image_ids) * _bytes_per_image(backbone) for subject in subjects]
     every = zip(paths, sizes, subjects, strict=True)
@@ -73,7 +78,9 @@ def cache_pixels(
         say(f"images at {size} px, once: {sum(sizes) / 1e9:.2f} GB in {work / FOLDER} (at most {limit_gb:g} GB)")
     for path, _, subject in missing:
         _fill(path, subject, backbone, workers)
-    return [found for subject in subjects if (found := find_pixels(subject, backbone, work))]
+    for path in paths:
+        _record(path).touch()
+    return [Pixels(path, np.load(path, mmap_mode="r")) for path in paths]
 
 
 def _path(subject: Subject, backbone: Backbone, work: Path) -> Path:
@@ -132,7 +139,7 @@ def _create(path: Path, shape: tuple[int, ...]) -> None:
         with path.open("r+b") as file:  # claim the disk now: a full one would end a write to a memory map by a signal
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return  # a file system that cannot promise room
         path.unlink()
         raise _no_room(path.parent, int(np.prod(shape))) from error
@@ -146,7 +153,6 @@ def _no_room(folder: Path, n_bytes: int) -> StoreError:
 
 
 def _make_room(folder: Path, needed: Sequence[Path], total: int, new: int, limit_gb: float) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     if total > limit_gb * 1e9:
         raise StoreError(
             f"{folder}: expected the images in --image-cache {limit_gb:g} GB; they need {total / 1e9:.1f} GB at this "

@@ -114,14 +114,22 @@ class Store:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the store for one writer; a second process is told so instead of mixing its rows in."""
-        with (self.path / _LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StoreError(
-                    f"{self.path}: expected to be the only writer; found another process writing; wait for it to end"
-                ) from error
+        with only_writer(self.path):
             yield
+
+
+@contextmanager
+def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a folder for one writer. Others wait for it, or are told to: StoreError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise StoreError(
+                f"{folder}: expected to be the only writer; found another process writing; wait for it to end"
+            ) from error
+        yield
 
 
 def create_store(

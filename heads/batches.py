@@ -38,14 +38,11 @@ class Images:
     """
 
     def __init__(self, subjects: Sequence[Subject], pixels: Sequence[Pixels], fold: dict[str, int]) -> None:
-        self.subjects, self._pixels = tuple(subjects), pixels
+        self.subjects, self._pixels = tuple(subjects), tuple(pixels)
+        if [len(own.array) for own in pixels] != [len(subject.image_ids) for subject in subjects]:
+            raise ValueError("pixels are not those of the subjects")
         self._responses = [{h: subject.responses(h) for h in HEMISPHERES} for subject in subjects]
-        held_out = [assign_folds(s.train.ids, fold["n_folds"], fold["seed"]) == fold["fold"] for s in subjects]
-        self.held_out = [np.flatnonzero(mask) for mask in held_out]
-        tested = np.concatenate([subject.test.ids for subject in subjects])
-        # A picture that one subject is tested on may be a training image of another: it stays out for all of them.
-        shown = [~mask & ~np.isin(s.train.ids, tested) for s, mask in zip(subjects, held_out, strict=True)]
-        self.trained = [np.flatnonzero(mask) for mask in shown]
+        self.trained, self.held_out = split(subjects, fold)
         self._pairs = np.concatenate([_pairs(number, rows) for number, rows in enumerate(self.trained)])
 
     def __len__(self) -> int:
@@ -88,6 +85,23 @@ class Images:
         return Targets(self.subjects[number].name, hemisphere, torch.from_numpy(own), torch.from_numpy(responses))
 
 
+def split(subjects: Sequence[Subject], fold: dict[str, int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Rows of each subject that are trained on, and rows that are held out.
+
+    A picture that one subject is tested on may be a training image of another: it is trained on by none.
+    """
+    tested = np.concatenate([subject.test.ids for subject in subjects])
+    held_out = [assign_folds(s.train.ids, fold["n_folds"], fold["seed"]) == fold["fold"] for s in subjects]
+    for subject, mask in zip(subjects, held_out, strict=True):
+        if mask.sum() < 2:
+            raise ConfigError(
+                f"fold {fold['fold']} of {subject.name}: expected 2 or more held-out images to score; "
+                f"found {mask.sum()}; add images, or ask for fewer --folds"
+            )
+    shown = [~mask & ~np.isin(s.train.ids, tested) for s, mask in zip(subjects, held_out, strict=True)]
+    return [np.flatnonzero(mask) for mask in shown], [np.flatnonzero(mask) for mask in held_out]
+
+
 def _pairs(number: int, rows: np.ndarray) -> np.ndarray:
     return np.stack([np.full(len(rows), number), rows], 1)
 
@@ -126,8 +140,9 @@ def plan_steps(config: TrainConfig, devices: int, n_images: int) -> Steps:
     if correlation not in (0, batch):
         if correlation % together or (config.accumulate > 1 and config.accumulate % (correlation // together)):
             raise ConfigError(
-                f"--correlation-batch: expected a multiple of {together} (--batch-size times processes) into which "
-                f"--accumulate {config.accumulate} divides evenly; found {correlation}; choose another"
+                f"--correlation-batch: expected a multiple of {together} (--batch-size times processes), and "
+                f"--accumulate {config.accumulate} to be a multiple of the passes in it; found {correlation}; "
+                "choose another"
             )
         group = correlation // together
         passes = max(passes, group)

@@ -172,7 +172,7 @@ class TrainConfig:
     weight_decay: float = _option(0.05, "Decoupled; not on biases and norms.")
     warmup: float = _option(0.0, "Epochs over which the learning rate rises from zero.")
     clip_norm: float = _option(1.0, "Largest norm of the gradient; 0: any.")
-    ema: float = _option(0.0, "Decay a step of the average of the weights that is scored and saved; 0: none.")
+    ema: float = _option(0.0, "Decay a step, at most, of the average of the weights that is kept; 0: none.")
     precision: str = _option("float32", f"{', '.join(PRECISIONS)}.")
     freeze_norm: bool = _option(True, "Keep the batch statistics that the backbone came with.")
     head_start: str = _option("fitted", "Stage 2: default (torch's), small (a tenth), or fitted (docs/training.md).")
@@ -191,6 +191,8 @@ class TrainConfig:
             at_least(name.replace("_", "-"), getattr(self, name), least)
         for name in ("correlation_batch", "weight_decay", "warmup", "clip_norm", "seed"):
             at_least(name.replace("_", "-"), getattr(self, name), 0)
+            if getattr(self, name) == math.inf:
+                raise ConfigError(f"--{name.replace('_', '-')}: expected a finite number; found inf; correct it")
         for name in ("learning_rate", "head_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(
@@ -217,10 +219,17 @@ class TrainConfig:
 
 PAPER_SIZE = 384  # pixels on a side, where --size says nothing else
 
-RECIPES: dict[str, TrainConfig] = {
-    "fast": TrainConfig(),
+RECIPES = ("fast", "paper")
+
+
+def recipe(name: str, stage: str) -> TrainConfig:
+    """The settings of a stage under a recipe of that name. Raises ConfigError."""
+    one_of("recipe", name, RECIPES)
+    if name == "fast":
+        # A batch of one subject is enough for correlations; shared among eight, it is not (docs/training.md).
+        return TrainConfig(loss="smooth_l1+pearson+mnnpc" if stage == "finetune" else "smooth_l1")
     # As published: AdamW, 1e-4 on a cosine to zero, batches of 8, 12 epochs or early stopping; the rest is torch's own.
-    "paper": TrainConfig(
+    return TrainConfig(
         loss="smooth_l1",
         epochs=12,
         batch_size=8,
@@ -230,8 +239,7 @@ RECIPES: dict[str, TrainConfig] = {
         clip_norm=0.0,
         freeze_norm=False,
         head_start="default",
-    ),
-}
+    )
 
 
 @dataclass(frozen=True)

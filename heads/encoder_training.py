@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast, gather_object
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -41,7 +42,9 @@ def make_accelerator(precision: str, device: str) -> Accelerator:
     if precision == "float16" and device == "cpu":
         raise ConfigError("--precision float16: expected a CUDA device; found the CPU; use bfloat16 or float32")
     AcceleratorState._reset_state()  # it is one for the whole process, and refuses another precision in a later run
-    return Accelerator(cpu=device == "cpu", mixed_precision=_MIXED[precision])
+    # the others wait while one of them decodes every image, or fits the heads to start from
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    return Accelerator(cpu=device == "cpu", mixed_precision=_MIXED[precision], kwargs_handlers=[patient])
 
 
 class EncoderTraining:
@@ -86,6 +89,7 @@ class EncoderTraining:
             self.run_epoch(epoch, step)
             epoch, step = epoch + 1, 0
             self._end_epoch(epoch)
+        self._accelerator.free_memory()
         return self._checkpoint
 
     def _is_enough(self, scores: Sequence[float]) -> bool:
@@ -132,12 +136,19 @@ class EncoderTraining:
             losses.append(backward(moved, near, len(groups), last=k == len(groups) - 1))
         loss = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
         if not math.isfinite(loss):
-            raise self._diverged(loss, number)
-        if config.clip_norm:
-            accelerator.clip_grad_norm_(self._model.parameters(), config.clip_norm)
+            raise self._diverged("loss", loss, number)
+        norm = float(accelerator.clip_grad_norm_(self._model.parameters(), config.clip_norm or math.inf))
+        if accelerator.scaler is None and not math.isfinite(norm):  # a scaler skips such a step and scales down
+            raise self._diverged("gradient", norm, number)
         self._optimiser.step()
         if self._ema is not None:
+            self._share_statistics()
             self._ema.update(accelerator.unwrap_model(self._model), number)
+
+    def _share_statistics(self) -> None:
+        """Give every process the running statistics of the first, as the next forward pass would."""
+        for buffer in self._accelerator.unwrap_model(self._model).buffers():
+            broadcast(buffer)
 
     def _ready(self, pixels: torch.Tensor) -> torch.Tensor:
         pixels = pixels.to(self._device, non_blocking=True)
@@ -190,6 +201,7 @@ class EncoderTraining:
                 yield
 
     def _end_epoch(self, epoch: int) -> None:
+        self._share_statistics()
         encoder = self._scored()
         score = self._score(encoder)
         facts = self._checkpoint.facts
@@ -217,27 +229,30 @@ class EncoderTraining:
         scores = []
         for number, (subject, rows) in enumerate(zip(self._images.subjects, self._images.held_out, strict=True)):
             own = np.array_split(rows, self._accelerator.num_processes)[self._accelerator.process_index]
-            predictions = np.concatenate(gather_object([self._predict(encoder, number, own)]))
+            predicted = self._predict(encoder, number, own)
             for hemisphere in HEMISPHERES:
-                columns = self._columns[subject.name, hemisphere].cpu().numpy()
-                r = pearson_r(predictions[:, columns], subject.responses(hemisphere)[rows])
+                everything = np.concatenate(gather_object([predicted[hemisphere]]))
+                r = pearson_r(everything, subject.responses(hemisphere)[rows])
                 scores.append(VertexScores(subject.name, hemisphere, r, subject.noise_ceiling[hemisphere]))
         overall = summarize(scores)[-1]
         return overall.mean_r if overall.accuracy is None else overall.accuracy / 100
 
-    def _predict(self, encoder: Encoder, number: int, rows: np.ndarray) -> np.ndarray:
-        """(len(rows), n_outputs) of one subject's images."""
+    def _predict(self, encoder: Encoder, number: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """{hemisphere: (len(rows), n_vertices)} of one subject's images."""
         encoder.eval()
+        name = self._images.subjects[number].name
+        columns = {hemisphere: self._columns[name, hemisphere] for hemisphere in HEMISPHERES}
+        found = {h: [np.empty((0, len(index)), dtype=np.float32)] for h, index in columns.items()}
         batches = [rows[i : i + self._config.batch_size] for i in range(0, len(rows), self._config.batch_size)]
-        width = self._accelerator.unwrap_model(self._model).heads.n_outputs
-        found = [np.empty((0, width), dtype=np.float32)]
         with torch.inference_mode():
             for batch in batches:
                 pairs = np.stack([np.full(len(batch), number), batch], 1)
                 images = self._backbone.normalise(self._images.read(pairs).to(self._device))
                 subjects = torch.full((len(batch),), number, device=self._device)
-                found.append(encoder(images, subjects).float().cpu().numpy())
-        return np.concatenate(found)
+                outputs = encoder(images, subjects)
+                for hemisphere, index in columns.items():
+                    found[hemisphere].append(outputs[:, index].float().cpu().numpy())
+        return {hemisphere: np.concatenate(parts) for hemisphere, parts in found.items()}
 
     def _save_state(self, epoch: int, step: int) -> str:
         folder = f"state-{epoch:03d}-{step:06d}"
@@ -258,7 +273,7 @@ class EncoderTraining:
         folder = self._checkpoint.facts.get("state")
         if not folder:
             return 0, 0
-        state = load_state(self._checkpoint.path / folder, self._device)
+        state = load_state(self._checkpoint.path / folder)
         self._accelerator.unwrap_model(self._model).load_state_dict(state["model"])
         self._optimiser.load_state_dict(state["optimiser"])
         if self._ema is not None:
@@ -274,13 +289,13 @@ class EncoderTraining:
             record(self._checkpoint)
         self._accelerator.wait_for_everyone()
 
-    def _diverged(self, loss: float, number: int) -> CheckpointError:
+    def _diverged(self, what: str, found: float, number: int) -> CheckpointError:
         facts = self._checkpoint.facts
         path = self._checkpoint.path
         kept = f"epoch {facts['epoch']} is kept in {path}" if facts.get("weights") else "none was saved"
         epoch, step = divmod(number, self._per_epoch)
         return CheckpointError(
-            f"{facts['label']}: expected a finite loss; found {loss} at epoch {epoch + 1}, step {step + 1} of "
+            f"{facts['label']}: expected a finite {what}; found {found} at epoch {epoch + 1}, step {step + 1} of "
             f"{self._per_epoch}; {kept}; lower --learning-rate, or use --precision float32 or --clip-norm 1"
         )
 

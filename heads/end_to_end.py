@@ -7,8 +7,11 @@ Source: the UARK-UAlbany entry to the Algonauts 2023 challenge.
 """
 
 import copy
+import gc
+import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import timm
 import torch
 from torch import nn
 
-from featcache.backbone import Backbone, load_backbone
+from featcache.backbone import Backbone, load_backbone, probe
 from featcache.challenge import Subject
 from featcache.checkpoint import (
     FOLDER,
@@ -27,6 +30,8 @@ from featcache.checkpoint import (
     checkpoint_path,
     list_checkpoints,
     open_checkpoint,
+    prune,
+    refuse_trained,
     siblings,
     usable,
 )
@@ -38,7 +43,8 @@ from featcache.pixels import Pixels, cache_pixels
 from featcache.progress import say
 from featcache.roi import HEMISPHERES
 from featcache.splits import assign_folds, check_folds, refuse_leak
-from heads.batches import Images
+from featcache.store import only_writer
+from heads.batches import Images, plan_steps, split
 from heads.config import StageConfig
 from heads.encoder import AllSubjects, Encoder, OneSubject, linear_map_of, output_columns
 from heads.encoder_training import EncoderTraining, make_accelerator
@@ -97,17 +103,28 @@ def _train_fold(
     checkpoint = _checkpoint(subjects, fold, config, start, work)
     if checkpoint.finished:
         say(f"already trained, {checkpoint.path}")
+        prune(checkpoint)
         return Trained(checkpoint, False, time.perf_counter() - began)
     accelerator = make_accelerator(config.train.precision, device)
+    # what cannot work is refused before anything is decoded
+    plan_steps(config.train, accelerator.num_processes, sum(map(len, split(subjects, fold)[0])))
+    n_features = probe(start.backbone, ("pooled",), "cpu")["pooled"]
     with accelerator.main_process_first():
         pixels = cache_pixels(subjects, start.backbone, work, config.image_cache, config.workers)
     images = Images(subjects, pixels, fold)
     checkpoint = _know_ids(checkpoint, images, start)
     torch.manual_seed(config.train.seed)
     network = copy.deepcopy(start.backbone.model).to(accelerator.device)
-    encoder = Encoder(network, _heads(subjects, images, pixels, start, network, config)).requires_grad_(True)
+    heads = _heads(subjects, n_features, config)
+    if isinstance(heads, OneSubject) and config.train.head_start == "fitted" and accelerator.is_main_process:
+        heads.start_from(_fitted_maps(subjects[0], images, pixels[0], start, network))  # the others are given these
+    encoder = Encoder(network, heads).requires_grad_(True)
     run = EncoderTraining(encoder, start.backbone, images, config.train, accelerator, checkpoint, config.save_every)
-    return Trained(run.train(), True, time.perf_counter() - began)
+    with only_writer(checkpoint.path) if accelerator.is_main_process else nullcontext():
+        trained = run.train()
+    del run, encoder, network
+    gc.collect()  # mixed precision leaves cycles, which would keep this network in memory beside the next one
+    return Trained(trained, True, time.perf_counter() - began)
 
 
 def _checkpoint(
@@ -120,7 +137,7 @@ def _checkpoint(
         "subjects": {s.name: digests(s, work) | subject_digests(s) for s in subjects},
         "backbone": {
             "name": start.settings.name,
-            "weights": start.settings.weights,
+            "weights": start.settings.weights if start.settings.weights in ("hub", "packaged", "none") else "file",
             "size": start.backbone.transform_recipe["input_size"][-1],
         },
         "transform": dict(start.backbone.transform_recipe),
@@ -128,6 +145,7 @@ def _checkpoint(
         "start": start.recipe(),
         "fold": fold,
         "settings": config.train.recipe(),
+        "devices": int(os.environ.get("WORLD_SIZE", "1")),  # batches are a device's
     }
     who = f"{config.stage}-{subjects[0].name}" if config.stage == "finetune" else config.stage
     label = f"{who}-{start.settings.name}-fold{fold['fold']}"
@@ -147,23 +165,12 @@ def _know_ids(checkpoint: Checkpoint, images: Images, start: Start) -> Checkpoin
     return replace(checkpoint, facts={**checkpoint.facts, "seen_ids": seen.tolist()})
 
 
-def _heads(
-    subjects: Sequence[Subject],
-    images: Images,
-    pixels: Sequence[Pixels],
-    start: Start,
-    network: nn.Module,
-    config: StageConfig,
-) -> AllSubjects | OneSubject:
-    n_features: Any = start.backbone.model.num_features
+def _heads(subjects: Sequence[Subject], n_features: int, config: StageConfig) -> AllSubjects | OneSubject:
     size = 1.0 if config.train.head_start == "default" else SMALL
-    if config.stage == "pretrain":
-        names = [subject.name for subject in subjects]
-        return AllSubjects(n_features, names, output_columns(subjects), config.train.embedding, size)
-    heads = OneSubject(n_features, subjects[0], size)
-    if config.train.head_start == "fitted":
-        heads.start_from(_fitted_maps(subjects[0], images, pixels[0], start, network))
-    return heads
+    if config.stage == "finetune":
+        return OneSubject(n_features, subjects[0], size)
+    names = [subject.name for subject in subjects]
+    return AllSubjects(n_features, names, output_columns(subjects), config.train.embedding, size)
 
 
 def _fitted_maps(
@@ -198,6 +205,7 @@ class _Starts:
     def __init__(self, config: StageConfig, work: Path) -> None:
         self._config, self._work = config, work
         self._last: tuple[Any, Start] | None = None
+        self._known: dict[str, dict[str, str]] = {}
 
     def of(self, subjects: Sequence[Subject], fold: dict[str, int]) -> Start:
         found = self._wanted(subjects, fold)
@@ -216,17 +224,19 @@ class _Starts:
     def _wanted(self, subjects: Sequence[Subject], fold: dict[str, int]) -> Path | BackboneConfig:
         init, own = self._config.init, self._config.backbone
         if self._config.stage == "pretrain":
+            refuse_trained(own.weights, "finetune --init")
             return own
         if init == "stage1":
             return self._stage1(subjects[0], fold)
         if init not in ("hub", "packaged", "none") and Path(init).is_dir():
             return self._given(open_checkpoint(Path(init)), subjects[0], fold)
+        refuse_trained(init, "--init")
         return replace(own, weights=init)
 
     def _stage1(self, subject: Subject, fold: dict[str, int]) -> Path:
         """The stage-1 checkpoint of this fold in the work folder."""
         known = [one for one in list_checkpoints(self._work) if one.recipe["stage"] == "pretrain"]
-        ours = usable(subject, [one for one in known if self._is_wanted(one)], digests(subject, self._work))
+        ours = usable(subject, [one for one in known if self._is_wanted(one)], self._digests(subject))
         trainings = sorted({one.training for one in ours})
         if len(trainings) > 1:
             names = ", ".join(min(one.name for one in ours if one.training == t) for t in trainings)
@@ -238,8 +248,8 @@ class _Starts:
 
     def _is_wanted(self, one: Checkpoint) -> bool:
         own, trained = self._config.backbone, one.recipe["backbone"]
-        same = (trained["name"], trained["weights"]) == (own.name, own.weights) and own.size in (None, trained["size"])
-        return self._config.any_backbone or same
+        named = self._config.any_backbone or trained["name"] == own.name
+        return named and own.size in (None, trained["size"])
 
     def _given(self, given: Checkpoint, subject: Subject, fold: dict[str, int]) -> Path:
         """The checkpoint of this fold beside the one that was named."""
@@ -249,8 +259,15 @@ class _Starts:
                 f"--init {given.path}: expected a checkpoint of {self._config.backbone.name}; found one of {trained}; "
                 f"name --backbone {trained}, or another checkpoint"
             )
-        given.refuse_other_tree({subject.name: digests(subject, self._work)})
-        return self._sibling(siblings(given), fold, f"like {given.path}")
+        given.refuse_other_tree({subject.name: self._digests(subject)})
+        ours = usable(subject, siblings(given), self._digests(subject))
+        return self._sibling(ours, fold, f"like {given.path}")
+
+    def _digests(self, subject: Subject) -> dict[str, str]:
+        """Of a subject's files, looked at once for all folds."""
+        if subject.name not in self._known:
+            self._known[subject.name] = digests(subject, self._work)
+        return self._known[subject.name]
 
     def _sibling(self, checkpoints: Sequence[Checkpoint], fold: dict[str, int], where: str) -> Path:
         for one in checkpoints:

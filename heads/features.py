@@ -14,7 +14,6 @@ from featcache.extract import FOLDER
 from featcache.progress import say
 from featcache.splits import assign_folds
 from featcache.store import Store, list_stores
-from heads.config import FitConfig
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,9 @@ class FeatureSet:
         """The fold that each store's backbone did not see."""
         return [store.recipe["fold"]["fold"] for store in self.stores]
 
-    def folds(self, subject: Subject, config: FitConfig) -> np.ndarray:
-        """(n_train,) fold of each training image: those of the training, where there was one."""
-        fold = self.stores[0].recipe["fold"] or {"n_folds": config.n_folds, "seed": config.seed}
+    def folds(self, subject: Subject, n_folds: int = 0, seed: int = 0) -> np.ndarray:
+        """(n_train,) fold of each training image: those of the training, or as asked for where there was none."""
+        fold = self.stores[0].recipe["fold"] or {"n_folds": n_folds, "seed": seed}
         return assign_folds(subject.train.ids, fold["n_folds"], fold["seed"])
 
     def read(self, device: str) -> list[torch.Tensor]:

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save
 
 from featcache.challenge import Subject
-from featcache.checkpoint import list_checkpoints
+from featcache.checkpoint import find_checkpoint
 from featcache.config import fingerprint
 from featcache.contents import response_digest, subject_digests
 from featcache.device import resolve_device
-from featcache.errors import CheckpointError, ConfigError, StoreError
+from featcache.errors import ConfigError, StoreError
 from featcache.extract import FOLDER as FEATURES
 from featcache.progress import bar, say
 from featcache.roi import HEMISPHERES
@@ -107,7 +107,7 @@ def model_name(recipe: dict[str, Any]) -> str:
 def _fit_set(subject: Subject, features: FeatureSet, config: FitConfig, work: Path) -> Fitted:
     began = time.perf_counter()
     device = resolve_device(config.device)  # what cannot work is refused before a store is made for it
-    folds = features.folds(subject, config)
+    folds = features.folds(subject, config.n_folds, config.seed)
     check_folds(folds, folds.max() + 1)
     recipe = prediction_recipe(subject, features, config, work)
     label = f"{subject.name}-{features.label()}-{config.head}-{config.objective}"
@@ -173,16 +173,13 @@ def trained_maps(subject: Subject, features: FeatureSet, work: Path) -> dict[str
             "--solver trained: expected features of the layer pooled alone, which those heads read; found "
             f"{'+'.join(features.stores[0].arrays)}; extract with --layers pooled"
         )
-    known = [one for one in list_checkpoints(work) if one.concerns(subject)]
     maps: dict[str, list[LinearMap]] = {hemisphere: [] for hemisphere in HEMISPHERES}
+    folds = features.folds(subject)
     for store in features.stores:
-        fold = store.recipe["fold"]
-        ours = [one for one in known if (one.training, one.fold["fold"]) == (fold["training"], fold["fold"])]
-        if not ours:
-            raise CheckpointError(
-                f"{work}: expected the checkpoint that {store.name} was extracted with; found none; train it again"
-            )
-        heads, names = ours[0].heads(), list(ours[0].recipe["subjects"])
+        checkpoint = find_checkpoint(work, store.facts["checkpoint"])
+        held_out = subject.train.ids[folds == store.recipe["fold"]["fold"]]
+        refuse_leak(checkpoint.seen_ids, held_out, f"the heads of {checkpoint.name}")
+        heads, names = checkpoint.heads(), list(checkpoint.recipe["subjects"])
         for hemisphere in HEMISPHERES:
             maps[hemisphere].append(linear_map_of(heads, names, subject.name, hemisphere))
     return maps

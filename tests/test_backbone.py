@@ -11,10 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
-from featcache.backbone import load_backbone, rename_in_order
+from featcache.backbone import load_backbone, probe, rename_in_order
 from featcache.config import BackboneConfig
 from featcache.errors import BackboneError
-from featcache.extract import probe
 
 SMALL = "test_resnet"  # timm keeps tiny members of each family for tests
 LITE = [f"tf_efficientnet_lite{n}" for n in range(3)]

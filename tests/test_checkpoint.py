@@ -206,7 +206,7 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     optimiser.step()
     state = {"epoch": 2, "step": 7, "model": HEADS, "optimiser": optimiser.state_dict(), "ema": None}
     save_state(tmp_path / "state-002-000007", state)
-    again = load_state(tmp_path / "state-002-000007", "cpu")
+    again = load_state(tmp_path / "state-002-000007")
     torch.testing.assert_close(again, state, rtol=0, atol=0)
 
 
@@ -219,12 +219,12 @@ def test_a_damaged_state_is_refused(tmp_path, content):
     path = tmp_path / "state" / "state.pt"
     damage(path, 500) if content is None else path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"found that state/state.pt cannot be read; delete it and train it"):
-        load_state(tmp_path / "state", "cpu")
+        load_state(tmp_path / "state")
 
 
 def test_a_state_that_is_missing_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"state.pt cannot be read"):
-        load_state(tmp_path / "state", "cpu")
+        load_state(tmp_path / "state")
 
 
 class Attack:
@@ -243,13 +243,13 @@ def attack(tmp_path: Path) -> Path:
 
 def test_a_state_that_holds_code_runs_nothing(attack):
     with pytest.raises(Exception, match=r"state.pt cannot be read|Weights only load failed"):
-        load_state(attack, "cpu")
+        load_state(attack)
     assert not (attack.parent / "made").exists()
 
 
 def test_a_state_that_holds_code_is_refused_in_one_line(attack):
     with pytest.raises(CheckpointError, match=r"state/state.pt cannot be read") as found:
-        load_state(attack, "cpu")
+        load_state(attack)
     assert "\n" not in str(found.value)
 
 
@@ -258,7 +258,7 @@ def test_a_state_that_holds_code_is_refused_in_one_line(attack):
 def test_a_full_disk_leaves_nothing_of_an_epoch_and_everything_of_the_last(made, monkeypatch, error, fails_at):
     before = files(made.path)
 
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def full(tensors: dict[str, torch.Tensor], path: Path, _: dict[str, str]) -> None:
         if path.stem == fails_at:
             path.write_bytes(b"half")
             raise error
@@ -281,7 +281,7 @@ def test_a_full_disk_leaves_nothing_of_a_state_and_everything_of_the_last(made, 
     with pytest.raises(CheckpointError, match="expected to save state-001-000004; found") as found:
         save_state(made.path / "state-001-000004", {"epoch": 1})
     assert "\n" not in str(found.value) and files(made.path) == before
-    assert load_state(made.path / "state-001-000000", "cpu") == {"epoch": 1}
+    assert load_state(made.path / "state-001-000000") == {"epoch": 1}
 
 
 def test_weights_written_again_replace_what_a_killed_run_left(made):

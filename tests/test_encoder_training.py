@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from featcache import checkpoint as checkpoint_module
 from featcache.challenge import open_challenge
 from featcache.config import BackboneConfig
-from featcache.errors import CheckpointError, ConfigError
+from featcache.errors import CheckpointError, ConfigError, StoreError
 from heads import encoder_training
 from heads.batches import Targets, plan_steps
 from heads.config import StageConfig, TrainConfig
@@ -200,7 +200,7 @@ def test_a_second_run_trains_nothing(tiny, tmp_path, monkeypatch):
 
 def test_a_finished_run_leaves_no_state(tiny, tmp_path):
     checkpoint = train(tiny, tmp_path, save_every=1)
-    assert sorted(path.name for path in checkpoint.path.iterdir()) == ["checkpoint.json", "epoch-002"]
+    assert sorted(path.name for path in checkpoint.path.glob("[!.]*")) == ["checkpoint.json", "epoch-002"]
 
 
 def with_scores(monkeypatch, scores):
@@ -243,6 +243,35 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_epoch(
     assert not checkpoint.finished and all(tensor.isfinite().all() for tensor in weights(checkpoint).values())
     monkeypatch.setattr(encoder_training, "encoder_loss", honest)
     assert_equal(weights(train(tiny, tmp_path)), weights(train(tiny, tmp_path / "whole")))
+
+
+def test_an_infinite_gradient_never_reaches_the_weights(tiny, tmp_path, monkeypatch):
+    """The loss may be finite where its gradient is not; clipping would make NaN of it, and a state of that."""
+    honest, calls = encoder_training.encoder_loss, []
+
+    def steep(*arguments):
+        calls.append(1)
+        loss = honest(*arguments)
+        return loss + (0 * arguments[1].sum()).sqrt() if len(calls) == 6 else loss  # the slope of a root at 0
+
+    monkeypatch.setattr(encoder_training, "encoder_loss", steep)
+    with pytest.raises(CheckpointError, match=r"expected a finite gradient; found (nan|inf) at epoch 2, step 2 of 4"):
+        train(tiny, tmp_path, save_every=1)
+    monkeypatch.setattr(encoder_training, "encoder_loss", honest)
+    assert_equal(weights(train(tiny, tmp_path, save_every=1)), weights(train(tiny, tmp_path / "whole")))
+
+
+def test_two_runs_of_one_checkpoint_do_not_meet(tiny, tmp_path, monkeypatch):
+    honest = EncoderTraining.run_epoch
+
+    def meanwhile(self, *arguments):
+        monkeypatch.setattr(EncoderTraining, "run_epoch", honest)
+        with pytest.raises(StoreError, match="expected to be the only writer"):
+            train(tiny, tmp_path)
+        honest(self, *arguments)
+
+    monkeypatch.setattr(EncoderTraining, "run_epoch", meanwhile)
+    assert train(tiny, tmp_path).finished
 
 
 def test_a_full_disk_is_one_line_and_costs_the_last_save_alone(tiny, tmp_path, monkeypatch):
@@ -317,7 +346,7 @@ def test_augmentation_moves_a_picture_by_little_and_never_turns_it_over():
     ("settings", "message"),
     [
         ({"correlation_batch": 6}, "--correlation-batch: expected a multiple of 4"),
-        ({"correlation_batch": 8, "accumulate": 3}, "--accumulate 3 divides evenly; found 8"),
+        ({"correlation_batch": 8, "accumulate": 3}, "--accumulate 3 to be a multiple of the passes in it; found 8"),
         ({"batch_size": 64}, "--batch-size: expected at least 64 training images for one step; found 20"),
     ],
 )

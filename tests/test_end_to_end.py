@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from PIL import Image
 
@@ -20,8 +21,10 @@ from featcache.roi import FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.splits import assign_folds
 from featcache.store import open_store
 from heads.config import FitConfig, StageConfig, TrainConfig
+from heads.encoder import linear_map_of
 from heads.end_to_end import train_stage
-from heads.fit import fit_heads, scores_by_model
+from heads.features import feature_sets
+from heads.fit import fit_heads, scores_by_model, trained_maps
 from heads.metrics import pearson_r
 
 SETTINGS = {"FEATCACHE_BACKBONE": "test_resnet", "FEATCACHE_WEIGHTS": "none", "FEATCACHE_SIZE": "32"}
@@ -130,6 +133,22 @@ def test_heads_refuse_images_that_the_backbone_saw(work, tiny):
         fit_heads([subject], FitConfig(), work)
 
 
+def test_trained_heads_come_with_the_features_they_read(tiny, tmp_path):
+    """Trainings that differ in their folds alone are not mixed up: each store's heads never saw its held-out images."""
+    subjects = open_challenge(tiny).subjects[:1]
+    for n_folds in (2, 3):
+        stage = StageConfig(
+            "finetune", TrainConfig(epochs=1, batch_size=4), SMALL, "none", fold=1, n_folds=n_folds, workers=1
+        )
+        train_stage(subjects, stage, tmp_path)
+    extract(subjects, ExtractConfig(SMALL, checkpoint="auto"), tmp_path)
+    for one in feature_sets(subjects[0], tmp_path):
+        fold = one.stores[0].recipe["fold"]
+        (checkpoint,) = [c for c in list_checkpoints(tmp_path) if c.fold["n_folds"] == fold["n_folds"]]
+        expected = linear_map_of(checkpoint.heads(), ["subj01"], "subj01", "lh")
+        assert torch.equal(trained_maps(subjects[0], one, tmp_path)["lh"][0].weights, expected.weights)
+
+
 def test_one_fold_predicts_and_scores_its_own_images_alone(tiny, tmp_path, said):
     subjects = open_challenge(tiny).subjects[:1]
     stage = StageConfig("finetune", TrainConfig(epochs=1, batch_size=4), SMALL, "none", fold=1, n_folds=2, workers=1)
@@ -208,8 +227,12 @@ def test_both_stages_learn_what_was_planted(coloured, tmp_path, loss):
         (["pretrain", "--recipe", "slow"], "--recipe: expected one of fast, paper; found 'slow'"),
         (["pretrain", "--loss", "rmse"], "--loss: expected smooth_l1"),
         (["pretrain", "--learning-rate", "0"], "--learning-rate: expected a number above 0"),
+        (["pretrain", "--folds", "2"], "--batch-size: expected at least 32 training images for one step; found"),
+        (["pretrain", "--warmup", "inf"], "--warmup: expected a finite number; found inf"),
+        (["pretrain", "--fold", "²"], "--fold: expected all or a number from 0 to 4; found '²'"),
+        (["pretrain", *QUICK, "--size", "16", "--backbone", "test_convnext"], "--size: expected a size that"),
         (["pretrain", "--ema", "2"], "--ema: expected a number from 0 to 1"),
-        (["pretrain", "--epochs", "2", "--folds", "2", "--image-cache", "0.0000001"], "--image-cache"),
+        (["pretrain", *QUICK, "--seed", "9", "--image-cache", "1e-7"], "in --image-cache 1e-07 GB; they need"),
         (["extract", "--checkpoint", "nothing-there"], "expected a checkpoint's folder; found no checkpoint.json"),
     ],
 )
@@ -238,6 +261,31 @@ def test_stage_2_starts_from_a_checkpoint_of_another_folder(work, tiny, tmp_path
     done, _ = run(capfd, "finetune", "--init", str(given.path), *QUICK, "--work", str(tmp_path / "other"))
     starts = {one.recipe["start"]["training"] for one in list_checkpoints(tmp_path / "other")}
     assert len(done["checkpoints"]) == 4 and starts == {given.training}
+
+
+def test_a_second_stage_2_goes_on_from_the_same_subject(work, tiny, tmp_path, capfd):
+    given = {
+        next(iter(one.recipe["subjects"])): one
+        for one in list_checkpoints(work)
+        if one.recipe["stage"] == "finetune" and one.fold["fold"] == 0
+    }
+    options = ["--fold", "0", "--subject", "2", *QUICK, "--work", str(tmp_path / "other")]
+    run(capfd, "finetune", "--init", str(given["subj02"].path), *options)
+    (again,) = list_checkpoints(tmp_path / "other")
+    assert again.recipe["start"]["weights"] == given["subj02"].backbone().digest
+    assert "subj02; found subj01" in fails(capfd, "finetune", "--init", str(given["subj01"].path), *options)
+
+
+def test_the_weights_file_of_a_checkpoint_is_refused_wherever_it_lies(work, tmp_path, capfd):
+    """It does not say what it saw, so nothing could be held out from it."""
+    one = list_checkpoints(work)[0]
+    file = shutil.copy(one.path / one.facts["weights"] / "backbone.safetensors", tmp_path / "weights.safetensors")
+    for command in (
+        ["finetune", "--init"],
+        ["pretrain", "--weights"],
+        ["extract", "--checkpoint", "none", "--weights"],
+    ):
+        assert f"found those of checkpoint {one.name}" in fails(capfd, *command, str(file))
 
 
 def test_two_stage_1_trainings_must_be_told_apart(work, capfd):
@@ -269,7 +317,11 @@ def test_an_unfinished_stage_1_is_not_started_from(work, tiny, capfd):
     assert "found only folds 1; run pretrain --fold 0" in fails(capfd, "finetune", *QUICK, "--seed", "4")
 
 
-@pytest.mark.parametrize("name", ["test_convnext", "seresnext26d_32x4d", "test_vit", "test_efficientnet", "seresnet18"])
+FAMILIES = ["test_convnext", "seresnext26d_32x4d", "test_vit", "test_efficientnet", "seresnet18"]
+FAMILIES += ["efficientvit_m0", "mobilenetv3_small_050"]  # a norm in the classifier; a layer between it and the pooling
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_of_the_paper_trains_and_extracts(tiny, tmp_path, name):
     """Convnets with and without squeeze and excitation, and a transformer at a size that is not its own."""
     subjects, backbone = open_challenge(tiny).subjects[:1], BackboneConfig(name, "none", 64)

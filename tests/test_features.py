@@ -8,7 +8,6 @@ import pytest
 from featcache.challenge import open_challenge
 from featcache.splits import assign_folds
 from featcache.store import create_store
-from heads.config import FitConfig
 from heads.features import feature_sets
 
 
@@ -39,7 +38,7 @@ def test_folds_of_one_training_are_one_model_in_order(subject, tmp_path):
     assert one.held_out() == [0, 1, 2] and one.recipe()["weights"] == ["w0", "w1", "w2"]
     assert [float(rows[0, 0]) for rows in one.read("cpu")] == [0, 1, 2]
     expected = assign_folds(subject.train.ids, 3, 7)
-    np.testing.assert_array_equal(one.folds(subject, FitConfig(n_folds=5, seed=0)), expected)
+    np.testing.assert_array_equal(one.folds(subject, 5, 0), expected)
 
 
 def test_trainings_layers_and_frozen_backbones_stay_apart(subject, tmp_path):

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,7 +74,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop_at: Path | None = None) -> lis
 
 
 def files(work: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (work / FOLDER).glob("*")}
+    return {path.name: path.read_bytes() for path in (work / FOLDER).glob("[!.]*")}
 
 
 def used_at(found: list[Pixels], time: int) -> None:
@@ -231,7 +232,7 @@ def test_the_limit_removes_what_was_not_used_for_longest(subjects, tmp_path, sai
     room = n_bytes(subjects, 56) + n_bytes(subjects, 48) + n_bytes(subjects, 32) + 10_000
     new = cache(subjects, backbone_of(size=56), tmp_path, room / 1e9)
     kept = {one.path for one in [*new, *old[48], *old[32]]}
-    assert set((tmp_path / FOLDER).iterdir()) == kept | {path.with_suffix(".json") for path in kept}
+    assert set((tmp_path / FOLDER).glob("[!.]*")) == kept | {path.with_suffix(".json") for path in kept}
     assert sorted(line for line in said if "removed" in line) == sorted(
         f"removed {one.path}, to keep the images below {room / 1e9:g} GB" for one in old[40]
     )
@@ -308,3 +309,20 @@ def test_a_file_system_that_promises_nothing_serves_all_the_same(subjects, backb
 
     monkeypatch.setattr("featcache.pixels.os.posix_fallocate", unable)
     assert cache(subjects[:1], backbone, tmp_path)[0].array.any()
+
+
+def test_a_second_process_waits_for_the_first(subjects, backbone, tmp_path, monkeypatch):
+    """Two trainings that start together decode each image once."""
+    honest, threads, seen = pixels_module.load_image, [], []
+
+    def meanwhile(path):
+        if not threads:
+            threads.append(Thread(target=lambda: cache(subjects, backbone, tmp_path)))
+            threads[0].start()
+        seen.append(path)
+        return honest(path)
+
+    monkeypatch.setattr(pixels_module, "load_image", meanwhile)
+    cache(subjects, backbone, tmp_path)
+    threads[0].join()
+    assert sorted(seen) == sorted(path for subject in subjects for path in subject.image_paths)
