@@ -214,6 +214,25 @@ def test_both_stages_learn_what_was_planted(coloured, tmp_path, loss):
         assert np.median(r) > 0.8, model
 
 
+def test_noise_is_not_predicted_through_both_stages_and_refitted_heads(tree, tmp_path):
+    """A backbone that learnt its training responses by heart knows nothing of those that were held out."""
+    rng = np.random.default_rng(3)
+    subjects = open_challenge(tree).subjects
+    for subject in subjects:
+        for hemisphere, n_vertices in subject.n_vertices.items():
+            noise = rng.normal(size=(len(subject.train), n_vertices)).astype(np.float32)
+            np.save(subject.response_path(hemisphere), noise)
+    settings = TrainConfig("mse", 8, 4, learning_rate=3e-3, head_learning_rate=1e-2, stop="never", embedding=8)
+    stage = StageConfig("pretrain", settings, SMALL, n_folds=2, workers=1)
+    train_stage(subjects, stage, tmp_path)
+    train_stage(subjects, replace(stage, stage="finetune"), tmp_path)
+    extract(subjects, ExtractConfig(SMALL, checkpoint="auto"), tmp_path)
+    for solver in ("exact", "trained"):
+        for model, scores in scores_by_model(subjects, fit_heads(subjects, FitConfig(solver=solver), tmp_path)).items():
+            r = np.concatenate([one.r for one in scores])  # of 168 vertices, each of spread 0.2
+            assert abs(r.mean()) < 0.06, model
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
