@@ -137,7 +137,7 @@ def tree(name: str, work: Path) -> Path:
         return Path(name)
     root = work / "challenge"
     if not root.exists():
-        simulate(SimulateConfig(n_subjects=4, n_train=160, n_test=10, image_size=128), root)
+        simulate(SimulateConfig(n_subjects=4, n_train=120, n_test=10, image_size=128), root)
     return root
 
 
