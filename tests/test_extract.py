@@ -359,11 +359,12 @@ def test_auto_falls_back_where_no_checkpoint_is_of_the_backbone_that_is_asked_fo
     assert {store.recipe["backbone"] for store in stores(results)} == {"test_convnext"}
 
 
-def test_auto_does_not_take_a_training_that_began_with_other_weights(tiny, tmp_path):
-    write_checkpoint(subjects_of(tiny), tmp_path)
-    other = replace(AUTO, backbone=replace(BACKBONE, weights="hub"))
-    ((checkpoint, served),) = extract_module._sources(subjects_of(tiny), other, tmp_path)
-    assert checkpoint is None and [subject.name for subject in served] == ["subj01", "subj02"]
+def test_naming_a_backbone_finds_its_trainings_whatever_they_began_with(tiny, tmp_path):
+    """Weights that were not asked for have a default, which is no reason to pass a checkpoint over."""
+    made = write_checkpoint(subjects_of(tiny), tmp_path)
+    named = replace(AUTO, backbone=replace(BACKBONE, weights="hub"))
+    ((checkpoint, served),) = extract_module._sources(subjects_of(tiny), named, tmp_path)
+    assert checkpoint.path == made.path and [subject.name for subject in served] == ["subj01", "subj02"]
 
 
 def test_auto_leaves_out_checkpoints_of_another_tree_and_says_so(tree, tmp_path, said):
