@@ -1,3 +1,4 @@
+import os
 import platform
 import subprocess
 import sys
@@ -5,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from featcache.device import resolve_device
+from featcache import device
+from featcache.device import free_memory, resolve_device
 from featcache.errors import ConfigError
 
 FAULTS = """
@@ -19,6 +21,14 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     torch.ones(8, 1 << 20).sum()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+HELD = """
+import numpy as np
+from featcache.device import used_memory
+before = used_memory()
+held = np.ones(40_000_000, dtype=np.uint8)  # written, so that its pages are there
+print(used_memory() - before)
 """
 
 
@@ -37,12 +47,54 @@ def test_kept_memory_is_not_cleared_again():
 
 
 def test_auto_is_cuda_where_there_is_one(monkeypatch):
-    for there, device in ((True, "cuda"), (False, "cpu")):
+    for there, expected in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert resolve_device("auto") == device and resolve_device("cpu") == "cpu"
+        assert resolve_device("auto") == expected and resolve_device("cpu") == "cpu"
 
 
 def test_a_cuda_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="expected a CUDA device; found none"):
         resolve_device("cuda")
+
+
+def limits(monkeypatch, tmp_path, available: str, limit: str | None, current: str = "0") -> int:
+    """Free memory of a machine with these files."""
+    (tmp_path / "meminfo").write_text(available)
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text(current)
+    found = {str(tmp_path / "meminfo"): device._available, str(tmp_path / "memory.max"): device._below_limit}
+    monkeypatch.setattr(device, "_LIMITS", found)
+    return free_memory()
+
+
+MEMINFO = "MemTotal:       32000 kB\nMemFree:        100 kB\nMemAvailable:   3000 kB\n"
+TOTAL = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("available", "limit", "current", "free"),
+    [
+        (MEMINFO, None, "", 3_072_000),
+        (MEMINFO, "max\n", "9\n", 3_072_000),
+        (MEMINFO, "2000000\n", "500000\n", 1_500_000),
+        (MEMINFO, "9000000000\n", "1\n", 3_072_000),
+        ("nothing of the kind", None, "", TOTAL),
+        ("", "damaged", "", TOTAL),
+    ],
+)
+def test_free_memory_is_the_least_that_machine_and_container_leave(
+    monkeypatch, tmp_path, available, limit, current, free
+):
+    assert limits(monkeypatch, tmp_path, available, limit, current) == free
+
+
+def test_free_memory_of_this_machine_is_some_and_not_more_than_it_has():
+    assert 0 < free_memory() <= TOTAL
+
+
+def test_used_memory_grows_with_what_is_held():
+    """In a process of its own: beside other tests, memory given back meanwhile would hide what is held."""
+    grown = int(subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True).stdout)
+    assert 36_000_000 <= grown <= 60_000_000
