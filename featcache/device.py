@@ -1,6 +1,9 @@
 """Where tensors live."""
 
 import ctypes
+import os
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -15,6 +18,42 @@ def resolve_device(device: str) -> str:
         raise ConfigError("--device cuda: expected a CUDA device; found none that torch can use; use --device cpu")
     return device
 
+
+def free_memory() -> int:
+    """Bytes of main memory that this process can still take; a container's limit counts."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path, read in _LIMITS.items():
+        with suppress(OSError, ValueError, LookupError, StopIteration):
+            free = min(free, read(Path(path)))
+    return free
+
+
+def used_memory() -> int:
+    """Bytes of main memory that this process has; 0 where the system does not say."""
+    with suppress(OSError, ValueError, LookupError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def _available(path: Path) -> int:
+    return 1024 * next(
+        int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("MemAvailable")
+    )
+
+
+def _below_limit(path: Path) -> int:
+    limit = int(path.read_text())  # 'max' is no number: no limit
+    return limit - int((path.parent / "memory.current").read_text()) + _given_up(path.parent / "memory.stat")
+
+
+def _given_up(path: Path) -> int:
+    """What a container counts as used, but gives up when memory is asked for: files that were read."""
+    with suppress(OSError, ValueError, LookupError):
+        return int(dict(line.split() for line in path.read_text().splitlines())["inactive_file"])
+    return 0
+
+
+_LIMITS = {"/proc/meminfo": _available, "/sys/fs/cgroup/memory.max": _below_limit}
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's names for mallopt(3)
 _LARGEST_INT = 2**31 - 1

@@ -11,7 +11,7 @@ import timm
 import torch
 
 from featcache.ahead import ahead
-from featcache.backbone import Backbone, load_backbone, probe
+from featcache.backbone import Backbone, load_backbone
 from featcache.challenge import Subject
 from featcache.checkpoint import FOLDER as CHECKPOINTS
 from featcache.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, refuse_trained, usable
@@ -21,8 +21,18 @@ from featcache.device import keep_freed_memory, resolve_device
 from featcache.errors import CheckpointError
 from featcache.images import load_image
 from featcache.pixels import find_pixels
-from featcache.progress import bar, say
-from featcache.store import Store, create_store, list_stores, nearest, open_store, store_path
+from featcache.progress import bar, say, size_of
+from featcache.store import (
+    Row,
+    Store,
+    create_store,
+    list_stores,
+    nearest,
+    open_store,
+    refuse_full_disk,
+    store_path,
+)
+from featcache.taps import Taps
 
 FOLDER = "features.zarr"
 _AHEAD = 2  # batches decoded before the model asks for them, at the least
@@ -48,13 +58,36 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> l
     if device == "cpu":
         keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32: on recent GPUs torch would round products to TF32
-    done = []
-    for checkpoint, served in _sources(subjects, config, work):
+    done: list[Extracted] = []
+    sources = _sources(subjects, config, work)
+    for number, (checkpoint, served) in enumerate(sources):
         backbone = _load(checkpoint, config, device)
-        columns = probe(backbone, config.layers, device)
-        source = Source(backbone, checkpoint, columns, device)
+        taps = backbone.taps(config.layers)
+        source = Source(backbone, checkpoint, taps, _rows(backbone.shapes(taps)), device)
+        if number == 0:  # the others have rows of the same size, unless their backbones differ
+            _announce(source, [subject for _, those in sources for subject in those], work)
         done += [_extract_subject(subject, source, config, work) for subject in served]
     return done
+
+
+def _rows(shapes: dict[str, tuple[int, ...]]) -> dict[str, Row]:
+    """Layers with places are large and stored as float16, vectors as float32."""
+    return {name: Row(shape, "float16" if len(shape) > 1 else "float32") for name, shape in shapes.items()}
+
+
+def _announce(source: "Source", subjects: Sequence[Subject], work: Path) -> None:
+    """Say how large the cache will be, and refuse a disk that is too small for it. Raises StoreError."""
+    per_image, folder = sum(row.n_bytes for row in source.rows.values()), work / FOLDER
+    whole = per_image * sum(len(subject.image_ids) for subject in subjects)
+    grids = ", ".join(f"{name} {'x'.join(map(str, row.shape))}" for name, row in source.rows.items())
+    say(f"{grids}: {per_image / 1e3:.1f} kB an image, {size_of(whole)} in all")
+    ours = source.taps.recipe() | {
+        "backbone": source.backbone.name,
+        "transform": dict(source.backbone.transform_recipe),
+    }
+    there = [store for store in list_stores(folder) if ours.items() <= store.recipe.items()]
+    have = per_image * sum(min(store.committed.values()) for store in there)  # a rerun needs no room for what it left
+    refuse_full_disk(folder, max(whole - have, 0))
 
 
 @dataclass(frozen=True)
@@ -62,12 +95,13 @@ class Source:
     """A backbone that is ready to read images.
 
     checkpoint : where it was trained; None for one as its weights came
-    columns : {layer: number of features}
+    taps, rows : what is read of it, and what a row of each array is
     """
 
     backbone: Backbone
     checkpoint: Checkpoint | None
-    columns: dict[str, int]
+    taps: Taps
+    rows: dict[str, Row]
     device: str
 
     @property
@@ -124,7 +158,7 @@ def _load(checkpoint: Checkpoint | None, config: ExtractConfig, device: str) -> 
 def feature_recipe(source: Source, config: ExtractConfig, subject: Subject, work: Path) -> dict[str, Any]:
     """Everything that decides the rows of a feature store."""
     backbone = source.backbone
-    return {
+    return source.taps.recipe() | {
         "kind": "features",
         "subject": subject.name,
         "images": image_digest(subject, work),
@@ -133,7 +167,6 @@ def feature_recipe(source: Source, config: ExtractConfig, subject: Subject, work
         "weights": backbone.digest,
         "timm": timm.__version__,
         "transform": dict(backbone.transform_recipe),
-        "layers": list(config.layers),
         "dtype": config.dtype,
         "fold": source.fold,
     }
@@ -175,12 +208,16 @@ def _find_or_create(subject: Subject, source: Source, config: ExtractConfig, wor
     if source.checkpoint is not None:
         facts["checkpoint"] = source.checkpoint.name
         facts["seen_ids"] = np.intersect1d(source.checkpoint.seen_ids, subject.image_ids).tolist()
-    return create_store(folder, label, recipe, subject.image_ids, len(subject.train), source.columns, facts)
+    return create_store(folder, label, recipe, subject.image_ids, len(subject.train), source.rows, facts)
 
 
 def device_name(device: str) -> str:
     """What computed the rows: not part of the key, but worth knowing."""
     return torch.cuda.get_device_name() if resolve_device(device) == "cuda" else "cpu"
+
+
+class _BeyondFloat16Error(Exception):
+    """A layer has values that float16 cannot hold."""
 
 
 def _fill(
@@ -192,7 +229,27 @@ def _fill(
 ) -> None:
     """Compute and commit the rows that are missing.
 
-    Batches start anew at every commit, whether or not the run was interrupted there: the sums inside a network
+    A layer that float16 cannot hold is written again as float32, from its first row: what is stored must not depend on
+    where a run was interrupted.
+    """
+    while True:
+        try:
+            return _fill_arrays(store, images, source, config, advance)
+        except _BeyondFloat16Error as overflow:
+            layer = str(overflow)
+            say(f"{store.name}: {layer} has values beyond float16; it is stored as float32, from its first row")
+            store.widen(layer)
+            store = open_store(store.path)
+
+
+def _fill_arrays(
+    store: Store,
+    images: "Reader",
+    source: Source,
+    config: ExtractConfig,
+    advance: Callable[[int], None],
+) -> None:
+    """Batches start anew at every commit, whether or not the run was interrupted there: the sums inside a network
     depend on the shape of the batch, so only equal batches give equal bits.
     """
     layers, stop = tuple(store.arrays), len(store.image_ids)
@@ -200,10 +257,12 @@ def _fill(
     batches = _plan(min(store.committed.values()), stop, span, config.batch_size)
     rows: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
     for batch, pixels in zip(batches, images(batches), strict=True):
-        for layer, values in _forward(source, pixels, layers, config.dtype).items():
+        for layer, values in _forward(source, pixels, store, config.dtype).items():
             rows[layer].append(values)
         if batch.stop % span == 0 or batch.stop == stop:
-            store.append({layer: torch.cat(rows.pop(layer)).numpy() for layer in layers})
+            whole = {layer: torch.cat(rows.pop(layer)).numpy() for layer in layers}
+            start = batch.stop - len(whole[layers[0]])  # an array that was written again is behind the others
+            store.append({layer: whole[layer] for layer, n in store.committed.items() if n == start})
             rows = {layer: [] for layer in layers}
         advance(len(batch))
 
@@ -214,11 +273,22 @@ def _plan(start: int, stop: int, span: int, batch_size: int) -> list[range]:
     return [span[i : i + batch_size] for span in spans for i in range(0, len(span), batch_size)]
 
 
-def _forward(source: Source, pixels: torch.Tensor, layers: tuple[str, ...], dtype: str) -> dict[str, torch.Tensor]:
+def _forward(source: Source, pixels: torch.Tensor, store: Store, dtype: str) -> dict[str, torch.Tensor]:
+    """{array: rows on the CPU, as they are stored}. Raises _BeyondFloat16Error."""
     low, backbone = dtype != "float32", source.backbone
     with torch.inference_mode(), torch.autocast(source.device, getattr(torch, dtype), enabled=low):
         images = backbone.normalise(pixels.to(source.device))
-        return {layer: values.float().cpu() for layer, values in backbone.features(images, layers).items()}
+        return {
+            layer: _stored(layer, values, str(store.arrays[layer].dtype)).cpu()
+            for layer, values in backbone.features(images, source.taps).items()
+        }
+
+
+def _stored(layer: str, values: torch.Tensor, dtype: str) -> torch.Tensor:
+    stored = values.to(getattr(torch, dtype))
+    if dtype == "float16" and not stored.isfinite().all() and values.isfinite().all():
+        raise _BeyondFloat16Error(layer)
+    return stored
 
 
 Reader = Callable[[Sequence[range]], Iterator[torch.Tensor]]  # (len(batch), 3, height, width) uint8 for each batch

@@ -17,6 +17,14 @@ def say(message: str) -> None:
     _stderr.print(message)
 
 
+def size_of(n_bytes: float) -> str:
+    """1_234_567 -> '1.2 MB'"""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes / 1e3:.1f} kB"
+
+
 class _Rate(ProgressColumn):
     def __init__(self, unit: str) -> None:
         super().__init__()

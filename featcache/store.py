@@ -8,6 +8,7 @@ and are refused.
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +32,20 @@ _LOCK = ".writing.lock"
 
 
 @dataclass(frozen=True)
+class Row:
+    """What a row of an array is: (n_columns,), or (height, width, n_channels) of a layer with places."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
 class Store:
-    """An open store. `arrays` maps a layer or hemisphere to its (n_rows, n_columns) Zarr array.
+    """An open store. `arrays` maps a layer or hemisphere to its (n_rows, ...) Zarr array.
 
     recipe : what decided the rows; its fingerprint is in the store's name
     image_ids : (n_rows,) int64; the first n_train rows are training images, the others test images
@@ -72,8 +85,20 @@ class Store:
     def chunk_rows(self, name: str) -> int:
         return self.arrays[name].chunks[0]
 
+    def widen(self, name: str) -> None:
+        """Empty an array and make it float32: what float16 cannot hold is written again, from its first row."""
+        replace_json(self.path / _COMMITTED, self.committed | {name: 0})
+        old = self.arrays[name]
+        partial = self.path / f".{name}.{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        _create_array(zarr.open_group(self.path, mode="r+"), partial.name, old.shape[0], Row(old.shape[1:]))
+        # at every moment between these the store can be opened, and the array is empty
+        shutil.rmtree(self.path / name / "c", ignore_errors=True)
+        os.replace(partial / "zarr.json", self.path / name / "zarr.json")
+        shutil.rmtree(partial)
+
     def append(self, rows: Mapping[str, np.ndarray]) -> None:
-        """Write the next rows of some arrays, {name: (n, n_columns)}, and commit them together.
+        """Write the next rows of some arrays, {name: (n, ...)}, and commit them together.
 
         n must be a multiple of the array's chunk rows, unless the rows reach the end: a chunk is never written twice.
         Raises StoreError where a value is not finite, and names the array.
@@ -138,41 +163,46 @@ def create_store(
     recipe: Mapping[str, Any],
     image_ids: np.ndarray,
     n_train: int,
-    columns: Mapping[str, int],
+    rows: Mapping[str, int | Row],
     facts: Mapping[str, Any],
 ) -> Store:
-    """Make the store for a recipe, empty: float32 arrays {name: (len(image_ids), n_columns)}.
+    """Make the store for a recipe, empty: arrays {name: (len(image_ids), ...)}; a number of columns is float32 rows.
 
     It is built under another name and renamed, so that a store either has everything or is not there.
     """
     path = store_path(folder, label, recipe)
-    _refuse_full_disk(folder, 4 * len(image_ids) * sum(columns.values()))
+    arrays = {name: Row((row,)) if isinstance(row, int) else row for name, row in rows.items()}
+    refuse_full_disk(folder, len(image_ids) * sum(row.n_bytes for row in arrays.values()))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     about = {"format": FORMAT, "recipe": recipe, "facts": facts, "n_train": n_train, "image_ids": image_ids.tolist()}
-    about["arrays"] = list(columns)
+    about["arrays"] = list(arrays)
     group = zarr.create_group(partial, zarr_format=3, attributes={"featcache": about})
-    for name, n_columns in columns.items():
-        rows = _chunk_rows(n_columns)
-        group.create_array(
-            name,
-            shape=(len(image_ids), n_columns),
-            chunks=(min(rows, len(image_ids)), max(n_columns, 1)),
-            dtype="float32",
-            compressors=[Crc32cCodec()],
-            fill_value=float("nan"),
-        )
+    for name, row in arrays.items():
+        _create_array(group, name, len(image_ids), row)
     os.replace(partial, path)
     return open_store(path)
 
 
+def _create_array(group: zarr.Group, name: str, n_rows: int, row: Row) -> None:
+    group.create_array(
+        name,
+        shape=(n_rows, *row.shape),
+        chunks=(min(_chunk_rows(math.prod(row.shape)), n_rows), *(max(side, 1) for side in row.shape)),
+        dtype=row.dtype,
+        compressors=[Crc32cCodec()],
+        fill_value=float("nan"),
+    )
+
+
 def _chunk_rows(n_columns: int) -> int:
-    """A power of two, so that the largest of several is a multiple of the others."""
+    """A power of two, so that the largest of several is a multiple of the others; the same in float16 and float32."""
     rows = _CHUNK_BYTES // max(4 * n_columns, 1)
     return 1 << (min(max(rows, 1), _CHUNK_ROWS).bit_length() - 1)
 
 
-def _refuse_full_disk(folder: Path, n_bytes: int) -> None:
+def refuse_full_disk(folder: Path, n_bytes: int) -> None:
+    """Raise StoreError unless a folder's disk has room for so many bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if n_bytes > free:

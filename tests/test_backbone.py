@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
-from featcache.backbone import load_backbone, probe, rename_in_order
-from featcache.config import BackboneConfig
+from featcache.backbone import load_backbone, rename_in_order
+from featcache.config import BackboneConfig, LayerConfig
 from featcache.errors import BackboneError
 
 SMALL = "test_resnet"  # timm keeps tiny members of each family for tests
@@ -27,7 +27,7 @@ def random_weights(name: str, seed: int = 3) -> dict[str, torch.Tensor]:
 def features(name: str, weights: str, size: int | None = 64) -> torch.Tensor:
     backbone = load_backbone(BackboneConfig(name, weights, size))
     images = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 64, 64), dtype=np.float32))
-    return backbone.features(images, ("pooled",))["pooled"]
+    return backbone.pooled(images)
 
 
 @pytest.mark.parametrize("name", LITE)
@@ -88,7 +88,7 @@ def test_a_file_gives_the_network_its_features(name, tmp_path):
         expected = reference.forward_head(reference.forward_features(images), pre_logits=True)
     loaded = [load_backbone(BackboneConfig(name, str(tmp_path / f"w.{kind}"))) for kind in ("safetensors", "pth")]
     for backbone in loaded:
-        torch.testing.assert_close(backbone.features(images, ("pooled",))["pooled"], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(backbone.pooled(images), expected, rtol=1e-4, atol=1e-5)
     assert loaded[0].digest == loaded[1].digest  # the weights count, not the file
 
 
@@ -101,7 +101,7 @@ def test_a_file_without_the_usual_classifier_gives_the_same_features(n_classes, 
     with torch.no_grad():
         expected = model.eval().forward_head(model.forward_features(images), pre_logits=True)
     backbone = load_backbone(BackboneConfig("test_convnext", str(tmp_path / "w.safetensors"), 64))
-    torch.testing.assert_close(backbone.features(images, ("pooled",))["pooled"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(backbone.pooled(images), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_digest_follows_the_weights(tmp_path):
@@ -135,7 +135,7 @@ def test_the_transform_is_the_one_of_the_weights():
 
 def test_a_size_that_the_network_cannot_take_is_refused():
     with pytest.raises(BackboneError, match="--size: expected a size that"):
-        probe(load_backbone(BackboneConfig("test_vit", "none", 70)), ("pooled",), "cpu")
+        load_backbone(BackboneConfig("test_vit", "none", 70)).taps(LayerConfig())
 
 
 def test_an_unknown_backbone_names_its_neighbours():

@@ -1,6 +1,6 @@
 import pytest
 
-from featcache.config import BackboneConfig, ExtractConfig, differences, fingerprint
+from featcache.config import BackboneConfig, ExtractConfig, LayerConfig, differences, fingerprint
 from featcache.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def test_differences_names_each_setting():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"dtype": "float8"}, {"device": "tpu"}, {"batch_size": 0}, {"workers": 0}, {"layers": ("nowhere",)}],
+    [{"dtype": "float8"}, {"device": "tpu"}, {"batch_size": 0}, {"workers": 0}],
 )
 def test_extract_config_refuses(settings):
     with pytest.raises(ConfigError, match=r"expected .* found"):
@@ -35,3 +35,16 @@ def test_extract_config_refuses(settings):
 def test_backbone_config_refuses_a_size_of_nothing():
     with pytest.raises(ConfigError, match="--size: expected 16 or more; found 0"):
         BackboneConfig(size=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "option"), [({"pool": "median"}, "--pool"), ({"grid": "0"}, "--grid"), ({"grid": "wide"}, "--grid")]
+)
+def test_layer_config_refuses(settings, option):
+    with pytest.raises(ConfigError, match=rf"{option}: expected .* found"):
+        LayerConfig(**settings)
+
+
+def test_layers_are_spread_over_the_network_on_grids_of_its_own_unless_asked_for():
+    assert ExtractConfig().layers == LayerConfig(("auto",), "auto", "avg")
+    assert [LayerConfig(grid=grid).grid for grid in ("native", "auto", "1", "14")] == ["native", "auto", "1", "14"]

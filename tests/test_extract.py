@@ -18,7 +18,7 @@ from featcache import store as store_module
 from featcache.backbone import Backbone, load_backbone
 from featcache.challenge import Subject, open_challenge
 from featcache.checkpoint import Checkpoint
-from featcache.config import BackboneConfig, ExtractConfig
+from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
 from featcache.errors import ChallengeError, CheckpointError, ConfigError, StoreError
 from featcache.extract import FOLDER, Extracted, _plan, extract
 from featcache.pixels import cache_pixels
@@ -91,7 +91,7 @@ from pathlib import Path
 from featcache import store
 from featcache.backbone import Backbone
 from featcache.challenge import open_challenge
-from featcache.config import BackboneConfig, ExtractConfig
+from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
 from featcache.extract import extract
 store._CHUNK_ROWS = 8
 honest = Backbone.features
@@ -170,7 +170,8 @@ def test_an_image_that_cannot_be_decoded_keeps_what_was_committed(tree, tmp_path
     with pytest.raises(ChallengeError, match=path.name):
         run(tree, tmp_path)
     store = next((tmp_path / FOLDER).iterdir())
-    assert open_store(store).committed == {"pooled": 16}
+    layers = ("pooled", "act1", "layer1", "layer2", "layer3", "layer4")
+    assert open_store(store).committed == dict.fromkeys(layers, 16)
 
 
 def test_features_that_are_not_finite_are_refused_by_name(tiny, tmp_path, monkeypatch):
@@ -264,7 +265,7 @@ FROZEN = [("subj01", None), ("subj02", None)]
 def assert_rows_are_of(checkpoint: Checkpoint, store: Store, subject: Subject) -> None:
     backbone = checkpoint.backbone()
     images = torch.stack([backbone.transform(Image.open(path).convert("RGB")) for path in subject.image_paths])
-    expected = backbone.features(images, ("pooled",))["pooled"].numpy()
+    expected = backbone.pooled(images).numpy()
     np.testing.assert_allclose(store.read("pooled"), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -429,3 +430,191 @@ def test_a_checkpoint_that_did_not_train_on_a_subject_is_refused_for_it(tiny, tm
 def test_a_checkpoint_that_is_not_there_is_refused(tiny, tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere: expected a checkpoint's folder; found no checkpoint.json"):
         run(tiny, tmp_path, replace(CONFIG, checkpoint="nowhere"))
+
+
+# --- layers
+
+
+SOME = replace(CONFIG, layers=LayerConfig(("pooled", "layer2", "layer4"), "2"))
+LOUD = 20  # row of the image for which a layer says more than float16 can hold
+
+
+def everything(results: list[Extracted]) -> list[dict[str, bytes]]:
+    """Every bit of every array."""
+    return [
+        {name: store.arrays[name].dtype.str.encode() + store.read(name).tobytes() for name in store.arrays}
+        for store in stores(results)
+    ]
+
+
+def test_vectors_are_float32_and_maps_float16_of_the_network_itself(tiny, tmp_path):
+    backbone = load_backbone(BACKBONE)
+    for store, subject in zip(stores(run(tiny, tmp_path, SOME)), subjects_of(tiny), strict=True):
+        assert {name: (array.shape[1:], str(array.dtype)) for name, array in store.arrays.items()} == {
+            "pooled": ((96,), "float32"),
+            "layer2": ((2, 2, 48), "float16"),
+            "layer4": ((2, 2, 96), "float16"),
+        }
+        images = torch.stack([backbone.transform(Image.open(path).convert("RGB")) for path in subject.image_paths])
+        with torch.no_grad():
+            expected = backbone.features(images, backbone.taps(SOME.layers))
+        for name, values in expected.items():
+            np.testing.assert_allclose(store.read(name), values, rtol=2e-3, atol=1e-3)
+
+
+@pytest.fixture
+def loud(tiny, monkeypatch):
+    """A network whose layer2 is a million times as loud for one image of each subject, in the third commit."""
+    honest, backbone = Backbone.features, load_backbone(BACKBONE)
+    images = [backbone.transform(Image.open(subject.image_paths[LOUD]).convert("RGB")) for subject in subjects_of(tiny)]
+
+    def features(self, pixels, taps):
+        out = honest(self, pixels, taps)
+        if "layer2" in out:
+            same = [(pixels - one).abs().amax((1, 2, 3)) < 1e-5 for one in images]
+            out["layer2"] = out["layer2"] * torch.where(same[0] | same[1], 1e6, 1.0)[:, None, None, None]
+        return out
+
+    monkeypatch.setattr(Backbone, "features", features)
+    return features
+
+
+def test_a_layer_beyond_float16_becomes_float32_from_its_first_row_and_alone(tiny, tmp_path, loud, said):
+    backbone = load_backbone(BACKBONE)
+    for store, subject in zip(stores(run(tiny, tmp_path, SOME)), subjects_of(tiny), strict=True):
+        assert store.complete
+        assert {name: str(array.dtype) for name, array in store.arrays.items()} == {
+            "pooled": "float32",
+            "layer2": "float32",
+            "layer4": "float16",
+        }
+        found = store.read("layer2")
+        images = torch.stack([backbone.transform(Image.open(path).convert("RGB")) for path in subject.image_paths])
+        with torch.no_grad():
+            expected = backbone.features(images, backbone.taps(SOME.layers))["layer2"].numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+        assert np.abs(found[LOUD]).max() > 65_504
+        assert not np.array_equal(found[0], found[0].astype(np.float16))  # not what was rounded before
+        told = f"{store.name}: layer2 has values beyond float16; it is stored as float32, from its first row"
+        assert said.count(told) == 1
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7, 8, 10, 13, 17])
+def test_a_run_interrupted_around_an_overflow_ends_bit_equal(tiny, tmp_path, loud, monkeypatch, stop_at):
+    """Batches of 3 fill a commit of 8 in three: the loud image is in the ninth, then all begins anew."""
+    whole = everything(run(tiny, tmp_path / "whole", SOME))
+    honest, calls = extract_module._forward, []
+
+    def stopping(*args):
+        calls.append(args)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return honest(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extract_module, "_forward", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, tmp_path / "stopped", SOME)
+    assert everything(run(tiny, tmp_path / "stopped", SOME)) == whole
+    monkeypatch.setattr(extract_module, "_forward", lambda *_: pytest.fail("ran the model again"))
+    assert [result.n_new for result in run(tiny, tmp_path / "stopped", SOME)] == [0, 0]
+
+
+def test_a_run_interrupted_while_a_layer_is_widened_ends_bit_equal(tiny, tmp_path, loud, monkeypatch):
+    whole = everything(run(tiny, tmp_path / "whole", SOME))
+    honest = Store.widen
+
+    def stopping(self, name):
+        honest(self, name)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "widen", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, tmp_path / "stopped", SOME)
+    assert everything(run(tiny, tmp_path / "stopped", SOME)) == whole
+
+
+def test_nan_in_a_layer_is_refused_and_not_taken_for_an_overflow(tiny, tmp_path, monkeypatch):
+    honest = Backbone.features
+
+    def broken(self, images, taps):
+        return {name: v * torch.nan if name == "layer4" else v for name, v in honest(self, images, taps).items()}
+
+    monkeypatch.setattr(Backbone, "features", broken)
+    with pytest.raises(StoreError, match="found NaN or infinity in layer4"):
+        run(tiny, tmp_path, SOME)
+    assert {str(array.dtype) for array in open_store(next((tmp_path / FOLDER).iterdir())).arrays.values()} == {
+        "float16",
+        "float32",
+    }
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        LayerConfig(("pooled", "layer2", "layer4"), "1"),
+        LayerConfig(("pooled", "layer2", "layer4"), "2", "max"),
+        LayerConfig(("layer2", "layer4"), "2"),
+        LayerConfig(("pooled",), "2"),
+    ],
+)
+def test_another_grid_pool_or_choice_of_layers_makes_another_store(tiny, tmp_path, layers):
+    first = run(tiny, tmp_path, SOME)
+    second = run(tiny, tmp_path, replace(SOME, layers=layers))
+    assert {r.path for r in first}.isdisjoint(r.path for r in second) and all(r.n_new for r in second)
+
+
+def test_two_ways_to_name_the_same_layers_share_a_store(tiny, tmp_path):
+    first = run(tiny, tmp_path, SOME)
+    second = run(tiny, tmp_path, replace(SOME, layers=LayerConfig(("-1", "2", "pooled"), "2")))
+    assert [(r.path, r.n_new) for r in second] == [(r.path, 0) for r in first]
+
+
+def test_the_size_of_the_cache_is_said_before_it_is_made(tiny, tmp_path, said):
+    results = run(tiny, tmp_path, SOME)
+    per_image = 96 * 4 + 2 * 2 * 48 * 2 + 2 * 2 * 96 * 2
+    line = next(line for line in said if "an image" in line)
+    assert line.startswith(f"pooled 96, layer2 2x2x48, layer4 2x2x96: {per_image / 1e3:.1f} kB an image")
+    assert sum(store.arrays[name].nbytes for store in stores(results) for name in store.arrays) == per_image * 65
+
+
+def disk(monkeypatch, free: int) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": free})())
+
+
+PER_IMAGE = 96 * 4 + 2 * 2 * 48 * 2 + 2 * 2 * 96 * 2
+
+
+@pytest.mark.parametrize("free", [0, PER_IMAGE * 40, PER_IMAGE * 65 - 1])
+def test_a_disk_too_small_for_all_subjects_is_refused_before_an_image_is_read(tiny, tmp_path, monkeypatch, free):
+    disk(monkeypatch, free)
+    monkeypatch.setattr(extract_module, "_reader", lambda *_: pytest.fail("read images"))
+    with pytest.raises(StoreError, match=r"of free disk; found .* make room or choose another --work"):
+        run(tiny, tmp_path, SOME)
+    assert list((tmp_path / FOLDER).iterdir()) == []
+
+
+def test_a_rerun_needs_no_room_for_what_is_there(tiny, tmp_path, monkeypatch):
+    run(tiny, tmp_path, SOME)
+    disk(monkeypatch, 0)
+    assert [result.n_new for result in run(tiny, tmp_path, SOME)] == [0, 0]
+
+
+def test_stores_of_another_backbone_leave_no_room_for_this_one(tiny, tmp_path, monkeypatch):
+    pooled = replace(CONFIG, layers=LayerConfig(("pooled",)))
+    run(tiny, tmp_path, pooled)
+    disk(monkeypatch, 64 * 4 * 40)  # for one of the two subjects
+    monkeypatch.setattr(extract_module, "_reader", lambda *_: pytest.fail("read images"))
+    with pytest.raises(StoreError, match="of free disk"):
+        run(tiny, tmp_path, replace(pooled, backbone=BackboneConfig("test_convnext", "none", 64)))
+
+
+def test_a_transformer_is_stored_with_its_class_tokens(tiny, tmp_path):
+    config = ExtractConfig(BackboneConfig("test_vit", "none", 32), LayerConfig(("-1",), "2"), batch_size=8, workers=1)
+    for store in stores(run(tiny, tmp_path, config)):
+        assert {name: array.shape[1:] for name, array in store.arrays.items()} == {
+            "blocks.5.cls": (64,),
+            "blocks.5": (2, 2, 64),
+        }
+        assert store.complete

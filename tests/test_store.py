@@ -8,7 +8,7 @@ import pytest
 
 from featcache import store as store_module
 from featcache.errors import StoreError
-from featcache.store import Store, create_store, list_stores, nearest, open_store
+from featcache.store import Row, Store, create_store, list_stores, nearest, open_store
 
 RECIPE = {"kind": "features", "size": 224}
 IDS = np.arange(100, 110)
@@ -166,3 +166,107 @@ def test_a_second_writer_is_refused(store):
     assert "found another process writing" in second.stderr
     third = subprocess.run([sys.executable, "-c", script, store.path], capture_output=True, text=True)
     assert third.stdout == "wrote\n"
+
+
+# --- layers with places
+
+
+MAPS = np.random.default_rng(1).standard_normal((10, 3, 2, 5)).astype(np.float16)
+
+
+@pytest.fixture
+def layered(tmp_path: Path) -> Store:
+    rows = {"pooled": 3, "low": Row((3, 2, 5), "float16"), "deep": Row((1, 1, 4), "float16")}
+    return create_store(tmp_path / "layers.zarr", "a", RECIPE, IDS, 7, rows, {})
+
+
+def test_maps_in_float16_come_back_bit_by_bit(layered):
+    layered.append({"low": MAPS[:4]})
+    layered.append({"low": MAPS[4:]})
+    found = open_store(layered.path).read("low")
+    assert found.dtype == np.float16 and found.shape == (10, 3, 2, 5) and found.tobytes() == MAPS.tobytes()
+    assert np.array_equal(open_store(layered.path).read("low", 2, 7), MAPS[2:7])
+
+
+def test_float32_values_are_rounded_to_float16_once(layered):
+    values = np.random.default_rng(2).standard_normal((10, 3, 2, 5)).astype(np.float32)
+    layered.append({"low": values})
+    assert np.array_equal(layered.read("low"), values.astype(np.float16))
+
+
+def test_maps_of_another_shape_are_refused(layered):
+    for rows in (MAPS[:4, :2], MAPS[:4].reshape(4, 2, 3, 5), MAPS[:4].reshape(4, 30)):
+        with pytest.raises(ValueError, match="do not fit"):
+            layered.append({"low": rows})
+
+
+def test_rows_of_a_map_that_were_never_written_are_refused(layered):
+    """A record that says more than the disk has: zarr fills in NaN, which float16 has too."""
+    layered.append({"low": MAPS[:4]})
+    (layered.path / "committed.json").write_text(json.dumps({"pooled": 0, "low": 10, "deep": 0}))
+    assert np.array_equal(layered.read("low", 0, 4), MAPS[:4])
+    with pytest.raises(StoreError, match="a chunk of low is missing"):
+        layered.read("low")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_chunk_has_as_many_images_whatever_the_precision(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(store_module, "_CHUNK_ROWS", 256)
+    monkeypatch.setattr(store_module, "_CHUNK_BYTES", 4 * 30 * 8)
+    one = create_store(tmp_path / dtype, "a", RECIPE, np.arange(100), 7, {"low": Row((3, 2, 5), dtype)}, {})
+    assert one.chunk_rows("low") == 8
+
+
+def test_the_room_that_a_store_needs_is_counted_by_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 10 * 30 * 2})())
+    create_store(tmp_path / "a", "a", RECIPE, IDS, 7, {"low": Row((3, 2, 5), "float16")}, {})
+    with pytest.raises(StoreError, match="of free disk"):
+        create_store(tmp_path / "b", "a", RECIPE, IDS, 7, {"low": Row((3, 2, 5))}, {})
+
+
+def test_widening_empties_one_array_and_leaves_the_others(layered):
+    layered.append({"pooled": ROWS, "low": MAPS, "deep": np.ones((10, 1, 1, 4))})
+    chunk_rows = layered.chunk_rows("low")
+    layered.widen("low")
+    again = open_store(layered.path)
+    assert again.committed == {"pooled": 10, "low": 0, "deep": 10} and not again.complete
+    assert [str(again.arrays[name].dtype) for name in ("pooled", "low", "deep")] == ["float32", "float32", "float16"]
+    assert list(again.arrays) == ["pooled", "low", "deep"] and again.chunk_rows("low") == chunk_rows
+    assert np.array_equal(again.read("pooled"), ROWS) and (again.read("deep") == 1).all()
+    with pytest.raises(StoreError, match="found 0"):
+        again.read("low", 0, 1)
+    large = MAPS.astype(np.float32) * 1e6
+    again.append({"low": large})
+    assert np.array_equal(open_store(layered.path).read("low"), large) and again.complete
+
+
+def test_nothing_of_the_narrow_array_is_left_to_be_read_after_widening(layered):
+    layered.append({"low": MAPS})
+    layered.widen("low")
+    assert chunk_files(layered, "low") == []
+
+
+@pytest.mark.parametrize("call", ["rmtree", "_create_array", "replace"])
+def test_a_store_that_was_interrupted_while_it_was_widened_can_be_opened_and_widened_again(layered, monkeypatch, call):
+    """Stopped before each step in turn; `rmtree` and `replace` are those of the array itself."""
+    layered.append({"pooled": ROWS, "low": MAPS})
+    module = {"rmtree": store_module.shutil, "_create_array": store_module, "replace": store_module.os}[call]
+    honest = getattr(module, call)
+
+    def stopping(*about, **more):
+        aims = "" if call == "_create_array" else about[-1] if call == "replace" else about[0]
+        if call == "_create_array" or (layered.path / "low") in (Path(aims), *Path(aims).parents):
+            raise KeyboardInterrupt
+        return honest(*about, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, call, stopping)
+        with pytest.raises(KeyboardInterrupt):
+            layered.widen("low")
+    again = open_store(layered.path)
+    assert again.committed == {"pooled": 10, "low": 0, "deep": 0} and np.array_equal(again.read("pooled"), ROWS)
+    again.widen("low")
+    again = open_store(layered.path)
+    again.append({"low": MAPS.astype(np.float32)})
+    assert np.array_equal(again.read("low"), MAPS.astype(np.float32))
+    assert [store.name for store in list_stores(layered.path.parent)] == [layered.name]
