@@ -6,17 +6,18 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from featcache.config import DEVICES, BackboneConfig, at_least, one_of
+from featcache.config import DEVICES, POOLED, BackboneConfig, LayerConfig, at_least, one_of
 from featcache.errors import ConfigError
 
 LOSS_NAMES = ("smooth_l1", "mse", "pearson", "mnnpc")
-HEADS = ("linear", "roi")
+HEADS = ("linear", "roi", "spatial")
 SOLVERS = ("auto", "exact", "adamw", "trained")
 BLENDS = ("uniform", "score", "greedy")
 STAGES = ("pretrain", "finetune")
 PRECISIONS = ("float32", "bfloat16", "float16")
 HEAD_STARTS = ("default", "small", "fitted")
 STOPS = ("fold", "never")
+READOUTS = ("pooled", "spatial")
 CORRELATIONS = frozenset({"pearson", "mnnpc"})
 
 # Under each of these, and any sum of them, the best linear map of a vertex points in the least-squares direction:
@@ -72,6 +73,13 @@ class AdamWConfig:
         at_least("validation", self.validation, 2)
 
 
+def adamw_of(head: str) -> AdamWConfig:
+    """The settings that a head is trained with where nothing else is said."""
+    if head == "spatial":  # they start from the closed form, which long steps would only undo (docs/layers.md)
+        return AdamWConfig(learning_rate=1e-4, epochs=30, batch_size=32)
+    return AdamWConfig()
+
+
 @dataclass(frozen=True)
 class RidgeConfig:
     """The closed-form heads."""
@@ -88,17 +96,42 @@ class RidgeConfig:
 
 
 @dataclass(frozen=True)
+class SpatialConfig:
+    """Spatial heads on cached layers: maps over places times maps over channels (see heads.spatial)."""
+
+    rank: int = 4  # such products an output and layer
+    space: int = 0  # outputs that the vertices of all subjects are linear in, trained together; 0: each subject alone
+    token_dropout: float = 0.3  # part of a layer's places that an image lacks in training
+    smoothness: float = 0.1  # penalty of differences between neighbouring places
+    sparsity: float = 0.0  # penalty of maps that spread over many places
+
+    def __post_init__(self) -> None:
+        at_least("rank", self.rank, 1)
+        at_least("space", self.space, 0)
+        at_least("smoothness", self.smoothness, 0)
+        at_least("sparsity", self.sparsity, 0)
+        check_dropout(self.token_dropout)
+
+
+def check_dropout(value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigError(f"--token-dropout: expected a number from 0 and below 1; found {value}; correct it")
+
+
+@dataclass(frozen=True)
 class FitConfig:
     """Which heads are fitted to a feature store, and how."""
 
     loss: str = "mnnpc"  # a weighted sum of LOSS_NAMES
-    head: str = "linear"  # linear | roi
+    head: str = "linear"  # linear | roi | spatial
+    layers: str = "joint"  # joint: all that were extracted | each: a model of every one | names, with commas between
     solver: str = "auto"  # auto | exact | adamw | trained, the heads that a checkpoint brought with it
     n_folds: int = 5  # of the training images, by image id
     seed: int = 0  # of the folds and of the gradient loop
     device: str = "auto"
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
+    spatial: SpatialConfig = field(default_factory=SpatialConfig)
 
     def __post_init__(self) -> None:
         one_of("head", self.head, HEADS)
@@ -138,6 +171,8 @@ class FitConfig:
             return {"head": "trained", "solver": "trained", "objective": "trained"}
         solver = self.ridge if self.resolved_solver == "exact" else self.adamw
         settings = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(solver).items()}
+        if self.head == "spatial":
+            settings |= vars(self.spatial)
         common = {"head": self.head, "n_folds": self.n_folds, "seed": self.seed}
         return common | {"solver": self.resolved_solver, "objective": self.objective, "settings": settings}
 
@@ -155,6 +190,10 @@ class BlendConfig:
 def _option(default: Any, meaning: str) -> Any:
     """A field that the command line offers as an option, with this help."""
     return field(default=default, metadata={"help": meaning})
+
+
+# settings of TrainConfig that only its spatial heads have
+_SPATIAL = ("layers", "grid", "space", "rank", "token_dropout", "smoothness", "sparsity")
 
 
 @dataclass(frozen=True)
@@ -180,6 +219,14 @@ class TrainConfig:
     stop: str = _option("fold", "fold: keep the epoch that scores best on the held-out fold; never: keep the last.")
     patience: int = _option(3, "Epochs without a better score before it stops.")
     embedding: int = _option(512, "Stage 1: features of a subject.")
+    head: str = _option("pooled", "pooled: heads on the last layer's vector; spatial: on the places of several layers.")
+    layers: str = _option("auto", "Head spatial: what it reads: auto, all, or names or numbers with commas between.")
+    grid: str = _option("auto", "Head spatial: places a side of a layer: a number, native, or auto, 7 at most.")
+    space: int = _option(0, "Head spatial: outputs that all vertices are linear in; 0: each has maps of its own.")
+    rank: int = _option(1, "Head spatial: maps over places, each with channels of its own, an output and layer.")
+    token_dropout: float = _option(0.1, "Head spatial: part of a layer's places that an image lacks in training.")
+    smoothness: float = _option(0.0, "Head spatial: penalty of differences between neighbouring places.")
+    sparsity: float = _option(0.0, "Head spatial: penalty of maps that spread over many places.")
     seed: int = _option(0, "Of batches, heads and dropout.")
 
     def __post_init__(self) -> None:
@@ -187,9 +234,12 @@ class TrainConfig:
         one_of("precision", self.precision, PRECISIONS)
         one_of("head-start", self.head_start, HEAD_STARTS)
         one_of("stop", self.stop, STOPS)
+        one_of("head", self.head, READOUTS)
         for name, least in (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("patience", 1), ("embedding", 1)):
             at_least(name.replace("_", "-"), getattr(self, name), least)
-        for name in ("correlation_batch", "weight_decay", "warmup", "clip_norm", "seed"):
+        at_least("space", self.space, 0)
+        at_least("rank", self.rank, 1)
+        for name in ("correlation_batch", "weight_decay", "warmup", "clip_norm", "smoothness", "sparsity", "seed"):
             at_least(name.replace("_", "-"), getattr(self, name), 0)
             if getattr(self, name) == math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected a finite number; found inf; correct it")
@@ -203,6 +253,25 @@ class TrainConfig:
                 raise ConfigError(
                     f"--{name.replace('_', '-')}: expected a number from 0 to 1; found {value}; correct it"
                 )
+        check_dropout(self.token_dropout)
+        self._refuse_unread()
+        _ = self.tapped  # refuses a grid that is none
+
+    def _refuse_unread(self) -> None:
+        """Settings of spatial heads decide nothing where there are none."""
+        given = [name for name in _SPATIAL if getattr(self, name) != getattr(TrainConfig, name)]
+        if self.head != "spatial" and given:
+            raise ConfigError(
+                f"--{given[0].replace('_', '-')}: expected --head spatial with it; found --head {self.head}; "
+                "add that, or leave this out"
+            )
+
+    @property
+    def tapped(self) -> LayerConfig:
+        """The layers that the heads read."""
+        if self.head == "pooled":
+            return LayerConfig((POOLED,))
+        return LayerConfig(tuple(self.layers.replace(" ", "").split(",")), self.grid)
 
     @property
     def terms(self) -> tuple[tuple[float, str], ...]:
@@ -214,7 +283,11 @@ class TrainConfig:
 
     def recipe(self) -> dict[str, Any]:
         """What decides the weights that come out, given data, start and fold."""
-        return dict(vars(self)) | {"loss": loss_label(self.terms)}
+        spatial = () if self.head == "spatial" else ("head", *_SPATIAL)  # without them pooled heads stay what they were
+        settings = {name: value for name, value in vars(self).items() if name not in spatial}
+        if self.head == "spatial":
+            settings["layers"] = ",".join(self.tapped.layers)
+        return settings | {"loss": loss_label(self.terms)}
 
 
 PAPER_SIZE = 384  # pixels on a side, where --size says nothing else

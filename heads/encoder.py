@@ -1,7 +1,8 @@
 """Backbone and heads as one network, for both stages of training.
 
 Outputs are one row of numbers an image, (n_images, n_outputs). `columns` says which of them are a subject's vertices,
-so that whoever trains or scores needs to know nothing else of the heads.
+so that whoever trains or scores needs to know nothing else of the heads. What heads read is {array: rows}, as the
+layers that are tapped give it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,12 +13,15 @@ import torch
 from torch import nn
 
 from featcache.challenge import Subject
+from featcache.config import POOLED
 from featcache.roi import HEMISPHERES
+from featcache.taps import Taps
 from heads.batches import Targets
-from heads.config import CORRELATIONS
+from heads.config import CORRELATIONS, SpatialConfig, TrainConfig
 from heads.losses import LOSSES
-from heads.modules import RoiHead
+from heads.modules import SMALL, RoiHead, linear_layer
 from heads.ridge import LinearMap
+from heads.spatial import Rows, Shapes, SpatialReadout, Standardise
 
 Columns = dict[tuple[str, str], torch.Tensor]  # (subject, hemisphere) -> (n_vertices,) int64, which outputs they are
 
@@ -25,12 +29,12 @@ Columns = dict[tuple[str, str], torch.Tensor]  # (subject, hemisphere) -> (n_ver
 class Encoder(nn.Module):
     """images (n_images, 3, height, width) and their subjects (n_images,) -> (n_images, n_outputs)"""
 
-    def __init__(self, backbone: nn.Module, heads: "AllSubjects | OneSubject") -> None:
+    def __init__(self, backbone: nn.Module, heads: "AllSubjects | OneSubject | SpatialHeads", taps: Taps) -> None:
         super().__init__()
-        self.backbone, self.heads = backbone, heads
+        self.backbone, self.heads, self._taps = backbone, heads, taps
 
     def forward(self, images: torch.Tensor, subjects: torch.Tensor) -> torch.Tensor:
-        return self.heads(self.backbone(images), subjects)
+        return self.heads(self._taps.read(self.backbone, images), subjects)
 
 
 class AllSubjects(nn.Module):
@@ -50,8 +54,8 @@ class AllSubjects(nn.Module):
         self.norm = nn.BatchNorm1d(n_outputs)
         nn.init.constant_(self.norm.weight, start)  # what the outputs' spread is before training
 
-    def forward(self, features: torch.Tensor, subjects: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.linear(torch.cat([features, self.embedding(subjects)], 1)))
+    def forward(self, rows: Rows, subjects: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(torch.cat([rows[POOLED], self.embedding(subjects)], 1)))
 
     def saved(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps: `linear_map_of` reads it."""
@@ -76,14 +80,11 @@ class OneSubject(nn.Module):
                 for hemisphere in HEMISPHERES
             }
         )
-        self.columns, offset = {}, 0
-        for hemisphere in HEMISPHERES:
-            self.columns[subject.name, hemisphere] = torch.arange(offset, offset + subject.n_vertices[hemisphere])
-            offset += subject.n_vertices[hemisphere]
-        self.n_outputs = offset
+        self.columns = _side_by_side(subject)
+        self.n_outputs = _count(self.columns)
 
-    def forward(self, features: torch.Tensor, subjects: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.hemispheres[hemisphere](features) for hemisphere in HEMISPHERES], 1)
+    def forward(self, rows: Rows, subjects: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.hemispheres[hemisphere](rows[POOLED]) for hemisphere in HEMISPHERES], 1)
 
     def _head(self, hemisphere: str) -> RoiHead:
         return cast(RoiHead, self.hemispheres[hemisphere])
@@ -101,6 +102,107 @@ class OneSubject(nn.Module):
             for hemisphere, head in maps.items()
             for part, tensor in head._asdict().items()
         }
+
+
+class SpatialHeads(nn.Module):
+    """Heads on places, of both stages: each subject's own, for both hemispheres.
+
+    An image has outputs of its subject alone, from the first; those of another mean another's vertices, and what a
+    smaller subject leaves over is 0.
+
+    shapes : {array: shape of a row} of what is read
+    config : space, rank, token_dropout; with a space, its outputs are one readout of all subjects, and each subject's
+        vertices are linear in them
+    """
+
+    def __init__(
+        self, shapes: Shapes, subjects: Sequence[Subject], config: TrainConfig | SpatialConfig, start: float
+    ) -> None:
+        super().__init__()
+        self.names = tuple(subject.name for subject in subjects)
+        self.columns = {key: index for subject in subjects for key, index in _side_by_side(subject).items()}
+        self.n_outputs = _count(self.columns)
+        self._shapes, self._config, self._start = dict(shapes), config, start
+        self.standardise = Standardise(shapes)
+        self.space = self._readout(config.space, 1.0) if config.space else None
+        self.subjects = nn.ModuleList(self._own(sum(subject.n_vertices.values())) for subject in subjects)
+
+    def _readout(self, n_outputs: int, start: float) -> SpatialReadout:
+        config = self._config
+        return SpatialReadout(self._shapes, n_outputs, config.rank, config.token_dropout, start, standardised=True)
+
+    def _own(self, n_vertices: int) -> nn.Module:
+        if self.space is None:
+            return self._readout(n_vertices, self._start)
+        return linear_layer(self.space.n_outputs, n_vertices, self._start)
+
+    def forward(self, rows: Rows, subjects: torch.Tensor) -> torch.Tensor:
+        rows = self.standardise(rows)
+        read = rows if self.space is None else {_SPACE: self.space(rows)}
+        if len(self.subjects) == 1:
+            return self._outputs(0, read)
+        parts, order = [], []
+        for number in subjects.unique().tolist():
+            own = (subjects == number).nonzero().flatten()
+            parts.append(self._outputs(number, {array: values[own] for array, values in read.items()}))
+            order.append(own)
+        return torch.cat(parts)[torch.cat(order).argsort()]
+
+    def of_subject(self, rows: Rows, number: int) -> torch.Tensor:
+        """(n_images, n_vertices) of both hemispheres, where all images are one subject's."""
+        rows = self.standardise(rows)
+        return self.subjects[number](rows if self.space is None else self.space(rows))
+
+    def _outputs(self, number: int, read: Rows) -> torch.Tensor:
+        outputs = self.subjects[number](read if self.space is None else read[_SPACE])
+        return nn.functional.pad(outputs, (0, self.n_outputs - outputs.shape[1]))
+
+    def regularisation(self) -> torch.Tensor:
+        """What the spatial maps cost, as the settings weigh it: the mean over subjects with maps of their own."""
+        readouts = [one for one in (self.space, *self.subjects) if isinstance(one, SpatialReadout)]
+        costs = [one.regularisation(self._config.smoothness, self._config.sparsity) for one in readouts]
+        return torch.stack(costs).mean()
+
+    def start_from(self, heads: Mapping[str, torch.Tensor], names: Sequence[str]) -> bool:
+        """Make them what a checkpoint's heads are for these subjects; False, and no change, where shapes differ.
+
+        heads : what `saved` gave; names : the subjects of the checkpoint, in its order
+        """
+        if not set(self.names) <= set(names) or saved_shapes(heads) != list(self._shapes.items()):
+            return False
+        found = {key: heads.get(f"heads.{self._of(key, names)}") for key in self.state_dict()}
+        own = self.state_dict().items()
+        if any((value := found[key]) is None or value.shape != tensor.shape for key, tensor in own):
+            return False
+        self.load_state_dict(found)
+        return True
+
+    def _of(self, key: str, names: Sequence[str]) -> str:
+        """The name of a tensor in the heads of these subjects."""
+        kind, _, rest = key.partition(".")
+        if kind != "subjects":
+            return key
+        number, _, rest = rest.partition(".")
+        return f"subjects.{list(names).index(self.names[int(number)])}.{rest}"
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps: `spatial_head_of` reads it."""
+        indices = {f"columns.{name}.{hemisphere}": index for (name, hemisphere), index in self.columns.items()}
+        shapes = {f"{_ARRAY}{n:04d}.{array}": torch.tensor(s) for n, (array, s) in enumerate(self._shapes.items())}
+        return {f"heads.{key}": value for key, value in self.state_dict().items()} | indices | shapes
+
+
+_SPACE = "space"  # the outputs that vertices are linear in, where rows are named by what was read
+_ARRAY = "array."  # before the number and the name of an array, of the shape of its rows
+
+
+def _side_by_side(subject: Subject) -> Columns:
+    """The vertices of one subject, hemisphere by hemisphere."""
+    columns, offset = {}, 0
+    for hemisphere in HEMISPHERES:
+        columns[subject.name, hemisphere] = torch.arange(offset, offset + subject.n_vertices[hemisphere])
+        offset += subject.n_vertices[hemisphere]
+    return columns
 
 
 def _count(columns: Columns) -> int:
@@ -174,3 +276,39 @@ def linear_map_of(heads: Mapping[str, torch.Tensor], names: Sequence[str], subje
     level = weights[:, n_features:] @ heads["embedding.weight"][list(names).index(subject)]
     intercept = heads["norm.bias"][index] + scale * (level - heads["norm.running_mean"][index])
     return LinearMap((weights[:, :n_features] * scale[:, None]).T.contiguous(), intercept)
+
+
+def saved_shapes(heads: Mapping[str, torch.Tensor]) -> list[tuple[str, tuple[int, ...]]]:
+    """[(array, shape of a row)] that the spatial heads of a checkpoint read, in their order; [] for pooled heads."""
+    keys = sorted(key for key in heads if key.startswith(_ARRAY))
+    return [(key.split(".", 2)[2], tuple(heads[key].tolist())) for key in keys]
+
+
+def spatial_head_of(
+    heads: Mapping[str, torch.Tensor], names: Sequence[str], subject: str, hemisphere: str
+) -> nn.Module:
+    """{array: rows} -> (n_images, n_vertices): what the spatial heads of a checkpoint are for a subject, in evaluation.
+
+    Its first part, `[0]`, is a SpatialReadout: of the vertices, or of the space that they are linear in.
+
+    heads : what `saved` gave; names : the subjects of the checkpoint, in its order
+    """
+    index = heads[f"columns.{subject}.{hemisphere}"]
+    own = _under(heads, f"heads.subjects.{list(names).index(subject)}.")
+    own = {key: value[index] for key, value in own.items()}
+    space = _under(heads, "heads.space.")
+    read = space or own
+    rank = next((value.shape[1] for key, value in read.items() if key.endswith(".spatial")), 1)
+    readout = SpatialReadout(dict(saved_shapes(heads)), len(read["bias"]), rank)
+    statistics = {f"standardise.{key}": value for key, value in _under(heads, "heads.standardise.").items()}
+    readout.load_state_dict(read | statistics)
+    head = nn.Sequential(readout)
+    if space:
+        head.append(linear_layer(len(read["bias"]), len(index), SMALL))
+        head[1].load_state_dict(own)
+    return head.eval().requires_grad_(False)
+
+
+def _under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, broadcast, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast, gather_object
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -30,21 +30,25 @@ from featcache.progress import bar, say
 from featcache.roi import HEMISPHERES
 from heads.batches import Images, Targets, plan_steps
 from heads.config import TrainConfig
-from heads.encoder import Encoder, encoder_loss
+from heads.encoder import Encoder, SpatialHeads, encoder_loss
 from heads.metrics import VertexScores, pearson_r, summarize
 
 _AHEAD = 2  # steps whose images and responses are read before they are asked for
 _MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names
 
 
-def make_accelerator(precision: str, device: str) -> Accelerator:
-    """accelerate's view of this process: its device, its fellow processes and its precision."""
+def make_accelerator(precision: str, device: str, every_weight: bool = True) -> Accelerator:
+    """accelerate's view of this process: its device, its fellow processes and its precision.
+
+    every_weight : whether each pass uses all weights; where not, processes look for those that wait for no gradient
+    """
     if precision == "float16" and device == "cpu":
         raise ConfigError("--precision float16: expected a CUDA device; found the CPU; use bfloat16 or float32")
     AcceleratorState._reset_state()  # it is one for the whole process, and refuses another precision in a later run
     # the others wait while one of them decodes every image, or fits the heads to start from
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    return Accelerator(cpu=device == "cpu", mixed_precision=_MIXED[precision], kwargs_handlers=[patient])
+    exchange = DistributedDataParallelKwargs(find_unused_parameters=not every_weight)
+    return Accelerator(cpu=device == "cpu", mixed_precision=_MIXED[precision], kwargs_handlers=[patient, exchange])
 
 
 class EncoderTraining:
@@ -134,7 +138,7 @@ class EncoderTraining:
             near = [replace(t, responses=t.responses.to(self._device, non_blocking=True)) for t in targets]
             backward = self._backward_gathered if self._steps.group else self._backward
             losses.append(backward(moved, near, len(groups), last=k == len(groups) - 1))
-        loss = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
+        loss = float(accelerator.reduce(torch.stack(losses).mean(), "mean")) + self._regularise()
         if not math.isfinite(loss):
             raise self._diverged("loss", loss, number)
         norm = float(accelerator.clip_grad_norm_(self._model.parameters(), config.clip_norm or math.inf))
@@ -144,6 +148,20 @@ class EncoderTraining:
         if self._ema is not None:
             self._share_statistics()
             self._ema.update(accelerator.unwrap_model(self._model), number)
+
+    def _regularise(self) -> float:
+        """Add the gradient of what the heads' maps cost, once a step, and alike in every process."""
+        heads = self._accelerator.unwrap_model(self._model).heads
+        if not (isinstance(heads, SpatialHeads) and (self._config.smoothness or self._config.sparsity)):
+            return 0.0
+        cost, scaler = heads.regularisation(), self._accelerator.scaler
+        weights = list(heads.parameters())
+        # not by `backward`, which would tell whatever exchanges gradients that these are ready a second time
+        gradients = torch.autograd.grad(cost if scaler is None else scaler.scale(cost), weights, allow_unused=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            if gradient is not None:
+                weight.grad = gradient if weight.grad is None else weight.grad + gradient
+        return float(cost.detach())
 
     def _share_statistics(self) -> None:
         """Give every process the running statistics of the first, as the next forward pass would."""

@@ -22,7 +22,7 @@ import timm
 import torch
 from torch import nn
 
-from featcache.backbone import Backbone, load_backbone, probe
+from featcache.backbone import Backbone, load_backbone
 from featcache.challenge import Subject
 from featcache.checkpoint import (
     FOLDER,
@@ -35,7 +35,7 @@ from featcache.checkpoint import (
     siblings,
     usable,
 )
-from featcache.config import BackboneConfig
+from featcache.config import POOLED, BackboneConfig
 from featcache.contents import digests, subject_digests
 from featcache.device import keep_freed_memory, resolve_device
 from featcache.errors import CheckpointError, LeakError
@@ -46,10 +46,19 @@ from featcache.splits import assign_folds, check_folds, refuse_leak
 from featcache.store import only_writer
 from heads.batches import Images, plan_steps, split
 from heads.config import StageConfig
-from heads.encoder import AllSubjects, Encoder, OneSubject, linear_map_of, output_columns
+from heads.encoder import (
+    AllSubjects,
+    Encoder,
+    OneSubject,
+    SpatialHeads,
+    linear_map_of,
+    output_columns,
+    saved_shapes,
+)
 from heads.encoder_training import EncoderTraining, make_accelerator
 from heads.modules import SMALL
 from heads.ridge import LinearMap, RidgeHead
+from heads.spatial import Shapes
 
 _FEATURE_BATCH = 64  # images a pass where only features are asked for
 
@@ -105,20 +114,25 @@ def _train_fold(
         say(f"already trained, {checkpoint.path}")
         prune(checkpoint)
         return Trained(checkpoint, False, time.perf_counter() - began)
-    accelerator = make_accelerator(config.train.precision, device)
+    taps = start.backbone.taps(config.train.tapped)
+    shapes = start.backbone.shapes(taps)
+    accelerator = make_accelerator(config.train.precision, device, every_weight=config.train.head == "pooled")
     # what cannot work is refused before anything is decoded
     plan_steps(config.train, accelerator.num_processes, sum(map(len, split(subjects, fold)[0])))
-    n_features = probe(start.backbone, ("pooled",), "cpu")["pooled"]
     with accelerator.main_process_first():
         pixels = cache_pixels(subjects, start.backbone, work, config.image_cache, config.workers)
     images = Images(subjects, pixels, fold)
     checkpoint = _know_ids(checkpoint, images, start)
+    checkpoint = replace(checkpoint, facts={**checkpoint.facts, "taps": taps.recipe()})
     torch.manual_seed(config.train.seed)
     network = copy.deepcopy(start.backbone.model).to(accelerator.device)
-    heads = _heads(subjects, n_features, config)
-    if isinstance(heads, OneSubject) and config.train.head_start == "fitted" and accelerator.is_main_process:
-        heads.start_from(_fitted_maps(subjects[0], images, pixels[0], start, network))  # the others are given these
-    encoder = Encoder(network, heads).requires_grad_(True)
+    heads = _heads(subjects, shapes, config)
+    if config.stage == "finetune" and config.train.head_start == "fitted" and accelerator.is_main_process:
+        if isinstance(heads, OneSubject):
+            heads.start_from(_fitted_maps(subjects[0], images, pixels[0], start, network))  # the others are given these
+        elif isinstance(heads, SpatialHeads):
+            _go_on(heads, start, checkpoint.facts["label"])
+    encoder = Encoder(network, heads, taps).requires_grad_(True)
     run = EncoderTraining(encoder, start.backbone, images, config.train, accelerator, checkpoint, config.save_every)
     with only_writer(checkpoint.path) if accelerator.is_main_process else nullcontext():
         trained = run.train()
@@ -165,8 +179,11 @@ def _know_ids(checkpoint: Checkpoint, images: Images, start: Start) -> Checkpoin
     return replace(checkpoint, facts={**checkpoint.facts, "seen_ids": seen.tolist()})
 
 
-def _heads(subjects: Sequence[Subject], n_features: int, config: StageConfig) -> AllSubjects | OneSubject:
+def _heads(subjects: Sequence[Subject], shapes: Shapes, config: StageConfig) -> AllSubjects | OneSubject | SpatialHeads:
     size = 1.0 if config.train.head_start == "default" else SMALL
+    if config.train.head == "spatial":
+        return SpatialHeads(shapes, subjects, config.train, size)
+    n_features = shapes[POOLED][0]
     if config.stage == "finetune":
         return OneSubject(n_features, subjects[0], size)
     names = [subject.name for subject in subjects]
@@ -176,10 +193,11 @@ def _heads(subjects: Sequence[Subject], n_features: int, config: StageConfig) ->
 def _fitted_maps(
     subject: Subject, images: Images, pixels: Pixels, start: Start, network: nn.Module
 ) -> dict[str, LinearMap]:
-    """Where stage 1's own heads ended for this subject; without stage 1, closed form on the backbone as it is."""
+    """Where stage 1's own heads ended for this subject; without such, closed form on the backbone as it is."""
     if (one := start.checkpoint) is not None and one.recipe["stage"] == "pretrain":
         tensors, names = one.heads(), list(one.recipe["subjects"])
-        return {h: linear_map_of(tensors, names, subject.name, h) for h in HEMISPHERES}
+        if not saved_shapes(tensors):
+            return {h: linear_map_of(tensors, names, subject.name, h) for h in HEMISPHERES}
     rows = images.trained[0]
     features = _features(replace(start.backbone, model=network), pixels, rows)
     maps = {}
@@ -190,12 +208,19 @@ def _fitted_maps(
     return maps
 
 
+def _go_on(heads: SpatialHeads, start: Start, label: str) -> None:
+    """Start spatial heads where those of stage 1 ended, if they are alike; else they keep their small random start."""
+    one = start.checkpoint
+    if one is None or not heads.start_from(one.heads(), list(one.recipe["subjects"])):
+        say(f"{label}: heads start from small random maps; the start has none of the same --layers, --grid and shape")
+
+
 @torch.inference_mode()
 def _features(backbone: Backbone, pixels: Pixels, rows: np.ndarray) -> torch.Tensor:
     """(len(rows), n_features) float32 of the pooled last layer."""
     device = next(backbone.model.parameters()).device
     batches = [rows[i : i + _FEATURE_BATCH] for i in range(0, len(rows), _FEATURE_BATCH)]
-    parts = [backbone.features(backbone.normalise(pixels.read(b).to(device)), ("pooled",))["pooled"] for b in batches]
+    parts = [backbone.pooled(backbone.normalise(pixels.read(b).to(device))) for b in batches]
     return torch.cat(parts).float().cpu()
 
 

@@ -1,12 +1,11 @@
 """The features that heads are fitted to: of a frozen backbone, or of one that was trained once per fold."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from featcache.challenge import Subject
 from featcache.contents import image_digest
@@ -14,6 +13,8 @@ from featcache.extract import FOLDER
 from featcache.progress import say
 from featcache.splits import assign_folds
 from featcache.store import Store, list_stores
+from featcache.taps import CLASS_TOKEN
+from heads.layers import LayerRows
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,11 @@ class FeatureSet:
     """One subject's features of one model.
 
     stores : of a frozen backbone, the one store; of a trained one, a store for each fold that there is, in their order
+    arrays : those that heads read; None: all there are
     """
 
     stores: tuple[Store, ...]
+    arrays: tuple[str, ...] | None = None
 
     @property
     def trained(self) -> bool:
@@ -41,6 +44,8 @@ class FeatureSet:
     def recipe(self) -> dict[str, Any]:
         """What decides the features; of a trained backbone, those of all folds together."""
         first = dict(self.stores[0].recipe)
+        if self.arrays is not None:
+            first["read"] = list(self.arrays)
         if not self.trained:
             return first
         weights = [store.recipe["weights"] for store in self.stores]
@@ -56,16 +61,44 @@ class FeatureSet:
         fold = self.stores[0].recipe["fold"] or {"n_folds": n_folds, "seed": seed}
         return assign_folds(subject.train.ids, fold["n_folds"], fold["seed"])
 
-    def read(self, device: str) -> list[torch.Tensor]:
-        """(n_train + n_test, n_features) float32 of each store, layers side by side."""
-        return [
-            torch.cat([torch.from_numpy(store.read(layer)) for layer in store.arrays], 1).to(device)
-            for store in self.stores
-        ]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The arrays that heads read, in the order of the network."""
+        return tuple(self.stores[0].arrays) if self.arrays is None else self.arrays
+
+    @property
+    def has_places(self) -> bool:
+        return any(self.stores[0].arrays[name].ndim > 2 for name in self.names)
+
+    def read(self, device: str, budget: float) -> list[LayerRows]:
+        """Of each store, the rows of its arrays; `budget` bytes of each store may be kept in memory."""
+        return [LayerRows(store, self.names, device, budget) for store in self.stores]
+
+    def reading(self, layers: str) -> "list[FeatureSet]":
+        """What heads read under --layers: all layers jointly, each alone, or those that are named.
+
+        A layer's class token goes with it. Named layers that these features lack leave nothing to read.
+        """
+        there = tuple(self.stores[0].arrays)
+        if layers == "joint":
+            return [self]
+        if layers == "each":
+            return [self._of((layer,)) for layer in dict.fromkeys(layer_of(name) for name in there)]
+        wanted = tuple(layers.replace(" ", "").split(","))
+        return [self._of(wanted)] if set(wanted) <= {layer_of(name) for name in there} else []
+
+    def _of(self, layers: tuple[str, ...]) -> "FeatureSet":
+        arrays = tuple(name for name in self.stores[0].arrays if layer_of(name) in layers)
+        return replace(self, arrays=None if arrays == tuple(self.stores[0].arrays) else arrays)
 
     def seen_ids(self) -> list[np.ndarray]:
         """Ids of the images that each store's backbone was trained on."""
         return [np.array(store.facts.get("seen_ids", []), dtype=np.int64) for store in self.stores]
+
+
+def layer_of(name: str) -> str:
+    """Of an array's name."""
+    return name.removesuffix(CLASS_TOKEN)
 
 
 def feature_sets(subject: Subject, work: Path) -> list[FeatureSet]:

@@ -3,7 +3,8 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,33 @@ from safetensors.torch import save
 
 from featcache.challenge import Subject
 from featcache.checkpoint import find_checkpoint
-from featcache.config import fingerprint
+from featcache.config import POOLED, fingerprint
 from featcache.contents import response_digest, subject_digests
-from featcache.device import resolve_device
+from featcache.device import free_memory, keep_freed_memory, resolve_device, used_memory
 from featcache.errors import ConfigError, StoreError
 from featcache.extract import FOLDER as FEATURES
-from featcache.progress import bar, say
+from featcache.progress import bar, say, size_of
 from featcache.roi import HEMISPHERES
 from featcache.splits import check_folds, refuse_leak
 from featcache.store import Store, create_store, open_store, store_path
 from heads.config import FitConfig
-from heads.encoder import linear_map_of
-from heads.features import FeatureSet, feature_sets
-from heads.folds import FoldHeads, FoldSolver, FrozenFolds, TrainedFolds, TunedAdamW, TunedRidge
+from heads.dual import METHOD, PENALTIES, DualFolds, is_dual
+from heads.encoder import linear_map_of, saved_shapes, spatial_head_of
+from heads.features import FeatureSet, feature_sets, layer_of
+from heads.folds import FoldSolver, FrozenFolds, TrainedFolds, TunedAdamW, TunedRidge
+from heads.kernels import LayerKernels
 from heads.metrics import VertexScores, pearson_r
-from heads.ridge import LinearMap, RidgeFolds
+from heads.predictions import FoldPredictor, LinearFits, comparable
+from heads.priors import DEPTHS, prior_set
+from heads.ridge import RidgeFolds
+from heads.spatial_folds import Member, SpatialFolds, TrainedSpatialFits
 from heads.training import AdamWFolds
 
 FOLDER = "predictions.zarr"
 WEIGHTS = "heads"
 
 # What belongs to a subject and not to a model: without these, recipes of one model agree across subjects.
-_OF_A_SUBJECT = ("subject", "images", "image_ids", "responses", "noise_ceiling", "rois")
+_OF_A_SUBJECT = ("subject", "images", "image_ids", "responses", "noise_ceiling", "rois", "joint")
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,78 @@ def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
     Each gives a prediction store: out-of-fold predictions of the training images, then the test images' predictions,
     the mean over the folds' heads. Raises StoreError if there is nothing to fit to.
     """
-    found = [(subject, _suitable(feature_sets(subject, work), subject, config)) for subject in subjects]
+    if resolve_device(config.device) == "cpu":
+        keep_freed_memory()
+    _memory_at_start()
+    there = [(subject, _suitable(feature_sets(subject, work), subject, config)) for subject in subjects]
+    found = [(subject, [read for one in sets for read in one.reading(config.layers)]) for subject, sets in there]
+    if any(sets for _, sets in there) and not any(sets for _, sets in found):
+        known = dict.fromkeys(layer_of(name) for _, sets in there for one in sets for name in one.names)
+        raise ConfigError(
+            f"--layers: expected joint, each, or layers that were extracted ({', '.join(known)}); found "
+            f"{config.layers!r}; choose among those, or extract with --layers {config.layers}"
+        )
     if not any(sets for _, sets in found):
         raise StoreError(
             f"{work / FEATURES}: expected complete features of {', '.join(s.name for s in subjects)}; "
             f"found none for the images of this tree{_TRAINED if config.solver == 'trained' else ''}; "
             "run 'extract' first"
         )
-    return [_fit_set(subject, one, config, work) for subject, sets in found for one in sets]
+    pairs = [(subject, one) for subject, sets in found for one in sets]
+    if config.solver == "trained":
+        pairs = [(subject, _read_by_its_heads(one, work)) for subject, one in pairs]
+    trainings = _Trainings(pairs, config, work)
+    done = {
+        (id(pair[0]), id(pair[1])): _fit_set(*pair, config, work, trainings)
+        for group in trainings.groups()
+        for pair in group
+    }
+    return [done[id(pair[0]), id(pair[1])] for pair in pairs]
+
+
+class _Trainings:
+    """Which subjects' spatial heads are trained together: with a shared space those of one model, else each alone."""
+
+    def __init__(self, pairs: Sequence[tuple[Subject, FeatureSet]], config: FitConfig, work: Path) -> None:
+        self._config = config
+        self._made: dict[int, SpatialFolds] = {}
+        self._groups: dict[str, list[tuple[Subject, FeatureSet]]] = {}
+        for subject, one in pairs:
+            together = config.head == "spatial" and config.spatial.space > 0 and config.solver != "trained"
+            key = (
+                model_name(prediction_recipe(subject, one, config, work)) if together else f"{subject.name} {one.name}"
+            )
+            self._groups.setdefault(f"{key} {one.names}", []).append((subject, one))
+
+    def groups(self) -> list[list[tuple[Subject, FeatureSet]]]:
+        """All of them; whoever fits one after the other trains each once."""
+        return list(self._groups.values())
+
+    def group(self, subject: Subject, features: FeatureSet) -> list[tuple[Subject, FeatureSet]]:
+        """Everyone who is trained together with this one."""
+        return next(group for group in self._groups.values() if (subject, features) in group)
+
+    def predictor(self, subject: Subject, features: FeatureSet, device: str) -> FoldPredictor:
+        group = self.group(subject, features)
+        key = id(group)
+        if key not in self._made:  # the last one alone is kept: its features fill memory
+            budget = free_memory() * _FEATURE_SHARE / sum(len(one.stores) for _, one in group)
+            self._made = {
+                key: SpatialFolds([self._member(*pair, device, budget) for pair in group], self._config, device)
+            }
+        return self._made[key].of(group.index((subject, features)))
+
+    def _member(self, subject: Subject, features: FeatureSet, device: str, budget: float) -> Member:
+        folds = features.folds(subject, self._config.n_folds, self._config.seed)
+        held_out = features.held_out() if features.trained else list(range(folds.max() + 1))
+        return Member(subject, features.read(device, budget), folds, held_out, features.trained)
+
+
+def _read_by_its_heads(of: FeatureSet, work: Path) -> FeatureSet:
+    """Of features that may have more layers, those that the heads of their checkpoints read."""
+    shapes = dict(saved_shapes(find_checkpoint(work, of.stores[0].facts["checkpoint"]).heads()))
+    read = tuple(name for name in of.names if name in (shapes or (POOLED,)))
+    return of if len(read) < len(shapes or (POOLED,)) or read == of.names else replace(of, arrays=read)
 
 
 _TRAINED = " from a checkpoint with heads"
@@ -86,7 +156,14 @@ def prediction_recipe(subject: Subject, features: FeatureSet, config: FitConfig,
         recipe["noise_ceiling"] = about["noise_ceiling"]
         if config.head == "roi":
             recipe["rois"] = about["rois"]
+    if _is_dual(features, config):
+        recipe["kernels"] = METHOD
     return recipe | config.recipe()
+
+
+def _is_dual(features: FeatureSet, config: FitConfig) -> bool:
+    """Whether the heads are fitted under priors over layers and places."""
+    return config.resolved_solver == "exact" and (features.has_places or len(features.names) > 1)
 
 
 def model_name(recipe: dict[str, Any]) -> str:
@@ -96,7 +173,8 @@ def model_name(recipe: dict[str, Any]) -> str:
     own = (*_OF_A_SUBJECT, "weights") if fold else _OF_A_SUBJECT
     features = {key: value for key, value in recipe["features"].items() if key not in own}
     model = {key: value for key, value in recipe.items() if key not in _OF_A_SUBJECT} | {"features": features}
-    layers, size = "+".join(features["layers"]), features["transform"]["input_size"][-1]
+    read = features.get("read", features["layers"])
+    layers, size = "+".join(read) if len(read) < 3 else f"{len(read)} layers", features["transform"]["input_size"][-1]
     stage = f" {fold['stage']}" if fold else ""
     if fold and len(fold["held_out"]) < fold["n_folds"]:  # its score is over other images than a whole model's
         stage += f" fold {','.join(map(str, fold['held_out']))}"
@@ -104,12 +182,14 @@ def model_name(recipe: dict[str, Any]) -> str:
     return f"{words} {fingerprint(model)[:6]}"
 
 
-def _fit_set(subject: Subject, features: FeatureSet, config: FitConfig, work: Path) -> Fitted:
+def _fit_set(subject: Subject, features: FeatureSet, config: FitConfig, work: Path, trainings: _Trainings) -> Fitted:
     began = time.perf_counter()
     device = resolve_device(config.device)  # what cannot work is refused before a store is made for it
     folds = features.folds(subject, config.n_folds, config.seed)
     check_folds(folds, folds.max() + 1)
     recipe = prediction_recipe(subject, features, config, work)
+    if len(group := trainings.group(subject, features)) > 1:
+        recipe["joint"] = {s.name: prediction_recipe(s, one, config, work) for s, one in group if s is not subject}
     label = f"{subject.name}-{features.label()}-{config.head}-{config.objective}"
     path, name = store_path(work / FOLDER, label, recipe), model_name(recipe)
     weights = work / WEIGHTS / f"{path.name}.safetensors"
@@ -124,10 +204,12 @@ def _fit_set(subject: Subject, features: FeatureSet, config: FitConfig, work: Pa
     if done:
         say(f"{subject.name}: already fitted, {path}")
     else:
-        x = features.read(device)
-        solver = _solver(x, folds, subject, features, config, work)
         _refuse_leaks(subject, features, folds)
-        _fit(subject, x, solver, rows, store, weights)
+        if config.head == "spatial" and config.resolved_solver != "trained":
+            predictor = trainings.predictor(subject, features, device)
+        else:
+            predictor = _predictor(subject, features, folds, config, device, work)
+        _fit(subject, predictor, rows, store, weights, device)
     return Fitted(subject.name, name, path, weights, not done, time.perf_counter() - began)
 
 
@@ -143,19 +225,61 @@ def _refuse_leaks(subject: Subject, features: FeatureSet, folds: np.ndarray) -> 
         refuse_leak(seen, subject.test.ids, f"the test split of {subject.name}")
 
 
-def _solver(
-    features: Sequence[torch.Tensor],
-    folds: np.ndarray,
-    subject: Subject,
-    of: FeatureSet,
-    config: FitConfig,
-    work: Path,
-) -> FoldSolver:
+def _predictor(
+    subject: Subject, of: FeatureSet, folds: np.ndarray, config: FitConfig, device: str, work: Path
+) -> FoldPredictor:
     """How these heads are fitted to these features."""
+    held_out = of.held_out() if of.trained else list(range(folds.max() + 1))
+    names = [f"fold{k}." for k in held_out] if of.trained else [""]
+    if config.resolved_solver == "trained":
+        return trained_heads(subject, of, folds, device, work)
+    if _is_dual(of, config):
+        return _dual(subject, of, folds, held_out, config, device)
+    features = [rows.dense() for rows in of.read(device, 0)]
+    return LinearFits(_solver(features, folds, subject, of, config), features, len(folds), names)
+
+
+@cache
+def _memory_at_start() -> int:
+    """Of this process before its first fit: what one subject leaves is used for the next."""
+    return used_memory()
+
+
+def _dual(
+    subject: Subject, of: FeatureSet, folds: np.ndarray, held_out: Sequence[int], config: FitConfig, device: str
+) -> FoldPredictor:
+    free = free_memory()
+    rows = of.read(device, free * _FEATURE_SHARE / len(of.stores))
+    kernels = [LayerKernels(one, len(folds), free * _STACK_SHARE / len(rows)) for one in rows]
+    priors = prior_set(rows[0].grids, DEPTHS if len(of.names) > 1 else (None,))
+    ids, cache = subject.train.ids, free * _CACHE_SHARE
+    ridge = replace(config.ridge, penalties=PENALTIES)
+    solver = DualFolds(kernels, folds, held_out, ids, ridge, priors, of.trained, cache)
+    n_trained = int((folds != held_out[0]).sum())
+    way = "dual, by kernels of images" if is_dual(kernels[0], n_trained) else "primal"
+    # a tenth for what the allocator cannot use again
+    peak = _memory_at_start() + 1.1 * (
+        solver.peak_bytes(max(subject.n_vertices.values())) + sum(one.held_bytes for one in rows)
+    )
+    streamed = list(dict.fromkeys(name for one in rows for name in one.streamed))
+    say(
+        f"{subject.name}: {rows[0].n_features:,} features, {n_trained:,} images to fit to: {way}; about "
+        f"{size_of(peak)} of memory"
+        + (f"; {', '.join(streamed)} read from the store block by block" if streamed else "")
+    )
+    return solver
+
+
+# Parts of the free memory: features as they are stored, kernels of single places, and decompositions.
+_FEATURE_SHARE, _STACK_SHARE, _CACHE_SHARE = 0.2, 0.2, 0.3
+
+
+def _solver(
+    features: Sequence[torch.Tensor], folds: np.ndarray, subject: Subject, of: FeatureSet, config: FitConfig
+) -> FoldSolver:
+    """Of heads that are linear in a matrix of features."""
     ids, rows = subject.train.ids, [x[: len(folds)] for x in features]
     match config.resolved_solver, of.trained:
-        case "trained", _:
-            return TrainedFolds(trained_maps(subject, of, work), folds, of.held_out())
         case "exact", True:
             return TunedRidge(rows, folds, of.held_out(), ids, config.ridge)
         case "exact", False:
@@ -166,132 +290,81 @@ def _solver(
             return FrozenFolds(AdamWFolds(rows[0], folds, ids, config), folds)
 
 
-def trained_maps(subject: Subject, features: FeatureSet, work: Path) -> dict[str, list[LinearMap]]:
+def trained_heads(subject: Subject, of: FeatureSet, folds: np.ndarray, device: str, work: Path) -> FoldPredictor:
     """The heads that were trained with the backbones of these features. Raises CheckpointError where they are gone."""
-    if list(features.stores[0].arrays) != ["pooled"]:
+    checkpoints = [find_checkpoint(work, store.facts["checkpoint"]) for store in of.stores]
+    for checkpoint, fold in zip(checkpoints, of.held_out(), strict=True):
+        refuse_leak(checkpoint.seen_ids, subject.train.ids[folds == fold], f"the heads of {checkpoint.name}")
+    tensors = [checkpoint.heads() for checkpoint in checkpoints]
+    names = [list(checkpoint.recipe["subjects"]) for checkpoint in checkpoints]
+    pairs = list(zip(tensors, names, strict=True))
+    maps, shapes = {}, dict(saved_shapes(tensors[0]))
+    if not shapes:
+        maps = {h: [linear_map_of(*pair, subject.name, h) for pair in pairs] for h in HEMISPHERES}
+        shapes = {POOLED: (len(maps[HEMISPHERES[0]][0].weights),)}
+    there = {name: of.stores[0].arrays[name].shape[1:] for name in of.names}
+    if missing := [name for name, shape in shapes.items() if there.get(name) != shape]:
+        grids = sorted({shape[0] for shape in shapes.values() if len(shape) > 1})
         raise ConfigError(
-            "--solver trained: expected features of the layer pooled alone, which those heads read; found "
-            f"{'+'.join(features.stores[0].arrays)}; extract with --layers pooled"
+            f"--solver trained: expected the arrays that those heads read, {', '.join(shapes)}; found no "
+            f"{', '.join(missing)} of their shape; extract with the --layers and --grid of the training"
+            + (f" ({', '.join(map(str, grids))} places a side)" if grids else "")
         )
-    maps: dict[str, list[LinearMap]] = {hemisphere: [] for hemisphere in HEMISPHERES}
-    folds = features.folds(subject)
-    for store in features.stores:
-        checkpoint = find_checkpoint(work, store.facts["checkpoint"])
-        held_out = subject.train.ids[folds == store.recipe["fold"]["fold"]]
-        refuse_leak(checkpoint.seen_ids, held_out, f"the heads of {checkpoint.name}")
-        heads, names = checkpoint.heads(), list(checkpoint.recipe["subjects"])
-        for hemisphere in HEMISPHERES:
-            maps[hemisphere].append(linear_map_of(heads, names, subject.name, hemisphere))
-    return maps
+    rows = replace(of, arrays=tuple(shapes)).read(device, free_memory() * _FEATURE_SHARE / len(of.stores))
+    if not maps:
+        spatial = {h: [spatial_head_of(*pair, subject.name, h) for pair in pairs] for h in HEMISPHERES}
+        return TrainedSpatialFits(spatial, rows, folds, of.held_out())
+    features = [one.dense() for one in rows]
+    prefixes = [f"fold{k}." for k in of.held_out()]
+    return LinearFits(TrainedFolds(maps, folds, of.held_out()), features, len(folds), prefixes)
 
 
 def _fit(
-    subject: Subject,
-    features: Sequence[torch.Tensor],
-    solver: FoldSolver,
-    rows: np.ndarray,
-    store: Store,
-    weights: Path,
+    subject: Subject, predictor: FoldPredictor, rows: np.ndarray, store: Store, weights: Path, device: str
 ) -> None:
     tensors: dict[str, torch.Tensor] = {}
     n_vertices = sum(subject.n_vertices.values())
     with store.writing(), bar(f"{subject.name} {store.facts['model']}", n_vertices, "vertices") as advance:
         for hemisphere in HEMISPHERES:
-            predictions, heads = cross_validate(solver, features, subject, hemisphere, advance)
-            for prefix, head in zip(_prefixes(store), heads, strict=True):
-                tensors |= {f"{prefix}{hemisphere}.{part}": values for part, values in head._asdict().items()}
+            predictions, saved = cross_validate(predictor, subject, hemisphere, advance, device)
+            tensors |= {f"{prefix}{hemisphere}.{part}": values for (prefix, part), values in saved.items()}
             _append(store, hemisphere, np.concatenate([predictions[rows], predictions[len(subject.train) :]]))
         _save_weights(tensors, weights, store)
 
 
-def _prefixes(store: Store) -> list[str]:
-    """What tells the heads of folds apart, where they read different features."""
-    fold = store.recipe["features"]["fold"]
-    return [f"fold{k}." for k in fold["held_out"]] if fold else [""]
-
-
 def cross_validate(
-    solver: FoldSolver,
-    features: Sequence[torch.Tensor],
+    predictor: FoldPredictor,
     subject: Subject,
     hemisphere: str,
     advance: Callable[[int], None],
-) -> tuple[np.ndarray, list[LinearMap]]:
-    """Predictions (n_train + n_test, n_vertices) float32 of one hemisphere, and the heads that predict test images.
+    device: str = "cpu",
+) -> tuple[np.ndarray, dict[tuple[str, str], torch.Tensor]]:
+    """Predictions (n_train + n_test, n_vertices) float32 of one hemisphere, and the heads that made them, by name.
 
     Training rows are predicted by heads that did not see them, and are NaN where there are none; test rows by the mean
-    over folds. Folds on one set of features share one head, the mean of theirs, which predicts the same.
-
-    features : (n_train + n_test, n_features) float32, one for all folds or one for each
+    over folds.
     """
     n_train, responses = len(subject.train), subject.responses(hemisphere)
     n_vertices = responses.shape[1]
-    predictions = np.full((len(features[0]), n_vertices), np.nan, dtype=np.float32)
-    final = [LinearMap(torch.empty(x.shape[1], n_vertices), torch.empty(n_vertices)) for x in features]
-    spreads: dict[int, _Trained] = {}
-    step = solver.vertex_block or max(n_vertices, 1)
+    predictions = np.full((n_train + len(subject.test), n_vertices), np.nan, dtype=np.float32)
+    saved: dict[tuple[str, str], list[torch.Tensor]] = {}
+    step = predictor.vertex_block or max(n_vertices, 1)
     about = {
         "hemisphere": hemisphere,
         "noise_ceiling": subject.noise_ceiling[hemisphere],
         "rois": tuple(subject.rois[hemisphere].values()),
     }
     for block in (slice(start, min(start + step, n_vertices)) for start in range(0, n_vertices, step)):
-        y = torch.from_numpy(np.array(responses[:, block], dtype=np.float32)).to(features[0].device)
-        folds = solver.fit(y, **about)
-        x = list(features) if len(features) > 1 else list(features) * len(folds)
-        if not spreads:
-            spreads = {k: _Trained(x[k][:n_train], fold) for k, fold in enumerate(folds)}
-        pieces = [(k, rows, head) for k, fold in enumerate(folds) for rows, head in fold.held_out]
-        level = comparable([head for *_, head in pieces], [spreads[k] for k, *_ in pieces], y.mean(0))
-        for (k, rows, _), head in zip(pieces, level, strict=True):
-            predictions[rows, block] = head(x[k][rows]).cpu().numpy()
-        for own, average in zip(final, _finals(folds, len(features)), strict=True):
-            own.weights[:, block], own.intercept[block] = average.weights.cpu(), average.intercept.cpu()
-        tests = [head(x[n_train:]) for head, x in zip(_finals(folds, len(features)), features, strict=True)]
-        predictions[n_train:, block] = torch.stack(tests).mean(0).cpu().numpy()
+        y = torch.from_numpy(np.array(responses[:, block], dtype=np.float32)).to(device)
+        fits = predictor.fit(y, **about)
+        pieces = [piece for fold in fits.folds for piece in fold.held_out]
+        for piece, values in zip(pieces, comparable(pieces, y.mean(0)), strict=True):
+            predictions[piece.rows, block] = values.cpu().numpy()
+        predictions[n_train:, block] = torch.stack([fold.test for fold in fits.folds]).mean(0).cpu().numpy()
+        for name, values in fits.saved.items():
+            saved.setdefault(name, []).append(values.cpu())
         advance(block.stop - block.start)
-    return predictions, final
-
-
-def _finals(folds: Sequence[FoldHeads], n_features: int) -> list[LinearMap]:
-    """One map for each set of features: each fold's, or the mean over folds."""
-    finals = [fold.final for fold in folds]
-    if n_features > 1:
-        return finals
-    return [LinearMap(*(torch.stack(parts).mean(0) for parts in zip(*finals, strict=True)))]
-
-
-class _Trained:
-    """The features that a fold's head was trained on, as far as the spread of its predictions needs them."""
-
-    def __init__(self, features: torch.Tensor, fold: FoldHeads) -> None:
-        held_out = np.concatenate([rows for rows, _ in fold.held_out])
-        features = features[np.setdiff1d(np.arange(len(features)), held_out)]
-        self.mean, self._n_images = features.mean(0), len(features)
-        centred = features - self.mean
-        self._tall = len(features) > features.shape[1]
-        self._factor = centred.T @ centred if self._tall else centred
-
-    def spread(self, weights: torch.Tensor) -> torch.Tensor:
-        """(n_vertices,) standard deviation of the predictions; 1 where they are constant."""
-        product = self._factor @ weights
-        squares = (weights * product).sum(0) if self._tall else product.square().sum(0)
-        return torch.where(squares > 0, squares / self._n_images, 1).sqrt()
-
-
-def comparable(maps: Sequence[LinearMap], trained: Sequence[_Trained], level: torch.Tensor) -> list[LinearMap]:
-    """The folds' heads, with the mean and spread of their predictions of what they were trained on made equal.
-
-    Heads of different folds differ in level and scale: a fold whose responses happen to be high leaves a low mean to
-    the head trained without it, and each takes its own penalty. Pooled over folds, these steps give predictions of
-    noise a correlation below 0 and take some from every real one. Level and spread are set to one number a vertex, on
-    which no r depends, from nothing but the images that the head saw.
-
-    level : (n_vertices,) mean response
-    """
-    spreads = torch.stack([rows.spread(head.weights) for rows, head in zip(trained, maps, strict=True)])
-    weights = [head.weights * scale for head, scale in zip(maps, spreads.mean(0) / spreads, strict=True)]
-    return [LinearMap(w, level - rows.mean @ w) for w, rows in zip(weights, trained, strict=True)]
+    return predictions, {name: torch.cat(parts, -1) if len(parts) > 1 else parts[0] for name, parts in saved.items()}
 
 
 def _append(store: Store, hemisphere: str, predictions: np.ndarray) -> None:

@@ -98,22 +98,34 @@ class TunedRidge:
         penalties = basis.penalties(self._config.penalties)
         level = responses[rows].mean(0)
         rotated = basis.vectors.T @ cross_products(x[rows], responses[rows], basis.mean, level)
-        scores = [(x[part] - basis.mean) @ basis.vectors for part in parts]
-        errors = torch.stack(
-            [
-                torch.stack(
-                    [
-                        (responses[part] - level - s @ (rotated / (basis.values[:, None] + penalty))).square().sum(0)
-                        for s, part in zip(scores, parts, strict=True)
-                    ]
-                )
-                for penalty in penalties
-            ]
-        )  # (n_penalties, n_parts, n_vertices)
-        everything = errors.sum(1)
-        chosen = [penalties[(everything - errors[:, part]).argmin(0)] for part in range(len(parts))]
-        maps = [maps_of_penalties(basis, rotated, level, one) for one in [*chosen, penalties[everything.argmin(0)]]]
+        scores = [((x[part] - basis.mean) @ basis.vectors, responses[part] - level) for part in parts]
+        errors = held_out_errors(basis.values, rotated, penalties, scores)
+        maps = [maps_of_penalties(basis, rotated, level, penalties[one.argmin(0)]) for one in errors]
         return FoldHeads(list(zip(parts, maps[:-1], strict=True)), maps[-1])
+
+
+def held_out_errors(
+    values: torch.Tensor,
+    rotated: torch.Tensor,
+    penalties: torch.Tensor,
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """(n_parts + 1, n_penalties, n_vertices) mean squared error over the other parts of a fold, and over all.
+
+    values, rotated : eigenvalues of X'X (rank,), and U'X'Y (rank, n_vertices)
+    parts : scores XU (n, rank) and centred responses (n, n_vertices) of each
+    """
+    squares = torch.stack(
+        [
+            torch.stack([(y - x @ (rotated / (values[:, None] + penalty))).square().sum(0) for penalty in penalties])
+            for x, y in parts
+        ]
+    )
+    counts = torch.tensor([len(y) for _, y in parts], device=squares.device)[:, None, None]
+    # added up and not subtracted from the whole: rounding would let a part's outliers have a say in its own choice
+    others = 1 - torch.eye(len(parts), device=squares.device, dtype=squares.dtype)
+    apart = torch.einsum("ij,jpv->ipv", others, squares) / (counts.sum() - counts)
+    return torch.cat([apart, squares.sum(0)[None] / counts.sum()])
 
 
 class TunedAdamW:
@@ -141,6 +153,12 @@ class TunedAdamW:
         others = [np.setdiff1d(rows, part) for part in parts]
         maps = solver.fit_rows(np.flatnonzero(self._folds != fold), [*others, rows], responses, **about)
         return FoldHeads(list(zip(parts, maps[:-1], strict=True)), maps[-1])
+
+
+def choices_of(image_ids: np.ndarray, folds: np.ndarray, fold: int, trained: bool) -> list[np.ndarray]:
+    """The held-out rows, in the parts for which choices are made apart: all in one where no choice is made on them."""
+    held_out = np.flatnonzero(folds == fold)
+    return clean_parts(image_ids, held_out, fold) if trained else [held_out]
 
 
 def clean_parts(image_ids: np.ndarray, held_out: np.ndarray, fold: int) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from heads.ridge import LinearMap
 SMALL = 0.1
 
 
-def _layer(n_features: int, n_outputs: int, start: float) -> nn.Linear:
+def linear_layer(n_features: int, n_outputs: int, start: float) -> nn.Linear:
     """`start` times torch's own random weights; below 1 without its random intercepts."""
     layer = nn.Linear(n_features, n_outputs)
     if start < 1:
@@ -22,12 +22,21 @@ def _layer(n_features: int, n_outputs: int, start: float) -> nn.Linear:
     return layer
 
 
-class LinearHead(nn.Module):
+class _Linear(nn.Module):
+    def linear_map(self) -> LinearMap:
+        raise NotImplementedError
+
+    def snapshot(self) -> LinearMap:
+        """The head as it is now."""
+        return LinearMap(*(part.detach().clone() for part in self.linear_map()))
+
+
+class LinearHead(_Linear):
     """One linear layer for all vertices: (n_images, n_features) -> (n_images, n_vertices)."""
 
     def __init__(self, n_features: int, n_vertices: int) -> None:
         super().__init__()
-        self.layer = _layer(n_features, n_vertices, SMALL)
+        self.layer = linear_layer(n_features, n_vertices, SMALL)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.layer(features)
@@ -36,7 +45,7 @@ class LinearHead(nn.Module):
         return LinearMap(self.layer.weight.T, self.layer.bias)
 
 
-class RoiHead(nn.Module):
+class RoiHead(_Linear):
     """A linear layer for the whole hemisphere and one for each ROI; a vertex's prediction is the mean of its layers.
 
     A vertex in no ROI has the hemisphere layer's prediction, unscaled. The layers lie side by side in one product.
@@ -51,7 +60,7 @@ class RoiHead(nn.Module):
     def __init__(self, n_features: int, n_vertices: int, rois: Sequence[torch.Tensor], start: float = SMALL) -> None:
         super().__init__()
         vertex = torch.cat([torch.arange(n_vertices), *(torch.as_tensor(mask).nonzero().flatten() for mask in rois)])
-        self.layer = _layer(n_features, len(vertex), start)
+        self.layer = linear_layer(n_features, len(vertex), start)
         self.register_buffer("vertex", vertex)
         self.register_buffer("share", 1 / torch.bincount(vertex, minlength=n_vertices))
 

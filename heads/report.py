@@ -51,6 +51,16 @@ def _cell(summary: Summary | None, accuracy: bool) -> str:
     return "no ceiling" if summary.accuracy is None else f"{summary.accuracy:.2f}"
 
 
+def layer_table(maps: Mapping[str, tuple[int, int, int]]) -> Table:
+    """A row for each layer of a backbone, {layer: (n_channels, height, width)}."""
+    table = Table()
+    for column in ("number", "layer", "channels", "map"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for number, (name, (n_channels, height, width)) in enumerate(maps.items()):
+        table.add_row(str(number), name, f"{n_channels:,}", f"{height} x {width}")
+    return table
+
+
 def print_table(table: Table) -> None:
     """On stdout."""
     Console(highlight=False).print(table)

@@ -30,6 +30,7 @@ from heads.config import RidgeConfig
 _LOO_IMAGES = 1024  # up to here the exact error costs seconds
 _NULL = 1e-7  # eigenvalues below this part of the largest are rounding of float32 features
 _FULL = 0.99  # a penalty that leaves fewer than 1 % of the degrees of freedom has no error left to judge it by
+TOGETHER = 1 << 22  # numbers in the predictions of penalties that are tried at once
 _VERTEX_BLOCK = 4096  # vertices at a time, so that memory does not grow with their number
 
 
@@ -64,8 +65,13 @@ class Eigenbasis:
 
     def penalties(self, multiples: Sequence[float]) -> torch.Tensor:
         """(n_penalties,) in the units of the eigenvalues."""
-        scale = self.values.mean() if len(self.values) else torch.ones((), device=self.values.device)
-        return torch.as_tensor(multiples, dtype=self.values.dtype, device=self.values.device) * scale
+        return penalties_of(self.values, multiples)
+
+
+def penalties_of(values: torch.Tensor, multiples: Sequence[float]) -> torch.Tensor:
+    """(n_penalties,) multiples of the mean eigenvalue, in its units."""
+    scale = values.mean() if len(values) else torch.ones((), device=values.device)
+    return torch.as_tensor(multiples, dtype=values.dtype, device=values.device) * scale
 
 
 def eigenbasis(features: torch.Tensor) -> Eigenbasis:
@@ -75,16 +81,16 @@ def eigenbasis(features: torch.Tensor) -> Eigenbasis:
     centred = features - mean
     if n_images > n_features:
         return eigenbasis_of_gram(centred.T @ centred, mean, n_images)
-    values, vectors = _eigh(centred @ centred.T)
+    values, vectors = eigh_of(centred @ centred.T)
     return Eigenbasis(n_images, mean, values, centred.T @ (vectors / values.sqrt()))
 
 
 def eigenbasis_of_gram(gram: torch.Tensor, mean: torch.Tensor, n_images: int) -> Eigenbasis:
     """Of centred X'X, (n_features, n_features)."""
-    return Eigenbasis(n_images, mean, *_eigh(gram))
+    return Eigenbasis(n_images, mean, *eigh_of(gram))
 
 
-def _eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def eigh_of(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues and -vectors without the null space. In float64: float32 decompositions can fail on a GPU."""
     values, vectors = torch.linalg.eigh(gram.double())
     keep = values > _NULL * values.max().clamp_min(torch.finfo(torch.float32).tiny)
@@ -104,43 +110,62 @@ def choose_penalties(
     response_squares : (n_vertices,) squares of the centred responses, summed over images
     rows : scores XU (n_images, rank) and centred responses (n_images, n_vertices) for the exact one; None: generalised
     """
-    shrinkage = basis.values / (basis.values + penalties[:, None])  # (n_penalties, rank)
-    freedom = (shrinkage.sum(1) + 1) / basis.n_images  # the intercept is one degree of freedom
-    if rows is None:
-        errors = _gcv_errors(basis, rotated, response_squares, shrinkage, freedom)
-    else:
-        errors = _loo_errors(basis, rotated, shrinkage, *rows)
-    errors[freedom > _FULL] = torch.inf
-    errors[penalties.argmax()].clamp_max_(torch.finfo(errors.dtype).max)  # the largest penalty is always on offer
+    errors = penalty_errors(basis.values, basis.n_images, rotated, response_squares, penalties, rows)
     return penalties[errors.argmin(0)]
 
 
+def penalty_errors(
+    values: torch.Tensor,
+    n_images: int,
+    rotated: torch.Tensor,
+    response_squares: torch.Tensor,
+    penalties: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """(n_penalties, n_vertices) mean squared leave-one-out error, exact or generalised; arguments as above.
+
+    values : (rank,) eigenvalues of X'X
+    """
+    shrinkage = values / (values + penalties[:, None])  # (n_penalties, rank)
+    freedom = (shrinkage.sum(1) + 1) / n_images  # the intercept is one degree of freedom
+    if rows is None:
+        errors = _gcv_errors(values, n_images, rotated, response_squares, shrinkage, freedom)
+    else:
+        errors = _loo_errors(values, rotated, shrinkage, *rows)
+    errors[freedom > _FULL] = torch.inf
+    errors[penalties.argmax()].clamp_max_(torch.finfo(errors.dtype).max)  # the largest penalty is always on offer
+    return errors
+
+
 def _gcv_errors(
-    basis: Eigenbasis,
+    values: torch.Tensor,
+    n_images: int,
     rotated: torch.Tensor,
     response_squares: torch.Tensor,
     shrinkage: torch.Tensor,
     freedom: torch.Tensor,
 ) -> torch.Tensor:
     """(n_penalties, n_vertices) ||y - h y||^2 / n / (1 - trace(h) / n)^2, in float64: it is a small difference."""
-    explained = (rotated.double() ** 2) / basis.values.double()[:, None]
+    explained = (rotated.double() ** 2) / values.double()[:, None]
     h = shrinkage.double()
     residuals = response_squares.double() - (2 * h - h**2) @ explained
-    return residuals.clamp_min(0) / basis.n_images / (1 - freedom.double()).clamp_min(1e-9)[:, None] ** 2
+    return residuals.clamp_min(0) / n_images / (1 - freedom.double()).clamp_min(1e-9)[:, None] ** 2
 
 
 def _loo_errors(
-    basis: Eigenbasis, rotated: torch.Tensor, shrinkage: torch.Tensor, scores: torch.Tensor, responses: torch.Tensor
+    values: torch.Tensor, rotated: torch.Tensor, shrinkage: torch.Tensor, scores: torch.Tensor, responses: torch.Tensor
 ) -> torch.Tensor:
     """(n_penalties, n_vertices) mean over images of ((y - h y) / (1 - h_ii))^2."""
-    left = scores / basis.values.sqrt()  # left singular vectors
-    target = rotated / basis.values.sqrt()[:, None]
+    left = scores / values.sqrt()  # left singular vectors
+    target = rotated / values.sqrt()[:, None]
+    left_out = (1 - 1 / len(scores) - left.square() @ shrinkage.T).clamp_min(1e-6)  # (n_images, n_penalties)
+    some = max(TOGETHER // max(responses.numel(), 1), 1)
     errors = []
-    for h in shrinkage:
-        leverage = (left**2) @ h + 1 / basis.n_images
-        residuals = responses - left @ (h[:, None] * target)
-        errors.append((residuals / (1 - leverage).clamp_min(1e-6)[:, None]).square().mean(0))
-    return torch.stack(errors)
+    for h, out in zip(shrinkage.split(some), left_out.split(some, dim=1), strict=True):
+        fitted = left @ (h.T[:, :, None] * target[:, None]).flatten(1)  # penalties side by side: one product
+        residuals = responses[:, None] - fitted.view(len(scores), *h.shape[:1], -1)
+        errors.append((residuals / out[:, :, None]).square().mean(0))
+    return torch.cat(errors)
 
 
 def is_exact(config: RidgeConfig, n_images: int) -> bool:

@@ -82,11 +82,11 @@ def test_what_was_recorded_is_opened_again(made):
 def test_the_backbone_comes_back_with_its_weights(subjects, tmp_path, name):
     made = write_checkpoint(subjects, tmp_path, name=name)
     trained = load_backbone(BackboneConfig(name, "none", 48))
-    untrained = trained.features(images(48), ("pooled",))["pooled"]
+    untrained = trained.pooled(images(48))
     trained.model.load_state_dict(trained_weights(trained, seed=0))
-    expected = trained.features(images(48), ("pooled",))["pooled"]
+    expected = trained.pooled(images(48))
     again = made.backbone()
-    assert torch.equal(again.features(images(48), ("pooled",))["pooled"], expected)
+    assert torch.equal(again.pooled(images(48)), expected)
     assert not torch.allclose(expected, untrained)
     assert again.transform_recipe == trained.transform_recipe and again.origin == f"checkpoint {made.name}"
 
@@ -102,7 +102,7 @@ def test_the_backbone_loads_at_another_size(made):
     assert (here.transform_recipe["input_size"], there.transform_recipe["input_size"]) == ([3, 48, 48], [3, 64, 64])
     assert here.digest == there.digest and there.pixels(Image.new("RGB", (32, 32))).shape == (3, 64, 64)
     batch = images(64)
-    assert torch.equal(*(one.features(batch, ("pooled",))["pooled"] for one in (here, there)))
+    assert torch.equal(*(one.pooled(batch) for one in (here, there)))
 
 
 def test_a_transformer_loads_at_another_size_with_its_positions_interpolated(subjects, tmp_path):
@@ -115,7 +115,7 @@ def test_a_transformer_loads_at_another_size_with_its_positions_interpolated(sub
     reference.load_state_dict(weights | {"pos_embed": expected})
     with torch.no_grad():
         rows = reference(images(96))
-    torch.testing.assert_close(found.features(images(96), ("pooled",))["pooled"], rows, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.pooled(images(96)), rows, rtol=1e-4, atol=1e-5)
 
 
 def test_recording_removes_folders_that_are_no_longer_named(made):

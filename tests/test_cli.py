@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 import cli
 from featcache.challenge import open_challenge
+from featcache.store import open_store
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"FEATCACHE_BACKBONE": "test_resnet", "FEATCACHE_WEIGHTS": "none", "FEATCACHE_SIZE": "48"}
@@ -141,7 +143,14 @@ def test_simulate_writes_a_tree_that_check_passes(tmp_path, capfd):
         (["blend"], "found none; run 'extract' and 'fit-heads' first"),
         (["extract", "--backbone", "convnext_xlarg"], "did you mean .*convnext_xlarge"),
         (["extract", "--weights", "nowhere.pth"], "found no file nowhere.pth"),
-        (["extract", "--layers", "everything"], "--layers: expected one of pooled; found 'everything'"),
+        (["extract", "--layers", "everything"], "--layers: expected auto, all, pooled, act1, .* found 'everything'"),
+        (
+            ["extract", "--grid", "9"],
+            "--grid: expected at most the places of each layer; found 9 x 9 for layer2, whose map is 6 x 6",
+        ),
+        (["extract", "--grid", "many"], "--grid: expected auto, native or a number from 1; found 'many'"),
+        (["extract", "--pool", "sum"], "--pool: expected one of avg, max; found 'sum'"),
+        (["layers", "convnext_xlarg"], "did you mean .*convnext_xlarge"),
         (["extract", "--dtype", "int8"], "--dtype: expected one of"),
         (["extract", "--subject", "9"], "--subject: expected one of subj01, subj02"),
         (["extract", "--size", "big"], "--size"),
@@ -259,3 +268,84 @@ def test_an_interruption_says_what_is_kept(work, monkeypatch, capfd):
     monkeypatch.setattr("featcache.extract.load_backbone", interrupted)
     assert cli.run(["extract"]) == 130
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: interrupted; what was committed is kept")
+
+
+# --- layers
+
+
+LAYERS = ("extract", "--layers", "pooled,layer2,layer4", "--grid", "2")
+
+
+def reads(fitted: dict) -> set[tuple[str, ...]]:
+    """The layers that each prediction store says it was fitted to."""
+    recipes = [open_store(Path(store["path"])).recipe["features"] for store in fitted["stores"]]
+    return {tuple(recipe.get("read", recipe["layers"])) for recipe in recipes}
+
+
+def test_layers_lists_what_extract_takes(work, capfd):
+    found = run(capfd, "layers", "test_resnet", "--size", "48")["layers"]
+    assert [row["layer"] for row in found] == ["act1", "layer1", "layer2", "layer3", "layer4"]
+    assert found[2] == {"layer": "layer2", "channels": 48, "height": 6, "width": 6}
+    every = ",".join(row["layer"] for row in found)
+    stores = run(capfd, "extract", "--subject", "1", "--layers", every, "--grid", "native")["stores"]
+    arrays = open_store(Path(stores[0]["path"])).arrays
+    assert [(n, a.shape[1:]) for n, a in arrays.items()] == [
+        (row["layer"], (row["height"], row["width"], row["channels"])) for row in found
+    ]
+
+
+def test_layers_need_no_weights_and_no_tree(capfd):
+    assert len(run(capfd, "layers", "convnext_xlarge")["layers"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("layers", "read"),
+    [
+        ("joint", {("pooled", "layer2", "layer4")}),
+        ("each", {("pooled",), ("layer2",), ("layer4",)}),
+        ("layer4,pooled", {("pooled", "layer4")}),
+    ],
+)
+def test_heads_are_fitted_to_the_layers_that_are_asked_for(work, capfd, layers, read):
+    run(capfd, *LAYERS, "--subject", "1")
+    fitted = run(capfd, "fit-heads", "--layers", layers)
+    assert reads(fitted) == read and len(fitted["stores"]) == len(read)
+    assert len({store["model"] for store in fitted["stores"]}) == len(read)
+    written = {store["path"]: Path(store["path"], "committed.json").stat().st_mtime_ns for store in fitted["stores"]}
+    again = run(capfd, "fit-heads", "--layers", layers)
+    assert again["stores"] == fitted["stores"] and again["scores"] == fitted["scores"]
+    assert written == {path: Path(path, "committed.json").stat().st_mtime_ns for path in written}
+    blended = run(capfd, "blend")
+    assert all(len(w) == len(read) for subject in blended["weights"].values() for w in subject.values())
+
+
+def test_weights_files_have_an_array_for_each_layer(work, capfd):
+    run(capfd, *LAYERS, "--subject", "1")
+    (store,) = run(capfd, "fit-heads")["stores"]
+    tensors = load_file(store["weights"])
+    parts = {"intercept", "pooled.weights", "layer2.weights", "layer4.weights"}
+    assert set(tensors) == {f"{hemisphere}.{part}" for hemisphere in ("lh", "rh") for part in parts}
+    stored, predicted = (open_store(Path(path)) for path in (next((work / "features.zarr").iterdir()), store["path"]))
+    for hemisphere in ("lh", "rh"):
+        out = tensors[f"{hemisphere}.intercept"].numpy().astype(np.float64)
+        for name in stored.arrays:
+            rows = stored.read(name, stored.n_train).astype(np.float64)
+            out = out + rows.reshape(len(rows), -1) @ tensors[f"{hemisphere}.{name}.weights"].numpy()
+        np.testing.assert_allclose(predicted.read(hemisphere, predicted.n_train), out, rtol=1e-2, atol=1e-3)
+
+
+def test_a_layer_that_was_not_extracted_is_one_line_that_lists_those_that_were(work, capfd):
+    run(capfd, *LAYERS)
+    line = fails(capfd, "fit-heads", "--layers", "layer9")
+    assert "joint, each, or layers that were extracted (pooled, layer2, layer4); found 'layer9'" in line
+    assert not (work / "predictions.zarr").exists()
+
+
+def test_every_layer_that_the_line_lists_can_be_asked_for(work, capfd):
+    """A class token goes with its layer and has no name of its own."""
+    run(capfd, "extract", "--subject", "1", "--backbone", "test_vit", "--size", "32", "--layers", "pooled,-1")
+    line = fails(capfd, "fit-heads", "--layers", "nothing")
+    listed = re.search(r"\(([^)]*)\)", line)[1].split(", ")
+    assert "blocks.5" in listed
+    for name in listed:
+        assert len(run(capfd, "fit-heads", "--layers", name)["stores"]) == 1

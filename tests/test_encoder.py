@@ -71,7 +71,7 @@ def test_a_subjects_map_is_what_stage_1_predicts_for_it(subjects):
     heads = random_heads(AllSubjects(N_FEATURES, [s.name for s in subjects], columns, 5, SMALL))
     features = torch.randn(6, N_FEATURES)
     for number, subject in enumerate(subjects):
-        outputs = heads(features, torch.full((6,), number))
+        outputs = heads({"pooled": features}, torch.full((6,), number))
         for hemisphere in HEMISPHERES:
             mapped = linear_map_of(heads.saved(), heads.names, subject.name, hemisphere)(features)
             torch.testing.assert_close(mapped, outputs[:, columns[subject.name, hemisphere]])
@@ -81,7 +81,9 @@ def test_the_subject_changes_what_stage_1_predicts_by_a_constant_alone(subjects)
     """The embedding is an input of a linear layer: it shifts a vertex and cannot turn it."""
     heads = random_heads(AllSubjects(N_FEATURES, [s.name for s in subjects], output_columns(subjects), 5, SMALL))
     features = torch.randn(6, N_FEATURES)
-    difference = heads(features, torch.zeros(6, dtype=torch.int64)) - heads(features, torch.ones(6, dtype=torch.int64))
+    difference = heads({"pooled": features}, torch.zeros(6, dtype=torch.int64)) - heads(
+        {"pooled": features}, torch.ones(6, dtype=torch.int64)
+    )
     torch.testing.assert_close(difference, difference[:1].expand_as(difference), atol=1e-5, rtol=1e-4)
     assert difference[0].abs().max() > 0.01
 
@@ -90,7 +92,7 @@ def test_a_subjects_map_is_what_stage_2_predicts_for_it(tiny):
     subject = open_challenge(tiny).subjects[0]
     heads = random_heads(OneSubject(N_FEATURES, subject, SMALL))
     features = torch.randn(6, N_FEATURES)
-    outputs = heads(features, torch.zeros(6))
+    outputs = heads({"pooled": features}, torch.zeros(6))
     for hemisphere in HEMISPHERES:
         mapped = linear_map_of(heads.saved(), heads.names, subject.name, hemisphere)(features)
         torch.testing.assert_close(mapped, outputs[:, heads.columns[subject.name, hemisphere]])
@@ -100,7 +102,7 @@ def test_stage_2_predicts_the_mean_of_a_vertexs_layers_and_nothing_less_outside_
     subject = open_challenge(tiny).subjects[0]
     heads = random_heads(OneSubject(N_FEATURES, subject, SMALL))
     features = torch.randn(3, N_FEATURES)
-    outputs = heads(features, torch.zeros(3))
+    outputs = heads({"pooled": features}, torch.zeros(3))
     outside = 0
     for hemisphere in HEMISPHERES:
         layer = heads.hemispheres[hemisphere].layer
@@ -123,4 +125,4 @@ def test_stage_2_starts_from_the_map_that_it_is_given(tiny):
     heads.start_from(maps)
     features = torch.randn(4, N_FEATURES)
     expected = torch.cat([maps[h](features) for h in HEMISPHERES], 1)
-    torch.testing.assert_close(heads(features, torch.zeros(4)), expected)
+    torch.testing.assert_close(heads({"pooled": features}, torch.zeros(4)), expected)

@@ -15,6 +15,7 @@ from featcache import checkpoint as checkpoint_module
 from featcache.challenge import open_challenge
 from featcache.config import BackboneConfig
 from featcache.errors import CheckpointError, ConfigError, StoreError
+from featcache.taps import Taps
 from heads import encoder_training
 from heads.batches import Targets, plan_steps
 from heads.config import StageConfig, TrainConfig
@@ -313,7 +314,9 @@ def test_earlier_layers_have_smaller_rates_and_biases_no_decay():
 
     network = load_backbone(BACKBONE).model.requires_grad_(True)
     heads = AllSubjects(network.num_features, ["a"], {("a", "lh"): torch.arange(3)}, 4, 1.0)
-    groups = parameter_groups(Encoder(network, heads), TrainConfig(layer_decay=0.5, weight_decay=0.1))
+    groups = parameter_groups(
+        Encoder(network, heads, Taps(("pooled",), {}, "avg")), TrainConfig(layer_decay=0.5, weight_decay=0.1)
+    )
     scale = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     first, last = scale[id(next(network.parameters()))], scale[id(next(iter(network.layer4.parameters())))]
     assert 0 < first[0] < last[0] <= 1

@@ -24,7 +24,7 @@ from heads.config import FitConfig, StageConfig, TrainConfig
 from heads.encoder import linear_map_of
 from heads.end_to_end import train_stage
 from heads.features import feature_sets
-from heads.fit import fit_heads, scores_by_model, trained_maps
+from heads.fit import fit_heads, scores_by_model, trained_heads
 from heads.metrics import pearson_r
 
 SETTINGS = {"FEATCACHE_BACKBONE": "test_resnet", "FEATCACHE_WEIGHTS": "none", "FEATCACHE_SIZE": "32"}
@@ -146,7 +146,10 @@ def test_trained_heads_come_with_the_features_they_read(tiny, tmp_path):
         fold = one.stores[0].recipe["fold"]
         (checkpoint,) = [c for c in list_checkpoints(tmp_path) if c.fold["n_folds"] == fold["n_folds"]]
         expected = linear_map_of(checkpoint.heads(), ["subj01"], "subj01", "lh")
-        assert torch.equal(trained_maps(subjects[0], one, tmp_path)["lh"][0].weights, expected.weights)
+        predictor = trained_heads(subjects[0], one, one.folds(subjects[0]), "cpu", tmp_path)
+        responses = torch.from_numpy(np.array(subjects[0].responses("lh")))
+        saved = predictor.fit(responses, hemisphere="lh").saved
+        assert torch.equal(saved[f"fold{fold['fold']}.", "weights"], expected.weights)
 
 
 def test_one_fold_predicts_and_scores_its_own_images_alone(tiny, tmp_path, said):

@@ -7,7 +7,7 @@ import pytest
 
 from featcache.challenge import open_challenge
 from featcache.splits import assign_folds
-from featcache.store import create_store
+from featcache.store import Row, create_store
 from heads.features import feature_sets
 
 
@@ -36,7 +36,7 @@ def test_folds_of_one_training_are_one_model_in_order(subject, tmp_path):
         store(subject, tmp_path, fold, weights=f"w{fold}")
     (one,) = feature_sets(subject, tmp_path)
     assert one.held_out() == [0, 1, 2] and one.recipe()["weights"] == ["w0", "w1", "w2"]
-    assert [float(rows[0, 0]) for rows in one.read("cpu")] == [0, 1, 2]
+    assert [float(rows.dense()[0, 0]) for rows in one.read("cpu", 0)] == [0, 1, 2]
     expected = assign_folds(subject.train.ids, 3, 7)
     np.testing.assert_array_equal(one.folds(subject, 5, 0), expected)
 
@@ -66,3 +66,64 @@ def test_features_of_other_images_are_left_out(subject, tmp_path, said):
     gone = store(subject, tmp_path, images="those")
     assert feature_sets(subject, tmp_path) == []
     assert any(gone.name in line and "made from other images" in line for line in said)
+
+
+LAYERED = {"pooled": Row((4,)), "a.cls": Row((3,)), "a": Row((2, 2, 3), "float16"), "b": Row((1, 2, 3), "float16")}
+
+
+@pytest.fixture
+def layered(subject, tmp_path):
+    recipe = {"subject": subject.name, "images": "these", "backbone": "b", "weights": "w", "fold": None}
+    recipe["layers"] = ["pooled", "a", "b"]
+    n = len(subject.image_ids)
+    made = create_store(tmp_path / "features.zarr", "f", recipe, subject.image_ids, len(subject.train), LAYERED, {})
+    made.append({name: np.full((n, *row.shape), k) for k, (name, row) in enumerate(LAYERED.items())})
+    (one,) = feature_sets(subject, tmp_path)
+    return one
+
+
+def test_joint_is_all_layers_and_the_recipe_of_the_store(layered):
+    (one,) = layered.reading("joint")
+    assert one.names == tuple(LAYERED) and one.has_places and "read" not in one.recipe()
+    assert one.recipe() == layered.recipe()
+
+
+def test_each_is_every_layer_alone_with_its_class_token(layered):
+    sets = layered.reading("each")
+    assert [one.names for one in sets] == [("pooled",), ("a.cls", "a"), ("b",)]
+    assert [one.has_places for one in sets] == [False, True, True]
+    assert [one.recipe()["read"] for one in sets] == [["pooled"], ["a.cls", "a"], ["b"]]
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        ("a", ("a.cls", "a")),
+        ("b,pooled", ("pooled", "b")),
+        ("b, a", ("a.cls", "a", "b")),
+        ("b,b", ("b",)),
+        ("pooled,a,b", tuple(LAYERED)),
+    ],
+)
+def test_named_layers_are_read_in_the_order_of_the_network(layered, layers, names):
+    (one,) = layered.reading(layers)
+    assert one.names == names
+    ((rows,),) = (one.read("cpu", 0),)
+    assert list(rows.grids) == list(names)
+    expected = [k for k, (name, row) in enumerate(LAYERED.items()) if name in names for _ in range(np.prod(row.shape))]
+    assert rows.dense()[0].tolist() == expected
+
+
+def test_naming_every_layer_is_joint(layered):
+    assert layered.reading("b,a,pooled")[0].recipe() == layered.recipe()
+
+
+@pytest.mark.parametrize("layers", ["c", "a,c", "", "Joint", "a.b"])
+def test_layers_that_features_lack_leave_nothing_to_read(layered, layers):
+    assert layered.reading(layers) == []
+
+
+def test_each_of_features_with_one_layer_is_those_features(subject, tmp_path):
+    store(subject, tmp_path)
+    (one,) = feature_sets(subject, tmp_path)
+    assert [other.recipe() for other in one.reading("each")] == [one.recipe()] and not one.has_places

@@ -8,7 +8,7 @@ import pytest
 from featcache.challenge import open_challenge
 from featcache.config import BackboneConfig, ExtractConfig
 from featcache.extract import extract
-from heads.config import FitConfig
+from heads.config import AdamWConfig, FitConfig
 from heads.fit import fit_heads, scores_by_model
 
 
@@ -30,12 +30,21 @@ def mean_r(root, work, config=None) -> float:
     return float(np.concatenate([score.r for score in scores]).mean())
 
 
-def test_frozen_features_predict_real_neurons(features):
-    assert mean_r(*features) == pytest.approx(0.633, abs=0.02)
+def test_the_last_layer_pooled_predicts_real_neurons(features):
+    assert mean_r(*features, FitConfig(layers="pooled")) == pytest.approx(0.633, abs=0.02)
+
+
+def test_all_layers_with_their_places_predict_them_better(features):
+    assert mean_r(*features) == pytest.approx(0.755, abs=0.02)
+
+
+def test_spatial_heads_come_close_to_them(features):
+    config = FitConfig("mse", "spatial", adamw=AdamWConfig(learning_rate=1e-4, epochs=3, batch_size=32))
+    assert mean_r(*features, config) > 0.68
 
 
 def test_gradient_heads_come_close_to_the_closed_form(features):
-    assert mean_r(*features, FitConfig(loss="smooth_l1")) > 0.5
+    assert mean_r(*features, FitConfig(loss="smooth_l1", layers="pooled")) > 0.5
 
 
 def test_permuted_responses_cannot_be_predicted(features):

@@ -170,7 +170,7 @@ def test_leave_one_out_errors_are_those_of_refits(n_images, n_features):
     features, responses, _ = planted(n_images, n_features, n_vertices=3)
     penalties = [0.5, 5.0, 50.0]
     basis, rotated, centred, shrinkage, scores = error_parts(features, responses, penalties)
-    errors = _loo_errors(basis, rotated, shrinkage, scores, centred)
+    errors = _loo_errors(basis.values, rotated, shrinkage, scores, centred)
     expected = [slow_loo(features, responses, penalty) for penalty in penalties]
     np.testing.assert_allclose(errors, expected, rtol=1e-3)
 
@@ -181,7 +181,7 @@ def test_gcv_errors_are_those_of_the_hat_matrix(n_images, n_features):
     penalties = [0.5, 5.0, 50.0]
     basis, rotated, centred, shrinkage, _ = error_parts(features, responses, penalties)
     freedom = (shrinkage.sum(1) + 1) / n_images
-    errors = _gcv_errors(basis, rotated, centred.square().sum(0), shrinkage, freedom)
+    errors = _gcv_errors(basis.values, n_images, rotated, centred.square().sum(0), shrinkage, freedom)
     expected = [slow_gcv(features, responses, penalty) for penalty in penalties]
     np.testing.assert_allclose(errors, expected, rtol=1e-3)
 

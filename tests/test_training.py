@@ -13,7 +13,7 @@ from heads.config import AdamWConfig, FitConfig
 from heads.losses import LOSSES
 from heads.metrics import accuracy_from_r, pearson_r
 from heads.modules import LinearHead
-from heads.training import AdamWFolds, train_head
+from heads.training import AdamWFolds, Task, train_head
 
 FEW = AdamWConfig(learning_rate=1e-2, weight_decay=0.01, epochs=4, batch_size=32)  # where only sameness is asked
 QUICK = AdamWConfig(learning_rate=1e-2, weight_decay=0.01, epochs=25, batch_size=32)
@@ -183,7 +183,7 @@ def overfitted(config, noise_ceiling=None):
     responses = features[:, :1] + 3 * torch.randn(100, 4)
     trained, validated = np.arange(50), np.arange(50, 100)
     head = LinearHead(60, 4)
-    (best,) = train_head(head, features, responses, trained, [validated], LOSSES["mse"], noise_ceiling, config)
+    (best,) = train_head(head, [Task(features, responses, trained, [validated], noise_ceiling)], LOSSES["mse"], config)
     return best, head, features[validated], responses[validated]
 
 
@@ -214,7 +214,7 @@ def test_weights_decay_and_intercepts_do_not():
     responses = features[:, :2] + 3
     head = LinearHead(5, 2)
     config = AdamWConfig(learning_rate=0.05, weight_decay=10, epochs=60, batch_size=50, patience=60)
-    train_head(head, features, responses, np.arange(150), [np.arange(150, 200)], LOSSES["mse"], None, config)
+    train_head(head, [Task(features, responses, np.arange(150), [np.arange(150, 200)], None)], LOSSES["mse"], config)
     assert head.layer.weight.abs().max() < 0.2
     torch.testing.assert_close(head.layer.bias.detach(), torch.full((2,), 3.0), atol=0.3, rtol=0)
 
@@ -225,7 +225,10 @@ def test_rows_outside_are_not_touched():
     features[40:50], responses[40:50] = torch.nan, torch.nan
     config = AdamWConfig(epochs=3, batch_size=8)
     (best,) = train_head(
-        LinearHead(5, 2), features, responses, np.arange(40), [np.arange(50, 60)], LOSSES["pearson"], None, config
+        LinearHead(5, 2),
+        [Task(features, responses, np.arange(40), [np.arange(50, 60)], None)],
+        LOSSES["pearson"],
+        config,
     )
     assert best.weights.isfinite().all()
 
@@ -249,7 +252,7 @@ def test_each_choice_has_the_epoch_that_scored_best_on_its_own_rows(monkeypatch)
     rows = np.arange(80), [np.arange(80, 100), np.arange(100, 120)]
     torch.manual_seed(0)
     late, early = train_head(
-        LinearHead(N_FEATURES, N_VERTICES), features, responses, *rows, LOSSES["mse"], None, config
+        LinearHead(N_FEATURES, N_VERTICES), [Task(features, responses, *rows, None)], LOSSES["mse"], config
     )
     errors = [LOSSES["mse"](one(features[:80]), responses[:80]) for one in (late, early)]
     assert errors[0] < errors[1]
