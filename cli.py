@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from featcache.config import DTYPES, BackboneConfig, ExtractConfig
+from featcache.config import DTYPES, POOLS, BackboneConfig, ExtractConfig, LayerConfig
 from featcache.errors import ConfigError, FeatcacheError
 from heads.config import (
     BLENDS,
@@ -21,11 +21,12 @@ from heads.config import (
     PAPER_SIZE,
     RECIPES,
     SOLVERS,
-    AdamWConfig,
     BlendConfig,
     FitConfig,
+    SpatialConfig,
     StageConfig,
     TrainConfig,
+    adamw_of,
 )
 from heads.config import recipe as settings_of
 
@@ -65,6 +66,13 @@ Size = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Make the last line of stdout a JSON object.")]
+
+
+def _either(name: str) -> str:
+    """A default of the gradient loop, and that of spatial heads where it is another."""
+    usual, spatial = (getattr(adamw_of(head), name) for head in ("linear", "spatial"))
+    return f"{usual}" if usual == spatial else f"{usual}; spatial {spatial}"
+
 
 DATA, WORK = Path("data/challenge"), Path("work")
 
@@ -218,6 +226,23 @@ app.command("finetune", help="Train a backbone on each subject alone: stage 2.")
 
 
 @app.command()
+def layers(
+    backbone: Annotated[str, typer.Argument(help="Any model name of timm.")],
+    size: Size = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the layers of a backbone that can be cached, with their maps."""
+    began = time.perf_counter()
+    from featcache.backbone import described_layers
+    from heads.report import layer_table, print_table
+
+    maps = described_layers(BackboneConfig(backbone, size=size))
+    print_table(layer_table(maps))
+    rows = [{"layer": name, "channels": c, "height": h, "width": w} for name, (c, h, w) in maps.items()]
+    _finish(f"{backbone}: {len(maps)} layers, and pooled", {"layers": rows}, began, as_json)
+
+
+@app.command()
 def extract(
     data: Data = DATA,
     work: Work = WORK,
@@ -229,7 +254,15 @@ def extract(
     checkpoint: Annotated[
         str, typer.Option(help="auto: those in the work folder, if any. none: the backbone as it is. Or a folder.")
     ] = "auto",
-    layers: Annotated[str, typer.Option(help="Layers to cache, separated by commas.")] = "pooled",
+    layers: Annotated[
+        str, typer.Option(help="auto, all, pooled, or names or numbers with commas between; 'layers' lists them.")
+    ] = "auto",
+    grid: Annotated[
+        str, typer.Option(help="Places a side of each layer: a number, native, or auto (7 at most).")
+    ] = LayerConfig.grid,
+    pool: Annotated[
+        str, typer.Option(help=f"Over the places that a cell takes in: {', '.join(POOLS)}.")
+    ] = LayerConfig.pool,
     dtype: Annotated[
         str, typer.Option(help=f"Precision of the arithmetic: {', '.join(DTYPES)}.")
     ] = ExtractConfig.dtype,
@@ -242,7 +275,7 @@ def extract(
     began = time.perf_counter()
     config = ExtractConfig(
         _backbone(backbone, weights, size),
-        tuple(layers.split(",")),
+        LayerConfig(tuple(layers.replace(" ", "").split(",")), grid, pool),
         dtype,
         batch_size,
         workers,
@@ -271,22 +304,57 @@ def fit_heads(
         str, typer.Option(help=f"{', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc.")
     ] = FitConfig.loss,
     head: Annotated[
-        str, typer.Option(help=f"{', '.join(HEADS)} (a layer a hemisphere and one an ROI).")
+        str,
+        typer.Option(help=f"{', '.join(HEADS)}; roi: a layer a hemisphere and one an ROI; spatial: maps over places."),
     ] = FitConfig.head,
+    layers: Annotated[
+        str, typer.Option(help="joint: all that were extracted. each: a model of every one. Or names.")
+    ] = FitConfig.layers,
     solver: Annotated[str, typer.Option(help=f"{', '.join(SOLVERS)}.")] = FitConfig.solver,
     folds: Annotated[int, typer.Option(help="Folds of the training images, by image id.")] = FitConfig.n_folds,
     seed: Annotated[int, typer.Option(help="Of the folds and of the gradient loop.")] = FitConfig.seed,
-    epochs: Annotated[int, typer.Option(help="adamw: the most epochs.")] = AdamWConfig.epochs,
-    learning_rate: Annotated[float, typer.Option(help="adamw: at the first step.")] = AdamWConfig.learning_rate,
-    weight_decay: Annotated[float, typer.Option(help="adamw: decoupled.")] = AdamWConfig.weight_decay,
-    batch_size: Annotated[int, typer.Option(help="adamw: images a step.")] = AdamWConfig.batch_size,
+    epochs: Annotated[int | None, typer.Option(help=f"adamw: the most epochs. [{_either('epochs')}]")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help=f"adamw: at the first step. [{_either('learning_rate')}]")
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help=f"adamw: decoupled. [{_either('weight_decay')}]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help=f"adamw: images a step. [{_either('batch_size')}]")] = None,
+    rank: Annotated[int, typer.Option(help="spatial: maps over places, an output and layer.")] = SpatialConfig.rank,
+    space: Annotated[
+        int, typer.Option(help="spatial: outputs that the vertices of all subjects are linear in; 0: each alone.")
+    ] = SpatialConfig.space,
+    token_dropout: Annotated[
+        float, typer.Option(help="spatial: part of the places that an image lacks in training.")
+    ] = SpatialConfig.token_dropout,
+    smoothness: Annotated[
+        float, typer.Option(help="spatial: penalty of differences between neighbouring places.")
+    ] = SpatialConfig.smoothness,
+    sparsity: Annotated[
+        float, typer.Option(help="spatial: penalty of maps that spread over many places.")
+    ] = SpatialConfig.sparsity,
     device: Device = FitConfig.device,
     as_json: AsJson = False,
 ) -> None:
     """Fit heads to every cached feature store, out of fold."""
     began = time.perf_counter()
-    adamw = AdamWConfig(learning_rate, weight_decay, epochs, batch_size)
-    config = FitConfig(loss, head, solver, folds, seed, device, adamw=adamw)
+    given: dict[str, Any] = {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "batch_size": batch_size,
+    }
+    adamw = replace(adamw_of(head), **{name: value for name, value in given.items() if value is not None})
+    config = FitConfig(
+        loss,
+        head,
+        layers,
+        solver,
+        folds,
+        seed,
+        device,
+        adamw=adamw,
+        spatial=SpatialConfig(rank, space, token_dropout, smoothness, sparsity),
+    )
     challenge = _open(data, noise_ceiling)
     chosen = challenge.select(subject)
     from featcache.progress import say
@@ -304,6 +372,28 @@ def fit_heads(
     new = sum(fitted.new for fitted in done)
     result = {"stores": stores, "scores": scores_as_json(scores)}
     _finish(f"{len(done)} fits, {new} of them new, in {work / FOLDER}", result, began, as_json)
+
+
+@app.command()
+def maps(
+    data: Data = DATA,
+    work: Work = WORK,
+    noise_ceiling: Ceiling = None,
+    subject: Subjects = "all",
+    models: Annotated[str, typer.Option(help="Of the models whose names match, such as '*spatial*'.")] = "*",
+    as_json: AsJson = False,
+) -> None:
+    """Write where in the image, and in which layers, heads look: per vertex, per ROI, and plotted."""
+    began = time.perf_counter()
+    challenge = _open(data, noise_ceiling)
+    chosen = challenge.select(subject)
+    from heads.maps import FOLDER, export_maps
+
+    written, recovered = export_maps(chosen, models, work)
+    for found in recovered:
+        typer.echo("planted and found: " + ", ".join(f"{name} r = {value:.2f}" for name, value in found.items()))
+    result = {"files": [str(path) for path in written], "recovery": recovered}
+    _finish(f"{len(written)} files in {work / FOLDER}", result, began, as_json)
 
 
 @app.command()

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from featcache.challenge import Subject, open_challenge
-from featcache.config import BackboneConfig, ExtractConfig
+from featcache.config import POOLED, BackboneConfig, ExtractConfig, LayerConfig
 from featcache.extract import extract
 from featcache.simulate import SimulateConfig, simulate
 from featcache.splits import assign_folds
@@ -78,7 +78,7 @@ def run_seed(
         ("stages 1 and 2 with PC and MNNPC", "stage1", "smooth_l1+pearson+mnnpc"),
     ):
         stages[arm] = (subjects, replace(common, stage="finetune", init=init, train=replace(second, loss=loss)))
-    frozen = ExtractConfig(backbone)
+    frozen = ExtractConfig(backbone, LayerConfig((POOLED,)))
     extract(subjects, frozen, work / "frozen")
     scores = {"frozen, refitted": score(subjects, work / "frozen", "auto", seed)}
     for arm, (trained_on, config) in stages.items():

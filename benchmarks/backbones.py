@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from featcache.backbone import load_backbone
 from featcache.challenge import Subject, open_challenge
-from featcache.config import BackboneConfig, ExtractConfig
+from featcache.config import POOLED, BackboneConfig, ExtractConfig, LayerConfig
 from featcache.extract import extract
 from featcache.roi import HEMISPHERES
 from featcache.simulate import SimulateConfig, simulate
@@ -67,7 +67,9 @@ def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
         config = StageConfig(stage, settings, own, fold=0, n_folds=N_FOLDS, device="cpu", workers=1)
         checkpoint = train_stage(of, config, work)[0].checkpoint.path
     step = float(np.median(np.diff(ends)))  # from one step's end to the next one's; what lies between stages is one
-    reading = ExtractConfig(own, batch_size=4 * BATCH, workers=1, device="cpu", checkpoint=str(checkpoint))
+    reading = ExtractConfig(
+        own, LayerConfig((POOLED,)), batch_size=4 * BATCH, workers=1, device="cpu", checkpoint=str(checkpoint)
+    )
     extracted = extract(subjects[:1], reading, work)[0]
     fitted = fit_heads(subjects[:1], FitConfig(n_folds=N_FOLDS, device="cpu"), work)[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in KiB; taken before what follows

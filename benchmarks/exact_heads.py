@@ -22,6 +22,7 @@ from featcache.splits import assign_folds
 from heads.config import RidgeConfig
 from heads.fit import cross_validate
 from heads.folds import FrozenFolds
+from heads.predictions import LinearFits
 from heads.ridge import RidgeFolds
 
 
@@ -70,8 +71,9 @@ def main() -> None:
         folds = assign_folds(subject.train.ids, 5, 0)
         began = time.perf_counter()
         solver = FrozenFolds(RidgeFolds(features[: options.images], folds, RidgeConfig()), folds)
+        heads = LinearFits(solver, [features], options.images, [""])
         decomposed = time.perf_counter() - began
-        cross_validate(solver, [features], subject, "lh", lambda n: None)
+        cross_validate(heads, subject, "lh", lambda n: None)
         seconds = time.perf_counter() - began
         product.append(product_seconds(features, subject))
     result = vars(options) | {

@@ -20,7 +20,7 @@ import torch
 from featcache.backbone import load_backbone
 from featcache.challenge import open_challenge
 from featcache.checkpoint import Checkpoint
-from featcache.config import BackboneConfig
+from featcache.config import POOLED, BackboneConfig, LayerConfig
 from featcache.device import keep_freed_memory
 from featcache.pixels import cache_pixels
 from featcache.roi import HEMISPHERES
@@ -53,7 +53,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     backbone = load_backbone(BackboneConfig(options.backbone, "none", options.size))
     images = Images(subjects, cache_pixels(subjects, backbone, folder, 10, 2), FOLD)
     network: Any = backbone.model
-    encoder = Encoder(network, OneSubject(network.num_features, subjects[0], 0.1)).requires_grad_(True)
+    taps = backbone.taps(LayerConfig((POOLED,)))
+    encoder = Encoder(network, OneSubject(network.num_features, subjects[0], 0.1), taps).requires_grad_(True)
     config = TrainConfig(epochs=2 * options.rounds + 1)
     checkpoint = Checkpoint(folder, {"fold": FOLD}, {"label": options.backbone, "scores": []})
     training = EncoderTraining(encoder, backbone, images, config, make_accelerator("float32", "cpu"), checkpoint)
