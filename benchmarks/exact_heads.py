@@ -20,9 +20,8 @@ from featcache.challenge import Subject
 from featcache.images import ImageFiles
 from featcache.splits import assign_folds
 from heads.config import RidgeConfig
-from heads.fit import cross_validate
 from heads.folds import FrozenFolds
-from heads.predictions import LinearFits
+from heads.predictions import LinearFits, cross_validate
 from heads.ridge import RidgeFolds
 
 

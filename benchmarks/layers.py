@@ -45,12 +45,11 @@ from featcache.store import Row, Store, create_store
 from heads.config import RidgeConfig
 from heads.dual import DualFolds
 from heads.features import feature_sets
-from heads.fit import cross_validate
 from heads.folds import FrozenFolds
 from heads.kernels import LayerKernels
 from heads.layers import LayerRows
 from heads.metrics import pearson_r
-from heads.predictions import FoldPredictor, LinearFits, Piece, comparable, level_and_spread
+from heads.predictions import FoldPredictor, LinearFits, Piece, comparable, cross_validate, level_and_spread
 from heads.priors import DEPTHS, Prior, prior_set
 from heads.ridge import RidgeFolds, eigh_of
 

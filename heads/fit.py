@@ -2,9 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +12,22 @@ import torch
 from safetensors.torch import save
 
 from featcache.challenge import Subject
-from featcache.checkpoint import find_checkpoint
-from featcache.config import POOLED, fingerprint
+from featcache.config import fingerprint
 from featcache.contents import response_digest, subject_digests
-from featcache.device import free_memory, keep_freed_memory, resolve_device, used_memory
+from featcache.device import free_memory, keep_freed_memory, resolve_device
 from featcache.errors import ConfigError, StoreError
 from featcache.extract import FOLDER as FEATURES
-from featcache.progress import bar, say, size_of
+from featcache.progress import bar, say
 from featcache.roi import HEMISPHERES
 from featcache.splits import check_folds, refuse_leak
 from featcache.store import Store, create_store, open_store, store_path
 from heads.config import FitConfig
-from heads.dual import METHOD, PENALTIES, DualFolds, is_dual
-from heads.encoder import linear_map_of, saved_shapes, spatial_head_of
+from heads.dual import METHOD
 from heads.features import FeatureSet, feature_sets, layer_of
-from heads.folds import FoldSolver, FrozenFolds, TrainedFolds, TunedAdamW, TunedRidge
-from heads.kernels import LayerKernels
 from heads.metrics import VertexScores, pearson_r
-from heads.predictions import FoldPredictor, LinearFits, comparable
-from heads.priors import DEPTHS, prior_set
-from heads.ridge import RidgeFolds
-from heads.spatial_folds import Member, SpatialFolds, TrainedSpatialFits
-from heads.training import AdamWFolds
+from heads.predictions import FoldPredictor, cross_validate
+from heads.solvers import FEATURE_SHARE, memory_at_start, predictor_of, read_by_its_heads, under_priors
+from heads.spatial_folds import Member, SpatialFolds
 
 FOLDER = "predictions.zarr"
 WEIGHTS = "heads"
@@ -63,7 +56,7 @@ def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
     """
     if resolve_device(config.device) == "cpu":
         keep_freed_memory()
-    _memory_at_start()
+    memory_at_start()
     there = [(subject, _suitable(feature_sets(subject, work), subject, config)) for subject in subjects]
     found = [(subject, [read for one in sets for read in one.reading(config.layers)]) for subject, sets in there]
     if any(sets for _, sets in there) and not any(sets for _, sets in found):
@@ -80,7 +73,7 @@ def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
         )
     pairs = [(subject, one) for subject, sets in found for one in sets]
     if config.solver == "trained":
-        pairs = [(subject, _read_by_its_heads(one, work)) for subject, one in pairs]
+        pairs = [(subject, read_by_its_heads(one, work)) for subject, one in pairs]
     trainings = _Trainings(pairs, config, work)
     done = {
         (id(pair[0]), id(pair[1])): _fit_set(*pair, config, work, trainings)
@@ -116,7 +109,7 @@ class _Trainings:
         group = self.group(subject, features)
         key = id(group)
         if key not in self._made:  # the last one alone is kept: its features fill memory
-            budget = free_memory() * _FEATURE_SHARE / sum(len(one.stores) for _, one in group)
+            budget = free_memory() * FEATURE_SHARE / sum(len(one.stores) for _, one in group)
             self._made = {
                 key: SpatialFolds([self._member(*pair, device, budget) for pair in group], self._config, device)
             }
@@ -126,13 +119,6 @@ class _Trainings:
         folds = features.folds(subject, self._config.n_folds, self._config.seed)
         held_out = features.held_out() if features.trained else list(range(folds.max() + 1))
         return Member(subject, features.read(device, budget), folds, held_out, features.trained)
-
-
-def _read_by_its_heads(of: FeatureSet, work: Path) -> FeatureSet:
-    """Of features that may have more layers, those that the heads of their checkpoints read."""
-    shapes = dict(saved_shapes(find_checkpoint(work, of.stores[0].facts["checkpoint"]).heads()))
-    read = tuple(name for name in of.names if name in (shapes or (POOLED,)))
-    return of if len(read) < len(shapes or (POOLED,)) or read == of.names else replace(of, arrays=read)
 
 
 _TRAINED = " from a checkpoint with heads"
@@ -156,14 +142,9 @@ def prediction_recipe(subject: Subject, features: FeatureSet, config: FitConfig,
         recipe["noise_ceiling"] = about["noise_ceiling"]
         if config.head == "roi":
             recipe["rois"] = about["rois"]
-    if _is_dual(features, config):
+    if under_priors(features, config):
         recipe["kernels"] = METHOD
     return recipe | config.recipe()
-
-
-def _is_dual(features: FeatureSet, config: FitConfig) -> bool:
-    """Whether the heads are fitted under priors over layers and places."""
-    return config.resolved_solver == "exact" and (features.has_places or len(features.names) > 1)
 
 
 def model_name(recipe: dict[str, Any]) -> str:
@@ -208,7 +189,7 @@ def _fit_set(subject: Subject, features: FeatureSet, config: FitConfig, work: Pa
         if config.head == "spatial" and config.resolved_solver != "trained":
             predictor = trainings.predictor(subject, features, device)
         else:
-            predictor = _predictor(subject, features, folds, config, device, work)
+            predictor = predictor_of(subject, features, folds, config, device, work)
         _fit(subject, predictor, rows, store, weights, device)
     return Fitted(subject.name, name, path, weights, not done, time.perf_counter() - began)
 
@@ -225,100 +206,6 @@ def _refuse_leaks(subject: Subject, features: FeatureSet, folds: np.ndarray) -> 
         refuse_leak(seen, subject.test.ids, f"the test split of {subject.name}")
 
 
-def _predictor(
-    subject: Subject, of: FeatureSet, folds: np.ndarray, config: FitConfig, device: str, work: Path
-) -> FoldPredictor:
-    """How these heads are fitted to these features."""
-    held_out = of.held_out() if of.trained else list(range(folds.max() + 1))
-    names = [f"fold{k}." for k in held_out] if of.trained else [""]
-    if config.resolved_solver == "trained":
-        return trained_heads(subject, of, folds, device, work)
-    if _is_dual(of, config):
-        return _dual(subject, of, folds, held_out, config, device)
-    features = [rows.dense() for rows in of.read(device, 0)]
-    return LinearFits(_solver(features, folds, subject, of, config), features, len(folds), names)
-
-
-@cache
-def _memory_at_start() -> int:
-    """Of this process before its first fit: what one subject leaves is used for the next."""
-    return used_memory()
-
-
-def _dual(
-    subject: Subject, of: FeatureSet, folds: np.ndarray, held_out: Sequence[int], config: FitConfig, device: str
-) -> FoldPredictor:
-    free = free_memory()
-    rows = of.read(device, free * _FEATURE_SHARE / len(of.stores))
-    kernels = [LayerKernels(one, len(folds), free * _STACK_SHARE / len(rows)) for one in rows]
-    priors = prior_set(rows[0].grids, DEPTHS if len(of.names) > 1 else (None,))
-    ids, cache = subject.train.ids, free * _CACHE_SHARE
-    ridge = replace(config.ridge, penalties=PENALTIES)
-    solver = DualFolds(kernels, folds, held_out, ids, ridge, priors, of.trained, cache)
-    n_trained = int((folds != held_out[0]).sum())
-    way = "dual, by kernels of images" if is_dual(kernels[0], n_trained) else "primal"
-    # a tenth for what the allocator cannot use again
-    peak = _memory_at_start() + 1.1 * (
-        solver.peak_bytes(max(subject.n_vertices.values())) + sum(one.held_bytes for one in rows)
-    )
-    streamed = list(dict.fromkeys(name for one in rows for name in one.streamed))
-    say(
-        f"{subject.name}: {rows[0].n_features:,} features, {n_trained:,} images to fit to: {way}; about "
-        f"{size_of(peak)} of memory"
-        + (f"; {', '.join(streamed)} read from the store block by block" if streamed else "")
-    )
-    return solver
-
-
-# Parts of the free memory: features as they are stored, kernels of single places, and decompositions.
-_FEATURE_SHARE, _STACK_SHARE, _CACHE_SHARE = 0.2, 0.2, 0.3
-
-
-def _solver(
-    features: Sequence[torch.Tensor], folds: np.ndarray, subject: Subject, of: FeatureSet, config: FitConfig
-) -> FoldSolver:
-    """Of heads that are linear in a matrix of features."""
-    ids, rows = subject.train.ids, [x[: len(folds)] for x in features]
-    match config.resolved_solver, of.trained:
-        case "exact", True:
-            return TunedRidge(rows, folds, of.held_out(), ids, config.ridge)
-        case "exact", False:
-            return FrozenFolds(RidgeFolds(rows[0], folds, config.ridge), folds)
-        case _, True:
-            return TunedAdamW(rows, folds, of.held_out(), ids, config)
-        case _:
-            return FrozenFolds(AdamWFolds(rows[0], folds, ids, config), folds)
-
-
-def trained_heads(subject: Subject, of: FeatureSet, folds: np.ndarray, device: str, work: Path) -> FoldPredictor:
-    """The heads that were trained with the backbones of these features. Raises CheckpointError where they are gone."""
-    checkpoints = [find_checkpoint(work, store.facts["checkpoint"]) for store in of.stores]
-    for checkpoint, fold in zip(checkpoints, of.held_out(), strict=True):
-        refuse_leak(checkpoint.seen_ids, subject.train.ids[folds == fold], f"the heads of {checkpoint.name}")
-    tensors = [checkpoint.heads() for checkpoint in checkpoints]
-    names = [list(checkpoint.recipe["subjects"]) for checkpoint in checkpoints]
-    pairs = list(zip(tensors, names, strict=True))
-    maps, shapes = {}, dict(saved_shapes(tensors[0]))
-    if not shapes:
-        maps = {h: [linear_map_of(*pair, subject.name, h) for pair in pairs] for h in HEMISPHERES}
-        shapes = {POOLED: (len(maps[HEMISPHERES[0]][0].weights),)}
-    there = {name: of.stores[0].arrays[name].shape[1:] for name in of.names}
-    if missing := [name for name, shape in shapes.items() if there.get(name) != shape]:
-        grids = sorted({shape[0] for shape in shapes.values() if len(shape) > 1})
-        raise ConfigError(
-            f"--solver trained: expected the arrays that those heads read, {', '.join(shapes)}; found no "
-            f"{', '.join(missing)} of their shape; extract with the --layers and --grid of the training"
-            + (f" ({', '.join(map(str, grids))} places a side)" if grids else "")
-        )
-    rows = replace(of, arrays=tuple(shapes)).read(device, free_memory() * _FEATURE_SHARE / len(of.stores))
-    if not maps:
-        spatial = {h: [spatial_head_of(*pair, subject.name, h) for pair in pairs] for h in HEMISPHERES}
-        return TrainedSpatialFits(spatial, rows, folds, of.held_out())
-    features = [one.dense() for one in rows]
-    prefixes = [f"fold{k}." for k in of.held_out()]
-    return LinearFits(TrainedFolds(maps, folds, of.held_out()), features, len(folds), prefixes)
-
-
 def _fit(
     subject: Subject, predictor: FoldPredictor, rows: np.ndarray, store: Store, weights: Path, device: str
 ) -> None:
@@ -330,41 +217,6 @@ def _fit(
             tensors |= {f"{prefix}{hemisphere}.{part}": values for (prefix, part), values in saved.items()}
             _append(store, hemisphere, np.concatenate([predictions[rows], predictions[len(subject.train) :]]))
         _save_weights(tensors, weights, store)
-
-
-def cross_validate(
-    predictor: FoldPredictor,
-    subject: Subject,
-    hemisphere: str,
-    advance: Callable[[int], None],
-    device: str = "cpu",
-) -> tuple[np.ndarray, dict[tuple[str, str], torch.Tensor]]:
-    """Predictions (n_train + n_test, n_vertices) float32 of one hemisphere, and the heads that made them, by name.
-
-    Training rows are predicted by heads that did not see them, and are NaN where there are none; test rows by the mean
-    over folds.
-    """
-    n_train, responses = len(subject.train), subject.responses(hemisphere)
-    n_vertices = responses.shape[1]
-    predictions = np.full((n_train + len(subject.test), n_vertices), np.nan, dtype=np.float32)
-    saved: dict[tuple[str, str], list[torch.Tensor]] = {}
-    step = predictor.vertex_block or max(n_vertices, 1)
-    about = {
-        "hemisphere": hemisphere,
-        "noise_ceiling": subject.noise_ceiling[hemisphere],
-        "rois": tuple(subject.rois[hemisphere].values()),
-    }
-    for block in (slice(start, min(start + step, n_vertices)) for start in range(0, n_vertices, step)):
-        y = torch.from_numpy(np.array(responses[:, block], dtype=np.float32)).to(device)
-        fits = predictor.fit(y, **about)
-        pieces = [piece for fold in fits.folds for piece in fold.held_out]
-        for piece, values in zip(pieces, comparable(pieces, y.mean(0)), strict=True):
-            predictions[piece.rows, block] = values.cpu().numpy()
-        predictions[n_train:, block] = torch.stack([fold.test for fold in fits.folds]).mean(0).cpu().numpy()
-        for name, values in fits.saved.items():
-            saved.setdefault(name, []).append(values.cpu())
-        advance(block.stop - block.start)
-    return predictions, {name: torch.cat(parts, -1) if len(parts) > 1 else parts[0] for name, parts in saved.items()}
 
 
 def _append(store: Store, hemisphere: str, predictions: np.ndarray) -> None:

@@ -1,11 +1,12 @@
 """What fitted heads say of images they were not trained on, and how folds are brought together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from featcache.challenge import Subject
 from heads.folds import FoldHeads, FoldSolver
 from heads.ridge import LinearMap
 
@@ -129,3 +130,38 @@ def comparable(pieces: Sequence[Piece], level: torch.Tensor) -> list[torch.Tenso
     """
     common = torch.stack([piece.spread for piece in pieces]).mean(0)
     return [level + (piece.predictions - piece.mean) * (common / piece.spread) for piece in pieces]
+
+
+def cross_validate(
+    predictor: FoldPredictor,
+    subject: Subject,
+    hemisphere: str,
+    advance: Callable[[int], None],
+    device: str = "cpu",
+) -> tuple[np.ndarray, dict[tuple[str, str], torch.Tensor]]:
+    """Predictions (n_train + n_test, n_vertices) float32 of one hemisphere, and the heads that made them, by name.
+
+    Training rows are predicted by heads that did not see them, and are NaN where there are none; test rows by the mean
+    over folds.
+    """
+    n_train, responses = len(subject.train), subject.responses(hemisphere)
+    n_vertices = responses.shape[1]
+    predictions = np.full((n_train + len(subject.test), n_vertices), np.nan, dtype=np.float32)
+    saved: dict[tuple[str, str], list[torch.Tensor]] = {}
+    step = predictor.vertex_block or max(n_vertices, 1)
+    about = {
+        "hemisphere": hemisphere,
+        "noise_ceiling": subject.noise_ceiling[hemisphere],
+        "rois": tuple(subject.rois[hemisphere].values()),
+    }
+    for block in (slice(start, min(start + step, n_vertices)) for start in range(0, n_vertices, step)):
+        y = torch.from_numpy(np.array(responses[:, block], dtype=np.float32)).to(device)
+        fits = predictor.fit(y, **about)
+        pieces = [piece for fold in fits.folds for piece in fold.held_out]
+        for piece, values in zip(pieces, comparable(pieces, y.mean(0)), strict=True):
+            predictions[piece.rows, block] = values.cpu().numpy()
+        predictions[n_train:, block] = torch.stack([fold.test for fold in fits.folds]).mean(0).cpu().numpy()
+        for name, values in fits.saved.items():
+            saved.setdefault(name, []).append(values.cpu())
+        advance(block.stop - block.start)
+    return predictions, {name: torch.cat(parts, -1) if len(parts) > 1 else parts[0] for name, parts in saved.items()}

@@ -45,7 +45,14 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
     record: Callable[[str], None] = lines.append
     speakers = ("featcache.extract", "featcache.pixels", "featcache.checkpoint", "heads.end_to_end", "heads.features")
-    for module in (*speakers, "heads.encoder_training", "heads.fit", "heads.ensemble", "featcache.progress"):
+    for module in (
+        *speakers,
+        "heads.encoder_training",
+        "heads.solvers",
+        "heads.fit",
+        "heads.ensemble",
+        "featcache.progress",
+    ):
         monkeypatch.setattr(f"{module}.say", record)
     return lines
 

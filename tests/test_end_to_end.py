@@ -24,8 +24,9 @@ from heads.config import FitConfig, StageConfig, TrainConfig
 from heads.encoder import linear_map_of
 from heads.end_to_end import train_stage
 from heads.features import feature_sets
-from heads.fit import fit_heads, scores_by_model, trained_heads
+from heads.fit import fit_heads, scores_by_model
 from heads.metrics import pearson_r
+from heads.solvers import trained_heads
 
 SETTINGS = {"FEATCACHE_BACKBONE": "test_resnet", "FEATCACHE_WEIGHTS": "none", "FEATCACHE_SIZE": "32"}
 QUICK = ["--folds", "2", "--epochs", "1", "--batch-size", "4", "--workers", "1", "--embedding", "8"]

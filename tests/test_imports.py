@@ -47,6 +47,7 @@ ORDER = [
     "heads.kernels",
     "heads.dual",
     "heads.spatial_folds",
+    "heads.solvers",
     "heads.fit",
     "heads.maps",
     "heads.blend",

@@ -23,10 +23,11 @@ from heads.config import AdamWConfig, FitConfig, RidgeConfig, SpatialConfig, Sta
 from heads.dual import DualFolds
 from heads.end_to_end import train_stage
 from heads.fit import FOLDER as PREDICTIONS
-from heads.fit import WEIGHTS, _save_weights, cross_validate, fit_heads
+from heads.fit import WEIGHTS, _save_weights, fit_heads
 from heads.kernels import LayerKernels
 from heads.layers import LayerRows
 from heads.maps import FOLDER, VertexMaps, export_maps, read_maps, recovery
+from heads.predictions import cross_validate
 from heads.priors import DEPTHS, depths_of, prior_set
 from heads.spatial import SpatialReadout
 from heads.spatial_folds import Member, SpatialFolds

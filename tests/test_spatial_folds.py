@@ -22,11 +22,13 @@ from heads.config import AdamWConfig, FitConfig, SpatialConfig, StageConfig, Tra
 from heads.encoder import spatial_head_of
 from heads.end_to_end import train_stage
 from heads.features import feature_sets
-from heads.fit import cross_validate, fit_heads, trained_heads
+from heads.fit import fit_heads
 from heads.layers import LayerRows
 from heads.losses import LOSSES
 from heads.metrics import pearson_r
 from heads.modules import LinearHead
+from heads.predictions import cross_validate
+from heads.solvers import trained_heads
 from heads.spatial import SpatialReadout
 from heads.spatial_folds import Member, SpatialFolds, predict
 from heads.training import Task, stop_split, train_head

@@ -1,0 +1,134 @@
+"""How heads are fitted to one subject's features: the choice between solvers, and the memory that it takes."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from featcache.challenge import Subject
+from featcache.checkpoint import find_checkpoint
+from featcache.config import POOLED
+from featcache.device import free_memory, used_memory
+from featcache.errors import ConfigError
+from featcache.progress import say, size_of
+from featcache.roi import HEMISPHERES
+from featcache.splits import refuse_leak
+from heads.config import FitConfig
+from heads.dual import PENALTIES, DualFolds, is_dual
+from heads.encoder import linear_map_of, saved_shapes, spatial_head_of
+from heads.features import FeatureSet
+from heads.folds import FoldSolver, FrozenFolds, TrainedFolds, TunedAdamW, TunedRidge
+from heads.kernels import LayerKernels
+from heads.predictions import FoldPredictor, LinearFits
+from heads.priors import DEPTHS, prior_set
+from heads.ridge import RidgeFolds
+from heads.spatial_folds import TrainedSpatialFits
+from heads.training import AdamWFolds
+
+# Parts of the free memory: features as they are stored, kernels of single places, and decompositions.
+FEATURE_SHARE, _STACK_SHARE, _CACHE_SHARE = 0.2, 0.2, 0.3
+
+
+def under_priors(features: FeatureSet, config: FitConfig) -> bool:
+    """Whether the heads are fitted under priors over layers and places."""
+    return config.resolved_solver == "exact" and (features.has_places or len(features.names) > 1)
+
+
+def read_by_its_heads(of: FeatureSet, work: Path) -> FeatureSet:
+    """Of features that may have more layers, those that the heads of their checkpoints read."""
+    shapes = dict(saved_shapes(find_checkpoint(work, of.stores[0].facts["checkpoint"]).heads()))
+    read = tuple(name for name in of.names if name in (shapes or (POOLED,)))
+    return of if len(read) < len(shapes or (POOLED,)) or read == of.names else replace(of, arrays=read)
+
+
+def predictor_of(
+    subject: Subject, of: FeatureSet, folds: np.ndarray, config: FitConfig, device: str, work: Path
+) -> FoldPredictor:
+    """How these heads are fitted to these features."""
+    held_out = of.held_out() if of.trained else list(range(folds.max() + 1))
+    names = [f"fold{k}." for k in held_out] if of.trained else [""]
+    if config.resolved_solver == "trained":
+        return trained_heads(subject, of, folds, device, work)
+    if under_priors(of, config):
+        return _dual(subject, of, folds, held_out, config, device)
+    features = [rows.dense() for rows in of.read(device, 0)]
+    return LinearFits(_solver(features, folds, subject, of, config), features, len(folds), names)
+
+
+@functools.cache
+def memory_at_start() -> int:
+    """Of this process before its first fit: what one subject leaves is used for the next."""
+    return used_memory()
+
+
+def _dual(
+    subject: Subject, of: FeatureSet, folds: np.ndarray, held_out: Sequence[int], config: FitConfig, device: str
+) -> FoldPredictor:
+    free = free_memory()
+    rows = of.read(device, free * FEATURE_SHARE / len(of.stores))
+    kernels = [LayerKernels(one, len(folds), free * _STACK_SHARE / len(rows)) for one in rows]
+    priors = prior_set(rows[0].grids, DEPTHS if len(of.names) > 1 else (None,))
+    ids, cache = subject.train.ids, free * _CACHE_SHARE
+    ridge = replace(config.ridge, penalties=PENALTIES)
+    solver = DualFolds(kernels, folds, held_out, ids, ridge, priors, of.trained, cache)
+    n_trained = int((folds != held_out[0]).sum())
+    way = "dual, by kernels of images" if is_dual(kernels[0], n_trained) else "primal"
+    # a tenth for what the allocator cannot use again
+    peak = memory_at_start() + 1.1 * (
+        solver.peak_bytes(max(subject.n_vertices.values())) + sum(one.held_bytes for one in rows)
+    )
+    streamed = list(dict.fromkeys(name for one in rows for name in one.streamed))
+    say(
+        f"{subject.name}: {rows[0].n_features:,} features, {n_trained:,} images to fit to: {way}; about "
+        f"{size_of(peak)} of memory"
+        + (f"; {', '.join(streamed)} read from the store block by block" if streamed else "")
+    )
+    return solver
+
+
+def _solver(
+    features: Sequence[torch.Tensor], folds: np.ndarray, subject: Subject, of: FeatureSet, config: FitConfig
+) -> FoldSolver:
+    """Of heads that are linear in a matrix of features."""
+    ids, rows = subject.train.ids, [x[: len(folds)] for x in features]
+    match config.resolved_solver, of.trained:
+        case "exact", True:
+            return TunedRidge(rows, folds, of.held_out(), ids, config.ridge)
+        case "exact", False:
+            return FrozenFolds(RidgeFolds(rows[0], folds, config.ridge), folds)
+        case _, True:
+            return TunedAdamW(rows, folds, of.held_out(), ids, config)
+        case _:
+            return FrozenFolds(AdamWFolds(rows[0], folds, ids, config), folds)
+
+
+def trained_heads(subject: Subject, of: FeatureSet, folds: np.ndarray, device: str, work: Path) -> FoldPredictor:
+    """The heads that were trained with the backbones of these features. Raises CheckpointError where they are gone."""
+    checkpoints = [find_checkpoint(work, store.facts["checkpoint"]) for store in of.stores]
+    for checkpoint, fold in zip(checkpoints, of.held_out(), strict=True):
+        refuse_leak(checkpoint.seen_ids, subject.train.ids[folds == fold], f"the heads of {checkpoint.name}")
+    tensors = [checkpoint.heads() for checkpoint in checkpoints]
+    names = [list(checkpoint.recipe["subjects"]) for checkpoint in checkpoints]
+    pairs = list(zip(tensors, names, strict=True))
+    maps, shapes = {}, dict(saved_shapes(tensors[0]))
+    if not shapes:
+        maps = {h: [linear_map_of(*pair, subject.name, h) for pair in pairs] for h in HEMISPHERES}
+        shapes = {POOLED: (len(maps[HEMISPHERES[0]][0].weights),)}
+    there = {name: of.stores[0].arrays[name].shape[1:] for name in of.names}
+    if missing := [name for name, shape in shapes.items() if there.get(name) != shape]:
+        grids = sorted({shape[0] for shape in shapes.values() if len(shape) > 1})
+        raise ConfigError(
+            f"--solver trained: expected the arrays that those heads read, {', '.join(shapes)}; found no "
+            f"{', '.join(missing)} of their shape; extract with the --layers and --grid of the training"
+            + (f" ({', '.join(map(str, grids))} places a side)" if grids else "")
+        )
+    rows = replace(of, arrays=tuple(shapes)).read(device, free_memory() * FEATURE_SHARE / len(of.stores))
+    if not maps:
+        spatial = {h: [spatial_head_of(*pair, subject.name, h) for pair in pairs] for h in HEMISPHERES}
+        return TrainedSpatialFits(spatial, rows, folds, of.held_out())
+    features = [one.dense() for one in rows]
+    prefixes = [f"fold{k}." for k in of.held_out()]
+    return LinearFits(TrainedFolds(maps, folds, of.held_out()), features, len(folds), prefixes)
