@@ -1,8 +1,9 @@
-"""Closed form for more features than images: ridge regression in the dual, under many priors at once.
+"""Closed form on several layers: ridge regression under many priors at once.
 
 With K the kernel of images under a prior, centred over the training images, and U e U' = K, predictions of any image
 under penalty p are linear in its scores K(x, .) U e^(-1/2), which are the features rotated to the axes that the
-training images span. There the formulas of heads.ridge hold as they are, with eigenvalues e.
+training images span. There the formulas of heads.ridge hold as they are, with eigenvalues e (see heads.bases, also for
+more images than a kernel can be decomposed for).
 
 Every vertex has a penalty under every prior. Its prediction is the mean over priors, weighed by how well each did:
 exp(-n / 8 * error / variance), where the error is leave-one-out or generalised on the n training images (see
@@ -18,16 +19,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from heads.bases import LANDMARKS, Basis, Seen, basis_of_features, landmark_features, seen_under, way_of
 from heads.config import RidgeConfig
 from heads.folds import choices_of, held_out_errors
 from heads.kernels import BLUR, LayerKernels
 from heads.predictions import Fits, FoldFit, Piece, level_and_spread
-from heads.priors import CENTRES, DEPTH_WIDTH, DEPTHS, WIDTHS, Prior
-from heads.ridge import TOGETHER, eigh_of, is_exact, penalties_of, penalty_errors
+from heads.priors import CENTRES, DEPTH_WIDTH, DEPTHS, NARROW_IMAGES, WIDTHS, Prior
+from heads.ridge import TOGETHER, is_exact, penalties_of, penalty_errors
 
 _SHARPNESS = 1 / 8  # of the mean over priors, per training image
 _NEGLIGIBLE = 0.01  # a prior with less than this part of the best one's weight is left out
-_SEARCH_IMAGES = 1024  # with twice as many or more, the priors to try on all of them are found on so many
+_SEARCH_IMAGES = 1024  # with more, the priors to try on all of them are found on so many,
+_SEARCH_LANDMARKS = 512  # on so many axes,
+_SEARCH_VERTICES = 2048  # for so many vertices of a hemisphere
 _FINALISTS = 8  # priors that are tried on all images then
 _VERTEX_BLOCK = 4096
 _WORST = 1e30  # error of a penalty that cannot be judged, so that differences of errors are numbers
@@ -42,19 +46,14 @@ METHOD = {
     "blur": BLUR,
     "centres": list(CENTRES),
     "widths": list(WIDTHS),
+    "narrow": NARROW_IMAGES,
     "depths": list(DEPTHS),
     "depth_width": DEPTH_WIDTH,
     "sharpness": _SHARPNESS,
     "penalties": list(PENALTIES),
-    "search": [_SEARCH_IMAGES, _FINALISTS],
+    "landmarks": LANDMARKS,
+    "search": [_SEARCH_IMAGES, _SEARCH_LANDMARKS, _SEARCH_VERTICES, _FINALISTS],
 }
-
-
-class _Basis(NamedTuple):
-    """values : (rank,) of the centred kernel; scores : (n_images, rank) of all images, trained on or not"""
-
-    values: torch.Tensor
-    scores: torch.Tensor
 
 
 class _Tried(NamedTuple):
@@ -91,14 +90,22 @@ class DualFolds:
         self._n_train, self._n_images = len(folds), len(kernels[0].rows)
         self._all = list(priors)
         self._priors = [self._all for _ in held_out]
-        self._sample = None
-        if self._n_train > 2 * _SEARCH_IMAGES and len(priors) > _FINALISTS:
-            self._sample = np.sort(np.random.default_rng(0).permutation(self._n_train)[:_SEARCH_IMAGES])
-        n_priors = _FINALISTS if self._sample is not None else len(priors)
-        self._whole = 4.0 * n_priors * self._n_images * sum(map(len, self._rows))
-        self._cache: dict[tuple[Prior, int], _Basis] | None = {} if self._whole <= cache_bytes else None
+        shuffled = np.random.default_rng(0).permutation(self._n_train)
+        searched = self._n_train > _SEARCH_IMAGES and len(priors) > _FINALISTS
+        self._sample = np.sort(shuffled[:_SEARCH_IMAGES]) if searched else None
+        self._searched_for: Any = None
+        self.way = way_of(kernels[0], min(map(len, self._rows)))
+        self._whole = (_FINALISTS if searched else len(priors)) * self._basis_bytes()
+        self._cache: dict[tuple[Prior, int], Basis] | None = {} if self._whole <= cache_bytes else None
         # without the cache every block of vertices would cost all decompositions anew
-        self.vertex_block = _VERTEX_BLOCK if self._cache is not None and self._sample is None else None
+        self.vertex_block = None if self._cache is None else _VERTEX_BLOCK
+
+    def _basis_bytes(self) -> float:
+        """Of one prior's bases on all folds."""
+        if self.way == "images":
+            return 4.0 * self._n_images * sum(map(len, self._rows))
+        n = min(LANDMARKS, self._kernels[0].rows.n_features)
+        return 4.0 * n * (self._n_images * len(self._kernels) + n * len(self._rows))
 
     def peak_bytes(self, n_vertices: int) -> float:
         """About what fitting a hemisphere takes, besides the features that are kept: decompositions, predictions of
@@ -108,7 +115,8 @@ class DualFolds:
         n_choices = max(len(choices) + self._trained for choices in self._choices)
         per_fold = 4.0 * self._n_images * block * n_choices
         stacks = sum(kernels.stack_bytes for kernels in self._kernels)
-        decomposition = 28.0 * self._n_images**2  # a kernel, its centred copy, and both in float64
+        # a kernel, its centred copy, and both in float64
+        decomposition = 28.0 * self._n_images * (self._n_images if self.way == "images" else LANDMARKS)
         kept = self._whole if self._cache is not None else 0.0
         duals = min(4.0 * len(self._all) * self._n_images * block, _PENDING_BYTES)
         errors = 16.0 * max(TOGETHER, self._n_train * block)
@@ -116,10 +124,14 @@ class DualFolds:
             stacks + decomposition + kept + per_fold * len(self._rows) + 12.0 * self._n_train * block + duals + errors
         )
 
-    def fit(self, responses: torch.Tensor, **_: Any) -> Fits:
-        """For (n_train, n_vertices) float32 responses."""
-        if self._sample is not None:
-            self._priors = [self._finalists(k, responses) for k in range(len(self._rows))]
+    def fit(self, responses: torch.Tensor, whole: Any = None, **_: Any) -> Fits:
+        """For (n_train, n_vertices) float32 responses.
+
+        whole : the hemisphere's, where these are a block of its vertices; priors are sought for all of them
+        """
+        if self._sample is not None and (whole is None or self._searched_for is not whole):
+            self._searched_for = whole
+            self._priors = self._finalists(responses if whole is None else whole)
             if self._cache is not None:  # what an earlier search found must not add up
                 self._cache = {key: one for key, one in self._cache.items() if key[0] in self._priors[key[1]]}
         tried: list[dict[Prior, _Tried]] = [{} for _ in self._rows]
@@ -130,43 +142,41 @@ class DualFolds:
         mixes = [_Mix(n, rows, self._n_images, responses) for n, rows in zip(n_choices, self._rows, strict=True)]
         saved = _Saved(self._kernels, len(self._rows), self._names, responses.shape[1])
         for prior, k, basis in self._bases(lambda prior, k: prior in weights[k]):
-            saved.add(prior, k, self._rows[k], mixes[k].add(basis, tried[k][prior].penalty, weights[k][prior]))
+            saved.add(prior, k, basis, *mixes[k].add(basis, tried[k][prior].penalty, weights[k][prior]))
         fits = [self._fit(k, mix) for k, mix in enumerate(mixes)]
         return Fits(fits, saved.tensors([mix.predictions[-1][: self._n_train].mean(0) for mix in mixes]))
 
-    def _bases(self, wanted: Callable[[Prior, int], bool]) -> Iterator[tuple[Prior, int, _Basis]]:
+    def _bases(self, wanted: Callable[[Prior, int], bool]) -> Iterator[tuple[Prior, int, Basis]]:
         """Decompositions, prior by prior; a kernel is computed when a decomposition of it is missing, once for all."""
         for prior in dict.fromkeys(prior for priors in self._priors for prior in priors):
-            products: dict[int, torch.Tensor] = {}
+            products: dict[int, Seen] = {}
             for k in range(len(self._rows)):
                 if wanted(prior, k):
                     yield prior, k, self._basis(prior, k, products)
 
-    def _basis(self, prior: Prior, k: int, products: dict[int, torch.Tensor]) -> _Basis:
+    def _basis(self, prior: Prior, k: int, products: dict[int, Seen]) -> Basis:
         if self._cache is not None and (prior, k) in self._cache:
             return self._cache[prior, k]
         source = k if len(self._kernels) > 1 else 0
-        kernels, rows = self._kernels[source], self._rows[k]
-        wide = is_dual(kernels, len(rows))
         if source not in products:
-            products[source] = kernels.kernel(prior) if wide else kernels.features(prior)
-        basis = (_decompose if wide else _decompose_features)(products[source], rows)
+            products[source] = seen_under(prior, self._kernels[source], self.way)
+        basis = products[source].basis(self._rows[k])
         if self._cache is not None:
             self._cache[prior, k] = basis
         return basis
 
-    def _try(self, basis: _Basis, k: int, responses: torch.Tensor) -> _Tried:
+    def _try(self, basis: Basis, k: int, responses: torch.Tensor) -> _Tried:
         rows, choices = self._rows[k], self._choices[k]
         target = responses[rows] - responses[rows].mean(0)
         penalties = penalties_of(basis.values, self._config.penalties)
-        rotated = basis.scores[rows].T @ target
+        rotated = basis.rotated(target)
         variance = target.square().mean(0)
         variance = torch.where(variance > 0, variance, torch.ones_like(variance))
         if self._trained:
-            parts = [(basis.scores[part], responses[part] - responses[rows].mean(0)) for part in choices]
+            parts = [(basis.scores(part), responses[part] - responses[rows].mean(0)) for part in choices]
             errors = held_out_errors(basis.values, rotated, penalties, parts)
         else:
-            own = (basis.scores[rows], target) if is_exact(self._config, len(rows)) else None
+            own = (basis.scores(rows), target) if is_exact(self._config, len(rows)) else None
             errors = penalty_errors(basis.values, len(rows), rotated, target.square().sum(0), penalties, own)[None]
         least, which = errors.min(1)
         return _Tried((least.to(variance.dtype).clamp_max(_WORST) / variance).clamp_max(_WORST), penalties[which])
@@ -178,73 +188,65 @@ class DualFolds:
             pieces.append(Piece(rows, mix.predictions[choice][rows], mean, spread))
         return FoldFit(pieces, mix.predictions[-1][self._n_train :])
 
-    def _finalists(self, k: int, responses: torch.Tensor) -> list[Prior]:
-        """The priors that serve a fold's vertices best between them, from a part of its training images.
+    def _finalists(self, responses: Any) -> list[list[Prior]]:
+        """For each fold the priors that serve its vertices best between them, from a part of its training images.
 
         One after the other, each the one that adds most to the variance that the best of those chosen explain.
         """
         assert self._sample is not None
-        rows = np.intersect1d(self._sample, self._rows[k])
-        kernels = self._kernels[k if len(self._kernels) > 1 else 0].of_some(rows)
-        y = responses[rows] - responses[rows].mean(0)
-        squares, everything = y.square().sum(0), self._all
-        explained = []
-        for prior in everything:
-            basis = _decompose(kernels.kernel(prior), np.arange(len(rows)))
-            penalties = penalties_of(basis.values, self._config.penalties)
-            errors = penalty_errors(basis.values, len(rows), basis.scores.T @ y, squares, penalties, None)
-            explained.append((1 - errors.min(0).values * len(rows) / squares.clamp_min(1e-12)).clamp_min(0))
-        chosen: list[int] = []
-        best = torch.zeros_like(explained[0])
-        while len(chosen) < min(_FINALISTS, len(everything)):
-            gains = torch.stack([(one - best).clamp_min(0).sum() for one in explained])
-            gains[chosen] = -1
-            chosen.append(int(gains.argmax()))
-            best = torch.maximum(best, explained[chosen[-1]])
-        return [everything[c] for c in chosen]
+        columns = np.random.default_rng(1).permutation(responses.shape[1])[:_SEARCH_VERTICES]
+        some = torch.as_tensor(np.sort(columns)) if isinstance(responses, torch.Tensor) else np.sort(columns)
+        y = torch.as_tensor(responses[self._sample][:, some], device=self._kernels[0].rows.device).float()
+        explained = [torch.empty(len(self._all), y.shape[1], device=y.device) for _ in self._rows]
+        shared = len(self._kernels) == 1
+        for source, whole in enumerate(self._kernels):
+            kernels = whole.of_some(self._sample)
+            for number, prior in enumerate(self._all):
+                seen = landmark_features(kernels.kernel(prior)[:, :_SEARCH_LANDMARKS], slice(_SEARCH_LANDMARKS))[0]
+                for k in range(len(self._rows)) if shared else [source]:
+                    explained[k][number] = self._explained(seen, np.isin(self._sample, self._rows[k]), y)
+        return [[self._all[c] for c in _between_them(one)] for one in explained]
+
+    def _explained(self, features: torch.Tensor, trained: np.ndarray, responses: torch.Tensor) -> torch.Tensor:
+        """(n_vertices,) sum of squares that the best penalty explains of images that were left out."""
+        rows = np.flatnonzero(trained)
+        basis, y = basis_of_features(features, rows), responses[rows] - responses[rows].mean(0)
+        squares, penalties = y.square().sum(0), penalties_of(basis.values, self._config.penalties)
+        errors = penalty_errors(basis.values, len(rows), basis.rotated(y), squares, penalties, None)
+        return (1 - errors.min(0).values * len(rows) / squares.clamp_min(1e-12)).clamp_min(0).float()
 
 
-def is_dual(kernels: LayerKernels, n_images: int) -> bool:
-    """Whether features outnumber the images that heads are trained on, so that their kernel is the smaller matrix."""
-    return kernels.rows.n_features >= n_images
-
-
-def _decompose_features(features: torch.Tensor, rows: np.ndarray) -> _Basis:
-    """The same from features (n_images, n_features), where these are fewer than the images."""
-    centred = features - features[rows].mean(0)
-    values, vectors = eigh_of(centred[rows].T @ centred[rows])
-    return _Basis(values, centred @ vectors)
+def _between_them(explained: torch.Tensor) -> list[int]:
+    """Rows of (n_priors, n_vertices) whose maxima add up to most, chosen one after the other."""
+    chosen: list[int] = []
+    best = torch.zeros_like(explained[0])
+    while len(chosen) < min(_FINALISTS, len(explained)):
+        gains = (explained - best).clamp_min(0).sum(1)
+        gains[chosen] = -1
+        chosen.append(int(gains.argmax()))
+        best = torch.maximum(best, explained[chosen[-1]])
+    return chosen
 
 
 def flat_weights(
-    kernels: LayerKernels, kernel: torch.Tensor, rows: np.ndarray, responses: torch.Tensor, penalties: Sequence[float]
+    kernels: LayerKernels, basis: Basis, responses: torch.Tensor, penalties: Sequence[float]
 ) -> dict[str, torch.Tensor]:
-    """{array: (n_places * n_channels, n_vertices)} weights on the features as they are stored, under the flat prior.
+    """{array: (n_places * n_channels, n_vertices)} weights on the features as they are stored.
 
-    kernel : of the flat prior, (n_images, n_images)
-    rows, responses : images to fit to, and (n_train, n_vertices) responses of all
+    basis : under the flat prior, on the images to fit to
+    responses : (n_train, n_vertices)
     penalties : to choose from by generalised or exact leave-one-out error; a single one is taken
     """
-    basis = _decompose(kernel, rows)
+    rows = basis.rows
     target = responses[rows] - responses[rows].mean(0)
-    rotated = basis.scores[rows].T @ target
+    rotated = basis.rotated(target)
     offered = penalties_of(basis.values, penalties)
-    own = (basis.scores[rows], target) if is_exact(RidgeConfig(), len(rows)) else None
+    own = (basis.scores(rows), target) if is_exact(RidgeConfig(), len(rows)) else None
     errors = penalty_errors(basis.values, len(rows), rotated, target.square().sum(0), offered, own)
-    chosen = rotated / (basis.values[:, None] + offered[errors.argmin(0)])
-    dual = responses.new_zeros(len(kernel), responses.shape[1])
-    dual[rows] = (basis.scores[rows] / basis.values) @ chosen
-    return kernels.weights([Prior()], dual[None])
-
-
-def _decompose(kernel: torch.Tensor, rows: np.ndarray) -> _Basis:
-    """Of a kernel (n_images, n_images), centred over the training images, `rows`."""
-    index = torch.from_numpy(rows).to(kernel.device)
-    across = kernel[:, index]
-    means = across[index].mean(0)
-    centred = across - across.mean(1, keepdim=True) - means + means.mean()
-    values, vectors = eigh_of(centred[index])
-    return _Basis(values, centred @ (vectors / values.sqrt()))
+    index, dual = basis.dual(rotated / (basis.values[:, None] + offered[errors.argmin(0)]))
+    whole = responses.new_zeros(len(kernels.rows), responses.shape[1])
+    whole[index] = dual
+    return kernels.weights([Prior()], whole[None])
 
 
 def _weights(tried: dict[Prior, _Tried], n_images: int) -> dict[Prior, torch.Tensor]:
@@ -267,39 +269,43 @@ class _Mix:
         self._rows, self._target = rows, responses[rows] - level
         self.predictions = level.repeat(n_choices, n_images, 1)
 
-    def add(self, basis: _Basis, penalties: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Add one prior's part, (n_choices, n_vertices) each; gives its dual weights under the last choice,
-        (n_train, n_vertices).
+    def add(self, basis: Basis, penalties: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add one prior's part, (n_choices, n_vertices) each; gives the vertices that have one, and their weights on
+        the axes under the last choice, (rank, n_vertices).
         """
-        rotated = basis.scores[self._rows].T @ self._target
-        for choice, (penalty, weight) in enumerate(zip(penalties, weights, strict=True)):
+        some = torch.nonzero(weights.amax(0) > 0)[:, 0]
+        rotated = basis.rotated(self._target[:, some])
+        for choice, (penalty, weight) in enumerate(zip(penalties[:, some], weights[:, some], strict=True)):
             own = rotated / (basis.values[:, None] + penalty) * weight
-            self.predictions[choice] += basis.scores @ own
-        return (basis.scores[self._rows] / basis.values) @ own
+            self.predictions[choice].index_add_(1, some, basis.predictions(own))
+        return some, own
 
 
 class _Saved:
     """Weights on the features as they are stored, added up over priors, and over folds where these share features."""
 
     def __init__(self, kernels: Sequence[LayerKernels], n_folds: int, names: Sequence[str], n_vertices: int) -> None:
-        self._kernels, self._n_folds, self._names = kernels, n_folds, names
+        self._kernels, self._n_folds, self._names, self._n_vertices = kernels, n_folds, names, n_vertices
         self._shared = len(names) == 1 and n_folds > 1
         self._pending: list[dict[Prior, torch.Tensor]] = [{} for _ in names]
         self._weights: list[dict[str, torch.Tensor]] = [{} for _ in names]
         self._kept = 4.0 * kernels[0].rows.n_features * n_vertices * len(names) <= _WEIGHTS_BYTES
 
-    def add(self, prior: Prior, k: int, rows: np.ndarray, dual: torch.Tensor) -> None:
-        """dual : (len(rows), n_vertices), of images that fold k was trained on"""
+    def add(self, prior: Prior, k: int, basis: Basis, some: torch.Tensor, weights: torch.Tensor) -> None:
+        """weights : (rank, len(some)) on the axes of fold k, of some vertices"""
         if not self._kept:
             return
         own = 0 if self._shared else k
         pending = self._pending[own]
         if prior not in pending:
-            if 4 * dual.numel() * len(pending) > _PENDING_BYTES:
+            n_images = len(self._kernels[0].rows)
+            if 4 * n_images * self._n_vertices * len(pending) > _PENDING_BYTES:
                 self._flush(own)
             pending = self._pending[own]
-            pending[prior] = dual.new_zeros(len(self._kernels[0].rows), dual.shape[1])
-        pending[prior][rows] += dual / (self._n_folds if self._shared else 1)
+            pending[prior] = weights.new_zeros(n_images, self._n_vertices)
+        index, dual = basis.dual(weights)
+        rows = torch.as_tensor(index, device=some.device)[:, None]
+        pending[prior][rows, some] += dual / (self._n_folds if self._shared else 1)
 
     def _flush(self, own: int) -> None:
         pending, self._pending[own] = self._pending[own], {}

@@ -28,7 +28,7 @@ class LayerKernels:
     """
 
     def __init__(self, rows: LayerRows, n_train: int, stack_bytes: float) -> None:
-        self.rows, self._n_train = rows, n_train
+        self.rows, self.n_train = rows, n_train
         self._prepared: dict[str, torch.Tensor] = {}  # with the stack, because both are for few images
         self._depths = depths_of(list(rows.grids))
         self._blurs = {name: _blur_matrix(grid).to(rows.device) for name, grid in rows.grids.items()}
@@ -88,6 +88,18 @@ class LayerKernels:
             1,
         )
 
+    def across(self, prior: Prior, landmarks: np.ndarray) -> torch.Tensor:
+        """(n_images, len(landmarks)) float32: the columns of the kernel that are some images'."""
+        found = torch.zeros(len(self.rows), len(landmarks), device=self.rows.device)
+        few = self.rows.subset(landmarks)
+        for name, share in self.shares(prior).items():
+            if share.any():
+                scale = share.sqrt()[:, None]
+                own = (self._seen(name, few.read(name)) * scale).flatten(1)
+                for start, block in self._blocks(name):
+                    found[start : start + len(block)] += (block * scale).flatten(1) @ own.T
+        return found
+
     def of_some(self, index: np.ndarray) -> "LayerKernels":
         """The same of some images, with the means, scales and traces of all."""
         some = copy.copy(self)
@@ -102,7 +114,7 @@ class LayerKernels:
         for name, grid in self.rows.grids.items():
             window = torch.as_tensor(prior.window(grid), dtype=torch.float32, device=self.rows.device)
             trace = (window * self._traces[name]).sum()
-            scale = prior.layer(self._depths[name]) * self._n_train / trace if trace > 0 else 0.0
+            scale = prior.layer(self._depths[name]) * self.n_train / trace if trace > 0 else 0.0
             found[name] = window * scale
         return found
 
@@ -165,13 +177,16 @@ class LayerKernels:
             return
         step = self.rows.block_rows(name)
         for start in range(0, stop, step):
-            block = (self.rows.read(name, start, min(start + step, stop)) - self.means[name]) / self._spreads[name]
-            yield start, self._blurs[name] @ block
+            yield start, self._seen(name, self.rows.read(name, start, min(start + step, stop)))
+
+    def _seen(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of an array as kernels see them: centred, scaled, blurred."""
+        return self._blurs[name] @ ((rows - self.means[name]) / self._spreads[name])
 
     def _trace(self, name: str) -> torch.Tensor:
         """(n_places,) sum of squares over training images and channels."""
         total = torch.zeros(self.rows.n_places(name), device=self.rows.device)
-        for _, block in self._blocks(name, self._n_train):
+        for _, block in self._blocks(name, self.n_train):
             total += block.square().sum((0, 2))
         return total
 

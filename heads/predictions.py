@@ -151,6 +151,7 @@ def cross_validate(
     step = predictor.vertex_block or max(n_vertices, 1)
     about = {
         "hemisphere": hemisphere,
+        "whole": responses,
         "noise_ceiling": subject.noise_ceiling[hemisphere],
         "rois": tuple(subject.rois[hemisphere].values()),
     }

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 CENTRES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of windows, as parts of the image's side
-WIDTHS = (0.16,)  # standard deviations of windows, likewise
+WIDTHS = (0.16, 0.08)  # standard deviations of windows, likewise
+NARROW_IMAGES = 1000  # training images, from which on the second width is worth its time (docs/layers.md)
 DEPTHS: tuple[float | None, ...] = (None, 0.0, 0.5, 1.0)  # preferences among several layers
 DEPTH_WIDTH = 0.25  # standard deviation of a preference for a depth, as a part of the network's layers
 
@@ -41,11 +42,12 @@ class Prior:
         return 1.0 if self.depth is None else math.exp(-((depth - self.depth) ** 2) / (2 * DEPTH_WIDTH**2))
 
 
-def prior_set(grids: Mapping[str, tuple[int, int]], depths: Sequence[float | None]) -> list[Prior]:
+def prior_set(grids: Mapping[str, tuple[int, int]], depths: Sequence[float | None], n_images: int = 0) -> list[Prior]:
     """Every window with every preference; layers without places have no windows to choose from."""
     windows = [Prior()]
     if any(math.prod(grid) > 1 for grid in grids.values()):
-        windows += [Prior(x, y, width) for width in WIDTHS for y in CENTRES for x in CENTRES]
+        widths = WIDTHS if n_images >= NARROW_IMAGES else WIDTHS[:1]
+        windows += [Prior(x, y, width) for width in widths for y in CENTRES for x in CENTRES]
     return [Prior(one.x, one.y, one.width, depth) for one in windows for depth in depths]
 
 

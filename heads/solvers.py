@@ -17,7 +17,7 @@ from featcache.progress import say, size_of
 from featcache.roi import HEMISPHERES
 from featcache.splits import refuse_leak
 from heads.config import FitConfig
-from heads.dual import PENALTIES, DualFolds, is_dual
+from heads.dual import PENALTIES, DualFolds
 from heads.encoder import linear_map_of, saved_shapes, spatial_head_of
 from heads.features import FeatureSet
 from heads.folds import FoldSolver, FrozenFolds, TrainedFolds, TunedAdamW, TunedRidge
@@ -30,6 +30,12 @@ from heads.training import AdamWFolds
 
 # Parts of the free memory: features as they are stored, kernels of single places, and decompositions.
 FEATURE_SHARE, _STACK_SHARE, _CACHE_SHARE = 0.2, 0.2, 0.3
+
+_WAYS = {
+    "images": "dual, by kernels of images",
+    "features": "primal",
+    "landmarks": "by kernels with landmark images",
+}
 
 
 def under_priors(features: FeatureSet, config: FitConfig) -> bool:
@@ -70,19 +76,18 @@ def _dual(
     free = free_memory()
     rows = of.read(device, free * FEATURE_SHARE / len(of.stores))
     kernels = [LayerKernels(one, len(folds), free * _STACK_SHARE / len(rows)) for one in rows]
-    priors = prior_set(rows[0].grids, DEPTHS if len(of.names) > 1 else (None,))
+    priors = prior_set(rows[0].grids, DEPTHS if len(of.names) > 1 else (None,), len(folds))
     ids, cache = subject.train.ids, free * _CACHE_SHARE
     ridge = replace(config.ridge, penalties=PENALTIES)
     solver = DualFolds(kernels, folds, held_out, ids, ridge, priors, of.trained, cache)
     n_trained = int((folds != held_out[0]).sum())
-    way = "dual, by kernels of images" if is_dual(kernels[0], n_trained) else "primal"
     # a tenth for what the allocator cannot use again
     peak = memory_at_start() + 1.1 * (
         solver.peak_bytes(max(subject.n_vertices.values())) + sum(one.held_bytes for one in rows)
     )
     streamed = list(dict.fromkeys(name for one in rows for name in one.streamed))
     say(
-        f"{subject.name}: {rows[0].n_features:,} features, {n_trained:,} images to fit to: {way}; about "
+        f"{subject.name}: {rows[0].n_features:,} features, {n_trained:,} images to fit to: {_WAYS[solver.way]}; about "
         f"{size_of(peak)} of memory"
         + (f"; {', '.join(streamed)} read from the store block by block" if streamed else "")
     )

@@ -14,6 +14,7 @@ from torch import nn
 from featcache.challenge import Subject
 from featcache.roi import HEMISPHERES
 from featcache.splits import refuse_leak
+from heads.bases import Basis, Seen, seen_under, way_of
 from heads.config import FitConfig
 from heads.dual import flat_weights
 from heads.encoder import SpatialHeads, spatial_head_of
@@ -57,7 +58,7 @@ class SpatialFolds:
     def __init__(self, members: Sequence[Member], config: FitConfig, device: str) -> None:
         self._members, self.config, self._device = list(members), config, device
         self._heads: dict[int, list[_Heads]] = {}
-        self._flat: dict[int, torch.Tensor] = {}
+        self._flat: dict[int, Seen] = {}
 
     def of(self, number: int) -> "SpatialFits":
         """The predictor of one member."""
@@ -112,19 +113,19 @@ class SpatialFolds:
         for member, task in zip(self._members, tasks, strict=True):
             rows = member.of_fold(k)
             kernels = LayerKernels(rows, len(member.folds), 0)
-            weights = flat_weights(kernels, self._kernel(kernels), task.trained, task.responses, penalties)
+            weights = flat_weights(kernels, self._basis(kernels, task.trained), task.responses, penalties)
             scales = {name: (variance + _EPS).sqrt() for name, (_, variance) in statistics.items()}
             found.append({n: w.T.reshape(w.shape[1], rows.n_places(n), -1) * scales[n] for n, w in weights.items()})
         levels = [task.responses[task.trained].mean(0) for task in tasks]
         heads.start_from_weights(found, levels)
 
-    def _kernel(self, kernels: LayerKernels) -> torch.Tensor:
-        """Of the flat prior; where folds share their features it serves them all."""
-        if self._members[0].trained:
-            return kernels.kernel(Prior())
-        if id(kernels.rows) not in self._flat:
-            self._flat[id(kernels.rows)] = kernels.kernel(Prior())
-        return self._flat[id(kernels.rows)]
+    def _basis(self, kernels: LayerKernels, trained: np.ndarray) -> Basis:
+        """Under the flat prior; where folds share their features, what it is made of serves them all."""
+        key = id(kernels.rows)
+        seen = self._flat.get(key) or seen_under(Prior(), kernels, way_of(kernels, kernels.n_train))
+        if not self._members[0].trained:
+            self._flat[key] = seen
+        return seen.basis(trained)
 
     def _task(self, number: int, k: int) -> Task:
         member = self._members[number]

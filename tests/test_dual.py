@@ -5,11 +5,13 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
+import heads.bases
 import heads.dual
 from featcache.splits import assign_folds
 from featcache.store import Row, create_store
+from heads.bases import way_of
 from heads.config import RidgeConfig
-from heads.dual import DualFolds, is_dual
+from heads.dual import DualFolds
 from heads.kernels import LayerKernels
 from heads.layers import LayerRows
 from heads.metrics import pearson_r
@@ -99,7 +101,7 @@ def test_with_one_prior_and_one_penalty_it_is_plain_ridge(tmp_path, shape):
     for prior in PRIORS[:3]:
         values = values_of(SHAPES[shape])
         kernels = kernels_of(tmp_path, values)
-        assert is_dual(kernels, N_TRAIN * 2 // 3) == (shape == "dual")
+        assert way_of(kernels, N_TRAIN * 2 // 3) == {"dual": "images", "primal": "features"}[shape]
         x, y = kernels.features(prior).double().numpy(), responses_of(values)
         fits = solver([kernels], [prior], config=RidgeConfig((0.3,))).fit(y)
         for k, fold in enumerate(fits.folds):
@@ -375,7 +377,7 @@ def test_searches_for_both_hemispheres_keep_no_more_decompositions_than_were_all
     for responses in (y[:N_MANY], right):
         heads_.fit(responses)
         assert heads_._cache is not None
-        kept = sum(4 * basis.scores.numel() for basis in heads_._cache.values())
+        kept = sum(4 * basis.features.numel() for basis in heads_._cache.values())
         assert kept <= allowed
 
 
@@ -412,6 +414,50 @@ def test_weights_too_large_to_keep_are_left_out_and_predictions_stay(tmp_path, m
     small = heads_.fit(y)
     assert small.saved == {} and whole.saved
     same(small, whole)
+
+
+# --- landmarks
+
+
+@both_modes
+def test_with_landmarks_saved_weights_are_the_predictions_and_blocks_change_nothing(tmp_path, monkeypatch, trained):
+    for module in (heads.bases, heads.dual):
+        monkeypatch.setattr(module, "LANDMARKS", 25)
+    heads_, values = made(tmp_path, "dual", trained)
+    assert heads_.way == "landmarks"
+    y = responses_of(values[0])
+    fits = heads_.fit(y)
+    same(fits, made(tmp_path, "dual", trained, cache_bytes=0)[0].fit(y))
+    one = heads_.fit(y[:, 2:3])
+    for whole, alone in zip(fits.folds, one.folds, strict=True):
+        torch.testing.assert_close(whole.test[:, 2:3], alone.test, rtol=1e-3, atol=1e-3)
+    predicted = []
+    for prefix, of in zip(("fold0.", "fold1.", "fold2.") if trained else ("",), values, strict=True):
+        weights = np.concatenate([fits.saved[prefix, f"{name}.weights"].double().numpy() for name in of])
+        predicted.append(flat(of)[N_TRAIN:] @ weights + fits.saved[prefix, "intercept"].double().numpy())
+    mean = torch.stack([fold.test for fold in fits.folds]).mean(0)
+    np.testing.assert_allclose(mean, np.mean(predicted, 0), rtol=1e-3, atol=2e-3)
+
+
+def test_landmarks_lose_little_of_a_planted_field(planted, monkeypatch):
+    _, flat_r = on_planted(planted, [Prior()])
+    _, exact_r = on_planted(planted, everywhere(planted[0]))
+    for module in (heads.bases, heads.dual):
+        monkeypatch.setattr(module, "LANDMARKS", 60)
+    _, r = on_planted(planted, everywhere(planted[0]))
+    assert r > flat_r + 0.1 and r > exact_r - 0.05
+
+
+def test_priors_are_sought_for_the_whole_hemisphere_and_once(planted, monkeypatch):
+    """Blocks of its vertices take those of all, so that a vertex's fit does not hang on its neighbours in a block."""
+    searching(monkeypatch, finalists=2)
+    kernels, y, ids, folds = planted
+    solver_, y = solver([kernels], everywhere(kernels)[::6], folds=folds, ids=ids), y[:N_MANY]
+    whole = solver_.fit(y, whole=y)
+    monkeypatch.setattr(solver_, "_finalists", None)
+    block = solver_.fit(y[:, :2], whole=y)
+    for one, other in zip(whole.folds, block.folds, strict=True):
+        torch.testing.assert_close(one.test[:, :2], other.test, rtol=1e-4, atol=1e-4)
 
 
 # --- what may go wrong

@@ -45,6 +45,7 @@ ORDER = [
     "heads.predictions",
     "heads.priors",
     "heads.kernels",
+    "heads.bases",
     "heads.dual",
     "heads.spatial_folds",
     "heads.solvers",

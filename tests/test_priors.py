@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from heads.priors import CENTRES, DEPTHS, WIDTHS, Prior, depths_of, prior_set
+from heads.priors import CENTRES, DEPTHS, NARROW_IMAGES, WIDTHS, Prior, depths_of, prior_set
 
 
 def test_a_window_is_a_gaussian_of_the_places_centres():
@@ -35,8 +35,10 @@ def test_a_preference_for_a_depth_is_largest_there_and_none_is_the_same_for_all(
 
 
 def test_the_set_has_every_window_with_every_depth_once():
-    priors = prior_set({"low": (4, 4), "pooled": (1, 1)}, DEPTHS)
-    assert len(priors) == len(set(priors)) == (1 + len(WIDTHS) * len(CENTRES) ** 2) * len(DEPTHS)
+    for n_images, widths in ((NARROW_IMAGES - 1, WIDTHS[:1]), (NARROW_IMAGES, WIDTHS)):
+        priors = prior_set({"low": (4, 4), "pooled": (1, 1)}, DEPTHS, n_images)
+        assert len(priors) == len(set(priors)) == (1 + len(widths) * len(CENTRES) ** 2) * len(DEPTHS)
+        assert {prior.width for prior in priors} == {np.inf, *widths}
     assert priors[0] == Prior()
 
 
