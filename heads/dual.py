@@ -23,6 +23,7 @@ from heads.bases import LANDMARKS, Basis, Seen, basis_of_features, landmark_feat
 from heads.config import RidgeConfig
 from heads.folds import choices_of, held_out_errors
 from heads.kernels import BLUR, LayerKernels
+from heads.layers import BLOCK_BYTES
 from heads.predictions import Fits, FoldFit, Piece, level_and_spread
 from heads.priors import CENTRES, DEPTH_WIDTH, DEPTHS, NARROW_IMAGES, WIDTHS, Prior
 from heads.ridge import TOGETHER, is_exact, penalties_of, penalty_errors
@@ -94,6 +95,7 @@ class DualFolds:
         searched = self._n_train > _SEARCH_IMAGES and len(priors) > _FINALISTS
         self._sample = np.sort(shuffled[:_SEARCH_IMAGES]) if searched else None
         self._searched_for: Any = None
+        self._sampled: LayerKernels | None = None
         self.way = way_of(kernels[0], min(map(len, self._rows)))
         self._whole = (_FINALISTS if searched else len(priors)) * self._basis_bytes()
         self._cache: dict[tuple[Prior, int], Basis] | None = {} if self._whole <= cache_bytes else None
@@ -115,14 +117,19 @@ class DualFolds:
         n_choices = max(len(choices) + self._trained for choices in self._choices)
         per_fold = 4.0 * self._n_images * block * n_choices
         stacks = sum(kernels.stack_bytes for kernels in self._kernels)
+        if self._sample is not None:
+            stacks += self._kernels[0].stack_bytes_of(len(self._sample))
         # a kernel, its centred copy, and both in float64
         decomposition = 28.0 * self._n_images * (self._n_images if self.way == "images" else LANDMARKS)
         kept = self._whole if self._cache is not None else 0.0
-        duals = min(4.0 * len(self._all) * self._n_images * block, _PENDING_BYTES)
+        duals = 2 * min(4.0 * len(self._all) * self._n_images * block, _PENDING_BYTES)
         errors = 16.0 * max(TOGETHER, self._n_train * block)
-        return (
-            stacks + decomposition + kept + per_fold * len(self._rows) + 12.0 * self._n_train * block + duals + errors
-        )
+        rows = self._kernels[0].rows
+        blocks = 6.0 * min(4 * len(rows) * rows.n_features, BLOCK_BYTES)  # read, centred, scaled, blurred, weighed
+        weights = 4.0 * rows.n_features * n_vertices * len(self._names)
+        weights = 4 * weights if weights <= _WEIGHTS_BYTES else 0.0  # of both hemispheres, and while they are written
+        responded = per_fold * len(self._rows) + 12.0 * self._n_train * block
+        return stacks + decomposition + kept + responded + duals + errors + blocks + weights
 
     def fit(self, responses: torch.Tensor, whole: Any = None, **_: Any) -> Fits:
         """For (n_train, n_vertices) float32 responses.
@@ -200,7 +207,9 @@ class DualFolds:
         explained = [torch.empty(len(self._all), y.shape[1], device=y.device) for _ in self._rows]
         shared = len(self._kernels) == 1
         for source, whole in enumerate(self._kernels):
-            kernels = whole.of_some(self._sample)
+            kernels = self._sampled or whole.of_some(self._sample)
+            if shared:  # for the other hemisphere
+                self._sampled = kernels
             for number, prior in enumerate(self._all):
                 seen = landmark_features(kernels.kernel(prior)[:, :_SEARCH_LANDMARKS], slice(_SEARCH_LANDMARKS))[0]
                 for k in range(len(self._rows)) if shared else [source]:

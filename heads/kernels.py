@@ -41,8 +41,12 @@ class LayerKernels:
         self._stack: torch.Tensor | None = self._place_kernels() if self._fits() else None
 
     def _fits(self) -> bool:
-        n_places = sum(map(self.rows.n_places, self.rows.grids))
-        return 4 * n_places * len(self.rows) ** 2 <= self._stack_limit
+        return self.stack_bytes_of(len(self.rows)) > 0
+
+    def stack_bytes_of(self, n_images: int) -> int:
+        """What kernels of single places of so many images would take; 0 where that is more than they may."""
+        wanted = 4 * sum(map(self.rows.n_places, self.rows.grids)) * n_images**2
+        return wanted if wanted <= self._stack_limit else 0
 
     @property
     def stack_bytes(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from featcache.store import Store
 
 _CHUNKS = 8  # of each streamed array that are in memory at once
-_BLOCK_BYTES = 256 << 20
+BLOCK_BYTES = 64 << 20
 
 
 class LayerRows:
@@ -134,7 +134,7 @@ class LayerRows:
 
     def block_rows(self, name: str) -> int:
         """Images whose float32 rows of an array are worth having in memory at once."""
-        return max(_BLOCK_BYTES // (4 * self.n_places(name) * self.channels[name]), 1)
+        return max(BLOCK_BYTES // (4 * self.n_places(name) * self.channels[name]), 1)
 
     def subset(self, index: np.ndarray) -> "LayerRows":
         """Some images alone, in memory."""

@@ -81,8 +81,8 @@ def _dual(
     ridge = replace(config.ridge, penalties=PENALTIES)
     solver = DualFolds(kernels, folds, held_out, ids, ridge, priors, of.trained, cache)
     n_trained = int((folds != held_out[0]).sum())
-    # a tenth for what the allocator cannot use again
-    peak = memory_at_start() + 1.1 * (
+    # a fifth for what the allocator cannot use again
+    peak = memory_at_start() + 1.2 * (
         solver.peak_bytes(max(subject.n_vertices.values())) + sum(one.held_bytes for one in rows)
     )
     streamed = list(dict.fromkeys(name for one in rows for name in one.streamed))

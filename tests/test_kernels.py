@@ -46,7 +46,7 @@ def kernels(request, store, monkeypatch):
 
 def made(store, way, monkeypatch, names=tuple(SHAPES)):
     if way in ("small blocks", "streamed"):
-        monkeypatch.setattr(heads.layers, "_BLOCK_BYTES", 4 * 60 * 5)  # 5 images of the largest layer
+        monkeypatch.setattr(heads.layers, "BLOCK_BYTES", 4 * 60 * 5)  # 5 images of the largest layer
     rows = LayerRows(store, names, "cpu", 0 if way == "streamed" else np.inf)
     return LayerKernels(rows, N_TRAIN, 1e9 if way == "stack" else 0)
 

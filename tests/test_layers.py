@@ -144,7 +144,7 @@ def test_a_shuffle_of_streamed_rows_reads_each_chunk_once(store, monkeypatch):
 
 
 def test_moments_are_means_of_places_and_variances_about_them(store, values, monkeypatch):
-    monkeypatch.setattr("heads.layers._BLOCK_BYTES", 4 * 60 * 4)
+    monkeypatch.setattr("heads.layers.BLOCK_BYTES", 4 * 60 * 4)
     for rows in both(store):
         for name in SHAPES:
             x = flat(values, name)[:15].astype(np.float64)
