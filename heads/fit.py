@@ -171,7 +171,7 @@ def _fit_set(subject: Subject, features: FeatureSet, config: FitConfig, work: Pa
     recipe = prediction_recipe(subject, features, config, work)
     if len(group := trainings.group(subject, features)) > 1:
         recipe["joint"] = {s.name: prediction_recipe(s, one, config, work) for s, one in group if s is not subject}
-    label = f"{subject.name}-{features.label()}-{config.head}-{config.objective}"
+    label = f"{subject.name}-{features.label()}-{recipe['head']}-{config.objective}"
     path, name = store_path(work / FOLDER, label, recipe), model_name(recipe)
     weights = work / WEIGHTS / f"{path.name}.safetensors"
     rows = np.flatnonzero(np.isin(folds, features.held_out())) if features.trained else np.arange(len(folds))
