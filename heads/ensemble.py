@@ -15,8 +15,9 @@ from featcache.roi import HEMISPHERES
 from featcache.store import Store, replace_json
 from heads.blend import Blended, blend_hemisphere
 from heads.config import BlendConfig
-from heads.features import keep, own_stores
+from heads.features import keep, newer_fault, own_stores
 from heads.fit import FOLDER as PREDICTIONS
+from heads.fit import model_name
 from heads.metrics import VertexScores
 from heads.submission import write_predictions, write_zip
 
@@ -64,7 +65,10 @@ def blend(challenge: Challenge, config: BlendConfig, work: Path) -> Ensemble:
 
 
 def prediction_stores(subject: Subject, work: Path) -> list[Store]:
-    """The complete prediction stores of the subject's images and responses as they are now; the others are named."""
+    """The complete prediction stores of the subject's images and responses as they are now, one a model.
+
+    The others are named.
+    """
     stores = own_stores(subject, work / PREDICTIONS, "fit-heads")
     now = (image_digest(subject, work), response_digest(subject, work)) if stores else ("", "")
     about = subject_digests(subject)
@@ -76,7 +80,13 @@ def prediction_stores(subject: Subject, work: Path) -> list[Store]:
             return "fitted to other images or responses than the tree has now"
         return f"fitted with another {' and '.join(others)} than given now" if others else ""
 
-    return keep(subject, stores, fault)
+    stores = keep(subject, stores, fault)
+    models = {store.name: model_name(store.recipe) for store in stores}
+
+    def twin_fault(store: Store) -> str:  # two votes of one model would be a weight that nobody chose
+        return newer_fault(store, [one for one in stores if models[one.name] == models[store.name]], "model")
+
+    return keep(subject, stores, twin_fault)
 
 
 def _named(stores: Sequence[Store], weights: np.ndarray) -> dict[str, float]:

@@ -121,8 +121,13 @@ def feature_sets(subject: Subject, work: Path) -> list[FeatureSet]:
 def _older_fault(store: Store, stores: Sequence[Store]) -> str:
     """Of two stores of one fold of one training, the later counts: an unfinished checkpoint may have made the other."""
     alike = [other for other in stores if _family(other) == _family(store) and _fold(other) == _fold(store)]
+    return newer_fault(store, alike, "training")
+
+
+def newer_fault(store: Store, alike: Sequence[Store], what: str) -> str:
+    """Of complete stores that stand for one thing, the one that was written last counts."""
     newest = max(alike, key=lambda other: (other.path / "committed.json").stat().st_mtime_ns)
-    return "" if store is newest else f"{newest.name} is of the same training and newer"
+    return "" if store is newest else f"{newest.name} is of the same {what} and newer"
 
 
 def _family(store: Store) -> str:

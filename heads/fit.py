@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ def prediction_recipe(subject: Subject, features: FeatureSet, config: FitConfig,
     return recipe | config.recipe()
 
 
-def model_name(recipe: dict[str, Any]) -> str:
+def model_name(recipe: Mapping[str, Any]) -> str:
     """The same for every subject: backbone, stage, layers, size, head and objective in words, and a fingerprint."""
     fold = recipe["features"]["fold"]
     # a backbone that was trained has other weights for every fold and, in stage 2, for every subject
@@ -159,8 +159,12 @@ def model_name(recipe: dict[str, Any]) -> str:
     stage = f" {fold['stage']}" if fold else ""
     if fold and len(fold["held_out"]) < fold["n_folds"]:  # its score is over other images than a whole model's
         stage += f" fold {','.join(map(str, fold['held_out']))}"
-    words = f"{features['backbone']}@{size}{stage} {layers} {recipe['head']} {recipe['objective']}"
-    return f"{words} {fingerprint(model)[:6]}"
+    return " ".join([f"{features['backbone']}@{size}{stage} {layers}", *_head_words(recipe), fingerprint(model)[:6]])
+
+
+def _head_words(recipe: Mapping[str, Any]) -> list[str]:
+    """Head and objective; once where they are one word, as of the heads that a checkpoint brought with it."""
+    return list(dict.fromkeys([recipe["head"], recipe["objective"]]))
 
 
 def _fit_set(subject: Subject, features: FeatureSet, config: FitConfig, work: Path, trainings: _Trainings) -> Fitted:
@@ -171,7 +175,8 @@ def _fit_set(subject: Subject, features: FeatureSet, config: FitConfig, work: Pa
     recipe = prediction_recipe(subject, features, config, work)
     if len(group := trainings.group(subject, features)) > 1:
         recipe["joint"] = {s.name: prediction_recipe(s, one, config, work) for s, one in group if s is not subject}
-    label = f"{subject.name}-{features.label()}-{recipe['head']}-{config.objective}"
+    # of the recipe and not of the options: those that a solver does not read must not make another store
+    label = "-".join([subject.name, features.label(), *_head_words(recipe)])
     path, name = store_path(work / FOLDER, label, recipe), model_name(recipe)
     weights = work / WEIGHTS / f"{path.name}.safetensors"
     rows = np.flatnonzero(np.isin(folds, features.held_out())) if features.trained else np.arange(len(folds))

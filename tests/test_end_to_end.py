@@ -1,6 +1,7 @@
 """Both stages through the commands: what they learn, what they keep apart, and what they refuse."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,30 @@ def test_trained_heads_predict_what_the_network_did(work, tiny):
                     both = zip(HEMISPHERES, r, strict=True)
                     scores = [VertexScores("s", h, values, subject.noise_ceiling[h]) for h, values in both]
                     assert summarize(scores)[-1].accuracy == pytest.approx(100 * checkpoint.facts["score"], abs=0.05)
+
+
+def test_heads_of_a_checkpoint_are_one_model_whatever_heads_are_asked_for(work, tiny):
+    subject = open_challenge(tiny).subjects[0]
+    asked = [FitConfig(loss, head, solver="trained") for loss in ("mnnpc", "smooth_l1") for head in ("linear", "roi")]
+    found = [{(one.path, one.model) for one in fit_heads([subject], config, work)} for config in asked]
+    assert len(found[0]) == 2 and all(one == found[0] for one in found)
+    assert len(list((work / "predictions.zarr").iterdir())) == 2
+    assert all(" trained " in model and "trained trained" not in model for _, model in found[0])
+
+
+def test_of_two_stores_of_one_model_the_newer_is_blended_and_the_other_named(work, tiny, capfd):
+    """As they were left behind when a store's name told more than its recipe."""
+    fitted, _ = run(capfd, "fit-heads", "--solver", "trained", "--subject", "1")
+    made = Path(fitted["stores"][0]["path"])
+    older = Path(shutil.copytree(made, made.with_name(made.name.replace("trained", "roi-trained"))))
+    os.utime(older / "committed.json", (1_000_000_000, 1_000_000_000))
+    blended, err = run(capfd, "blend")
+    (line,) = [line for line in err.splitlines() if "same model" in line]
+    assert line.startswith(f"subj01: left out {older.name}: {made.name} is of the same model and newer")
+    assert set(blended["weights"]["subj01"]["lh"]) == {store["model"] for store in fitted["stores"]}
+    shutil.rmtree(older)
+    again, _ = run(capfd, "blend")
+    assert again["weights"] == blended["weights"] and again["scores"] == blended["scores"]
 
 
 def test_heads_refuse_images_that_the_backbone_saw(work, tiny):
