@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from featcache.challenge import Subject
-from featcache.config import fingerprint
+from featcache.config import ExtractConfig, LayerConfig, fingerprint
 from featcache.contents import response_digest, subject_digests
 from featcache.device import free_memory, keep_freed_memory, resolve_device
 from featcache.errors import ConfigError, StoreError
@@ -21,7 +21,7 @@ from featcache.progress import bar, say
 from featcache.roi import HEMISPHERES
 from featcache.splits import check_folds, refuse_leak
 from featcache.store import Store, create_store, open_store, store_path
-from heads.config import FitConfig
+from heads.config import FitConfig, SpatialConfig, adamw_of
 from heads.dual import METHOD
 from heads.features import FeatureSet, feature_sets, layer_of
 from heads.metrics import VertexScores, pearson_r
@@ -148,7 +148,11 @@ def prediction_recipe(subject: Subject, features: FeatureSet, config: FitConfig,
 
 
 def model_name(recipe: Mapping[str, Any]) -> str:
-    """The same for every subject: backbone, stage, layers, size, head and objective in words, and a fingerprint."""
+    """The same for every subject: what tells models of one run apart in words, and a fingerprint of everything.
+
+    Backbone, size, stage, layers and their grid, head and objective always, other settings where they are not the
+    default.
+    """
     fold = recipe["features"]["fold"]
     # a backbone that was trained has other weights for every fold and, in stage 2, for every subject
     own = (*_OF_A_SUBJECT, "weights") if fold else _OF_A_SUBJECT
@@ -159,7 +163,27 @@ def model_name(recipe: Mapping[str, Any]) -> str:
     stage = f" {fold['stage']}" if fold else ""
     if fold and len(fold["held_out"]) < fold["n_folds"]:  # its score is over other images than a whole model's
         stage += f" fold {','.join(map(str, fold['held_out']))}"
-    return " ".join([f"{features['backbone']}@{size}{stage} {layers}", *_head_words(recipe), fingerprint(model)[:6]])
+    words = [f"{features['backbone']}@{size}{stage} {layers}", *_feature_words(features, read)]
+    return " ".join([*words, *_head_words(recipe), *_setting_words(recipe), fingerprint(model)[:6]])
+
+
+def _feature_words(features: Mapping[str, Any], read: Sequence[str]) -> list[str]:
+    """The grids of the layers that are read, from the image on; pooling and precision if not the default."""
+    grids = {"x".join(map(str, grid)): None for layer, grid in features.get("grids", {}).items() if layer in read}
+    words = ["/".join(grids)] if grids else []
+    words += [features["pool"]] if grids and features["pool"] != LayerConfig.pool else []
+    return words + ([features["dtype"]] if features["dtype"] != ExtractConfig.dtype else [])
+
+
+def _setting_words(recipe: Mapping[str, Any]) -> list[str]:
+    """Settings that are not what the head is fitted with where nothing is asked for."""
+    usual: dict[str, Any] = {"n_folds": FitConfig.n_folds, "seed": FitConfig.seed}
+    given = {name: recipe.get(name, default) for name, default in usual.items()}
+    if recipe["solver"] == "adamw":  # the closed form chooses for itself
+        usual |= vars(adamw_of(recipe["head"])) | vars(SpatialConfig())
+        given |= recipe["settings"]
+    changed = {name: value for name, value in given.items() if value != usual.get(name, value)}
+    return [f"{name.removeprefix('n_').replace('_', ' ')} {value}" for name, value in changed.items()]
 
 
 def _head_words(recipe: Mapping[str, Any]) -> list[str]:

@@ -319,6 +319,27 @@ def test_heads_are_fitted_to_the_layers_that_are_asked_for(work, capfd, layers, 
     assert all(len(w) == len(read) for subject in blended["weights"].values() for w in subject.values())
 
 
+def test_names_of_models_say_what_tells_them_apart(work, capfd):
+    """In words, which a fingerprint alone would not be; and nothing that is what it always is."""
+
+    def names(*arguments: str) -> list[str]:
+        fitted = run(capfd, "fit-heads", "--subject", "1", *arguments)
+        return [store["model"].rsplit(" ", 1)[0] for store in fitted["stores"]]
+
+    for grid, pool in (("2", "avg"), ("3", "avg"), ("3", "max")):
+        run(capfd, "extract", "--subject", "1", "--layers", "pooled,layer3", "--grid", grid, "--pool", pool)
+    assert set(names()) == {f"test_resnet@48 pooled+layer3 {places} linear ridge" for places in GRIDS}
+    assert names("--layers", "pooled", "--seed", "3") == ["test_resnet@48 pooled linear ridge seed 3"] * len(GRIDS)
+    few = ("--layers", "layer3", "--loss", "mse", "--head", "spatial", "--epochs", "1")
+    start = "test_resnet@48 layer3 {} spatial mse"
+    assert set(names(*few)) == {f"{start.format(places)} epochs 1" for places in GRIDS}
+    found = names(*few, "--rank", "2", "--space", "5", "--batch-size", "8")
+    assert set(found) == {f"{start.format(places)} epochs 1 batch size 8 rank 2 space 5" for places in GRIDS}
+
+
+GRIDS = ("2x2", "3x3", "3x3 max")
+
+
 def test_weights_files_have_an_array_for_each_layer(work, capfd):
     run(capfd, *LAYERS, "--subject", "1")
     (store,) = run(capfd, "fit-heads")["stores"]
