@@ -110,9 +110,12 @@ class _Trainings:
         key = id(group)
         if key not in self._made:  # the last one alone is kept: its features fill memory
             budget = free_memory() * FEATURE_SHARE / sum(len(one.stores) for _, one in group)
-            self._made = {
-                key: SpatialFolds([self._member(*pair, device, budget) for pair in group], self._config, device)
-            }
+            members = [self._member(*pair, device, budget) for pair in group]
+            made = SpatialFolds(members, self._config, device)
+            for number, member in enumerate(members):  # folds that are too small are refused before there is a store
+                for k in range(len(member.held_out)):
+                    made.split(number, k)
+            self._made = {key: made}
         return self._made[key].of(group.index((subject, features)))
 
     def _member(self, subject: Subject, features: FeatureSet, device: str, budget: float) -> Member:
@@ -204,13 +207,8 @@ def _fit_set(subject: Subject, features: FeatureSet, config: FitConfig, work: Pa
     path, name = store_path(work / FOLDER, label, recipe), model_name(recipe)
     weights = work / WEIGHTS / f"{path.name}.safetensors"
     rows = np.flatnonzero(np.isin(folds, features.held_out())) if features.trained else np.arange(len(folds))
-    if path.is_dir():
-        store = open_store(path)
-    else:
-        ids = np.concatenate([subject.train.ids[rows], subject.test.ids])
-        facts = {"model": name, "features": features.name, "torch": torch.__version__}
-        store = create_store(work / FOLDER, label, recipe, ids, len(rows), subject.n_vertices, facts)
-    done = store.complete and weights.exists()
+    store = open_store(path) if path.is_dir() else None
+    done = store is not None and store.complete and weights.exists()
     if done:
         say(f"{subject.name}: already fitted, {path}")
     else:
@@ -219,6 +217,10 @@ def _fit_set(subject: Subject, features: FeatureSet, config: FitConfig, work: Pa
             predictor = trainings.predictor(subject, features, device)
         else:
             predictor = predictor_of(subject, features, folds, config, device, work)
+        if store is None:
+            ids = np.concatenate([subject.train.ids[rows], subject.test.ids])
+            facts = {"model": name, "features": features.name, "torch": torch.__version__}
+            store = create_store(work / FOLDER, label, recipe, ids, len(rows), subject.n_vertices, facts)
         _fit(subject, predictor, rows, store, weights, device)
     return Fitted(subject.name, name, path, weights, not done, time.perf_counter() - began)
 

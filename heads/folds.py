@@ -141,17 +141,18 @@ class TunedAdamW:
         image_ids: np.ndarray,
         config: FitConfig,
     ) -> None:
-        self._folds, self._held_out, self._ids = folds, held_out, image_ids
+        self._rows = [np.flatnonzero(folds != k) for k in held_out]
+        self._held_out = [np.flatnonzero(folds == k) for k in held_out]
+        self._parts = [clean_parts(image_ids, *pair) for pair in zip(self._held_out, held_out, strict=True)]
         self._solvers = [AdamWFolds(x, folds, image_ids, config) for x in features]
 
     def fit(self, responses: torch.Tensor, **about: Any) -> list[FoldHeads]:
-        return [self._fit_fold(*pair, responses, about) for pair in zip(self._solvers, self._held_out, strict=True)]
+        return [self._fit_fold(k, responses, about) for k in range(len(self._solvers))]
 
-    def _fit_fold(self, solver: AdamWFolds, fold: int, responses: torch.Tensor, about: dict[str, Any]) -> FoldHeads:
-        rows = np.flatnonzero(self._folds == fold)
-        parts = clean_parts(self._ids, rows, fold)
-        others = [np.setdiff1d(rows, part) for part in parts]
-        maps = solver.fit_rows(np.flatnonzero(self._folds != fold), [*others, rows], responses, **about)
+    def _fit_fold(self, k: int, responses: torch.Tensor, about: dict[str, Any]) -> FoldHeads:
+        held_out, parts = self._held_out[k], self._parts[k]
+        others = [np.setdiff1d(held_out, part) for part in parts]
+        maps = self._solvers[k].fit_rows(self._rows[k], [*others, held_out], responses, **about)
         return FoldHeads(list(zip(parts, maps[:-1], strict=True)), maps[-1])
 
 

@@ -107,7 +107,9 @@ def _solver(
         case _, True:
             return TunedAdamW(rows, folds, of.held_out(), ids, config)
         case _:
-            return FrozenFolds(AdamWFolds(rows[0], folds, ids, config), folds)
+            solver = AdamWFolds(rows[0], folds, ids, config)
+            solver.splits()  # what they refuse is refused before a store is made for it
+            return FrozenFolds(solver, folds)
 
 
 def trained_heads(subject: Subject, of: FeatureSet, folds: np.ndarray, device: str, work: Path) -> FoldPredictor:

@@ -31,6 +31,10 @@ class AdamWFolds:
     def __init__(self, features: torch.Tensor, folds: np.ndarray, image_ids: np.ndarray, config: FitConfig) -> None:
         self._features, self._folds, self._ids, self._config = features, folds, image_ids, config
 
+    def splits(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each fold, rows to train on and rows to decide when to stop by. Raises ConfigError for too few images."""
+        return [stop_split(self._ids, self._folds, fold, self._config) for fold in range(self._folds.max() + 1)]
+
     def fit(
         self,
         responses: torch.Tensor,
@@ -43,8 +47,7 @@ class AdamWFolds:
         noise_ceiling : (n_vertices,), fraction of variance in [0, 1], or None
         rois : masks (n_vertices,), for the head that has a layer for each
         """
-        splits = [stop_split(self._ids, self._folds, fold, self._config) for fold in range(self._folds.max() + 1)]
-        return [self.fit_rows(t, [v], responses, noise_ceiling, rois)[0] for t, v in splits]
+        return [self.fit_rows(t, [v], responses, noise_ceiling, rois)[0] for t, v in self.splits()]
 
     def fit_rows(
         self,

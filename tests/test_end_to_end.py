@@ -15,8 +15,8 @@ from PIL import Image
 import cli
 from featcache.challenge import open_challenge
 from featcache.checkpoint import list_checkpoints
-from featcache.config import BackboneConfig, ExtractConfig
-from featcache.errors import CheckpointError, LeakError
+from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
+from featcache.errors import CheckpointError, ConfigError, LeakError
 from featcache.extract import extract
 from featcache.roi import FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.splits import assign_folds
@@ -157,6 +157,27 @@ def test_heads_refuse_images_that_the_backbone_saw(work, tiny):
     group.attrs["featcache"] = about
     with pytest.raises(LeakError, match=rf"{path.name} of subj01 .*id {held_out[0]}"):
         fit_heads([subject], FitConfig(), work)
+
+
+@pytest.mark.parametrize("backbone", ["trained", "frozen"])
+@pytest.mark.parametrize(("head", "loss"), [("linear", "mse"), ("linear", "smooth_l1"), ("spatial", "mse")])
+def test_what_a_fit_refuses_leaves_no_store_behind(work, tiny, tmp_path, monkeypatch, backbone, head, loss):
+    """Splits that are too small are met by every solver, each in its own place."""
+
+    def refuse(*_):
+        raise ConfigError("fold 0: expected enough images")
+
+    folder = work if backbone == "trained" else tmp_path / "frozen"
+    subjects = open_challenge(tiny).subjects[:1]
+    if backbone == "frozen":
+        extract(subjects, ExtractConfig(SMALL, LayerConfig(("pooled",)), workers=1), folder)
+    for place in ("folds.clean_parts", "spatial_folds.clean_parts", "training.stop_split", "spatial_folds.stop_split"):
+        monkeypatch.setattr(f"heads.{place}", refuse)
+    if (backbone, head, loss) == ("frozen", "linear", "mse"):  # the closed form splits nothing there
+        monkeypatch.setattr("heads.solvers.RidgeFolds", refuse)
+    with pytest.raises(ConfigError, match="fold 0"):
+        fit_heads(subjects, FitConfig(loss, head), folder)
+    assert not (folder / "predictions.zarr").exists() and not (folder / "heads").exists()
 
 
 def test_trained_heads_come_with_the_features_they_read(tiny, tmp_path):

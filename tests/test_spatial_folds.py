@@ -667,4 +667,4 @@ def test_features_that_those_heads_cannot_read_are_refused(tiny, checkpoints, tm
         ConfigError, match=r"--solver trained: expected .*; found no .*; extract with .*\(2 places"
     ) as e:
         fit_heads(subjects, FitConfig(solver="trained"), folder)
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(e.value) and not (folder / "predictions.zarr").exists()
