@@ -27,6 +27,7 @@ from heads.config import (
     StageConfig,
     TrainConfig,
     adamw_of,
+    refuse_unread,
 )
 from heads.config import recipe as settings_of
 
@@ -296,6 +297,7 @@ def extract(
 
 @app.command("fit-heads")
 def fit_heads(
+    context: typer.Context,
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
@@ -355,6 +357,8 @@ def fit_heads(
         adamw=adamw,
         spatial=SpatialConfig(rank, space, token_dropout, smoothness, sparsity),
     )
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    refuse_unread([name for name, source in sources.items() if source and source.name == "COMMANDLINE"], config)
     challenge = _open(data, noise_ceiling)
     chosen = challenge.select(subject)
     from featcache.progress import say

@@ -3,7 +3,8 @@
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from featcache.config import DEVICES, POOLED, BackboneConfig, LayerConfig, at_least, one_of
@@ -177,6 +178,31 @@ class FitConfig:
         return common | {"solver": self.resolved_solver, "objective": self.objective, "settings": settings}
 
 
+# options of fit-heads that something reads, and not everything
+_OF_ADAMW = ("epochs", "learning_rate", "weight_decay", "batch_size")
+_OF_SPATIAL = tuple(setting.name for setting in fields(SpatialConfig))
+_OF_A_FIT = ("loss", "head", "folds", "seed", *_OF_ADAMW, *_OF_SPATIAL)
+
+
+def refuse_unread(given: Collection[str], config: FitConfig) -> None:
+    """Raise ConfigError for options of fit-heads that were given and decide nothing under these settings."""
+    solver = f"--solver {config.solver}"
+    if config.resolved_solver == "trained":
+        taken = f"{solver}, which takes the heads of a checkpoint as they are"
+        _refuse_given([name for name in _OF_A_FIT if name in given], "a solver that fits heads", taken)
+    if config.resolved_solver == "exact":
+        chosen = "" if config.solver == "exact" else f", which is exact for --head {config.head} and this loss"
+        _refuse_given([name for name in _OF_ADAMW if name in given], "--solver adamw", solver + chosen)
+    if config.head != "spatial":
+        _refuse_given([name for name in _OF_SPATIAL if name in given], "--head spatial", f"--head {config.head}")
+
+
+def _refuse_given(unread: Sequence[str], wanted: str, found: str) -> None:
+    if unread:
+        option = unread[0].replace("_", "-")
+        raise ConfigError(f"--{option}: expected {wanted} with it; found {found}; add that, or leave this out")
+
+
 @dataclass(frozen=True)
 class BlendConfig:
     """How models are weighed against each other, per subject and hemisphere."""
@@ -260,11 +286,8 @@ class TrainConfig:
     def _refuse_unread(self) -> None:
         """Settings of spatial heads decide nothing where there are none."""
         given = [name for name in _SPATIAL if getattr(self, name) != getattr(TrainConfig, name)]
-        if self.head != "spatial" and given:
-            raise ConfigError(
-                f"--{given[0].replace('_', '-')}: expected --head spatial with it; found --head {self.head}; "
-                "add that, or leave this out"
-            )
+        if self.head != "spatial":
+            _refuse_given(given, "--head spatial", f"--head {self.head}")
 
     @property
     def tapped(self) -> LayerConfig:

@@ -138,7 +138,7 @@ def _suitable(sets: Sequence[FeatureSet], subject: Subject, config: FitConfig) -
 
 def prediction_recipe(subject: Subject, features: FeatureSet, config: FitConfig, work: Path) -> dict[str, Any]:
     """Everything that decides the rows of a prediction store."""
-    recipe = {"kind": "predictions", "subject": subject.name, "features": features.recipe()}
+    recipe: dict[str, Any] = {"kind": "predictions", "subject": subject.name, "features": features.recipe()}
     recipe["responses"] = response_digest(subject, work)
     if config.resolved_solver == "adamw":  # the closed form needs neither
         about = subject_digests(subject)
@@ -147,7 +147,11 @@ def prediction_recipe(subject: Subject, features: FeatureSet, config: FitConfig,
             recipe["rois"] = about["rois"]
     if under_priors(features, config):
         recipe["kernels"] = METHOD
-    return recipe | config.recipe()
+    recipe |= config.recipe()
+    if features.trained and "n_folds" in recipe:  # its training chose the folds; a seed is of the loop alone
+        fold = features.recipe()["fold"]
+        recipe |= {"n_folds": fold["n_folds"]} | ({"seed": fold["seed"]} if recipe["solver"] == "exact" else {})
+    return recipe
 
 
 def model_name(recipe: Mapping[str, Any]) -> str:

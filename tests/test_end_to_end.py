@@ -25,7 +25,7 @@ from heads.config import FitConfig, StageConfig, TrainConfig
 from heads.encoder import linear_map_of
 from heads.end_to_end import train_stage
 from heads.features import feature_sets
-from heads.fit import fit_heads, scores_by_model
+from heads.fit import fit_heads, prediction_recipe, scores_by_model
 from heads.metrics import pearson_r
 from heads.solvers import trained_heads
 
@@ -157,6 +157,19 @@ def test_heads_refuse_images_that_the_backbone_saw(work, tiny):
     group.attrs["featcache"] = about
     with pytest.raises(LeakError, match=rf"{path.name} of subj01 .*id {held_out[0]}"):
         fit_heads([subject], FitConfig(), work)
+
+
+def test_folds_of_a_training_are_in_the_recipe_and_not_those_asked_for(work, tiny):
+    """Heads on its features follow them whatever --folds says; the gradient loop has a seed of its own."""
+    subject = open_challenge(tiny).subjects[0]
+    one = feature_sets(subject, work)[0]
+
+    def recipe(**asked):
+        return prediction_recipe(subject, one, FitConfig(**asked), work)
+
+    assert recipe()["n_folds"] == 2 and recipe(n_folds=7, seed=3) == recipe()
+    adamw = {"loss": "smooth_l1"}
+    assert recipe(**adamw, n_folds=7) == recipe(**adamw) != recipe(**adamw, seed=3)
 
 
 @pytest.mark.parametrize("backbone", ["trained", "frozen"])
