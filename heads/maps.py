@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
+from featcache.backbone import first_line
 from featcache.challenge import Subject
 from featcache.errors import ConfigError, StoreError
 from featcache.extract import FOLDER as FEATURES
@@ -74,36 +75,50 @@ class VertexMaps:
 
 
 def read_maps(store: Store, work: Path) -> dict[str, VertexMaps] | None:
-    """{hemisphere: maps} of a model's heads; None where they read no places, or their weights were not kept."""
-    path = work / WEIGHTS / f"{store.name}.safetensors"
-    if not path.is_file():
-        return None
+    """{hemisphere: maps} of a model's heads; None where they read no places, or their weights were not kept.
+
+    Raises StoreError for a file of weights that is missing, damaged or of other heads.
+    """
     features = [open_store(work / FEATURES / name) for name in store.facts["features"].split("+")]
     arrays = tuple(store.recipe["features"].get("read") or features[0].arrays)
     rows = [LayerRows(one, arrays, "cpu", 0) for one in features]
     if all(np.prod(grid) == 1 for grid in rows[0].grids.values()):
         return None
-    with safe_open(path, "pt") as file:
-        names = set(file.keys())
-        found = {}
-        for hemisphere in HEMISPHERES:
-            prefixes = sorted(
-                {name.split(f"{hemisphere}.")[0] for name in names if f"{hemisphere}." in name}, key=_fold
-            )
-            sizes = []
-            for k, prefix in enumerate(prefixes):
-                own = {
-                    name.removeprefix(f"{prefix}{hemisphere}."): file.get_tensor(name)
-                    for name in names
-                    if name.startswith(f"{prefix}{hemisphere}.")
-                }
-                own_rows = rows[k if len(rows) > 1 else 0]
-                sizes.append(_of_readout(own, own_rows) if "head.0.bias" in own else _of_weights(own, own_rows, store))
-            if not sizes or not sizes[0]:
-                return None
-            found[hemisphere] = _maps(
-                {name: torch.stack([one[name] for one in sizes]).sum(0) for name in sizes[0]}, rows[0]
-            )
+    path = work / WEIGHTS / f"{store.name}.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            of = (file.metadata() or {}).get("predictions", store.name)
+            if of != store.name:
+                raise _unreadable(path, f"those of {of}")
+            return _maps_of(file, rows, store)
+    except FileNotFoundError as error:
+        raise _unreadable(path, "no such file", "run 'fit-heads' again") from error
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, f"a damaged file ({first_line(error)})") from error
+
+
+def _unreadable(path: Path, found: str, to_do: str = "delete it and run 'fit-heads' again") -> StoreError:
+    return StoreError(f"{path}: expected the weights that made {path.stem}; found {found}; {to_do}")
+
+
+def _maps_of(file: Any, rows: Sequence[LayerRows], store: Store) -> dict[str, VertexMaps] | None:
+    names = set(file.keys())
+    found = {}
+    for hemisphere in HEMISPHERES:
+        prefixes = sorted({name.split(f"{hemisphere}.")[0] for name in names if f"{hemisphere}." in name}, key=_fold)
+        sizes = []
+        for k, prefix in enumerate(prefixes):
+            own = {
+                name.removeprefix(f"{prefix}{hemisphere}."): file.get_tensor(name)
+                for name in names
+                if name.startswith(f"{prefix}{hemisphere}.")
+            }
+            own_rows = rows[k if len(rows) > 1 else 0]
+            sizes.append(_of_readout(own, own_rows) if "head.0.bias" in own else _of_weights(own, own_rows, store))
+        if not sizes or not sizes[0]:
+            return None
+        added_up = {name: torch.stack([one[name] for one in sizes]).sum(0) for name in sizes[0]}
+        found[hemisphere] = _maps(added_up, rows[0])
     return found
 
 

@@ -273,10 +273,37 @@ def test_folds_count_alike(tmp_path):
     assert (found >= both.min(0) - 0.05).all() and (found <= both.max(0) + 0.05).all()
 
 
-def test_a_store_without_its_weights_file_has_no_maps(tmp_path):
-    _, store = fitted(tmp_path, few_priors)
-    (tmp_path / WEIGHTS / f"{store.name}.safetensors").unlink()
-    assert read_maps(store, tmp_path) is None
+def swapped(path):
+    save_file({"lh.weights": torch.ones(3, 2)}, path, {"predictions": "another"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda path: path.unlink(), "found no such file; run 'fit-heads' again"),
+        (lambda path: path.write_bytes(b""), "found a damaged file"),
+        (lambda path: path.write_bytes(b"garbage" * 99), "found a damaged file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "found a damaged file"),
+        (swapped, "found those of another; delete it and run 'fit-heads' again"),
+    ],
+    ids=["missing", "empty", "garbage", "truncated", "swapped"],
+)
+def test_a_weights_file_that_is_not_whole_is_one_line_that_names_it(tmp_path, said, damage, found):
+    subject, store = fitted(tmp_path, few_priors)
+    path = tmp_path / WEIGHTS / f"{store.name}.safetensors"
+    damage(path)
+    with pytest.raises(StoreError) as error:
+        export_maps([subject], "*", tmp_path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: expected ") and found in message and "run 'fit-heads' again" in message
+    assert "\n" not in message
+
+
+def test_weights_that_were_too_large_to_keep_are_left_out_and_named(tmp_path, said):
+    subject, store = fitted(tmp_path, few_priors)
+    _save_weights({}, tmp_path / WEIGHTS / f"{store.name}.safetensors", store)
+    assert export_maps([subject], "*", tmp_path) == ([], [])
+    assert any("left out planted" in line for line in said)
 
 
 def test_sizes_of_closed_form_heads_are_those_of_weights_on_channels_of_unit_variance(tmp_path):
@@ -513,13 +540,6 @@ def test_nothing_fitted_is_one_line(tmp_path, said):
     subject = planted_subject(tmp_path, {name: np.ones((N_TRAIN, *shape)) for name, shape in SHAPES.items()})
     with pytest.raises(StoreError, match="expected fitted heads; found none; run 'fit-heads' first"):
         export_maps([subject], "*", tmp_path)
-
-
-def test_models_without_weights_are_left_out_and_named(tmp_path, said):
-    subject, store = fitted(tmp_path, few_priors)
-    (tmp_path / WEIGHTS / f"{store.name}.safetensors").unlink()
-    assert export_maps([subject], "*", tmp_path) == ([], [])
-    assert any("left out planted" in line for line in said)
 
 
 def test_a_model_that_predicts_nothing_breaks_nothing(tmp_path, said):
