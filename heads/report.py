@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from heads.metrics import Summary, VertexScores, summarize
 
@@ -14,22 +15,34 @@ _ALL = "all vertices"
 def score_table(scores: Mapping[str, Sequence[VertexScores]], title: str) -> Table:
     """A row for each subject and ROI and for all vertices, a column for each method.
 
-    Noise-normalised accuracy in percent where there are ceilings, else mean r with mean r^2 behind it.
+    Noise-normalised accuracy in percent where there are ceilings, else mean r with mean r^2 behind it. A method that
+    lacks a subject has no number in rows over all of them, which would be over other vertices than its neighbours'.
     """
+    everyone = {(one.subject, one.hemisphere): one for of_method in scores.values() for one in of_method}
+    rows, partial = _subjects_and_rois(list(everyone.values())), _partial(scores)
     columns = {method: _subjects_and_rois(of_method) for method, of_method in scores.items()}
-    rows = {label: summary for summaries in columns.values() for label, summary in summaries.items() if label != _ALL}
-    rows |= {_ALL: max((summaries[_ALL] for summaries in columns.values()), key=lambda summary: summary.n_vertices)}
     accuracy = rows[_ALL].accuracy is not None
     measure = "noise-normalised accuracy, %" if accuracy else "no noise ceiling: mean r (mean r^2)"
-    table = Table(title=f"{title}; {measure}", title_justify="left")
+    table = Table(title=f"{title}; {measure}", title_justify="left", caption_justify="left")
     table.add_column("subject or ROI")
     table.add_column("vertices", justify="right")
     for method in columns:
         table.add_column(method, justify="right", overflow="fold")
     for row, (label, summary) in enumerate(rows.items()):
-        cells = (_cell(of_method.get(label), accuracy) for of_method in columns.values())
+        cells = (
+            "-" if method in partial and summary.subject == "all" else _cell(of_method.get(label), accuracy)
+            for method, of_method in columns.items()
+        )
         table.add_row(label, f"{summary.n_vertices:,}", *cells, end_section=row == len(rows) - 2)
+    table.caption = Text("\n".join(f"- {method}: of {', '.join(names)} alone" for method, names in partial.items()))
     return table
+
+
+def _partial(scores: Mapping[str, Sequence[VertexScores]]) -> dict[str, list[str]]:
+    """{method: its subjects} of those that lack a subject that another has."""
+    subjects = {method: {one.subject for one in of_method} for method, of_method in scores.items()}
+    everyone = set().union(*subjects.values())
+    return {method: sorted(names) for method, names in subjects.items() if names != everyone}
 
 
 def _subjects_and_rois(scores: Sequence[VertexScores]) -> dict[str, Summary]:
@@ -67,5 +80,12 @@ def print_table(table: Table) -> None:
 
 
 def as_json(scores: Mapping[str, Sequence[VertexScores]]) -> dict[str, list[dict[str, Any]]]:
-    """{method: [{subject, hemisphere, roi, n_vertices, mean_r, mean_r2, accuracy}]}"""
-    return {method: [dict(vars(summary)) for summary in summarize(of_method)] for method, of_method in scores.items()}
+    """{method: [{subject, hemisphere, roi, n_vertices, mean_r, mean_r2, accuracy}]}
+
+    As in the table, a method that lacks a subject has no rows over all of them.
+    """
+    partial = _partial(scores)
+    return {
+        method: [dict(vars(one)) for one in summarize(of_method) if one.subject != "all" or method not in partial]
+        for method, of_method in scores.items()
+    }
