@@ -77,7 +77,8 @@ class EncoderTraining:
         optimiser = torch.optim.AdamW(parameter_groups(encoder, config), lr=config.learning_rate)
         total = config.epochs * self._per_epoch
         warmup = round(config.warmup * self._per_epoch)
-        self._schedule = CosineLRScheduler(optimiser, total, warmup_t=warmup, t_in_epochs=False)
+        # of 2 steps or more: timm warns of a cosine of one, and the first step of a longer one is the same
+        self._schedule = CosineLRScheduler(optimiser, max(total, 2), warmup_t=warmup, t_in_epochs=False)
         self._model, self._optimiser = accelerator.prepare(encoder, optimiser)
         self._columns = {key: index.to(self._device) for key, index in encoder.heads.columns.items()}
         self._ceilings = {

@@ -308,6 +308,19 @@ def test_rates_fall_to_zero_on_a_cosine_after_a_warm_up(tiny, tmp_path, monkeypa
     np.testing.assert_allclose(backbone[steps:], cosine[steps:])
 
 
+def test_a_single_step_is_at_the_full_rate_and_timm_has_nothing_to_warn_of(tiny, tmp_path, monkeypatch, caplog):
+    rates, honest = [], EncoderTraining._step
+
+    def step(self, groups, number):
+        honest(self, groups, number)
+        rates.append(max(group["lr"] for group in self._optimiser.param_groups))
+
+    monkeypatch.setattr(EncoderTraining, "_step", step)
+    settings = replace(QUICK, epochs=1, batch_size=16, learning_rate=1e-2, head_learning_rate=1e-2)
+    train(tiny, tmp_path, settings)
+    assert rates == [1e-2] and "Cosine annealing" not in caplog.text
+
+
 def test_earlier_layers_have_smaller_rates_and_biases_no_decay():
     from featcache.backbone import load_backbone
     from heads.encoder import AllSubjects, Encoder
