@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.utils.validation import check_is_fitted
 
 from featcache.errors import ConfigError
 from heads.config import RidgeConfig
@@ -303,7 +304,8 @@ class RidgeHead(RegressorMixin, BaseEstimator):
         return self
 
     def predict(self, features: Any) -> Any:
-        """(n_images, n_vertices) float32, of the kind that `features` is."""
+        """(n_images, n_vertices) float32, of the kind that `features` is. Raises NotFittedError before `fit`."""
+        check_is_fitted(self)
         x = _matrix("features", features)
         weights, intercept = (torch.as_tensor(w, device=x.device) for w in (self.weights_, self.intercept_))
         if x.shape[1] != len(weights):

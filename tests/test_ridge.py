@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import Ridge
 
 import heads.ridge
@@ -348,6 +349,11 @@ def test_other_features_than_in_fit_are_refused():
     head = RidgeHead().fit(features, responses)
     with pytest.raises(ConfigError, match="expected 5 features"):
         head.predict(features[:, :4])
+
+
+def test_nothing_is_predicted_before_the_fit():
+    with pytest.raises(NotFittedError, match="RidgeHead instance is not fitted yet"):
+        RidgeHead().predict(np.ones((3, 2)))
 
 
 @pytest.mark.parametrize("settings", [{"selection": "best"}, {"penalties": []}, {"penalties": [-1.0]}])
