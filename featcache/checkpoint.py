@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from featcache.backbone import Backbone, first_line, load_backbone
 from featcache.challenge import Subject
 from featcache.config import BackboneConfig, fingerprint
+from featcache.contents import file_digest
 from featcache.errors import CheckpointError
 from featcache.progress import say
 from featcache.store import replace_json
@@ -40,7 +41,7 @@ class Checkpoint:
     """One trained backbone with its heads.
 
     recipe : what decided it: stage, subjects and their data, backbone, start, settings, fold
-    facts : what came of it: ids it saw, epoch and score, origin of the first weights, versions
+    facts : what came of it: ids it saw, epoch and score, digests of its files, origin of the first weights, versions
     """
 
     path: Path
@@ -77,7 +78,7 @@ class Checkpoint:
 
     def heads(self) -> dict[str, torch.Tensor]:
         """Tensors of the heads that were trained with the backbone. Raises CheckpointError."""
-        path = self._weights() / "heads.safetensors"
+        path = self._weights("heads")
         try:
             return load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
@@ -86,18 +87,23 @@ class Checkpoint:
     def backbone(self, device: str = "cpu", size: int | None = None) -> Backbone:
         """The backbone at the size it was trained at, or another. Raises CheckpointError or BackboneError."""
         settings = self.recipe["backbone"]
-        path = self._weights() / "backbone.safetensors"
-        if not path.is_file():
-            raise _damaged(self.path, f"{path.name} is missing")
+        path = self._weights("backbone")
         found = load_backbone(BackboneConfig(settings["name"], str(path), size or settings["size"]), device)
         return replace(found, origin=f"checkpoint {self.name}")
 
-    def _weights(self) -> Path:
+    def _weights(self, name: str) -> Path:
+        """The file of one part, as it was written: a damaged or exchanged one would still load and predict."""
         if not (folder := self.facts.get("weights")):
             raise CheckpointError(
                 f"{self.path}: expected a trained backbone; found a run without a finished epoch; run it again"
             )
-        return self.path / folder
+        path = self.path / folder / f"{name}.safetensors"
+        if not path.is_file():
+            raise _damaged(self.path, f"{path.name} is missing")
+        written = self.facts.get("digests", {}).get(f"{folder}/{path.name}")  # older checkpoints have none
+        if written and written != file_digest(path):
+            raise _damaged(self.path, f"{path.name} is not what was written")
+        return path
 
     def refuse_other_tree(self, digests: Mapping[str, Mapping[str, str]]) -> None:
         """Raise CheckpointError where its subjects are not those of a tree, {subject: {'images': digest, ...}}."""
@@ -171,8 +177,13 @@ def prune(checkpoint: Checkpoint) -> None:
             shutil.rmtree(folder)
 
 
-def save_weights(folder: Path, backbone: Mapping[str, torch.Tensor], heads: Mapping[str, torch.Tensor]) -> None:
-    """Write both files of an epoch. Raises CheckpointError where they cannot be written, and leaves nothing of them."""
+def save_weights(
+    folder: Path, backbone: Mapping[str, torch.Tensor], heads: Mapping[str, torch.Tensor]
+) -> dict[str, str]:
+    """Write both files of an epoch; {'<folder>/<file>': digest} for the facts of their checkpoint.
+
+    Raises CheckpointError where they cannot be written, and leaves nothing of them.
+    """
     origin = {_ORIGIN: folder.parent.name}
 
     def write(folder: Path) -> None:
@@ -181,6 +192,7 @@ def save_weights(folder: Path, backbone: Mapping[str, torch.Tensor], heads: Mapp
             save_file(whole, folder / f"{name}.safetensors", origin)
 
     _write(folder, write)
+    return {f"{folder.name}/{path.name}": file_digest(path) for path in sorted(folder.iterdir())}
 
 
 def refuse_trained(weights: str, option: str) -> None:

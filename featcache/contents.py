@@ -1,5 +1,6 @@
 """What files hold, as digests: the same for equal contents, whatever the files are called and wherever they lie."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -88,7 +89,7 @@ class ContentIndex:
         known = self._known.get(str(path.absolute()))
         if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
             return known
-        return [stat.st_size, stat.st_mtime_ns, _file_digest(path)]
+        return [stat.st_size, stat.st_mtime_ns, file_digest(path)]
 
     def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,9 +98,7 @@ class ContentIndex:
         os.replace(partial, self.path)
 
 
-def _file_digest(path: Path) -> str:
-    whole = blake2b(digest_size=16)
+def file_digest(path: Path) -> str:
+    """Of what one file holds."""
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            whole.update(block)
-    return whole.hexdigest()
+        return hashlib.file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()

@@ -229,7 +229,8 @@ class EncoderTraining:
             folder = f"epoch-{epoch:03d}"
             if self._accelerator.is_main_process:
                 backbone = {key: value for key, value in encoder.backbone.state_dict().items()}
-                save_weights(self._checkpoint.path / folder, backbone, encoder.heads.saved())
+                written = save_weights(self._checkpoint.path / folder, backbone, encoder.heads.saved())
+                facts = {**facts, "digests": written}
             facts = {**facts, "weights": folder, "epoch": epoch, "score": score}
         enough = self._is_enough(scores)
         state = None if enough else self._save_state(epoch, 0)

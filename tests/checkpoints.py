@@ -72,8 +72,9 @@ def write_checkpoint(
         "finished": finished,
         "seen_ids": np.unique(np.concatenate(seen)).tolist(),
     }
-    checkpoint = Checkpoint(checkpoint_path(work, label, recipe), recipe, facts)
+    path = checkpoint_path(work, label, recipe)
     backbone = load_backbone(BackboneConfig(settings["name"], "none", settings["size"]))
-    save_weights(checkpoint.path / "epoch-001", trained_weights(backbone, seed=fold), HEADS)
+    facts["digests"] = save_weights(path / "epoch-001", trained_weights(backbone, seed=fold), HEADS)
+    checkpoint = Checkpoint(path, recipe, facts)
     record(checkpoint)
     return checkpoint

@@ -176,7 +176,41 @@ def test_a_folder_that_is_missing_or_is_a_file_is_refused(made, tmp_path):
             open_checkpoint(path)
 
 
-def test_truncated_weights_are_refused(made):
+@pytest.mark.parametrize("part", ["backbone", "heads"])
+@pytest.mark.parametrize("how", ["truncated", "a bit", "another's"])
+def test_weights_that_are_not_what_was_written_are_refused(made, subjects, tmp_path, part, how):
+    """A bit of a weight, or another fold's file, would load and predict, and nobody would know."""
+    path = made.path / "epoch-001" / f"{part}.safetensors"
+    if how == "truncated":
+        damage(path)
+    elif how == "a bit":
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif part == "backbone":
+        other = write_checkpoint(subjects, tmp_path / "elsewhere", fold=1)
+        path.write_bytes((other.path / "epoch-001" / path.name).read_bytes())
+    else:
+        save_file({key: value + 1 for key, value in HEADS.items()}, path)
+    with pytest.raises(CheckpointError, match=f"found that {path.name} is not what was written; delete it") as found:
+        getattr(open_checkpoint(made.path), part)()
+    assert "\n" not in str(found.value) and str(made.path) in str(found.value)
+
+
+def without_digests(made):
+    """As checkpoints were before their facts had any."""
+    return replace(made, facts={key: value for key, value in made.facts.items() if key != "digests"})
+
+
+def test_an_older_checkpoint_without_digests_still_loads(made):
+    record(without_digests(made))
+    again = open_checkpoint(made.path)
+    assert "digests" not in again.facts and again.heads().keys() == HEADS.keys()
+    assert again.backbone().digest == made.backbone().digest
+
+
+def test_truncated_weights_are_refused_without_digests_too(made):
+    made = without_digests(made)
     damage(made.path / "epoch-001" / "backbone.safetensors")
     with pytest.raises(BackboneError, match=r"found .*backbone.safetensors, which cannot be read") as found:
         made.backbone()

@@ -28,7 +28,7 @@ def test_digest_reads_a_file_once(tmp_path, monkeypatch):
     file = tmp_path / "a"
     file.write_bytes(b"one")
     first = ContentIndex(tmp_path / "index.json").digest([file])
-    monkeypatch.setattr("featcache.contents._file_digest", lambda path: pytest.fail("the file was read again"))
+    monkeypatch.setattr("featcache.contents.file_digest", lambda path: pytest.fail("the file was read again"))
     assert ContentIndex(tmp_path / "index.json").digest([file]) == first
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from featcache import checkpoint as checkpoint_module
 from featcache.challenge import open_challenge
 from featcache.config import BackboneConfig
+from featcache.contents import file_digest
 from featcache.errors import CheckpointError, ConfigError, StoreError
 from featcache.taps import Taps
 from heads import encoder_training
@@ -197,6 +198,13 @@ def test_a_second_run_trains_nothing(tiny, tmp_path, monkeypatch):
     first = train(tiny, tmp_path)
     monkeypatch.setattr(EncoderTraining, "train", lambda self: pytest.fail("trained again"))
     assert train(tiny, tmp_path).path == first.path
+
+
+def test_a_run_knows_the_digests_of_the_files_it_keeps(tiny, tmp_path):
+    checkpoint = train(tiny, tmp_path)
+    folder = checkpoint.facts["weights"]
+    files = (f"{folder}/backbone.safetensors", f"{folder}/heads.safetensors")
+    assert checkpoint.facts["digests"] == {name: file_digest(checkpoint.path / name) for name in files}
 
 
 def test_a_finished_run_leaves_no_state(tiny, tmp_path):
