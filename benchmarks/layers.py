@@ -45,13 +45,13 @@ from featcache.store import Row, Store, create_store
 from heads.config import RidgeConfig
 from heads.dual import DualFolds
 from heads.features import feature_sets
-from heads.folds import FrozenFolds
 from heads.kernels import LayerKernels
 from heads.layers import LayerRows
 from heads.metrics import pearson_r
-from heads.predictions import FoldPredictor, LinearFits, Piece, comparable, cross_validate, level_and_spread
+from heads.predictions import FoldPredictor, Piece, comparable, cross_validate, level_and_spread
 from heads.priors import DEPTHS, Prior, prior_set
-from heads.ridge import RidgeFolds, eigh_of
+from heads.ridge import eigh_of
+from heads.ridge_folds import RidgeFits
 
 N_FOLDS = INNER_FOLDS = 5
 PENALTIES = RidgeConfig().penalties
@@ -136,9 +136,7 @@ def out_of_fold(predictor: FoldPredictor, case: Case) -> np.ndarray:
 
 
 def own_pooled(case: Case) -> np.ndarray:
-    features, n_train = case.reading(POOLED).dense(), len(case.folds)
-    solver = FrozenFolds(RidgeFolds(features[:n_train], case.folds, RidgeConfig()), case.folds)
-    return out_of_fold(LinearFits(solver, [features], n_train, [""]), case)
+    return out_of_fold(RidgeFits(case.reading(POOLED).dense(), case.folds, RidgeConfig()), case)
 
 
 def own_layers(case: Case, priors: list[Prior]) -> np.ndarray:

@@ -250,7 +250,9 @@ def _fit(
         for hemisphere in HEMISPHERES:
             predictions, saved = cross_validate(predictor, subject, hemisphere, advance, device)
             tensors |= {f"{prefix}{hemisphere}.{part}": values for (prefix, part), values in saved.items()}
-            _append(store, hemisphere, np.concatenate([predictions[rows], predictions[len(subject.train) :]]))
+            if len(rows) < len(subject.train):
+                predictions = np.concatenate([predictions[rows], predictions[len(subject.train) :]])
+            _append(store, hemisphere, predictions)
         _save_weights(tensors, weights, store)
 
 

@@ -16,11 +16,10 @@ import torch
 from featcache.errors import ConfigError
 from featcache.splits import assign_folds, refuse_leak
 from heads.config import FitConfig, RidgeConfig
-from heads.ridge import LinearMap, RidgeFolds, cross_products, eigenbasis, maps_of_penalties
+from heads.ridge import VERTEX_BLOCK, LinearMap, eigenbasis, maps_of_penalties
 from heads.training import AdamWFolds
 
 _PARTS = 4  # of a held-out fold
-_VERTEX_BLOCK = 4096
 
 
 class FoldHeads(NamedTuple):
@@ -45,7 +44,7 @@ class FoldSolver(Protocol):
 class FrozenFolds:
     """A solver that makes one map a fold, on features that no fold's images have shaped."""
 
-    def __init__(self, solver: RidgeFolds | AdamWFolds, folds: np.ndarray) -> None:
+    def __init__(self, solver: AdamWFolds, folds: np.ndarray) -> None:
         self._solver, self._folds, self.vertex_block = solver, folds, solver.vertex_block
 
     def fit(self, responses: torch.Tensor, **about: Any) -> list[FoldHeads]:
@@ -75,7 +74,7 @@ class TunedRidge:
     features : (n_images, n_features) float32 for each of them
     """
 
-    vertex_block: int | None = _VERTEX_BLOCK
+    vertex_block: int | None = VERTEX_BLOCK
 
     def __init__(
         self,
@@ -85,21 +84,23 @@ class TunedRidge:
         image_ids: np.ndarray,
         config: RidgeConfig,
     ) -> None:
-        self._features, self._config = features, config
+        self._config = config
         self._trained = [np.flatnonzero(folds != k) for k in held_out]
         self._parts = [clean_parts(image_ids, np.flatnonzero(folds == k), k) for k in held_out]
         self._bases = [eigenbasis(x[rows]) for x, rows in zip(features, self._trained, strict=True)]
+        self._scores = [basis.scores(x) for basis, x in zip(self._bases, features, strict=True)]
 
     def fit(self, responses: torch.Tensor, **_: Any) -> list[FoldHeads]:
         return [self._fit_fold(k, responses) for k in range(len(self._bases))]
 
     def _fit_fold(self, k: int, responses: torch.Tensor) -> FoldHeads:
-        x, rows, parts, basis = self._features[k], self._trained[k], self._parts[k], self._bases[k]
+        scores, rows, parts, basis = self._scores[k], self._trained[k], self._parts[k], self._bases[k]
         penalties = basis.penalties(self._config.penalties)
-        level = responses[rows].mean(0)
-        rotated = basis.vectors.T @ cross_products(x[rows], responses[rows], basis.mean, level)
-        scores = [((x[part] - basis.mean) @ basis.vectors, responses[part] - level) for part in parts]
-        errors = held_out_errors(basis.values, rotated, penalties, scores)
+        target = responses[rows]
+        level = target.mean(0)
+        rotated = scores[rows].T @ target.sub_(level)
+        judged = [(scores[part], responses[part] - level) for part in parts]
+        errors = held_out_errors(basis.values, rotated, penalties, judged)
         maps = [maps_of_penalties(basis, rotated, level, penalties[one.argmin(0)]) for one in errors]
         return FoldHeads(list(zip(parts, maps[:-1], strict=True)), maps[-1])
 

@@ -1,6 +1,6 @@
 """What fitted heads say of images they were not trained on, and how folds are brought together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -118,7 +118,7 @@ def level_and_spread(predictions: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return mean, torch.where(spread > 0, spread, torch.ones_like(spread))
 
 
-def comparable(pieces: Sequence[Piece], level: torch.Tensor) -> list[torch.Tensor]:
+def comparable(pieces: Sequence[Piece], level: torch.Tensor) -> Iterator[torch.Tensor]:
     """The pieces' predictions, with the mean and spread of what their heads say of their training images made equal.
 
     Heads of different folds differ in level and scale: a fold whose responses happen to be high leaves a low mean to
@@ -129,7 +129,9 @@ def comparable(pieces: Sequence[Piece], level: torch.Tensor) -> list[torch.Tenso
     level : (n_vertices,) mean response
     """
     common = torch.stack([piece.spread for piece in pieces]).mean(0)
-    return [level + (piece.predictions - piece.mean) * (common / piece.spread) for piece in pieces]
+    ratios = [common / piece.spread for piece in pieces]
+    for piece, ratio in zip(pieces, ratios, strict=True):
+        yield torch.addcmul(level - piece.mean * ratio, piece.predictions, ratio)
 
 
 def cross_validate(
@@ -146,8 +148,8 @@ def cross_validate(
     """
     n_train, responses = len(subject.train), subject.responses(hemisphere)
     n_vertices = responses.shape[1]
-    predictions = np.full((n_train + len(subject.test), n_vertices), np.nan, dtype=np.float32)
-    saved: dict[tuple[str, str], list[torch.Tensor]] = {}
+    predictions = torch.full((n_train + len(subject.test), n_vertices), torch.nan)
+    saved: dict[tuple[str, str], torch.Tensor] = {}
     step = predictor.vertex_block or max(n_vertices, 1)
     about = {
         "hemisphere": hemisphere,
@@ -160,9 +162,13 @@ def cross_validate(
         fits = predictor.fit(y, **about)
         pieces = [piece for fold in fits.folds for piece in fold.held_out]
         for piece, values in zip(pieces, comparable(pieces, y.mean(0)), strict=True):
-            predictions[piece.rows, block] = values.cpu().numpy()
-        predictions[n_train:, block] = torch.stack([fold.test for fold in fits.folds]).mean(0).cpu().numpy()
+            predictions[torch.from_numpy(piece.rows), block] = values.cpu()
+        predictions[n_train:, block] = torch.stack([fold.test for fold in fits.folds]).mean(0).cpu()
         for name, values in fits.saved.items():
-            saved.setdefault(name, []).append(values.cpu())
+            if step >= n_vertices:
+                saved[name] = values.cpu()
+                continue
+            whole = saved.setdefault(name, values.new_empty((*values.shape[:-1], n_vertices), device="cpu"))
+            whole[..., block] = values.cpu()
         advance(block.stop - block.start)
-    return predictions, {name: torch.cat(parts, -1) if len(parts) > 1 else parts[0] for name, parts in saved.items()}
+    return predictions.numpy(), saved

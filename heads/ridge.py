@@ -4,8 +4,9 @@ With X the centred features and U e U' = X'X, the weights of a vertex under pena
 
     w(p) = U (U'X'y) / (e + p)
 
-so one eigendecomposition serves every vertex and penalty, and X'y is all that is needed of the responses. X'X and X'Y
-are computed once for each fold's images; what a head is trained on is the sum over the other folds.
+so one eigendecomposition serves every vertex and penalty, and (XU)'y is all that is needed of the responses: with fewer
+features than images one product of the size of X'Y, with more of them one of images by images. XU are the scores of the
+images on their principal axes.
 
 Penalties are chosen on the training images alone, per vertex, by the smallest of
 - 'loo': the exact leave-one-out error, mean of ((y - h y) / (1 - h_ii))^2, one product of the size of X'Y a penalty;
@@ -32,7 +33,7 @@ _LOO_IMAGES = 1024  # up to here the exact error costs seconds
 _NULL = 1e-7  # eigenvalues below this part of the largest are rounding of float32 features
 _FULL = 0.99  # a penalty that leaves fewer than 1 % of the degrees of freedom has no error left to judge it by
 TOGETHER = 1 << 22  # numbers in the predictions of penalties that are tried at once
-_VERTEX_BLOCK = 4096  # vertices at a time, so that memory does not grow with their number
+VERTEX_BLOCK = 2048  # vertices at a time: what is done to each number between two products stays in a cache
 
 
 class LinearMap(NamedTuple):
@@ -64,6 +65,10 @@ class Eigenbasis:
     values: torch.Tensor
     vectors: torch.Tensor
 
+    def scores(self, features: torch.Tensor) -> torch.Tensor:
+        """(n, rank) of any images, (n, n_features)."""
+        return (features - self.mean) @ self.vectors
+
     def penalties(self, multiples: Sequence[float]) -> torch.Tensor:
         """(n_penalties,) in the units of the eigenvalues."""
         return penalties_of(self.values, multiples)
@@ -82,8 +87,8 @@ def eigenbasis(features: torch.Tensor) -> Eigenbasis:
     centred = features - mean
     if n_images > n_features:
         return eigenbasis_of_gram(centred.T @ centred, mean, n_images)
-    values, vectors = eigh_of(centred @ centred.T)
-    return Eigenbasis(n_images, mean, values, centred.T @ (vectors / values.sqrt()))
+    values, left = eigh_of(centred @ centred.T)
+    return Eigenbasis(n_images, mean, values, centred.T @ (left / values.sqrt()))
 
 
 def eigenbasis_of_gram(gram: torch.Tensor, mean: torch.Tensor, n_images: int) -> Eigenbasis:
@@ -98,23 +103,6 @@ def eigh_of(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values[keep].to(gram.dtype), vectors[:, keep].to(gram.dtype)
 
 
-def choose_penalties(
-    basis: Eigenbasis,
-    rotated: torch.Tensor,
-    response_squares: torch.Tensor,
-    penalties: torch.Tensor,
-    rows: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """(n_vertices,) the penalty of each vertex with the least leave-one-out error, exact or generalised.
-
-    rotated : (rank, n_vertices) U'X'Y
-    response_squares : (n_vertices,) squares of the centred responses, summed over images
-    rows : scores XU (n_images, rank) and centred responses (n_images, n_vertices) for the exact one; None: generalised
-    """
-    errors = penalty_errors(basis.values, basis.n_images, rotated, response_squares, penalties, rows)
-    return penalties[errors.argmin(0)]
-
-
 def penalty_errors(
     values: torch.Tensor,
     n_images: int,
@@ -123,9 +111,12 @@ def penalty_errors(
     penalties: torch.Tensor,
     rows: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
-    """(n_penalties, n_vertices) mean squared leave-one-out error, exact or generalised; arguments as above.
+    """(n_penalties, n_vertices) mean squared leave-one-out error, exact or generalised.
 
     values : (rank,) eigenvalues of X'X
+    rotated : (rank, n_vertices) U'X'Y
+    response_squares : (n_vertices,) squares of the centred responses, summed over images
+    rows : scores XU (n_images, rank) and centred responses (n_images, n_vertices) for the exact one; None: generalised
     """
     shrinkage = values / (values + penalties[:, None])  # (n_penalties, rank)
     freedom = (shrinkage.sum(1) + 1) / n_images  # the intercept is one degree of freedom
@@ -146,11 +137,15 @@ def _gcv_errors(
     shrinkage: torch.Tensor,
     freedom: torch.Tensor,
 ) -> torch.Tensor:
-    """(n_penalties, n_vertices) ||y - h y||^2 / n / (1 - trace(h) / n)^2, in float64: it is a small difference."""
-    explained = (rotated.double() ** 2) / values.double()[:, None]
-    h = shrinkage.double()
-    residuals = response_squares.double() - (2 * h - h**2) @ explained
-    return residuals.clamp_min(0) / n_images / (1 - freedom.double()).clamp_min(1e-9)[:, None] ** 2
+    """(n_penalties, n_vertices) float64, ||y - h y||^2 / n / (1 - trace(h) / n)^2.
+
+    What h leaves of y is what no axis explains and what it shrinks away: two sums of squares, so that float32 serves.
+    """
+    shares = torch.cat([(1 - shrinkage).square(), torch.ones_like(shrinkage[:1])]) / values
+    *shrunk, explained = (shares @ rotated.square()).double()
+    # as many axes as centred images have leave nothing, and the rounding of nothing would be all there is
+    beyond = (response_squares.double() - explained).clamp_min(0) * (len(values) < n_images - 1)
+    return (beyond + torch.stack(shrunk)) / n_images / (1 - freedom.double()).clamp_min(1e-9)[:, None] ** 2
 
 
 def _loo_errors(
@@ -174,24 +169,6 @@ def is_exact(config: RidgeConfig, n_images: int) -> bool:
     return config.selection == "loo" or (config.selection == "auto" and n_images <= _LOO_IMAGES)
 
 
-def solve(
-    basis: Eigenbasis,
-    cross: torch.Tensor,
-    response_mean: torch.Tensor,
-    response_squares: torch.Tensor,
-    multiples: Sequence[float],
-    rows: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[LinearMap, torch.Tensor]:
-    """The map of every vertex and its penalty, from centred X'Y (n_features, n_vertices).
-
-    rows : features (n_images, n_features) and responses (n_images, n_vertices), for the exact error; None: generalised
-    """
-    rotated = basis.vectors.T @ cross
-    centred = None if rows is None else ((rows[0] - basis.mean) @ basis.vectors, rows[1] - response_mean)
-    chosen = choose_penalties(basis, rotated, response_squares, basis.penalties(multiples), centred)
-    return maps_of_penalties(basis, rotated, response_mean, chosen), chosen
-
-
 def maps_of_penalties(
     basis: Eigenbasis, rotated: torch.Tensor, response_mean: torch.Tensor, penalties: torch.Tensor
 ) -> LinearMap:
@@ -200,66 +177,9 @@ def maps_of_penalties(
     return LinearMap(weights, response_mean - basis.mean @ weights)
 
 
-def cross_products(
-    features: torch.Tensor, responses: torch.Tensor, feature_mean: torch.Tensor, response_mean: torch.Tensor
-) -> torch.Tensor:
-    """Centred X'Y, (n_features, n_vertices)."""
-    return (features - feature_mean).T @ (responses - response_mean)
-
-
-class RidgeFolds:
-    """Closed-form heads on all folds but one, for each fold in turn; the eigendecompositions serve any responses.
-
-    features : (n_images, n_features) float32
-    folds : (n_images,) fold of each image, in [0, n_folds)
-    """
-
-    vertex_block: int | None = _VERTEX_BLOCK
-
-    def __init__(self, features: torch.Tensor, folds: np.ndarray, config: RidgeConfig) -> None:
-        self._config = config
-        self._held_out = [
-            torch.from_numpy(np.flatnonzero(folds == k)).to(features.device) for k in range(folds.max() + 1)
-        ]
-        self._trained = [
-            torch.from_numpy(np.flatnonzero(folds != k)).to(features.device) for k in range(folds.max() + 1)
-        ]
-        self._features = features
-        self._offset = features.mean(0)  # keeps float32 sums small; the folds' own means are exact all the same
-        self._bases = self._eigenbases()
-
-    def _eigenbases(self) -> list[Eigenbasis]:
-        if min(map(len, self._trained)) <= self._features.shape[1]:
-            return [eigenbasis(self._features[rows]) for rows in self._trained]
-        blocks = [self._features[rows] - self._offset for rows in self._held_out]
-        grams, sums = [block.T @ block for block in blocks], [block.sum(0) for block in blocks]
-        bases = []
-        for fold, trained in enumerate(self._trained):
-            mean = _without(sums, fold) / len(trained)
-            centred = _without(grams, fold) - len(trained) * torch.outer(mean, mean)
-            bases.append(eigenbasis_of_gram(centred, mean + self._offset, len(trained)))
-        return bases
-
-    def fit(self, responses: torch.Tensor, **_: Any) -> list[LinearMap]:
-        """One map a fold, for (n_images, n_vertices) float32 responses."""
-        level = responses.mean(0)
-        blocks = [responses[rows] - level for rows in self._held_out]
-        sums, squares = [block.sum(0) for block in blocks], [block.square().sum(0) for block in blocks]
-        cross = [(self._features[r] - self._offset).T @ b for r, b in zip(self._held_out, blocks, strict=True)]
-        maps = []
-        for fold, (basis, trained) in enumerate(zip(self._bases, self._trained, strict=True)):
-            mean = _without(sums, fold) / basis.n_images
-            centred = _without(cross, fold) - basis.n_images * torch.outer(basis.mean - self._offset, mean)
-            spread = _without(squares, fold) - basis.n_images * mean.square()
-            exact = is_exact(self._config, basis.n_images)
-            rows = (self._features[trained], responses[trained]) if exact else None
-            maps.append(solve(basis, centred, mean + level, spread, self._config.penalties, rows)[0])
-        return maps
-
-
-def _without(parts: Sequence[torch.Tensor], fold: int) -> torch.Tensor:
-    """The sum over all folds but one: adding the others up keeps the digits that subtracting an outlier would lose."""
-    return torch.stack([part for other, part in enumerate(parts) if other != fold]).sum(0)
+def sum_of_squares(values: torch.Tensor) -> torch.Tensor:
+    """(n_vertices,) over rows."""
+    return torch.linalg.vecdot(values, values, dim=0)
 
 
 class RidgeHead(RegressorMixin, BaseEstimator):
@@ -296,10 +216,22 @@ class RidgeHead(RegressorMixin, BaseEstimator):
                 f"expected 3 or more images, as many features as responses; found {len(x)} and {len(y)} rows"
             )
         basis = eigenbasis(x)
-        blocks = [_fit_block(basis, x, block, config) for block in y.split(_VERTEX_BLOCK, dim=1)]
-        self.weights_ = _like(responses, torch.cat([head.weights for head, _ in blocks], 1))
-        self.intercept_ = _like(responses, torch.cat([head.intercept for head, _ in blocks]))
-        self.penalties_ = _like(responses, torch.cat([chosen for _, chosen in blocks]))
+        scores = basis.scores(x)
+        weights, (intercept, penalties) = y.new_empty(x.shape[1], y.shape[1]), y.new_empty(2, y.shape[1])
+        for start in range(0, y.shape[1], VERTEX_BLOCK):
+            block = slice(start, start + VERTEX_BLOCK)
+            intercept[block] = y[:, block].mean(0)
+            centred = y[:, block] - intercept[block]
+            rotated = scores.T @ centred
+            squares, rows = sum_of_squares(centred), (scores, centred) if is_exact(config, len(x)) else None
+            offered = basis.penalties(config.penalties)
+            errors = penalty_errors(basis.values, len(x), rotated, squares, offered, rows)
+            penalties[block] = offered[errors.argmin(0)]
+            rotated /= basis.values[:, None] + penalties[block]
+            torch.mm(basis.vectors, rotated, out=weights[:, block])
+        intercept -= basis.mean @ weights
+        self.weights_, self.intercept_ = _like(responses, weights), _like(responses, intercept)
+        self.penalties_ = _like(responses, penalties)
         self.n_features_in_ = x.shape[1]
         return self
 
@@ -313,23 +245,15 @@ class RidgeHead(RegressorMixin, BaseEstimator):
         return _like(features, LinearMap(weights, intercept)(x))
 
 
-def _fit_block(
-    basis: Eigenbasis, features: torch.Tensor, responses: torch.Tensor, config: RidgeConfig
-) -> tuple[LinearMap, torch.Tensor]:
-    mean = responses.mean(0)
-    centred = responses - mean
-    rows = (features, responses) if is_exact(config, len(features)) else None
-    cross = cross_products(features, responses, basis.mean, mean)
-    return solve(basis, cross, mean, centred.square().sum(0), config.penalties, rows)
-
-
 def _matrix(name: str, values: Any) -> torch.Tensor:
     matrix = torch.as_tensor(np.asarray(values) if not isinstance(values, torch.Tensor) else values)
     if matrix.ndim != 2:
         raise ConfigError(
             f"expected a matrix of {name}, (n_images, columns); found shape {tuple(matrix.shape)}; reshape it"
         )
-    if not torch.isfinite(matrix := matrix.to(torch.float32)).all():
+    matrix = matrix.to(torch.float32)
+    # a sum is a fraction of the time of looking at every number, and finite only if all are
+    if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():
         raise ConfigError(f"expected finite {name}; found NaN or infinity; remove those rows or columns")
     return matrix
 

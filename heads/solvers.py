@@ -24,7 +24,7 @@ from heads.folds import FoldSolver, FrozenFolds, TrainedFolds, TunedAdamW, Tuned
 from heads.kernels import LayerKernels
 from heads.predictions import FoldPredictor, LinearFits
 from heads.priors import DEPTHS, prior_set
-from heads.ridge import RidgeFolds
+from heads.ridge_folds import RidgeFits
 from heads.spatial_folds import TrainedSpatialFits
 from heads.training import AdamWFolds
 
@@ -61,6 +61,8 @@ def predictor_of(
     if under_priors(of, config):
         return _dual(subject, of, folds, held_out, config, device)
     features = [rows.dense() for rows in of.read(device, 0)]
+    if config.resolved_solver == "exact" and not of.trained:
+        return RidgeFits(features[0], folds, config.ridge)
     return LinearFits(_solver(features, folds, subject, of, config), features, len(folds), names)
 
 
@@ -102,8 +104,6 @@ def _solver(
     match config.resolved_solver, of.trained:
         case "exact", True:
             return TunedRidge(rows, folds, of.held_out(), ids, config.ridge)
-        case "exact", False:
-            return FrozenFolds(RidgeFolds(rows[0], folds, config.ridge), folds)
         case _, True:
             return TunedAdamW(rows, folds, of.held_out(), ids, config)
         case _:

@@ -187,7 +187,7 @@ def test_what_a_fit_refuses_leaves_no_store_behind(work, tiny, tmp_path, monkeyp
     for place in ("folds.clean_parts", "spatial_folds.clean_parts", "training.stop_split", "spatial_folds.stop_split"):
         monkeypatch.setattr(f"heads.{place}", refuse)
     if (backbone, head, loss) == ("frozen", "linear", "mse"):  # the closed form splits nothing there
-        monkeypatch.setattr("heads.solvers.RidgeFolds", refuse)
+        monkeypatch.setattr("heads.solvers.RidgeFits", refuse)
     with pytest.raises(ConfigError, match="fold 0"):
         fit_heads(subjects, FitConfig(loss, head), folder)
     assert not (folder / "predictions.zarr").exists() and not (folder / "heads").exists()

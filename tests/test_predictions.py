@@ -8,13 +8,13 @@ from featcache.splits import assign_folds
 from featcache.store import Row, create_store
 from heads.config import RidgeConfig
 from heads.dual import DualFolds
-from heads.folds import FrozenFolds, TrainedFolds, TunedRidge
+from heads.folds import TrainedFolds, TunedRidge
 from heads.kernels import LayerKernels
 from heads.layers import LayerRows
 from heads.metrics import pearson_r
 from heads.predictions import LinearFits, Piece, comparable, level_and_spread
 from heads.priors import prior_set
-from heads.ridge import LinearMap, RidgeFolds
+from heads.ridge import LinearMap
 
 N_FOLDS, N_TRAIN, N_TEST, N_FEATURES, N_VERTICES = 3, 90, 8, 10, 4
 IDS = np.random.default_rng(2).permutation(73_000)[:N_TRAIN]
@@ -87,9 +87,9 @@ def planted(seed=0, n_features=N_FEATURES):
 @pytest.mark.parametrize("n_features", [N_FEATURES, 120], ids=["few features", "many"])
 def test_linear_heads_of_shared_features_are_applied_as_they_are(n_features):
     features, responses = planted(n_features=n_features)
-    solver = FrozenFolds(RidgeFolds(features[:N_TRAIN], FOLDS, RidgeConfig()), FOLDS)
-    maps = [fold.final for fold in solver.fit(responses)]
-    fits = LinearFits(solver, [features], N_TRAIN, [""]).fit(responses)
+    maps = [LinearMap(torch.randn(n_features, N_VERTICES), torch.randn(N_VERTICES)) for _ in range(N_FOLDS)]
+    solver = TrainedFolds({"lh": maps}, FOLDS, list(range(N_FOLDS)))
+    fits = LinearFits(solver, [features], N_TRAIN, [""]).fit(responses, hemisphere="lh")
     for k, (fold, head) in enumerate(zip(fits.folds, maps, strict=True)):
         everything = features.double() @ head.weights.double() + head.intercept.double()
         ((rows, predictions, mean, spread),) = fold.held_out

@@ -13,10 +13,8 @@ from sklearn.linear_model import Ridge
 
 import heads.ridge
 from featcache.errors import ConfigError
-from featcache.splits import assign_folds
 from heads.config import RidgeConfig
-from heads.metrics import pearson_r
-from heads.ridge import LinearMap, RidgeFolds, RidgeHead, _gcv_errors, _loo_errors, eigenbasis, is_exact
+from heads.ridge import RidgeHead, _gcv_errors, _loo_errors, eigenbasis, is_exact
 
 SHAPES = [(60, 10), (10, 60), (21, 20), (20, 20), (20, 21), (22, 20), (5, 1), (3, 4)]
 MULTIPLES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
@@ -264,7 +262,7 @@ def test_auto_gives_the_heads_of_the_selection_it_stands_for(n_images, meant):
 def test_vertices_do_not_depend_on_their_block(n_images, n_features, selection, monkeypatch):
     features, responses, _ = planted(n_images, n_features, n_vertices=11)
     whole = RidgeHead(selection=selection).fit(features, responses)
-    monkeypatch.setattr(heads.ridge, "_VERTEX_BLOCK", 3)
+    monkeypatch.setattr(heads.ridge, "VERTEX_BLOCK", 3)
     blocks = RidgeHead(selection=selection).fit(features, responses)
     np.testing.assert_array_equal(blocks.penalties_, whole.penalties_)
     np.testing.assert_allclose(blocks.weights_, whole.weights_, atol=1e-6)
@@ -361,70 +359,3 @@ def test_settings_that_mean_nothing_are_refused(settings):
     features, responses, _ = planted(20, 5)
     with pytest.raises(ConfigError):
         RidgeHead(**settings).fit(features, responses)
-
-
-def out_of_fold(features, responses, folds, config):
-    predictions = torch.empty(responses.shape)
-    x, y = torch.from_numpy(features), torch.from_numpy(responses)
-    for fold, head in enumerate(RidgeFolds(x, folds, config).fit(y)):
-        predictions[folds == fold] = head(x[folds == fold])
-    return predictions.numpy()
-
-
-@both_selections
-@pytest.mark.parametrize("offset", [0, 1000])
-@pytest.mark.parametrize(("n_images", "n_features"), [(120, 10), (40, 60), (40, 32), (40, 33), (40, 31)])
-def test_every_fold_is_fitted_as_if_alone(n_images, n_features, offset, selection):
-    features, responses, _ = planted(n_images, n_features, noise=1)
-    features, responses = features + np.float32(offset), responses - np.float32(offset)
-    folds = np.arange(n_images) % 5  # equal folds, so that 32 training images meet 31, 32 and 33 features
-    config = RidgeConfig(penalties=MULTIPLES[2:], selection=selection)
-    maps = RidgeFolds(torch.from_numpy(features), folds, config).fit(torch.from_numpy(responses))
-    assert len(maps) == 5
-    for fold, head in enumerate(maps):
-        assert isinstance(head, LinearMap)
-        trained = folds != fold
-        alone = RidgeHead(config.penalties, selection).fit(features[trained], responses[trained])
-        np.testing.assert_allclose(head.weights, alone.weights_, atol=2e-3)
-        predictions = head(torch.from_numpy(features))
-        np.testing.assert_allclose(predictions, alone.predict(features), atol=2e-2 if offset else 1e-3)
-
-
-@both_selections
-@pytest.mark.parametrize(("n_images", "n_features"), [(120, 10), (40, 60)])
-def test_held_out_responses_do_not_reach_their_fold(n_images, n_features, selection):
-    features, responses, _ = planted(n_images, n_features, noise=1)
-    folds, x = np.arange(n_images) % 4, torch.from_numpy(features)
-    solver = RidgeFolds(x, folds, RidgeConfig(penalties=MULTIPLES, selection=selection))
-    before = solver.fit(torch.from_numpy(responses))
-    other = responses.copy()
-    other[folds == 2] = np.random.default_rng(5).normal(size=other[folds == 2].shape)
-    after = solver.fit(torch.from_numpy(other))
-    np.testing.assert_allclose(after[2](x), before[2](x), atol=1e-4)
-    assert (after[1](x) - before[1](x)).abs().max() > 0.01
-
-
-def test_one_solver_serves_many_responses():
-    features, responses, _ = planted(60, 8, n_vertices=10)
-    solver = RidgeFolds(torch.from_numpy(features), np.arange(60) % 3, RidgeConfig())
-    together = solver.fit(torch.from_numpy(responses))
-    parts = [solver.fit(torch.from_numpy(responses[:, block])) for block in (slice(0, 4), slice(4, 10))]
-    for fold, head in enumerate(together):
-        weights = torch.cat([part[fold].weights for part in parts], 1)
-        np.testing.assert_allclose(weights, head.weights, atol=1e-5)
-
-
-@pytest.mark.parametrize(("n_images", "n_features"), [(400, 20), (150, 200)])
-@both_selections
-def test_shuffled_responses_cannot_be_predicted(n_images, n_features, selection):
-    features, responses, _ = planted(n_images, n_features, n_vertices=60)
-    folds, config = assign_folds(np.arange(n_images), 5, 0), RidgeConfig(selection=selection)
-    shuffled = responses[np.random.default_rng(3).permutation(n_images)]
-    assert mean_r_in_folds(features, responses, folds, config) > 0.4
-    assert abs(mean_r_in_folds(features, shuffled, folds, config)) < 0.05
-
-
-def mean_r_in_folds(features, responses, folds, config):
-    """Fold by fold: across folds, the mean of the training images is below where that of the held-out ones is above."""
-    predictions = out_of_fold(features, responses, folds, config)
-    return np.mean([pearson_r(predictions[folds == fold], responses[folds == fold]) for fold in np.unique(folds)])
