@@ -334,6 +334,9 @@ def fit_heads(
     sparsity: Annotated[
         float, typer.Option(help="spatial: penalty of maps that spread over many places.")
     ] = SpatialConfig.sparsity,
+    max_memory: Annotated[
+        float, typer.Option(help="10^9 bytes that the process may take; 0: what is free.")
+    ] = FitConfig.max_memory,
     device: Device = FitConfig.device,
     as_json: AsJson = False,
 ) -> None:
@@ -354,6 +357,7 @@ def fit_heads(
         folds,
         seed,
         device,
+        max_memory,
         adamw=adamw,
         spatial=SpatialConfig(rank, space, token_dropout, smoothness, sparsity),
     )

@@ -1,91 +1,98 @@
-"""Exact heads with 5-fold out-of-fold predictions: time against the one product X'Y, and peak memory.
+"""Exact heads of a full-size subject against the one product X'Y that no method can avoid, and their peak memory.
 
-    python benchmarks/exact_heads.py --images 2000 --features 1280 --vertices 20000
+    PYTHONPATH=. python benchmarks/exact_heads.py [--quick]
 
-Responses lie in a file, as a challenge's do. Everything is measured in this one run, the product before and after.
+Once as one fit of all images, and once as `fit-heads` does it: five folds, out-of-fold and test predictions, responses
+in a file. The product is of matrices that are in memory.
 """
 
-import argparse
-import json
-import platform
-import resource
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from measure import Figure, options, paired, peak_gb, report
 
 from featcache.challenge import Subject
+from featcache.device import keep_freed_memory
 from featcache.images import ImageFiles
 from featcache.splits import assign_folds
 from heads.config import RidgeConfig
-from heads.folds import FrozenFolds
-from heads.predictions import LinearFits, cross_validate
-from heads.ridge import RidgeFolds
+from heads.predictions import cross_validate
+from heads.ridge import VERTEX_BLOCK, RidgeHead
+from heads.ridge_folds import RidgeFits
+
+PENALTIES = tuple(float(10 ** (k / 3)) for k in range(-14, 16))
 
 
-def peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in KiB
-
-
-def make_subject(folder: Path, features: torch.Tensor, n_train: int, n_vertices: int) -> Subject:
-    """Responses of planted weights plus noise, written in blocks of vertices."""
+def make_subject(folder: Path, n_images: tuple[int, int], responses: torch.Tensor) -> Subject:
+    """One hemisphere, with its responses in a file."""
     path = folder / "training_split" / "training_fmri" / "lh_training_fmri.npy"
     path.parent.mkdir(parents=True)
-    responses = np.lib.format.open_memmap(path, "w+", np.float32, (n_train, n_vertices))
-    for start in range(0, n_vertices, 1000):
-        block = features[:n_train] @ torch.randn(features.shape[1], min(1000, n_vertices - start)) / 30
-        responses[:, start : start + 1000] = block + torch.randn_like(block)
-    responses.flush()
-    n_test = len(features) - n_train
+    np.save(path, responses.numpy())
+    n_train, n_test = n_images
     train = ImageFiles((folder,) * n_train, np.arange(n_train))
     test = ImageFiles((folder,) * n_test, np.arange(n_train, n_train + n_test))
-    return Subject("subj01", folder, train, test, {"lh": n_vertices}, {"lh": {}}, {"lh": None}, {"lh": None})
+    return Subject("subj01", folder, train, test, {"lh": responses.shape[1]}, {"lh": {}}, {"lh": None}, {"lh": None})
 
 
-def product_seconds(features: torch.Tensor, subject: Subject) -> float:
-    """X'Y in the blocks that the heads use."""
-    x, responses, seconds = features[: len(subject.train)].T.contiguous(), subject.responses("lh"), 0.0
-    for start in range(0, responses.shape[1], 4096):
-        y = torch.from_numpy(np.array(responses[:, start : start + 4096]))
-        began = time.perf_counter()
-        x @ y
-        seconds += time.perf_counter() - began
-    return seconds
+def planted(features: torch.Tensor, n_train: int, n_vertices: int) -> torch.Tensor:
+    """(n_train, n_vertices) responses of planted weights, plus as much noise."""
+    responses = torch.empty(n_train, n_vertices)
+    for block in responses.split(VERTEX_BLOCK, dim=1):
+        weights = torch.randn(features.shape[1], block.shape[1]) / features.shape[1] ** 0.5
+        torch.addmm(torch.randn(block.shape), features[:n_train], weights, out=block)
+    return responses
+
+
+def product(features: torch.Tensor, responses: torch.Tensor) -> None:
+    """X'Y, in the blocks that the heads use: no slower than in one."""
+    for block in responses.split(VERTEX_BLOCK, dim=1):
+        features.T @ block
+
+
+def fold_by_fold(features: torch.Tensor, folds: np.ndarray, subject: Subject, save: bool) -> None:
+    heads = RidgeFits(features, folds, RidgeConfig(PENALTIES), save)
+    cross_validate(heads, subject, "lh", lambda n: None)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--test-images", type=int, default=200)
-    parser.add_argument("--features", type=int, default=1280)
-    parser.add_argument("--vertices", type=int, default=20000)
-    options = parser.parse_args()
+    sizes = options(
+        __doc__, images=(9841, 600), test_images=(159, 60), features=(2048, 128), vertices=(39548, 3000), rounds=(3, 1)
+    )
+    keep_freed_memory()
     torch.manual_seed(0)
+    features = torch.randn(sizes.images + sizes.test_images, sizes.features)
+    x, n_images = features[: sizes.images], (sizes.images, sizes.test_images)
+    y = planted(features, sizes.images, sizes.vertices)
+    folds = assign_folds(np.arange(sizes.images), 5, 0)
+    once = partial(product, x, y)
+    once()
+    details = {key: value for key, value in vars(sizes).items() if key != "quick"} | {"penalties": len(PENALTIES)}
+    size = f"{sizes.images:,} x {sizes.features:,} -> {sizes.vertices:,}, {len(PENALTIES)} penalties"
+    figures = []
     with tempfile.TemporaryDirectory() as folder:
-        features = torch.randn(options.images + options.test_images, options.features)
-        subject = make_subject(Path(folder), features, options.images, options.vertices)
-        before, product = peak_gb(), [product_seconds(features, subject)]
-        folds = assign_folds(subject.train.ids, 5, 0)
-        began = time.perf_counter()
-        solver = FrozenFolds(RidgeFolds(features[: options.images], folds, RidgeConfig()), folds)
-        heads = LinearFits(solver, [features], options.images, [""])
-        decomposed = time.perf_counter() - began
-        cross_validate(heads, subject, "lh", lambda n: None)
-        seconds = time.perf_counter() - began
-        product.append(product_seconds(features, subject))
-    result = vars(options) | {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "penalties": len(RidgeConfig().penalties),
-        "product_seconds": [round(p, 2) for p in product],
-        "heads_seconds": round(seconds, 2),
-        "eigendecompositions_seconds": round(decomposed, 2),
-        "times_the_product": round(seconds / (sum(product) / 2), 2),
-        "peak_gb": round(peak_gb(), 2),
-        "peak_gb_before": round(before, 2),
-    }
-    print(json.dumps(result))
+        subject = make_subject(Path(folder), n_images, y)
+        runs = [
+            (f"exact heads, {size}, per vertex", lambda: RidgeHead(PENALTIES).fit(x, y), 1.6),
+            (
+                "the same, with 5-fold out-of-fold and test predictions",
+                partial(fold_by_fold, features, folds, subject, False),
+                4.0,
+            ),
+            (
+                "and with weights on the features to save, as fit-heads does",
+                partial(fold_by_fold, features, folds, subject, True),
+                None,
+            ),
+        ]
+        for what, run, target in runs:
+            ours, theirs, ratio = paired(run, once, sizes.rounds)
+            gflops = 2e-9 * sizes.images * sizes.features * sizes.vertices / theirs
+            measured = {"seconds": ours, "product_seconds": theirs, "product_gflops": gflops, "peak_gb": peak_gb()}
+            figures.append(Figure(what, "the one product X'Y", ratio, target, details=details | measured))
+    report(figures)
 
 
 if __name__ == "__main__":

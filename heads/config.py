@@ -130,6 +130,7 @@ class FitConfig:
     n_folds: int = 5  # of the training images, by image id
     seed: int = 0  # of the folds and of the gradient loop
     device: str = "auto"
+    max_memory: float = 0.0  # 10^9 bytes of main memory that the process may take; 0: what is free
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
     spatial: SpatialConfig = field(default_factory=SpatialConfig)
@@ -140,6 +141,7 @@ class FitConfig:
         one_of("device", self.device, DEVICES)
         at_least("folds", self.n_folds, 2)
         at_least("seed", self.seed, 0)
+        at_least("max-memory", self.max_memory, 0)
         parse_loss(self.loss)
         if self.solver == "exact" and not self.exact_reaches_optimum:
             raise ConfigError(

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from featcache.challenge import Subject
 from featcache.config import ExtractConfig, LayerConfig, fingerprint
 from featcache.contents import response_digest, subject_digests
-from featcache.device import free_memory, keep_freed_memory, resolve_device
+from featcache.device import keep_freed_memory, resolve_device
 from featcache.errors import ConfigError, StoreError
 from featcache.extract import FOLDER as FEATURES
 from featcache.progress import bar, say
@@ -24,9 +24,10 @@ from featcache.store import Store, create_store, open_store, store_path
 from heads.config import FitConfig, SpatialConfig, adamw_of
 from heads.dual import METHOD
 from heads.features import FeatureSet, feature_sets, layer_of
+from heads.memory import memory_at_start, spare_memory
 from heads.metrics import VertexScores, pearson_r
 from heads.predictions import FoldPredictor, cross_validate
-from heads.solvers import FEATURE_SHARE, memory_at_start, predictor_of, read_by_its_heads, under_priors
+from heads.solvers import FEATURE_SHARE, predictor_of, read_by_its_heads, under_priors
 from heads.spatial_folds import Member, SpatialFolds
 
 FOLDER = "predictions.zarr"
@@ -109,7 +110,7 @@ class _Trainings:
         group = self.group(subject, features)
         key = id(group)
         if key not in self._made:  # the last one alone is kept: its features fill memory
-            budget = free_memory() * FEATURE_SHARE / sum(len(one.stores) for _, one in group)
+            budget = spare_memory(self._config.max_memory) * FEATURE_SHARE / sum(len(one.stores) for _, one in group)
             members = [self._member(*pair, device, budget) for pair in group]
             made = SpatialFolds(members, self._config, device)
             for number, member in enumerate(members):  # folds that are too small are refused before there is a store

@@ -18,6 +18,7 @@ import torch
 from heads.config import RidgeConfig
 from heads.predictions import Fits, FoldFit, Piece
 from heads.ridge import (
+    TOGETHER,
     VERTEX_BLOCK,
     Eigenbasis,
     eigenbasis,
@@ -26,6 +27,24 @@ from heads.ridge import (
     penalty_errors,
     sum_of_squares,
 )
+
+
+def memory_of(
+    n_images: tuple[int, int], n_features: int, n_vertices: Sequence[int], n_folds: int
+) -> tuple[float, float]:
+    """Bytes that a subject's fit takes whatever the block of vertices, and for each vertex of a block.
+
+    n_images : to train on, and to test
+    n_vertices : of each hemisphere
+    """
+    n_train, n_all, largest = n_images[0], sum(n_images), max(n_vertices)
+    rank = min(n_features, n_train)
+    features = n_all * n_features * 2 + (n_train + n_folds * n_images[1]) * rank + n_folds * rank * n_features
+    decomposition = 8 * rank * rank  # in float64, with what it works on
+    # responses are a file that is mapped, and count as long as nothing else needs their place
+    results = (n_all + n_train) * largest + 2 * n_features * sum(n_vertices)
+    block = (2 * n_folds + 4) * rank + 4 * n_train + n_folds * n_images[1] + n_features
+    return 4.0 * (features + decomposition + results) + 16.0 * TOGETHER, 4.0 * block
 
 
 class _Fold(NamedTuple):
@@ -51,9 +70,16 @@ class RidgeFits:
     save : whether weights on the features are wanted, the mean over folds
     """
 
-    def __init__(self, features: torch.Tensor, folds: np.ndarray, config: RidgeConfig, save: bool = True) -> None:
-        self._config, self._save, self._n_train = config, save, len(folds)
-        self.vertex_block: int | None = VERTEX_BLOCK
+    def __init__(
+        self,
+        features: torch.Tensor,
+        folds: np.ndarray,
+        config: RidgeConfig,
+        save: bool = True,
+        vertex_block: int = VERTEX_BLOCK,
+    ) -> None:
+        self._config, self._save = config, save
+        self.vertex_block: int | None = vertex_block
         held_out = [np.flatnonzero(folds == k) for k in range(folds.max() + 1)]
         trained = [torch.from_numpy(np.flatnonzero(folds != k)).to(features.device) for k in range(folds.max() + 1)]
         self._tall = min(map(len, trained)) > features.shape[1]
@@ -98,8 +124,9 @@ class RidgeFits:
         """(rank, n_vertices) weights on the axes, each vertex under the penalty of its least error."""
         values, n_images = fold.basis.values, fold.basis.n_images
         offered = fold.basis.penalties(self._config.penalties)
-        exact = is_exact(self._config, n_images) and fold.own is not None and target.rows is not None
-        rows = (fold.own, target.rows) if exact else None
+        rows = None
+        if is_exact(self._config, n_images) and fold.own is not None and target.rows is not None:
+            rows = fold.own, target.rows
         errors = penalty_errors(values, n_images, target.rotated, target.squares, offered, rows)
         return target.rotated.div_(values[:, None] + offered[errors.argmin(0)])
 
@@ -172,7 +199,9 @@ class _Part(NamedTuple):
 
 def _about_the_mean(parts: Sequence[_Part], k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean of all parts but one, and how far theirs are from it, so that squares and products about it are those
-    about the parts' own means plus those of the latter (Chan, Golub and LeVeque 1983, doi:10.1080/00031305.1983.10483115).
+    about the parts' own means plus those of the latter.
+
+    Chan, Golub and LeVeque 1983, https://doi.org/10.1080/00031305.1983.10483115
     """
     others = [part for j, part in enumerate(parts) if j != k]
     counts = torch.tensor([len(part.centred) for part in others], device=parts[0].mean.device)[:, None]

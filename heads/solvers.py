@@ -1,6 +1,5 @@
 """How heads are fitted to one subject's features: the choice between solvers, and the memory that it takes."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,8 @@ import torch
 from featcache.challenge import Subject
 from featcache.checkpoint import find_checkpoint
 from featcache.config import POOLED
-from featcache.device import free_memory, used_memory
 from featcache.errors import ConfigError
-from featcache.progress import say, size_of
+from featcache.progress import say
 from featcache.roi import HEMISPHERES
 from featcache.splits import refuse_leak
 from heads.config import FitConfig
@@ -22,9 +20,11 @@ from heads.encoder import linear_map_of, saved_shapes, spatial_head_of
 from heads.features import FeatureSet
 from heads.folds import FoldSolver, FrozenFolds, TrainedFolds, TunedAdamW, TunedRidge
 from heads.kernels import LayerKernels
+from heads.memory import block_that_fits, memory_at_start, said, spare_memory
 from heads.predictions import FoldPredictor, LinearFits
 from heads.priors import DEPTHS, prior_set
-from heads.ridge_folds import RidgeFits
+from heads.ridge import VERTEX_BLOCK
+from heads.ridge_folds import RidgeFits, memory_of
 from heads.spatial_folds import TrainedSpatialFits
 from heads.training import AdamWFolds
 
@@ -57,25 +57,31 @@ def predictor_of(
     held_out = of.held_out() if of.trained else list(range(folds.max() + 1))
     names = [f"fold{k}." for k in held_out] if of.trained else [""]
     if config.resolved_solver == "trained":
-        return trained_heads(subject, of, folds, device, work)
+        return trained_heads(subject, of, folds, device, work, config.max_memory)
     if under_priors(of, config):
         return _dual(subject, of, folds, held_out, config, device)
-    features = [rows.dense() for rows in of.read(device, 0)]
     if config.resolved_solver == "exact" and not of.trained:
-        return RidgeFits(features[0], folds, config.ridge)
+        return _ridge(subject, of, folds, config, device)
+    features = [rows.dense() for rows in of.read(device, 0)]
     return LinearFits(_solver(features, folds, subject, of, config), features, len(folds), names)
 
 
-@functools.cache
-def memory_at_start() -> int:
-    """Of this process before its first fit: what one subject leaves is used for the next."""
-    return used_memory()
+def _ridge(subject: Subject, of: FeatureSet, folds: np.ndarray, config: FitConfig, device: str) -> FoldPredictor:
+    (rows,) = of.read(device, 0)
+    n_images, n_vertices = (len(subject.train), len(subject.test)), tuple(subject.n_vertices.values())
+    fixed, per_vertex = memory_of(n_images, rows.n_features, n_vertices, int(folds.max()) + 1)
+    block = block_that_fits(fixed, per_vertex, min(VERTEX_BLOCK, max(n_vertices)), config.max_memory)
+    say(
+        f"{subject.name}: {rows.n_features:,} features, {len(folds):,} images: {block:,} vertices at a time; "
+        + said(memory_at_start() + fixed + block * per_vertex)
+    )
+    return RidgeFits(rows.dense(), folds, config.ridge, vertex_block=block)
 
 
 def _dual(
     subject: Subject, of: FeatureSet, folds: np.ndarray, held_out: Sequence[int], config: FitConfig, device: str
 ) -> FoldPredictor:
-    free = free_memory()
+    free = spare_memory(config.max_memory)
     rows = of.read(device, free * FEATURE_SHARE / len(of.stores))
     kernels = [LayerKernels(one, len(folds), free * _STACK_SHARE / len(rows)) for one in rows]
     priors = prior_set(rows[0].grids, DEPTHS if len(of.names) > 1 else (None,), len(folds))
@@ -89,8 +95,8 @@ def _dual(
     )
     streamed = list(dict.fromkeys(name for one in rows for name in one.streamed))
     say(
-        f"{subject.name}: {rows[0].n_features:,} features, {n_trained:,} images to fit to: {_WAYS[solver.way]}; about "
-        f"{size_of(peak)} of memory"
+        f"{subject.name}: {rows[0].n_features:,} features, {n_trained:,} images to fit to: {_WAYS[solver.way]}; "
+        + said(peak)
         + (f"; {', '.join(streamed)} read from the store block by block" if streamed else "")
     )
     return solver
@@ -112,7 +118,9 @@ def _solver(
             return FrozenFolds(solver, folds)
 
 
-def trained_heads(subject: Subject, of: FeatureSet, folds: np.ndarray, device: str, work: Path) -> FoldPredictor:
+def trained_heads(
+    subject: Subject, of: FeatureSet, folds: np.ndarray, device: str, work: Path, max_memory: float = 0.0
+) -> FoldPredictor:
     """The heads that were trained with the backbones of these features. Raises CheckpointError where they are gone."""
     checkpoints = [find_checkpoint(work, store.facts["checkpoint"]) for store in of.stores]
     for checkpoint, fold in zip(checkpoints, of.held_out(), strict=True):
@@ -132,7 +140,7 @@ def trained_heads(subject: Subject, of: FeatureSet, folds: np.ndarray, device: s
             f"{', '.join(missing)} of their shape; extract with the --layers and --grid of the training"
             + (f" ({', '.join(map(str, grids))} places a side)" if grids else "")
         )
-    rows = replace(of, arrays=tuple(shapes)).read(device, free_memory() * FEATURE_SHARE / len(of.stores))
+    rows = replace(of, arrays=tuple(shapes)).read(device, spare_memory(max_memory) * FEATURE_SHARE / len(of.stores))
     if not maps:
         spatial = {h: [spatial_head_of(*pair, subject.name, h) for pair in pairs] for h in HEMISPHERES}
         return TrainedSpatialFits(spatial, rows, folds, of.held_out())

@@ -177,7 +177,7 @@ def test_folds_of_a_training_are_in_the_recipe_and_not_those_asked_for(work, tin
 def test_what_a_fit_refuses_leaves_no_store_behind(work, tiny, tmp_path, monkeypatch, backbone, head, loss):
     """Splits that are too small are met by every solver, each in its own place."""
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise ConfigError("fold 0: expected enough images")
 
     folder = work if backbone == "trained" else tmp_path / "frozen"

@@ -43,6 +43,7 @@ ORDER = [
     "heads.features",
     "heads.folds",
     "heads.predictions",
+    "heads.memory",
     "heads.ridge_folds",
     "heads.priors",
     "heads.kernels",

@@ -1,0 +1,40 @@
+"""How much memory a fit may take, and what it says of it before it starts."""
+
+import functools
+
+from featcache.device import free_memory, used_memory
+from featcache.errors import ConfigError
+from featcache.progress import size_of
+
+
+@functools.cache
+def memory_at_start() -> int:
+    """Of this process before its first fit: what one subject leaves is used for the next."""
+    return used_memory()
+
+
+def spare_memory(most: float) -> float:
+    """Bytes that a fit may take: what is free, within what is left of `most`, 10^9 bytes of the process; 0: no cap."""
+    return min(free_memory(), most * 1e9 - memory_at_start()) if most else free_memory()
+
+
+def block_that_fits(fixed: float, per_vertex: float, largest: int, most: float, least: int = 64) -> int:
+    """Vertices at a time, up to `largest`, so that a fit stays in what it may take.
+
+    fixed, per_vertex : bytes that it takes whatever the block, and for each vertex of a block
+
+    Raises ConfigError where not even the smallest block fits into --max-memory; what is free is only a guess, and the
+    system may yet give more.
+    """
+    spare = spare_memory(most)
+    if most and fixed + least * per_vertex > spare:
+        raise ConfigError(
+            f"--max-memory: expected {(memory_at_start() + fixed + least * per_vertex) / 1e9:.2g} GB or more for these "
+            f"images, features and vertices; found {most:g}; give more, or extract fewer features"
+        )
+    return int(min(max((spare - fixed) / per_vertex, least), largest))
+
+
+def said(n_bytes: float) -> str:
+    """For a person."""
+    return f"about {size_of(n_bytes)} of memory"
