@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         subject = make_subject(Path(folder), n_images, y)
         runs = [
-            (f"exact heads, {size}, per vertex", lambda: RidgeHead(PENALTIES).fit(x, y), 1.6),
+            (f"exact heads, {size}, per vertex", lambda: RidgeHead(PENALTIES).fit(x, y).weights_, 1.6),
             (
                 "the same, with 5-fold out-of-fold and test predictions",
                 partial(fold_by_fold, features, folds, subject, False),

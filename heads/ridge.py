@@ -57,17 +57,28 @@ class Eigenbasis:
     n_images : number of images they come from
     mean : (n_features,) mean of the features over those images
     values : (rank,) eigenvalues of X'X that are not null, ascending
-    vectors : (n_features, rank) their eigenvectors
+    mixing : (n_features, rank) their eigenvectors; with fewer images than features these are rows' @ mixing instead
+    rows : None, or (n_images, n_features) the centred features
     """
 
     n_images: int
     mean: torch.Tensor
     values: torch.Tensor
-    vectors: torch.Tensor
+    mixing: torch.Tensor
+    rows: torch.Tensor | None = None
 
     def scores(self, features: torch.Tensor) -> torch.Tensor:
         """(n, rank) of any images, (n, n_features)."""
-        return (features - self.mean) @ self.vectors
+        centred = features - self.mean
+        return (centred if self.rows is None else centred @ self.rows.T) @ self.mixing
+
+    def own_scores(self, features: torch.Tensor) -> torch.Tensor:
+        """(n_images, rank) of the images that the axes come from, given again."""
+        return self.scores(features) if self.rows is None else self.mixing * self.values
+
+    def weights(self, on_axes: torch.Tensor) -> torch.Tensor:
+        """(n_features, n_vertices) on the features, from weights on the axes, (rank, n_vertices)."""
+        return self.mixing @ on_axes if self.rows is None else self.rows.T @ (self.mixing @ on_axes)
 
     def penalties(self, multiples: Sequence[float]) -> torch.Tensor:
         """(n_penalties,) in the units of the eigenvalues."""
@@ -88,7 +99,7 @@ def eigenbasis(features: torch.Tensor) -> Eigenbasis:
     if n_images > n_features:
         return eigenbasis_of_gram(centred.T @ centred, mean, n_images)
     values, left = eigh_of(centred @ centred.T)
-    return Eigenbasis(n_images, mean, values, centred.T @ (left / values.sqrt()))
+    return Eigenbasis(n_images, mean, values, left / values.sqrt(), centred)
 
 
 def eigenbasis_of_gram(gram: torch.Tensor, mean: torch.Tensor, n_images: int) -> Eigenbasis:
@@ -173,7 +184,7 @@ def maps_of_penalties(
     basis: Eigenbasis, rotated: torch.Tensor, response_mean: torch.Tensor, penalties: torch.Tensor
 ) -> LinearMap:
     """The map of each vertex under its penalty, (n_vertices,), from U'X'Y."""
-    weights = basis.vectors @ (rotated / (basis.values[:, None] + penalties))
+    weights = basis.weights(rotated / (basis.values[:, None] + penalties))
     return LinearMap(weights, response_mean - basis.mean @ weights)
 
 
@@ -216,33 +227,58 @@ class RidgeHead(RegressorMixin, BaseEstimator):
                 f"expected 3 or more images, as many features as responses; found {len(x)} and {len(y)} rows"
             )
         basis = eigenbasis(x)
-        scores = basis.scores(x)
-        weights, (intercept, penalties) = y.new_empty(x.shape[1], y.shape[1]), y.new_empty(2, y.shape[1])
+        level, penalties = y.new_empty(2, y.shape[1])
+        on_axes = y.new_empty(len(basis.values), y.shape[1])
+        scores, offered = basis.own_scores(x), basis.penalties(config.penalties)
         for start in range(0, y.shape[1], VERTEX_BLOCK):
             block = slice(start, start + VERTEX_BLOCK)
-            intercept[block] = y[:, block].mean(0)
-            centred = y[:, block] - intercept[block]
+            level[block] = y[:, block].mean(0)
+            centred = y[:, block] - level[block]
             rotated = scores.T @ centred
-            squares, rows = sum_of_squares(centred), (scores, centred) if is_exact(config, len(x)) else None
-            offered = basis.penalties(config.penalties)
-            errors = penalty_errors(basis.values, len(x), rotated, squares, offered, rows)
+            rows = (scores, centred) if is_exact(config, len(x)) else None
+            errors = penalty_errors(basis.values, len(x), rotated, sum_of_squares(centred), offered, rows)
             penalties[block] = offered[errors.argmin(0)]
-            rotated /= basis.values[:, None] + penalties[block]
-            torch.mm(basis.vectors, rotated, out=weights[:, block])
-        intercept -= basis.mean @ weights
-        self.weights_, self.intercept_ = _like(responses, weights), _like(responses, intercept)
-        self.penalties_ = _like(responses, penalties)
+            torch.div(rotated, basis.values[:, None] + penalties[block], out=on_axes[:, block])
+        self._basis, self._on_axes, self._level = basis, on_axes, level
+        self._map: LinearMap | None = None
+        self._tensors = isinstance(responses, torch.Tensor)
+        self.penalties_ = self._own(penalties)
         self.n_features_in_ = x.shape[1]
         return self
+
+    @property
+    def weights_(self) -> Any:
+        return self._own(self._linear_map().weights)
+
+    @property
+    def intercept_(self) -> Any:
+        return self._own(self._linear_map().intercept)
+
+    def _linear_map(self) -> LinearMap:
+        """Formed when it is asked for: predictions need no weights on features, and with few images it is most work."""
+        check_is_fitted(self)
+        if self._map is None:
+            weights = self._basis.weights(self._on_axes)
+            self._map = LinearMap(weights, self._level - self._basis.mean @ weights)
+            del self._on_axes
+        return self._map
 
     def predict(self, features: Any) -> Any:
         """(n_images, n_vertices) float32, of the kind that `features` is. Raises NotFittedError before `fit`."""
         check_is_fitted(self)
         x = _matrix("features", features)
-        weights, intercept = (torch.as_tensor(w, device=x.device) for w in (self.weights_, self.intercept_))
-        if x.shape[1] != len(weights):
-            raise ConfigError(f"expected {len(weights)} features, as in fit; found {x.shape[1]}")
-        return _like(features, LinearMap(weights, intercept)(x))
+        if x.shape[1] != self.n_features_in_:
+            raise ConfigError(f"expected {self.n_features_in_} features, as in fit; found {x.shape[1]}")
+        given, x = x.device, x.to(self._level.device)
+        if self._map is None:
+            predictions = torch.addmm(self._level, self._basis.scores(x), self._on_axes)
+        else:
+            predictions = self._map(x)
+        return predictions.to(given) if isinstance(features, torch.Tensor) else predictions.cpu().numpy()
+
+    def _own(self, values: torch.Tensor) -> Any:
+        """As the kind of thing that `fit` was given."""
+        return values if self._tensors else values.cpu().numpy()
 
 
 def _matrix(name: str, values: Any) -> torch.Tensor:
@@ -256,8 +292,3 @@ def _matrix(name: str, values: Any) -> torch.Tensor:
     if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():
         raise ConfigError(f"expected finite {name}; found NaN or infinity; remove those rows or columns")
     return matrix
-
-
-def _like(reference: Any, result: torch.Tensor) -> Any:
-    """The result as the kind of thing that the caller works with."""
-    return result if isinstance(reference, torch.Tensor) else result.cpu().numpy()

@@ -91,7 +91,7 @@ class RidgeFits:
                 trained[k],
                 basis,
                 (basis.scores(features[held_out[k]]), basis.scores(features[len(folds) :])),
-                basis.scores(features[trained[k]]) if self._by_rows(basis.n_images) else None,
+                basis.own_scores(features[trained[k]]) if self._by_rows(basis.n_images) else None,
             )
             for k, basis in enumerate(bases)
         ]
@@ -139,8 +139,9 @@ class RidgeFits:
         cross = _without_each([x.centred.T @ y.centred for x, y in zip(self._parts, parts, strict=True)])
         for k, (fold, square, product) in enumerate(zip(self._folds, squares, cross, strict=True)):
             mean, apart = _about_the_mean(parts, k)
-            between = _about_the_mean(self._parts, k)[1] @ fold.basis.vectors
-            rotated = torch.addmm(between.T @ apart, fold.basis.vectors.T, product)
+            axes = fold.basis.mixing
+            between = _about_the_mean(self._parts, k)[1] @ axes
+            rotated = torch.addmm(between.T @ apart, axes.T, product)
             rows = None if fold.own is None else responses[fold.trained] - mean
             yield _Target(mean, square + sum_of_squares(apart), rotated, rows)
 
@@ -177,8 +178,9 @@ class _Mean:
 
     def add(self, basis: Eigenbasis, weights: torch.Tensor, mean: torch.Tensor) -> None:
         """Of one fold, whose weights are on its axes."""
-        self._weights.addmm_(basis.vectors, weights, alpha=self._share)
-        self._intercept += self._share * (mean - (basis.mean @ basis.vectors) @ weights)
+        own = basis.weights(weights)
+        self._weights.add_(own, alpha=self._share)
+        self._intercept += self._share * (mean - basis.mean @ own)
 
     def tensors(self) -> dict[tuple[str, str], torch.Tensor]:
         return {("", "weights"): self._weights, ("", "intercept"): self._intercept}

@@ -77,9 +77,10 @@ def error_parts(features, responses, penalties):
     """What the error functions are given by `solve`."""
     x, y = torch.from_numpy(features), torch.from_numpy(responses)
     basis, centred = eigenbasis(x), y - y.mean(0)
-    rotated = basis.vectors.T @ ((x - basis.mean).T @ centred)
+    scores = basis.own_scores(x)
+    rotated = scores.T @ centred
     shrinkage = basis.values / (basis.values + torch.as_tensor(penalties, dtype=torch.float32)[:, None])
-    return basis, rotated, centred, shrinkage, (x - basis.mean) @ basis.vectors
+    return basis, rotated, centred, shrinkage, scores
 
 
 @all_shapes
@@ -227,6 +228,28 @@ def test_order_of_the_penalties_does_not_matter(selection):
     ascending = RidgeHead(penalties=MULTIPLES, selection=selection).fit(features, responses)
     descending = RidgeHead(penalties=MULTIPLES[::-1], selection=selection).fit(features, responses)
     np.testing.assert_array_equal(descending.penalties_, ascending.penalties_)
+
+
+@all_shapes
+def test_scores_are_the_features_on_orthogonal_axes(n_images, n_features):
+    features, _, _ = planted(n_images, n_features)
+    x = torch.from_numpy(features)
+    basis = eigenbasis(x)
+    axes = basis.weights(torch.eye(len(basis.values)))
+    np.testing.assert_allclose(axes.T @ axes, np.eye(len(basis.values)), atol=1e-4)
+    for scores in (basis.scores(x), basis.own_scores(x), (x - x.mean(0)) @ axes):
+        np.testing.assert_allclose(scores.T @ scores, torch.diag(basis.values), atol=1e-4 * basis.values.max())
+
+
+@all_shapes
+def test_predictions_do_not_depend_on_whether_weights_were_formed(n_images, n_features):
+    features, responses, _ = planted(n_images, n_features)
+    new = planted(7, n_features, seed=1)[0]
+    head = RidgeHead().fit(features, responses)
+    before = head.predict(new)
+    weights, intercept = head.weights_, head.intercept_
+    np.testing.assert_allclose(before, new @ weights + intercept, atol=1e-4)
+    np.testing.assert_allclose(head.predict(new), before, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(400, 10), (400, 30)])
