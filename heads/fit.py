@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,12 +249,25 @@ def _fit(
     n_vertices = sum(subject.n_vertices.values())
     with store.writing(), bar(f"{subject.name} {store.facts['model']}", n_vertices, "vertices") as advance:
         for hemisphere in HEMISPHERES:
-            predictions, saved = cross_validate(predictor, subject, hemisphere, advance, device)
-            tensors |= {f"{prefix}{hemisphere}.{part}": values for (prefix, part), values in saved.items()}
-            if len(rows) < len(subject.train):
-                predictions = np.concatenate([predictions[rows], predictions[len(subject.train) :]])
-            _append(store, hemisphere, predictions)
+            tensors |= _fit_hemisphere(subject, predictor, rows, store, hemisphere, advance, device)
         _save_weights(tensors, weights, store)
+
+
+def _fit_hemisphere(
+    subject: Subject,
+    predictor: FoldPredictor,
+    rows: np.ndarray,
+    store: Store,
+    hemisphere: str,
+    advance: Callable[[int], None],
+    device: str,
+) -> dict[str, torch.Tensor]:
+    """Store one hemisphere's predictions, which are gone before the next has its own; what is left are the heads."""
+    predictions, saved = cross_validate(predictor, subject, hemisphere, advance, device)
+    if len(rows) < len(subject.train):
+        predictions = np.concatenate([predictions[rows], predictions[len(subject.train) :]])
+    _append(store, hemisphere, predictions)
+    return {f"{prefix}{hemisphere}.{part}": values for (prefix, part), values in saved.items()}
 
 
 def _append(store: Store, hemisphere: str, predictions: np.ndarray) -> None:

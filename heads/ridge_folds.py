@@ -50,12 +50,12 @@ def memory_of(
 class _Fold(NamedTuple):
     """What one fold's heads are made of, whatever the responses.
 
-    held_out, trained : row numbers
+    held_out, trained : row numbers, where the features are
     scores : of the held-out images and of the test images, on the axes of the trained ones
     own : of the trained ones, where they are needed
     """
 
-    held_out: np.ndarray
+    held_out: torch.Tensor
     trained: torch.Tensor
     basis: Eigenbasis
     scores: tuple[torch.Tensor, torch.Tensor]
@@ -80,8 +80,8 @@ class RidgeFits:
     ) -> None:
         self._config, self._save = config, save
         self.vertex_block: int | None = vertex_block
-        held_out = [np.flatnonzero(folds == k) for k in range(folds.max() + 1)]
-        trained = [torch.from_numpy(np.flatnonzero(folds != k)).to(features.device) for k in range(folds.max() + 1)]
+        of_fold = torch.from_numpy(folds).to(features.device)
+        held_out, trained = zip(*(_rows_of(of_fold, k) for k in range(folds.max() + 1)), strict=True)
         self._tall = min(map(len, trained)) > features.shape[1]
         self._parts = [_Part.of(features[rows]) for rows in held_out] if self._tall else []
         bases = self._tall_bases(trained) if self._tall else (eigenbasis(features[rows]) for rows in trained)
@@ -114,7 +114,7 @@ class RidgeFits:
             weights = self._solve(fold, target)
             spread = (fold.basis.values @ weights.square() / fold.basis.n_images).sqrt()
             held_out, test = (torch.addmm(target.mean, scores, weights) for scores in fold.scores)
-            piece = Piece(fold.held_out, held_out, target.mean, torch.where(spread > 0, spread, 1))
+            piece = Piece(fold.held_out.cpu().numpy(), held_out, target.mean, torch.where(spread > 0, spread, 1))
             fits.append(FoldFit([piece], test))
             if saved is not None:
                 saved.add(fold.basis, weights, target.mean)
@@ -197,6 +197,11 @@ class _Part(NamedTuple):
         """values : rows of their own, which are centred in place"""
         mean = values.mean(0)
         return cls(mean, values.sub_(mean))
+
+
+def _rows_of(folds: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of the rows that are held out with fold k, and of the others."""
+    return torch.nonzero(folds == k)[:, 0], torch.nonzero(folds != k)[:, 0]
 
 
 def _about_the_mean(parts: Sequence[_Part], k: int) -> tuple[torch.Tensor, torch.Tensor]:
