@@ -11,14 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from featcache.challenge import Subject
 from featcache.splits import assign_folds, refuse_leak
 from featcache.store import Store
-from heads.metrics import accuracy_from_r
 
 _FOLDS, _SEED = 5, 0  # on which weights are learnt and scored; any split by image id serves
 _GREEDY_ROUNDS = 30  # members a greedy blend may have, counting repeats
+_BATCH_ROWS, _BATCH_VERTICES = 512, 256  # read at a time, and worked on: these stay in a cache
+_TIE = 1e-6  # parts of a score: less is the rounding of its sums, and no reason to take another model
 _MINIMUM_SLOPE = 1e-3  # a vertex that no model explains keeps a trace of the blend instead of a constant
 
 
@@ -58,26 +60,62 @@ def gather_moments(subject: Subject, hemisphere: str, stores: Sequence[Store]) -
         np.zeros((_FOLDS, n_vertices)),
         np.zeros((_FOLDS, n_vertices)),
     )
-    responses, step = subject.responses(hemisphere), max(store.chunk_rows(hemisphere) for store in stores)
+    responses = subject.responses(hemisphere)
+    chunk = max(store.chunk_rows(hemisphere) for store in stores)
+    step = -(-_BATCH_ROWS // chunk) * chunk
+    shift = np.zeros((n_vertices, n_models + 1))
     for start in range(0, len(folds), step):
         rows = slice(start, min(start + step, len(folds)))
-        predictions = np.stack([store.read(hemisphere, rows.start, rows.stop) for store in stores])
-        for fold in np.unique(folds[rows]):
-            members = folds[rows] == fold
-            _add(sums, fold, predictions[:, members], responses[rows][members])
+        order = np.argsort(folds[rows], kind="stable")  # each fold's rows side by side
+        columns = [torch.from_numpy(store.read(hemisphere, rows.start, rows.stop)) for store in stores]
+        columns.append(torch.from_numpy(np.array(responses[rows], dtype=np.float32)))
+        if start == 0:
+            shift = np.stack([column.mean(0, dtype=torch.float64).numpy() for column in columns], axis=1)
+        _add(sums, np.bincount(folds[rows], minlength=_FOLDS), [column[order] for column in columns], shift)
+    return _shifted_back(sums, shift)
+
+
+def _add(sums: Moments, counts: np.ndarray, columns: Sequence[torch.Tensor], shift: np.ndarray) -> None:
+    """Add a batch of rows, fold by fold, less `shift`, (n_vertices, n_models + 1).
+
+    counts : (n_folds,) rows of each fold, which lie in this order
+    columns : predictions of each model, then the responses, (n, n_vertices) float32
+
+    float32 products of numbers that are small by then, over some hundred rows, and float64 from there on. With a column
+    of ones every sum is an inner product, and all of a vertex's are one small matrix product.
+    """
+    n_models, (n, n_vertices) = len(columns) - 1, columns[0].shape
+    stops = np.cumsum(counts)
+    sums.n[:] += counts
+    buffer = torch.ones(min(_BATCH_VERTICES, n_vertices), n_models + 2, n)
+    for first in range(0, n_vertices, _BATCH_VERTICES):
+        block = slice(first, min(first + _BATCH_VERTICES, n_vertices))
+        tile = buffer[: block.stop - block.start]
+        for number, column in enumerate(columns):
+            tile[:, number].copy_(column[:, block].T)
+        tile[:, :-1] -= torch.from_numpy(shift[block]).float()[:, :, None]
+        for fold, stop in enumerate(stops):
+            part = tile[:, :, stop - counts[fold] : stop]
+            products = torch.bmm(part, part.transpose(1, 2)).numpy()
+            sums.product[fold, block] += products[:, :n_models, :n_models]
+            sums.cross[fold, block] += products[:, :n_models, n_models]
+            sums.model[fold, block] += products[:, :n_models, -1]
+            sums.response[fold, block] += products[:, n_models, -1]
+            sums.response_square[fold, block] += products[:, n_models, n_models]
+
+
+def _shifted_back(sums: Moments, shift: np.ndarray) -> Moments:
+    """The moments of the numbers as they were, from those of (numbers - shift.float32)."""
+    shift = shift.astype(np.float32).astype(np.float64)
+    models, response = shift[:, :-1], shift[:, -1]
+    for n, model, product, cross, of_response, square in zip(*vars(sums).values(), strict=True):
+        product += model[:, :, None] * models[:, None] + models[:, :, None] * model[:, None]
+        product += n * models[:, :, None] * models[:, None]
+        cross += model * response[:, None] + models * (of_response + n * response)[:, None]
+        square += 2 * response * of_response + n * response**2
+        model += n * models
+        of_response += n * response
     return sums
-
-
-def _add(sums: Moments, fold: int, predictions: np.ndarray, responses: np.ndarray) -> None:
-    """predictions (n_models, n, n_vertices), responses (n, n_vertices)"""
-    p = np.ascontiguousarray(predictions.transpose(2, 1, 0), dtype=np.float64)  # (n_vertices, n, n_models)
-    y = np.asarray(responses, dtype=np.float64)
-    sums.n[fold] += len(y)
-    sums.model[fold] += p.sum(1)
-    sums.product[fold] += p.transpose(0, 2, 1) @ p
-    sums.cross[fold] += (y.T[:, None, :] @ p)[:, 0]
-    sums.response[fold] += y.sum(0)
-    sums.response_square[fold] += (y**2).sum(0)
 
 
 def standardise(moments: Moments, mean: np.ndarray, scale: np.ndarray) -> Moments:
@@ -151,8 +189,9 @@ def challenge_quality(noise_ceiling: np.ndarray | None) -> Quality:
     def quality(r: np.ndarray) -> np.ndarray:
         if noise_ceiling is None or not noise_ceiling.any():
             return np.mean(np.maximum(r, 0) ** 2, axis=-1)
-        rows = np.reshape(r, (-1, len(noise_ceiling)))
-        return np.reshape([np.nanmean(accuracy_from_r(row, noise_ceiling)) for row in rows], np.shape(r)[:-1])
+        judged = noise_ceiling > 0  # the others have no accuracy
+        ceiling = np.asarray(noise_ceiling, dtype=np.float64)[judged]
+        return np.mean(np.minimum(np.maximum(r[..., judged], 0) ** 2, ceiling) / ceiling, axis=-1) * 100
 
     return quality
 
@@ -180,13 +219,30 @@ def greedy(moments: Moments, quality: Quality) -> np.ndarray:
 
     Caruana et al. 2004, Ensemble selection from libraries of models, https://doi.org/10.1145/1015330.1015432
     """
-    models = np.eye(moments.model.shape[1])
-    chosen, best = np.zeros(len(models)), -np.inf
+    n_models = moments.model.shape[1]
+    own = np.einsum("vmm->vm", moments.product)
+    chosen, best = np.zeros(n_models), -np.finfo(np.float64).max
+    # sums of the blend so far: of its predictions, their squares, with the responses, and with each model's
+    predicted, squares, cross, with_models = (np.zeros(shape) for shape in (*[len(own)] * 3, own.shape))
     for _ in range(_GREEDY_ROUNDS):
-        scores = quality(blend_r(moments, chosen + models))
-        if scores.max() <= best:
+        r = _r(
+            moments.n,
+            (predicted[:, None] + moments.model).T,
+            (squares[:, None] + 2 * with_models + own).T,
+            (cross[:, None] + moments.cross).T,
+            moments.response,
+            moments.response_square,
+        )
+        scores = quality(r)
+        if scores.max() <= best + _TIE * abs(best):
             break
-        best, chosen = scores.max(), chosen + models[np.argmax(scores)]
+        new = int(np.argmax(scores >= scores.max() - _TIE * abs(scores.max())))  # of equals the first
+        best = scores[new]
+        chosen[new] += 1
+        squares += 2 * with_models[:, new] + own[:, new]
+        predicted += moments.model[:, new]
+        cross += moments.cross[:, new]
+        with_models += moments.product[:, new]
     return chosen / chosen.sum()
 
 

@@ -1,0 +1,86 @@
+"""Weights of a blend of 20 models at full size against reading their predictions once, and the memory it takes.
+
+    PYTHONPATH=. python benchmarks/blend.py [--quick]
+
+Responses and stores are written by another process, so that the memory is the blend's alone. It does not grow with the
+images: rows are read batch by batch.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from measure import Figure, options, paired, peak_gb, report
+
+from featcache.challenge import Subject
+from featcache.device import keep_freed_memory
+from featcache.images import ImageFiles
+from featcache.store import create_store, open_store
+from heads.blend import blend_hemisphere
+
+_N_TEST = 32
+
+
+def write(folder: Path, n_images: int, n_vertices: int, n_models: int) -> None:
+    """Models that know the same half of the responses and differ in their noise."""
+    rng = np.random.default_rng(0)
+    path = folder / "training_split" / "training_fmri" / "lh_training_fmri.npy"
+    path.parent.mkdir(parents=True)
+    signal = rng.standard_normal((n_images + _N_TEST, n_vertices), dtype=np.float32)
+    np.save(path, (signal + rng.standard_normal(signal.shape, dtype=np.float32))[:n_images])
+    for model in range(n_models):
+        store = create_store(
+            folder / "stores", f"m{model}", {"model": model}, np.arange(len(signal)), n_images, {"lh": n_vertices}, {}
+        )
+        predictions = signal + (1 + model / n_models) * rng.standard_normal(signal.shape, dtype=np.float32)
+        step = store.chunk_rows("lh")
+        with store.writing():
+            for start in range(0, len(predictions), step):
+                store.append({"lh": predictions[start : start + step]})
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--write"]:
+        write(Path(sys.argv[2]), *json.loads(sys.argv[3]))
+        return
+    sizes = options(__doc__, images=(1968, 200), vertices=(39548, 500), models=(20, 4), rounds=(3, 1))
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shape = [sizes.images, sizes.vertices, sizes.models]
+        subprocess.run([sys.executable, __file__, "--write", name, json.dumps(shape)], check=True)
+        stores = sorted((open_store(path) for path in (folder / "stores").iterdir()), key=lambda one: one.name)
+        train = ImageFiles((folder,) * sizes.images, np.arange(sizes.images))
+        test = ImageFiles((folder,) * _N_TEST, np.arange(sizes.images, sizes.images + _N_TEST))
+        ceiling = np.full(sizes.vertices, 0.5)
+        subject = Subject("subj01", folder, train, test, {"lh": sizes.vertices}, {"lh": {}}, {"lh": ceiling}, {})
+        step = 2 * stores[0].chunk_rows("lh")
+
+        def read() -> None:
+            for store in stores:
+                for start in range(0, sizes.images, step):
+                    store.read("lh", start, min(start + step, sizes.images))
+
+        read()
+        ours, theirs, ratio = paired(lambda: blend_hemisphere(subject, "lh", stores, "greedy"), read, sizes.rounds)
+    details = {key: value for key, value in vars(sizes).items() if key != "quick"}
+    what = f"blend of {sizes.models} models, {sizes.images:,} x {sizes.vertices:,}"
+    report(
+        [
+            Figure(
+                f"{what}: weights, nested scores and test predictions",
+                "the same predictions read once from their stores",
+                ratio,
+                3,
+                details=details | {"seconds": ours, "read_seconds": theirs},
+            ),
+            Figure(f"{what}: peak memory, 10^9 bytes, both hemispheres' vertices at once", "nothing", peak_gb(), 4),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
