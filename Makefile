@@ -23,10 +23,10 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy featcache heads cli.py
 
+# QUICK=--quick: small sizes, to see that everything runs
 bench: .venv/installed
-	$(BIN)/python benchmarks/metric.py
-	$(BIN)/python benchmarks/exact_heads.py
-	$(BIN)/python benchmarks/training.py
+	$(BIN)/pip install --quiet --editable '.[all,bench]'
+	PYTHONPATH=. $(BIN)/python benchmarks/suite.py $(QUICK) --page docs/benchmarks.md
 
 # Editable, so that changed code needs no new install; a changed pyproject.toml does.
 .venv/installed: pyproject.toml

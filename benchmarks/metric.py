@@ -1,37 +1,23 @@
 """How many times as fast as a loop of scipy.stats.pearsonr over the vertices `heads.metrics.pearson_r` is.
 
-    python benchmarks/metric.py [--images 1968] [--vertices 39548]
+    PYTHONPATH=. python benchmarks/metric.py [--quick]
 
-Both run in this process on the same float32 matrices, and must agree. Without the package installed, set PYTHONPATH=.
-The last line of stdout is JSON.
+Both run in this process on the same float32 matrices, and must agree.
 """
 
-from __future__ import annotations
-
-import argparse
-import json
-import os
-import platform
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 import scipy
+from measure import Figure, options, report, seconds
 from scipy.stats import pearsonr
 
 from heads.metrics import pearson_r
 
 _N_ROUNDS = 9  # odd, so that the median is one of them
 _MAX_DIFFERENCE = 1e-5  # scipy sums float32 matrices in float32
-
-
-def cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def made_up(n_images: int, n_vertices: int) -> tuple[np.ndarray, np.ndarray]:
@@ -43,56 +29,43 @@ def made_up(n_images: int, n_vertices: int) -> tuple[np.ndarray, np.ndarray]:
     return predictions, responses
 
 
-def compare(predictions: np.ndarray, responses: np.ndarray) -> tuple[list[float], list[float], float]:
-    """Seconds of scipy's loop over all vertices and of `pearson_r`, a pair a round, and how far apart the two are.
-
-    In each round scipy takes its share of the vertices and `pearson_r` all of them, so that both meet the same load
-    from whatever else runs.
-    """
-    scipy_seconds, our_seconds, difference = [], [], 0.0
-    n_vertices = responses.shape[1]
-    for vertices in np.array_split(np.arange(n_vertices), _N_ROUNDS):
-        start = time.perf_counter()
-        reference = [pearsonr(predictions[:, v], responses[:, v]).statistic for v in vertices]
-        scipy_seconds.append((time.perf_counter() - start) * n_vertices / len(vertices))
-        start = time.perf_counter()
-        r = pearson_r(predictions, responses)
-        our_seconds.append(time.perf_counter() - start)
-        difference = max(difference, float(np.abs(r[vertices] - reference).max()))
-    return scipy_seconds, our_seconds, difference
+def in_a_loop(predictions: np.ndarray, responses: np.ndarray) -> tuple[float, list[float]]:
+    """(seconds, r) of scipy, a vertex of the predictions at a time."""
+    began = time.perf_counter()
+    r = [pearsonr(predictions[:, v], responses[:, v]).statistic for v in range(predictions.shape[1])]
+    return time.perf_counter() - began, r
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1968, help="rows; 1968 is a fifth of 9,841 training images")
-    parser.add_argument("--vertices", type=int, default=39548, help="columns; 39548 are both hemispheres of a subject")
-    options = parser.parse_args()
-    if options.images < 2 or options.vertices < _N_ROUNDS:
-        parser.error(f"needs at least 2 images and {_N_ROUNDS} vertices")
-
-    scipy_seconds, our_seconds, difference = compare(*made_up(options.images, options.vertices))
-    if difference > _MAX_DIFFERENCE:
-        sys.exit(f"the two must agree to {_MAX_DIFFERENCE}, but differ by {difference}")
-    ratios = [slow / fast for slow, fast in zip(scipy_seconds, our_seconds, strict=True)]
-    report = {
-        "benchmark": "metric",
-        "n_images": options.images,
-        "n_vertices": options.vertices,
-        "scipy_seconds": round(median(scipy_seconds), 3),
-        "pearson_r_seconds": round(median(our_seconds), 4),
-        "ratio": round(median(ratios), 1),
-        "ratio_lowest": round(min(ratios), 1),
-        "ratio_highest": round(max(ratios), 1),
-        "max_abs_difference": difference,
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "numpy": np.__version__,
-        "scipy": scipy.__version__,
-    }
-    print("{cpu}, {cores} cores, numpy {numpy}, scipy {scipy}".format(**report))
-    print("scipy.stats.pearsonr in a loop {scipy_seconds} s, pearson_r {pearson_r_seconds} s".format(**report))
-    print(f"ratio {{ratio}}, median of {_N_ROUNDS} ({{ratio_lowest}} to {{ratio_highest}})".format(**report))
-    print(json.dumps(report))
+    sizes = options(__doc__, images=(1968, 200), vertices=(39548, 900))
+    predictions, responses = made_up(sizes.images, sizes.vertices)
+    slow, fast, reading = [], [], []
+    # in each round scipy takes its share of the vertices and `pearson_r` all of them, so that both meet the same load
+    for vertices in np.array_split(np.arange(sizes.vertices), _N_ROUNDS):
+        took, reference = in_a_loop(predictions[:, vertices[0] : vertices[-1] + 1], responses[:, vertices[0] :])
+        slow.append(took * sizes.vertices / len(vertices))
+        fast.append(seconds(lambda: pearson_r(predictions, responses)))
+        reading.append(seconds(lambda: (predictions.sum(), responses.sum())))
+        difference = float(np.abs(pearson_r(predictions, responses)[vertices] - reference).max())
+        if difference > _MAX_DIFFERENCE:
+            sys.exit(f"the two must agree to {_MAX_DIFFERENCE}, but differ by {difference}")
+    ratios = [one / other for one, other in zip(slow, fast, strict=True)]
+    details = {"seconds": median(fast), "scipy_seconds": median(slow), "lowest": min(ratios), "highest": max(ratios)}
+    what = f"Pearson r, {sizes.images:,} x {sizes.vertices:,}"
+    versions = {"scipy": scipy.__version__}
+    report(
+        [
+            Figure(
+                f"{what}: times as fast",
+                "scipy.stats.pearsonr in a loop",
+                median(ratios),
+                300,
+                False,
+                details=details | versions,
+            ),
+            Figure(what, "NumPy's sum of both matrices: what reading them takes", median(fast) / median(reading)),
+        ]
+    )
 
 
 if __name__ == "__main__":

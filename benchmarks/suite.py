@@ -1,6 +1,6 @@
 """All speed benchmarks one after the other, each in a process of its own, and the page that shows them.
 
-    PYTHONPATH=. python benchmarks/suite.py [--quick] [--only metric,store_read]
+    PYTHONPATH=. python benchmarks/suite.py [--quick] [--only metric,blend]
     PYTHONPATH=. python benchmarks/suite.py --from work/benchmarks.json     (the page again, without running anything)
 
 Writes work/benchmarks.json and, with --page, the page and its plots. Exit code 1 if a benchmark failed.
@@ -24,9 +24,6 @@ HERE = Path(__file__).resolve().parent
 BENCHMARKS = {
     "exact_heads": "Closed-form heads",
     "peers": "Closed-form heads and their peers",
-    "variants": "Many losses from one cache",
-    "gradient": "Gradient heads",
-    "extract": "Extraction",
     "store_read": "Reading the cache",
     "metric": "Metric",
     "blend": "Blend",
@@ -67,9 +64,9 @@ def page(results: Mapping[str, Any], plots: Sequence[str]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        f"Made by `make bench` on {results['date']}: {about['cpu']}, {about['cores']} cores, {about['threads']} threads, "
-        f"{cuda}; Python {about['python']}, torch {about['torch']}, NumPy {about['numpy']}. Every figure is a ratio of "
-        f"times taken in one process, one after the other, unless its row says otherwise. {size}".rstrip(),
+        f"Made by `make bench` on {results['date']}: {about['cpu']}, {about['cores']} cores, {about['threads']} "
+        f"threads, {cuda}; Python {about['python']}, torch {about['torch']}, NumPy {about['numpy']}. Every figure is a "
+        f"ratio of times taken in one process, one after the other, unless its row says otherwise. {size}".rstrip(),
         "",
     ]
     lines += [f"![{Path(plot).stem}](benchmarks/{plot})" for plot in plots]

@@ -64,27 +64,31 @@ def gather_moments(subject: Subject, hemisphere: str, stores: Sequence[Store]) -
     chunk = max(store.chunk_rows(hemisphere) for store in stores)
     step = -(-_BATCH_ROWS // chunk) * chunk
     shift = np.zeros((n_vertices, n_models + 1))
+    batch = torch.empty(n_models + 1, min(step, len(folds)), n_vertices)  # one place for all: nothing is left between
     for start in range(0, len(folds), step):
         rows = slice(start, min(start + step, len(folds)))
-        order = np.argsort(folds[rows], kind="stable")  # each fold's rows side by side
-        columns = [torch.from_numpy(store.read(hemisphere, rows.start, rows.stop)) for store in stores]
-        columns.append(torch.from_numpy(np.array(responses[rows], dtype=np.float32)))
+        columns = batch[:, : rows.stop - rows.start]
+        for column, store in zip(columns, stores, strict=False):
+            column.copy_(torch.from_numpy(store.read(hemisphere, rows.start, rows.stop)))
+        columns[-1].copy_(torch.from_numpy(np.array(responses[rows])))
         if start == 0:
-            shift = np.stack([column.mean(0, dtype=torch.float64).numpy() for column in columns], axis=1)
-        _add(sums, np.bincount(folds[rows], minlength=_FOLDS), [column[order] for column in columns], shift)
+            shift = np.stack([column.numpy().mean(0, dtype=np.float64) for column in columns], axis=1)
+        _add(sums, folds[rows], columns, shift)
     return _shifted_back(sums, shift)
 
 
-def _add(sums: Moments, counts: np.ndarray, columns: Sequence[torch.Tensor], shift: np.ndarray) -> None:
+def _add(sums: Moments, folds: np.ndarray, columns: torch.Tensor, shift: np.ndarray) -> None:
     """Add a batch of rows, fold by fold, less `shift`, (n_vertices, n_models + 1).
 
-    counts : (n_folds,) rows of each fold, which lie in this order
-    columns : predictions of each model, then the responses, (n, n_vertices) float32
+    folds : (n,) of the rows
+    columns : (n_models + 1, n, n_vertices) float32 predictions of each model, then the responses
 
     float32 products of numbers that are small by then, over some hundred rows, and float64 from there on. With a column
     of ones every sum is an inner product, and all of a vertex's are one small matrix product.
     """
-    n_models, (n, n_vertices) = len(columns) - 1, columns[0].shape
+    n_models, n, n_vertices = len(columns) - 1, *columns.shape[1:]
+    order = torch.from_numpy(np.argsort(folds, kind="stable"))  # each fold's rows side by side
+    counts = np.bincount(folds, minlength=len(sums.n))
     stops = np.cumsum(counts)
     sums.n[:] += counts
     buffer = torch.ones(min(_BATCH_VERTICES, n_vertices), n_models + 2, n)
@@ -92,7 +96,7 @@ def _add(sums: Moments, counts: np.ndarray, columns: Sequence[torch.Tensor], shi
         block = slice(first, min(first + _BATCH_VERTICES, n_vertices))
         tile = buffer[: block.stop - block.start]
         for number, column in enumerate(columns):
-            tile[:, number].copy_(column[:, block].T)
+            tile[:, number].copy_(column[:, block].index_select(0, order).T)
         tile[:, :-1] -= torch.from_numpy(shift[block]).float()[:, :, None]
         for fold, stop in enumerate(stops):
             part = tile[:, :, stop - counts[fold] : stop]
@@ -120,13 +124,16 @@ def _shifted_back(sums: Moments, shift: np.ndarray) -> Moments:
 
 def standardise(moments: Moments, mean: np.ndarray, scale: np.ndarray) -> Moments:
     """The moments of (predictions - mean) / scale, both (n_vertices, n_models), for moments with a fold axis."""
-    n = moments.n[:, None, None]
-    product = moments.product - mean[..., None] * moments.model[:, :, None] - moments.model[..., None] * mean[:, None]
-    product += n[..., None] * mean[..., None] * mean[:, None]
+    product = np.empty_like(moments.product)
+    for n, sums, own, out in zip(moments.n, moments.model, moments.product, product, strict=True):
+        # (p - m)(q - l) = pq - m (q - l) - p l, summed: one fold at a time, for these are the largest arrays of a blend
+        np.subtract(own, mean[:, :, None] * (sums - n * mean)[:, None], out=out)
+        out -= sums[:, :, None] * mean[:, None]
+        out /= scale[:, :, None] * scale[:, None]
     return Moments(
         moments.n,
-        (moments.model - n * mean) / scale,
-        product / (scale[..., None] * scale[:, None]),
+        (moments.model - moments.n[:, None, None] * mean) / scale,
+        product,
         (moments.cross - mean * moments.response[..., None]) / scale,
         moments.response,
         moments.response_square,
@@ -149,6 +156,12 @@ def blend_r(moments: Moments, weights: np.ndarray) -> np.ndarray:
     predicted = weights @ moments.model.T
     squares = np.einsum("...m,vmk,...k->...v", weights, moments.product, weights, optimize=True)
     return _r(moments.n, predicted, squares, weights @ moments.cross.T, moments.response, moments.response_square)
+
+
+def _each_r(moments: Moments) -> np.ndarray:
+    """(n_models, n_vertices) r of every model alone."""
+    squares = np.einsum("vmm->mv", moments.product)
+    return _r(moments.n, moments.model.T, squares, moments.cross.T, moments.response, moments.response_square)
 
 
 def nested_r(moments: Moments, weights: Sequence[np.ndarray]) -> np.ndarray:
@@ -198,8 +211,8 @@ def challenge_quality(noise_ceiling: np.ndarray | None) -> Quality:
 
 def single(moments: Moments, quality: Quality) -> np.ndarray:
     """(n_models,) all weight on the best model."""
-    models = np.eye(moments.model.shape[1])
-    return models[np.argmax(quality(blend_r(moments, models)))]
+    scores = quality(_each_r(moments))
+    return np.eye(len(scores))[np.argmax(scores)]
 
 
 def uniform(moments: Moments, quality: Quality) -> np.ndarray:
@@ -210,7 +223,7 @@ def uniform(moments: Moments, quality: Quality) -> np.ndarray:
 
 def by_score(moments: Moments, quality: Quality) -> np.ndarray:
     """(n_models,) weights in proportion to the models' scores."""
-    scores = quality(blend_r(moments, np.eye(moments.model.shape[1])))
+    scores = quality(_each_r(moments))
     return scores / scores.sum() if scores.sum() > 0 else uniform(moments, quality)
 
 
@@ -266,22 +279,23 @@ class Blended:
 
 def blend_hemisphere(subject: Subject, hemisphere: str, stores: Sequence[Store], method: str) -> Blended:
     """Learn weights for models, score them on folds they were not learnt on, and blend the test predictions."""
-    raw = gather_moments(subject, hemisphere, stores)
-    mean, scale = location_and_scale(raw.total())
-    moments, quality = standardise(raw, mean, scale), challenge_quality(subject.noise_ceiling[hemisphere])
-    learners = {"best single": single, "uniform": uniform, method: METHODS[method]}
-    r = {name: nested_r(moments, _nested_weights(subject, moments, quality, learn)) for name, learn in learners.items()}
-    weights = METHODS[method](moments.total(), quality)
-    return Blended(weights, r, _test_blend(subject, hemisphere, stores, moments.total(), mean, scale, weights))
-
-
-def _nested_weights(
-    subject: Subject, moments: Moments, quality: Quality, learn: Callable[[Moments, Quality], np.ndarray]
-) -> list[np.ndarray]:
     folds = assign_folds(subject.train.ids, _FOLDS, _SEED)
     for fold in range(_FOLDS):
         refuse_leak(subject.train.ids[folds != fold], subject.train.ids[folds == fold], f"the blend of {subject.name}")
-    return [learn(moments.total(without=fold), quality) for fold in range(_FOLDS)]
+    raw = gather_moments(subject, hemisphere, stores)
+    mean, scale = location_and_scale(raw.total())
+    moments, quality = standardise(raw, mean, scale), challenge_quality(subject.noise_ceiling[hemisphere])
+    del raw  # as large as the others
+    learners = {"best single": single, "uniform": uniform, method: METHODS[method]}
+    nested: dict[str, list[np.ndarray]] = {name: [] for name in learners}
+    for fold in range(_FOLDS):
+        others = moments.total(without=fold)
+        for name, learn in learners.items():
+            nested[name].append(learn(others, quality))
+    r = {name: nested_r(moments, weights) for name, weights in nested.items()}
+    total = moments.total()
+    weights = METHODS[method](total, quality)
+    return Blended(weights, r, _test_blend(subject, hemisphere, stores, total, mean, scale, weights))
 
 
 def _test_blend(

@@ -9,6 +9,7 @@ import numpy as np
 
 from featcache.challenge import Challenge, Subject
 from featcache.contents import image_digest, response_digest, subject_digests
+from featcache.device import keep_freed_memory
 from featcache.errors import StoreError
 from featcache.progress import bar, say
 from featcache.roi import HEMISPHERES
@@ -40,6 +41,7 @@ class Ensemble:
 
 def blend(challenge: Challenge, config: BlendConfig, work: Path) -> Ensemble:
     """Blend the models of every subject, per hemisphere. Raises StoreError where there is nothing to blend."""
+    keep_freed_memory()
     members = {subject: models for subject in challenge.subjects if (models := prediction_stores(subject, work))}
     if not members:
         raise StoreError(

@@ -1,0 +1,80 @@
+"""How cost grows with images, features, vertices and models: the exponent of a power law through the upper sizes.
+
+PYTHONPATH=. python benchmarks/growth.py [--quick]
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from measure import Figure, options, report, seconds
+
+from featcache.device import keep_freed_memory
+from heads.blend import Moments, challenge_quality, greedy
+from heads.ridge import RidgeHead
+
+
+def heads(n_images: int, n_features: int, n_vertices: int) -> Callable[[], object]:
+    x, y = torch.randn(n_images, n_features), torch.randn(n_images, n_vertices)
+    return lambda: RidgeHead().fit(x, y).weights_
+
+
+def blend(n_models: int, n_vertices: int) -> Callable[[], object]:
+    """Greedy weights from moments of models that share a signal."""
+    rng = np.random.default_rng(0)
+    product = np.full((n_vertices, n_models, n_models), 100.0) + 100 * np.eye(n_models)
+    cross = 60 + 10 * rng.random((n_vertices, n_models))
+    zero, many = np.zeros((n_vertices, n_models)), np.full(n_vertices, 200.0)
+    moments = Moments(np.array(200.0), zero, product, cross, np.zeros(n_vertices), many)
+    return lambda: greedy(moments, challenge_quality(None))
+
+
+def curve(what: str, theory: str, sizes: Sequence[int], make: Callable[[int], Callable[[], object]]) -> Figure:
+    points = []
+    for size in sizes:
+        run = make(size)
+        run()
+        points.append((size, min(seconds(run) for _ in range(3))))
+    upper = np.log(np.array(points[len(points) // 2 - 1 :]))
+    exponent = float(np.polyfit(upper[:, 0], upper[:, 1], 1)[0])
+    return Figure(f"{what}, {sizes[0]:,} to {sizes[-1]:,}", theory, exponent, details={"points": points})
+
+
+def main() -> None:
+    options_ = options(__doc__, scale=(8, 1), rounds=(3, 1))
+    keep_freed_memory()
+    torch.manual_seed(0)
+    k = options_.scale
+    doubling = [1, 2, 4, 8]
+    report(
+        [
+            curve(
+                "seconds by images, exact heads",
+                "1: X'X, X'Y; below it as long as eigenvectors and weights cost as much",
+                [n * k * 150 for n in doubling],
+                lambda n: heads(n, 64 * k, 512 * k),
+            ),
+            curve(
+                "seconds by features, exact heads",
+                "1 for X'Y, 2 for weights, 3 for eigenvectors",
+                [n * k * 32 for n in doubling],
+                lambda d: heads(1200 * k, d, 512 * k),
+            ),
+            curve(
+                "seconds by vertices, exact heads",
+                "1, above the cost of the eigenvectors",
+                [n * k * 256 for n in doubling],
+                lambda v: heads(600 * k, 64 * k, v),
+            ),
+            curve(
+                "seconds by models, greedy weights",
+                "1 a round, with up to 30 rounds; gathering the moments is 2",
+                [n * 5 for n in doubling],
+                lambda m: blend(m, 1000 * k),
+            ),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
