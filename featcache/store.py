@@ -132,7 +132,11 @@ class Store:
             values = np.asarray(self.arrays[name][start:stop])
         except (ValueError, RuntimeError, OSError) as error:  # zarr raises these for a wrong checksum or a short chunk
             raise _damaged(self.path, f"a chunk of {name} fails its checksum ({error})") from error
-        if not np.isfinite(values).all():
+        # a chunk that is not there reads as NaN from end to end, and what is there was finite when it was written and
+        # has its checksum: one number of each chunk tells, at no cost
+        chunk = self.chunk_rows(name)
+        firsts = [0, *range(-start % chunk, stop - start, chunk)] if values.size else []
+        if not np.isfinite(values.reshape(len(values), -1)[firsts, 0]).all():
             raise _damaged(self.path, f"a chunk of {name} is missing")
         return values
 
