@@ -23,6 +23,7 @@ ORDER = [
     "featcache.splits",
     "featcache.taps",
     "featcache.backbone",
+    "featcache.chunks",
     "featcache.store",
     "featcache.pixels",
     "featcache.checkpoint",

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from featcache import store as store_module
 from featcache.errors import StoreError
@@ -270,3 +272,33 @@ def test_a_store_that_was_interrupted_while_it_was_widened_can_be_opened_and_wid
     again.append({"low": MAPS.astype(np.float32)})
     assert np.array_equal(again.read("low"), MAPS.astype(np.float32))
     assert [store.name for store in list_stores(layered.path.parent)] == [layered.name]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n_rows=st.integers(1, 40),
+    chunk_rows=st.integers(0, 4),
+    shape=st.sampled_from([(3,), (2, 3), (1, 1, 5), (0,)]),
+    dtype=st.sampled_from(["float16", "float32"]),
+    data=st.data(),
+)
+def test_rows_are_those_that_zarr_reads(n_rows, chunk_rows, shape, dtype, data, tmp_path_factory):
+    folder, chunk = tmp_path_factory.mktemp("rows"), 2**chunk_rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_module, "_CHUNK_ROWS", chunk)
+        store = create_store(folder, "s", {}, np.arange(n_rows), n_rows, {"a": Row(shape, dtype)}, {})
+    values = np.random.default_rng(0).normal(size=(n_rows, *shape)).astype(dtype)
+    store.append({"a": values})
+    start = data.draw(st.integers(0, n_rows))
+    stop = data.draw(st.integers(start, n_rows))  # a part of the last chunk, or nothing
+    rows = store.read("a", start, stop)
+    assert rows.dtype == values.dtype
+    np.testing.assert_array_equal(rows, values[start:stop])
+    np.testing.assert_array_equal(rows, store.arrays["a"][start:stop])
+
+
+def test_a_chunk_that_was_cut_short_is_noticed(filled):
+    path = chunk_files(filled, "pooled")[0]
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(StoreError, match="fails its checksum"):
+        filled.read("pooled")
