@@ -1,7 +1,7 @@
 """Rows of a store's array, read from its chunk files straight into place.
 
-zarr copies what it reads several times. A chunk here is whole rows of little-endian numbers and their crc32c, and can be
-read into the rows that it fills (benchmarks/store_read.py). What zarr writes is unchanged, and it reads the same.
+zarr copies what it reads several times. A chunk here is whole rows of little-endian numbers and their crc32c, and can
+be read into the rows that it fills (benchmarks/store_read.py). What zarr writes is unchanged, and it reads the same.
 """
 
 import os
