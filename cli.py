@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from featcache.config import DTYPES, POOLS, BackboneConfig, ExtractConfig, LayerConfig
+from featcache.config import DTYPES, POOLS, PRODUCTS, BackboneConfig, ExtractConfig, LayerConfig
 from featcache.errors import ConfigError, FeatcacheError
 from heads.config import (
     BLENDS,
@@ -334,6 +334,7 @@ def fit_heads(
     sparsity: Annotated[
         float, typer.Option(help="spatial: penalty of maps that spread over many places.")
     ] = SpatialConfig.sparsity,
+    products: Annotated[str, typer.Option(help=f"How CUDA multiplies: {', '.join(PRODUCTS)}.")] = FitConfig.products,
     max_memory: Annotated[
         float, typer.Option(help="10^9 bytes that the process may take; 0: what is free.")
     ] = FitConfig.max_memory,
@@ -357,6 +358,7 @@ def fit_heads(
         folds,
         seed,
         device,
+        products,
         max_memory,
         adamw=adamw,
         spatial=SpatialConfig(rank, space, token_dropout, smoothness, sparsity),

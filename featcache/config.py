@@ -9,7 +9,8 @@ from typing import Any
 
 from featcache.errors import ConfigError
 
-DTYPES = ("float32", "bfloat16", "float16")
+PRODUCTS = ("float32", "tf32")  # how CUDA multiplies float32 matrices
+DTYPES = ("float32", "tf32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 POOLED = "pooled"  # the layer that a network's own classifier reads
 POOLS = ("avg", "max")

@@ -2,7 +2,8 @@
 
 import ctypes
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +18,28 @@ def resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: expected a CUDA device; found none that torch can use; use --device cpu")
     return device
+
+
+def check_products(option: str, products: str, device: str) -> None:
+    """Raises ConfigError for TF32 on what has no such units."""
+    if products == "tf32" and resolve_device(device) != "cuda":
+        raise ConfigError(f"--{option} tf32: expected a CUDA device; found {resolve_device(device)}; use float32")
+
+
+@contextmanager
+def matrix_products(products: str) -> Iterator[None]:
+    """Whether CUDA multiplies float32 matrices and convolves as they are, or rounded to TF32, 10 bits behind the point.
+
+    torch's own default differs between the two, and between releases. float32 means float32 unless TF32 was asked for.
+    """
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if products == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = products == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def free_memory() -> int:

@@ -17,7 +17,7 @@ from featcache.checkpoint import FOLDER as CHECKPOINTS
 from featcache.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, refuse_trained, usable
 from featcache.config import ExtractConfig
 from featcache.contents import digests, id_digest, image_digest
-from featcache.device import keep_freed_memory, resolve_device
+from featcache.device import check_products, keep_freed_memory, matrix_products, resolve_device
 from featcache.errors import CheckpointError
 from featcache.images import load_image
 from featcache.pixels import find_pixels
@@ -57,7 +57,7 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> l
     device = resolve_device(config.device)
     if device == "cpu":
         keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32: on recent GPUs torch would round products to TF32
+    check_products("dtype", config.dtype, device)
     done: list[Extracted] = []
     sources = _sources(subjects, config, work)
     for number, (checkpoint, served) in enumerate(sources):
@@ -66,7 +66,8 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> l
         source = Source(backbone, checkpoint, taps, _rows(backbone.shapes(taps)), device)
         if number == 0:  # the others have rows of the same size, unless their backbones differ
             _announce(source, [subject for _, those in sources for subject in those], work)
-        done += [_extract_subject(subject, source, config, work) for subject in served]
+        with matrix_products(config.dtype):
+            done += [_extract_subject(subject, source, config, work) for subject in served]
     return done
 
 
@@ -275,8 +276,8 @@ def _plan(start: int, stop: int, span: int, batch_size: int) -> list[range]:
 
 def _forward(source: Source, pixels: torch.Tensor, store: Store, dtype: str) -> dict[str, torch.Tensor]:
     """{array: rows on the CPU, as they are stored}. Raises _BeyondFloat16Error."""
-    low, backbone = dtype != "float32", source.backbone
-    with torch.inference_mode(), torch.autocast(source.device, getattr(torch, dtype), enabled=low):
+    half, backbone = getattr(torch, dtype, torch.float32), source.backbone  # TF32 is no type, but how CUDA multiplies
+    with torch.inference_mode(), torch.autocast(source.device, half, enabled=half != torch.float32):
         images = backbone.normalise(pixels.to(source.device))
         return {
             layer: _stored(layer, values, str(store.arrays[layer].dtype)).cpu()

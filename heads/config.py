@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from featcache.config import DEVICES, POOLED, BackboneConfig, LayerConfig, at_least, one_of
+from featcache.config import DEVICES, POOLED, PRODUCTS, BackboneConfig, LayerConfig, at_least, one_of
 from featcache.errors import ConfigError
 
 LOSS_NAMES = ("smooth_l1", "mse", "pearson", "mnnpc")
@@ -130,6 +130,9 @@ class FitConfig:
     n_folds: int = 5  # of the training images, by image id
     seed: int = 0  # of the folds and of the gradient loop
     device: str = "auto"
+    products: str = (
+        "float32"  # float32 | tf32, on CUDA: of the products with responses, never those that are decomposed
+    )
     max_memory: float = 0.0  # 10^9 bytes of main memory that the process may take; 0: what is free
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
@@ -139,6 +142,7 @@ class FitConfig:
         one_of("head", self.head, HEADS)
         one_of("solver", self.solver, SOLVERS)
         one_of("device", self.device, DEVICES)
+        one_of("products", self.products, PRODUCTS)
         at_least("folds", self.n_folds, 2)
         at_least("seed", self.seed, 0)
         at_least("max-memory", self.max_memory, 0)
@@ -177,6 +181,8 @@ class FitConfig:
         if self.head == "spatial":
             settings |= vars(self.spatial)
         common = {"head": self.head, "n_folds": self.n_folds, "seed": self.seed}
+        if self.products != "float32":
+            common["products"] = self.products
         return common | {"solver": self.resolved_solver, "objective": self.objective, "settings": settings}
 
 

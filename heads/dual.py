@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from featcache.device import matrix_products
 from heads.bases import LANDMARKS, Basis, Seen, basis_of_features, landmark_features, seen_under, way_of
 from heads.config import RidgeConfig
 from heads.folds import choices_of, held_out_errors
@@ -138,7 +139,8 @@ class DualFolds:
         """
         if self._sample is not None and (whole is None or self._searched_for is not whole):
             self._searched_for = whole
-            self._priors = self._finalists(responses if whole is None else whole)
+            with matrix_products("float32"):
+                self._priors = self._finalists(responses if whole is None else whole)
             if self._cache is not None:  # what an earlier search found must not add up
                 self._cache = {key: one for key, one in self._cache.items() if key[0] in self._priors[key[1]]}
         tried: list[dict[Prior, _Tried]] = [{} for _ in self._rows]
@@ -165,9 +167,10 @@ class DualFolds:
         if self._cache is not None and (prior, k) in self._cache:
             return self._cache[prior, k]
         source = k if len(self._kernels) > 1 else 0
-        if source not in products:
-            products[source] = seen_under(prior, self._kernels[source], self.way)
-        basis = products[source].basis(self._rows[k])
+        with matrix_products("float32"):  # what is decomposed needs all its digits
+            if source not in products:
+                products[source] = seen_under(prior, self._kernels[source], self.way)
+            basis = products[source].basis(self._rows[k])
         if self._cache is not None:
             self._cache[prior, k] = basis
         return basis

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from featcache.challenge import Subject
 from featcache.config import ExtractConfig, LayerConfig, fingerprint
 from featcache.contents import response_digest, subject_digests
-from featcache.device import keep_freed_memory, resolve_device
+from featcache.device import check_products, keep_freed_memory, matrix_products, resolve_device
 from featcache.errors import ConfigError, StoreError
 from featcache.extract import FOLDER as FEATURES
 from featcache.progress import bar, say
@@ -58,6 +58,7 @@ def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
     if resolve_device(config.device) == "cpu":
         keep_freed_memory()
     memory_at_start()
+    check_products("products", config.products, config.device)
     there = [(subject, _suitable(feature_sets(subject, work), subject, config)) for subject in subjects]
     found = [(subject, [read for one in sets for read in one.reading(config.layers)]) for subject, sets in there]
     if any(sets for _, sets in there) and not any(sets for _, sets in found):
@@ -185,7 +186,7 @@ def _feature_words(features: Mapping[str, Any], read: Sequence[str]) -> list[str
 
 def _setting_words(recipe: Mapping[str, Any]) -> list[str]:
     """Settings that are not what the head is fitted with where nothing is asked for."""
-    usual: dict[str, Any] = {"n_folds": FitConfig.n_folds, "seed": FitConfig.seed}
+    usual: dict[str, Any] = {"n_folds": FitConfig.n_folds, "seed": FitConfig.seed, "products": FitConfig.products}
     given = {name: recipe.get(name, default) for name, default in usual.items()}
     if recipe["solver"] == "adamw":  # the closed form chooses for itself
         usual |= vars(adamw_of(recipe["head"])) | vars(SpatialConfig())
@@ -226,7 +227,8 @@ def _fit_set(subject: Subject, features: FeatureSet, config: FitConfig, work: Pa
             ids = np.concatenate([subject.train.ids[rows], subject.test.ids])
             facts = {"model": name, "features": features.name, "torch": torch.__version__}
             store = create_store(work / FOLDER, label, recipe, ids, len(rows), subject.n_vertices, facts)
-        _fit(subject, predictor, rows, store, weights, device)
+        with matrix_products(config.products):
+            _fit(subject, predictor, rows, store, weights, device)
     return Fitted(subject.name, name, path, weights, not done, time.perf_counter() - began)
 
 

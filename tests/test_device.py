@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from featcache import device
-from featcache.device import free_memory, resolve_device
+from featcache.device import check_products, free_memory, matrix_products, resolve_device
 from featcache.errors import ConfigError
 
 FAULTS = """
@@ -98,3 +98,26 @@ def test_used_memory_grows_with_what_is_held():
     """In a process of its own: beside other tests, memory given back meanwhile would hide what is held."""
     grown = int(subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True).stdout)
     assert 36_000_000 <= grown <= 60_000_000
+
+
+def settings_of_products():
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("outside", ["float32", "tf32"])
+def test_products_are_as_asked_for_and_as_before_afterwards(outside):
+    with matrix_products(outside):
+        before = settings_of_products()
+        with pytest.raises(ZeroDivisionError), matrix_products("tf32"):
+            assert settings_of_products() == ("high", True)
+            with matrix_products("float32"):
+                assert settings_of_products() == ("highest", False)
+            assert settings_of_products() == ("high", True)
+            _ = 1 / 0
+        assert settings_of_products() == before
+
+
+def test_tf32_without_cuda_is_refused():
+    with pytest.raises(ConfigError, match="--products tf32: expected a CUDA device; found cpu; use float32"):
+        check_products("products", "tf32", "cpu")
+    check_products("products", "float32", "cpu")
