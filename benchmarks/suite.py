@@ -71,13 +71,18 @@ def page(results: Mapping[str, Any], plots: Sequence[str]) -> str:
     ]
     lines += [f"![{Path(plot).stem}](benchmarks/{plot})" for plot in plots]
     for one in results["benchmarks"]:
-        lines += ["", f"## {BENCHMARKS[one['name']]}", "", f"`benchmarks/{one['name']}.py`, {one['seconds']:g} s", ""]
+        lines += ["", f"## {BENCHMARKS[one['name']]}", "", _source(one), ""]
         if one["failed"]:
             lines += [f"Failed: {one['failed']}", ""]
         if one["figures"]:
             lines += ["| what | against | measured | aim | details |", "|---|---|---|---|---|"]
             lines += [row(figure) for figure in one["figures"]]
     return "\n".join(lines) + "\n"
+
+
+def _source(one: Mapping[str, Any]) -> str:
+    options = f" {one['options']}" if one.get("options") else ""
+    return f"`benchmarks/{one['name']}.py{options}`" + (f", {one['seconds']:g} s" if one["seconds"] else "")
 
 
 def row(figure: Mapping[str, Any]) -> str:
