@@ -23,11 +23,13 @@ from heads.config import (
     SOLVERS,
     BlendConfig,
     FitConfig,
+    MomentsConfig,
     SpatialConfig,
     StageConfig,
     TrainConfig,
     adamw_of,
     refuse_unread,
+    split_losses,
 )
 from heads.config import recipe as settings_of
 
@@ -303,7 +305,8 @@ def fit_heads(
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
     loss: Annotated[
-        str, typer.Option(help=f"{', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc.")
+        str,
+        typer.Option(help=f"{', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc; several: with commas."),
     ] = FitConfig.loss,
     head: Annotated[
         str,
@@ -315,9 +318,16 @@ def fit_heads(
     solver: Annotated[str, typer.Option(help=f"{', '.join(SOLVERS)}.")] = FitConfig.solver,
     folds: Annotated[int, typer.Option(help="Folds of the training images, by image id.")] = FitConfig.n_folds,
     seed: Annotated[int, typer.Option(help="Of the folds and of the gradient loop.")] = FitConfig.seed,
-    epochs: Annotated[int | None, typer.Option(help=f"adamw: the most epochs. [{_either('epochs')}]")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help=f"adamw, moments: the most. [{_either('epochs')}; moments {MomentsConfig.steps}]"),
+    ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help=f"adamw: at the first step. [{_either('learning_rate')}]")
+        float | None,
+        typer.Option(
+            help=f"adamw: at the first step. [{_either('learning_rate')}] moments: in units of the curvature. "
+            f"[{MomentsConfig.learning_rate}]"
+        ),
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(help=f"adamw: decoupled. [{_either('weight_decay')}]")] = None,
     batch_size: Annotated[int | None, typer.Option(help=f"adamw: images a step. [{_either('batch_size')}]")] = None,
@@ -349,6 +359,10 @@ def fit_heads(
         "weight_decay": weight_decay,
         "batch_size": batch_size,
     }
+    moments = MomentsConfig(
+        MomentsConfig.steps if epochs is None else epochs,
+        MomentsConfig.learning_rate if learning_rate is None else learning_rate,
+    )
     adamw = replace(adamw_of(head), **{name: value for name, value in given.items() if value is not None})
     config = FitConfig(
         loss,
@@ -360,6 +374,7 @@ def fit_heads(
         device,
         products,
         max_memory,
+        moments=moments,
         adamw=adamw,
         spatial=SpatialConfig(rank, space, token_dropout, smoothness, sparsity),
     )
@@ -373,8 +388,11 @@ def fit_heads(
     from heads.report import as_json as scores_as_json
     from heads.report import print_table, score_table
 
-    if config.resolved_solver == "exact":
-        say(f"{loss}: closed form; linear heads have the same optimum under mse, pearson and mnnpc")
+    if exact := [one for one in split_losses(loss) if replace(config, loss=one).resolved_solver == "exact"]:
+        say(
+            f"{', '.join(exact)}: closed form{', one model' if len(exact) > 1 else ''}; "
+            "linear heads have the same optimum under mse, pearson and mnnpc"
+        )
     done = run(chosen, config, work)
     scores = scores_by_model(chosen, done)
     print_table(score_table(scores, "out-of-fold"))

@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from featcache.config import DEVICES, POOLED, PRODUCTS, BackboneConfig, LayerConfig, at_least, one_of
@@ -12,7 +12,7 @@ from featcache.errors import ConfigError
 
 LOSS_NAMES = ("smooth_l1", "mse", "pearson", "mnnpc")
 HEADS = ("linear", "roi", "spatial")
-SOLVERS = ("auto", "exact", "adamw", "trained")
+SOLVERS = ("auto", "exact", "moments", "adamw", "trained")
 BLENDS = ("uniform", "score", "greedy")
 STAGES = ("pretrain", "finetune")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -26,6 +26,11 @@ CORRELATIONS = frozenset({"pearson", "mnnpc"})
 _LEAST_SQUARES = frozenset({"mse", "pearson", "mnnpc"})
 
 _TERM = re.compile(r"(?:(?P<weight>\d+\.?\d*(?:e-?\d+)?|\.\d+)\*)?(?P<name>[a-z_0-9]+)")
+
+
+def split_losses(text: str) -> list[str]:
+    """'mnnpc,pearson' -> ['mnnpc', 'pearson']"""
+    return text.replace(" ", "").split(",")
 
 
 def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
@@ -97,6 +102,21 @@ class RidgeConfig:
 
 
 @dataclass(frozen=True)
+class MomentsConfig:
+    """Full-batch descent on linear heads (see heads.moments)."""
+
+    steps: int = 128  # the most; each vertex keeps the one of least left-out error
+    learning_rate: float = 1.0  # in units of the curvature along the first axis at the start
+    momentum: float = 0.9  # Nesterov's
+
+    def __post_init__(self) -> None:
+        at_least("epochs", self.steps, 1)
+        at_least("learning-rate", self.learning_rate, 0)
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum: expected a number from 0 and below 1; found {self.momentum}; correct it")
+
+
+@dataclass(frozen=True)
 class SpatialConfig:
     """Spatial heads on cached layers: maps over places times maps over channels (see heads.spatial)."""
 
@@ -123,10 +143,10 @@ def check_dropout(value: float) -> None:
 class FitConfig:
     """Which heads are fitted to a feature store, and how."""
 
-    loss: str = "mnnpc"  # a weighted sum of LOSS_NAMES
+    loss: str = "mnnpc"  # a weighted sum of LOSS_NAMES, or several with commas between: a model of each
     head: str = "linear"  # linear | roi | spatial
     layers: str = "joint"  # joint: all that were extracted | each: a model of every one | names, with commas between
-    solver: str = "auto"  # auto | exact | adamw | trained, the heads that a checkpoint brought with it
+    solver: str = "auto"  # auto | exact | moments | adamw | trained, the heads that a checkpoint brought with it
     n_folds: int = 5  # of the training images, by image id
     seed: int = 0  # of the folds and of the gradient loop
     device: str = "auto"
@@ -135,6 +155,7 @@ class FitConfig:
     )
     max_memory: float = 0.0  # 10^9 bytes of main memory that the process may take; 0: what is free
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
+    moments: MomentsConfig = field(default_factory=MomentsConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
     spatial: SpatialConfig = field(default_factory=SpatialConfig)
 
@@ -146,12 +167,24 @@ class FitConfig:
         at_least("folds", self.n_folds, 2)
         at_least("seed", self.seed, 0)
         at_least("max-memory", self.max_memory, 0)
-        parse_loss(self.loss)
-        if self.solver == "exact" and not self.exact_reaches_optimum:
-            raise ConfigError(
-                "--solver exact: expected --head linear and a loss of mse, pearson and mnnpc, whose optimum it is; "
-                f"found --head {self.head} --loss {loss_label(self.terms)}; use --solver adamw"
-            )
+        for loss in split_losses(self.loss):
+            terms = parse_loss(loss)
+            if self.solver in ("exact", "moments") and not self._least_squares(terms):
+                raise ConfigError(
+                    f"--solver {self.solver}: expected --head linear and a loss of mse, pearson and mnnpc; "
+                    f"found --head {self.head} --loss {loss_label(terms)}; use --solver adamw"
+                )
+
+    def variants(self) -> "list[FitConfig]":
+        """One for each loss; of losses whose heads are the same, the first."""
+        found: dict[str, FitConfig] = {}
+        for loss in split_losses(self.loss):
+            one = replace(self, loss=loss)
+            found.setdefault(one.objective, one)
+        return list(found.values())
+
+    def _least_squares(self, terms: Sequence[tuple[float, str]]) -> bool:
+        return self.head == "linear" and all(name in _LEAST_SQUARES for _, name in terms)
 
     @property
     def terms(self) -> tuple[tuple[float, str], ...]:
@@ -159,7 +192,7 @@ class FitConfig:
 
     @property
     def exact_reaches_optimum(self) -> bool:
-        return self.head == "linear" and all(name in _LEAST_SQUARES for _, name in self.terms)
+        return self._least_squares(self.terms)
 
     @property
     def resolved_solver(self) -> str:
@@ -176,7 +209,7 @@ class FitConfig:
         """What decides the heads, given features, responses and ceilings."""
         if self.resolved_solver == "trained":  # with the backbone, whose recipe has everything
             return {"head": "trained", "solver": "trained", "objective": "trained"}
-        solver = self.ridge if self.resolved_solver == "exact" else self.adamw
+        solver = {"exact": self.ridge, "moments": self.moments, "adamw": self.adamw}[self.resolved_solver]
         settings = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(solver).items()}
         if self.head == "spatial":
             settings |= vars(self.spatial)
@@ -188,21 +221,28 @@ class FitConfig:
 
 # options of fit-heads that something reads, and not everything
 _OF_ADAMW = ("epochs", "learning_rate", "weight_decay", "batch_size")
+_OF_MOMENTS = ("epochs", "learning_rate")
 _OF_SPATIAL = tuple(setting.name for setting in fields(SpatialConfig))
 _OF_A_FIT = ("loss", "head", "folds", "seed", *_OF_ADAMW, *_OF_SPATIAL)
 
 
 def refuse_unread(given: Collection[str], config: FitConfig) -> None:
     """Raise ConfigError for options of fit-heads that were given and decide nothing under these settings."""
+    variants = config.variants()
+    solvers = {one.resolved_solver for one in variants}
     solver = f"--solver {config.solver}"
-    if config.resolved_solver == "trained":
+    if solvers == {"trained"}:
         taken = f"{solver}, which takes the heads of a checkpoint as they are"
         _refuse_given([name for name in _OF_A_FIT if name in given], "a solver that fits heads", taken)
-    if config.resolved_solver == "exact":
-        chosen = "" if config.solver == "exact" else f", which is exact for --head {config.head} and this loss"
-        _refuse_given([name for name in _OF_ADAMW if name in given], "--solver adamw", solver + chosen)
+    unread = [name for name in _OF_ADAMW if name in given and not any(_reads(one, name) for one in solvers)]
+    chosen = "" if config.solver in solvers else f", which is exact for --head {config.head} and this loss"
+    _refuse_given(unread, "--solver adamw", solver + chosen)
     if config.head != "spatial":
         _refuse_given([name for name in _OF_SPATIAL if name in given], "--head spatial", f"--head {config.head}")
+
+
+def _reads(solver: str, option: str) -> bool:
+    return solver == "adamw" or (solver == "moments" and option in _OF_MOMENTS)
 
 
 def _refuse_given(unread: Sequence[str], wanted: str, found: str) -> None:

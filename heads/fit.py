@@ -21,13 +21,13 @@ from featcache.progress import bar, say
 from featcache.roi import HEMISPHERES
 from featcache.splits import check_folds, refuse_leak
 from featcache.store import Store, create_store, open_store, store_path
-from heads.config import FitConfig, SpatialConfig, adamw_of
+from heads.config import FitConfig, MomentsConfig, SpatialConfig, adamw_of
 from heads.dual import METHOD
 from heads.features import FeatureSet, feature_sets, layer_of
 from heads.memory import memory_at_start, spare_memory
 from heads.metrics import VertexScores, pearson_r
 from heads.predictions import FoldPredictor, cross_validate
-from heads.solvers import FEATURE_SHARE, predictor_of, read_by_its_heads, under_priors
+from heads.solvers import FEATURE_SHARE, Shared, predictor_of, read_by_its_heads, under_priors
 from heads.spatial_folds import Member, SpatialFolds
 
 FOLDER = "predictions.zarr"
@@ -50,7 +50,7 @@ class Fitted:
 
 
 def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path) -> list[Fitted]:
-    """Fit the heads that `config` names to every set of features of these subjects.
+    """Fit the heads that `config` names, of each of its losses, to every set of features of these subjects.
 
     Each gives a prediction store: out-of-fold predictions of the training images, then the test images' predictions,
     the mean over the folds' heads. Raises StoreError if there is nothing to fit to.
@@ -76,13 +76,26 @@ def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
     pairs = [(subject, one) for subject, sets in found for one in sets]
     if config.solver == "trained":
         pairs = [(subject, read_by_its_heads(one, work)) for subject, one in pairs]
-    trainings = _Trainings(pairs, config, work)
-    done = {
-        (id(pair[0]), id(pair[1])): _fit_set(*pair, config, work, trainings)
-        for group in trainings.groups()
-        for pair in group
-    }
-    return [done[id(pair[0]), id(pair[1])] for pair in pairs]
+    variants = config.variants()
+    # trained together across subjects or not, spatial heads share features and no more; other losses share all they can
+    runs = [[one] for one in variants] if config.head == "spatial" else [variants]
+    done = [one for together in runs for one in _fit_variants(pairs, together, work)]
+    order = {id(pair[1]): number for number, pair in enumerate(pairs)}
+    return [one for _, one in sorted(done, key=lambda found: order[found[0]])]
+
+
+def _fit_variants(
+    pairs: Sequence[tuple[Subject, FeatureSet]], variants: Sequence[FitConfig], work: Path
+) -> list[tuple[int, Fitted]]:
+    """(id of the features, what was fitted to them): losses one after the other on what they read once."""
+    trainings = [_Trainings(pairs, one, work) for one in variants]
+    done = []
+    for group in trainings[0].groups():
+        for subject, features in group:
+            shared = Shared(len(variants))
+            for config, training in zip(variants, trainings, strict=True):
+                done.append((id(features), _fit_set(subject, features, config, work, training, shared)))
+    return done
 
 
 class _Trainings:
@@ -142,7 +155,7 @@ def prediction_recipe(subject: Subject, features: FeatureSet, config: FitConfig,
     """Everything that decides the rows of a prediction store."""
     recipe: dict[str, Any] = {"kind": "predictions", "subject": subject.name, "features": features.recipe()}
     recipe["responses"] = response_digest(subject, work)
-    if config.resolved_solver == "adamw":  # the closed form needs neither
+    if config.resolved_solver in ("adamw", "moments"):  # the closed form needs neither
         about = subject_digests(subject)
         recipe["noise_ceiling"] = about["noise_ceiling"]
         if config.head == "roi":
@@ -188,8 +201,9 @@ def _setting_words(recipe: Mapping[str, Any]) -> list[str]:
     """Settings that are not what the head is fitted with where nothing is asked for."""
     usual: dict[str, Any] = {"n_folds": FitConfig.n_folds, "seed": FitConfig.seed, "products": FitConfig.products}
     given = {name: recipe.get(name, default) for name, default in usual.items()}
-    if recipe["solver"] == "adamw":  # the closed form chooses for itself
-        usual |= vars(adamw_of(recipe["head"])) | vars(SpatialConfig())
+    if recipe["solver"] in ("adamw", "moments"):  # the closed form chooses for itself
+        usual |= vars(MomentsConfig() if recipe["solver"] == "moments" else adamw_of(recipe["head"]))
+        usual |= vars(SpatialConfig())
         given |= recipe["settings"]
     changed = {name: value for name, value in given.items() if value != usual.get(name, value)}
     return [f"{name.removeprefix('n_').replace('_', ' ')} {value}" for name, value in changed.items()]
@@ -197,10 +211,13 @@ def _setting_words(recipe: Mapping[str, Any]) -> list[str]:
 
 def _head_words(recipe: Mapping[str, Any]) -> list[str]:
     """Head and objective; once where they are one word, as of the heads that a checkpoint brought with it."""
-    return list(dict.fromkeys([recipe["head"], recipe["objective"]]))
+    solver = ["moments"] if recipe["solver"] == "moments" else []  # adamw has the same objectives
+    return list(dict.fromkeys([recipe["head"], *solver, recipe["objective"]]))
 
 
-def _fit_set(subject: Subject, features: FeatureSet, config: FitConfig, work: Path, trainings: _Trainings) -> Fitted:
+def _fit_set(
+    subject: Subject, features: FeatureSet, config: FitConfig, work: Path, trainings: _Trainings, shared: Shared
+) -> Fitted:
     began = time.perf_counter()
     device = resolve_device(config.device)  # what cannot work is refused before a store is made for it
     folds = features.folds(subject, config.n_folds, config.seed)
@@ -222,7 +239,7 @@ def _fit_set(subject: Subject, features: FeatureSet, config: FitConfig, work: Pa
         if config.head == "spatial" and config.resolved_solver != "trained":
             predictor = trainings.predictor(subject, features, device)
         else:
-            predictor = predictor_of(subject, features, folds, config, device, work)
+            predictor = predictor_of(subject, features, folds, config, device, work, shared)
         if store is None:
             ids = np.concatenate([subject.train.ids[rows], subject.test.ids])
             facts = {"model": name, "features": features.name, "torch": torch.__version__}

@@ -159,7 +159,7 @@ def cross_validate(
     }
     for block in (slice(start, min(start + step, n_vertices)) for start in range(0, n_vertices, step)):
         y = torch.from_numpy(np.array(responses[:, block], dtype=np.float32)).to(device)
-        fits = predictor.fit(y, **about)
+        fits = predictor.fit(y, vertices=block, **about)
         pieces = [piece for fold in fits.folds for piece in fold.held_out]
         for piece, values in zip(pieces, comparable(pieces, y.mean(0)), strict=True):
             predictions[torch.from_numpy(piece.rows), block] = values.cpu()

@@ -31,7 +31,7 @@ from heads.config import RidgeConfig
 
 _LOO_IMAGES = 1024  # up to here the exact error costs seconds
 _NULL = 1e-7  # eigenvalues below this part of the largest are rounding of float32 features
-_FULL = 0.99  # a penalty that leaves fewer than 1 % of the degrees of freedom has no error left to judge it by
+FULL = 0.99  # a penalty that leaves fewer than 1 % of the degrees of freedom has no error left to judge it by
 TOGETHER = 1 << 22  # numbers in the predictions of penalties that are tried at once
 VERTEX_BLOCK = 2048  # vertices at a time: what is done to each number between two products stays in a cache
 
@@ -135,7 +135,7 @@ def penalty_errors(
         errors = _gcv_errors(values, n_images, rotated, response_squares, shrinkage, freedom)
     else:
         errors = _loo_errors(values, rotated, shrinkage, *rows)
-    errors[freedom > _FULL] = torch.inf
+    errors[freedom > FULL] = torch.inf
     errors[penalties.argmax()].clamp_max_(torch.finfo(errors.dtype).max)  # the largest penalty is always on offer
     return errors
 

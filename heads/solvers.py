@@ -1,7 +1,7 @@
 """How heads are fitted to one subject's features: the choice between solvers, and the memory that it takes."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from heads.features import FeatureSet
 from heads.folds import FoldSolver, FrozenFolds, TrainedFolds, TunedAdamW, TunedRidge
 from heads.kernels import LayerKernels
 from heads.memory import block_that_fits, memory_at_start, said, spare_memory
+from heads.moments import MomentFits
 from heads.predictions import FoldPredictor, LinearFits
 from heads.priors import DEPTHS, prior_set
 from heads.ridge import VERTEX_BLOCK
@@ -38,6 +39,14 @@ _WAYS = {
 }
 
 
+@dataclass
+class Shared:
+    """What the losses of one run have in common on one set of features; the first that needs it makes it."""
+
+    n_losses: int
+    moments: MomentFits | None = None
+
+
 def under_priors(features: FeatureSet, config: FitConfig) -> bool:
     """Whether the heads are fitted under priors over layers and places."""
     return config.resolved_solver == "exact" and (features.has_places or len(features.names) > 1)
@@ -51,7 +60,13 @@ def read_by_its_heads(of: FeatureSet, work: Path) -> FeatureSet:
 
 
 def predictor_of(
-    subject: Subject, of: FeatureSet, folds: np.ndarray, config: FitConfig, device: str, work: Path
+    subject: Subject,
+    of: FeatureSet,
+    folds: np.ndarray,
+    config: FitConfig,
+    device: str,
+    work: Path,
+    shared: Shared,
 ) -> FoldPredictor:
     """How these heads are fitted to these features."""
     held_out = of.held_out() if of.trained else list(range(folds.max() + 1))
@@ -62,20 +77,48 @@ def predictor_of(
         return _dual(subject, of, folds, held_out, config, device)
     if config.resolved_solver == "exact" and not of.trained:
         return _ridge(subject, of, folds, config, device)
+    if config.resolved_solver == "moments":
+        if shared.moments is None:
+            shared.moments = _moments(subject, of, folds, config, device, shared.n_losses)
+        return shared.moments.with_terms(config.terms)
     features = [rows.dense() for rows in of.read(device, 0)]
     return LinearFits(_solver(features, folds, subject, of, config), features, len(folds), names)
 
 
 def _ridge(subject: Subject, of: FeatureSet, folds: np.ndarray, config: FitConfig, device: str) -> FoldPredictor:
     (rows,) = of.read(device, 0)
+    block, _ = _block(subject, rows.n_features, folds, config, n_losses=1)
+    return RidgeFits(rows.dense(), folds, config.ridge, vertex_block=block)
+
+
+def _moments(
+    subject: Subject, of: FeatureSet, folds: np.ndarray, config: FitConfig, device: str, n_losses: int
+) -> MomentFits:
+    if of.trained:
+        raise ConfigError(
+            f"--solver moments: expected features of a frozen backbone; found those of a checkpoint, {of.name}; "
+            "use --solver exact or adamw"
+        )
+    (rows,) = of.read(device, 0)
+    block, keep = _block(subject, rows.n_features, folds, config, n_losses)
+    return MomentFits(rows.dense(), folds, config.terms, config.moments, block, keep)
+
+
+def _block(subject: Subject, n_features: int, folds: np.ndarray, config: FitConfig, n_losses: int) -> tuple[int, bool]:
+    """Vertices at a time, and whether there is room to keep what several losses learn from; says both."""
     n_images, n_vertices = (len(subject.train), len(subject.test)), tuple(subject.n_vertices.values())
-    fixed, per_vertex = memory_of(n_images, rows.n_features, n_vertices, int(folds.max()) + 1)
-    block = block_that_fits(fixed, per_vertex, min(VERTEX_BLOCK, max(n_vertices)), config.max_memory)
+    n_folds = int(folds.max()) + 1
+    fixed, per_vertex = memory_of(n_images, n_features, n_vertices, n_folds)
+    largest = min(VERTEX_BLOCK, max(n_vertices))
+    kept = 4.0 * n_folds * min(n_features, n_images[0]) * sum(n_vertices)
+    keep = n_losses > 1 and fixed + kept + per_vertex * largest <= spare_memory(config.max_memory)
+    fixed += kept if keep else 0.0
+    block = block_that_fits(fixed, per_vertex, largest, config.max_memory)
     say(
-        f"{subject.name}: {rows.n_features:,} features, {len(folds):,} images: {block:,} vertices at a time; "
+        f"{subject.name}: {n_features:,} features, {len(folds):,} images: {block:,} vertices at a time; "
         + said(memory_at_start() + fixed + block * per_vertex)
     )
-    return RidgeFits(rows.dense(), folds, config.ridge, vertex_block=block)
+    return block, keep
 
 
 def _dual(

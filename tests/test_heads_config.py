@@ -84,8 +84,11 @@ def test_losses_are_read(text, terms):
 def test_what_is_no_loss_is_refused(text):
     with pytest.raises(ConfigError, match="--loss: expected"):
         parse_loss(text)
+    if "," not in text:  # several losses, each of which is one
+        with pytest.raises(ConfigError, match="--loss: expected"):
+            FitConfig(loss=text)
     with pytest.raises(ConfigError, match="--loss: expected"):
-        FitConfig(loss=text)
+        FitConfig(loss=f"mse,{text},pearson" if "," not in text else f"{text},")
 
 
 @given(sums)
