@@ -26,15 +26,21 @@ from heads.ridge_folds import RidgeFits
 PENALTIES = tuple(float(10 ** (k / 3)) for k in range(-14, 16))
 
 
-def make_subject(folder: Path, n_images: tuple[int, int], responses: torch.Tensor) -> Subject:
-    """One hemisphere, with its responses in a file."""
-    path = folder / "training_split" / "training_fmri" / "lh_training_fmri.npy"
-    path.parent.mkdir(parents=True)
-    np.save(path, responses.numpy())
+def make_subject(
+    folder: Path, n_images: tuple[int, int], responses: torch.Tensor, n_left: int | None = None
+) -> Subject:
+    """A subject whose responses are in files: all vertices in one hemisphere, or `n_left` of them in the left one."""
+    fmri = folder / "training_split" / "training_fmri"
+    fmri.mkdir(parents=True)
+    halves = {"lh": responses} if n_left is None else {"lh": responses[:, :n_left], "rh": responses[:, n_left:]}
+    for hemisphere, values in halves.items():
+        np.save(fmri / f"{hemisphere}_training_fmri.npy", values.numpy())
     n_train, n_test = n_images
     train = ImageFiles((folder,) * n_train, np.arange(n_train))
     test = ImageFiles((folder,) * n_test, np.arange(n_train, n_train + n_test))
-    return Subject("subj01", folder, train, test, {"lh": responses.shape[1]}, {"lh": {}}, {"lh": None}, {"lh": None})
+    none = dict.fromkeys(halves)
+    n_vertices = {hemisphere: values.shape[1] for hemisphere, values in halves.items()}
+    return Subject("subj01", folder, train, test, n_vertices, {h: {} for h in halves}, none, none)
 
 
 def planted(features: torch.Tensor, n_train: int, n_vertices: int) -> torch.Tensor:

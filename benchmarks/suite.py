@@ -24,6 +24,9 @@ HERE = Path(__file__).resolve().parent
 BENCHMARKS = {
     "exact_heads": "Closed-form heads",
     "peers": "Closed-form heads and their peers",
+    "variants": "Many losses",
+    "gradient": "Heads trained by gradient",
+    "extract": "Extraction",
     "store_read": "Reading the cache",
     "metric": "Metric",
     "blend": "Blend",

@@ -106,7 +106,7 @@ class MomentsConfig:
     """Full-batch descent on linear heads (see heads.moments)."""
 
     steps: int = 128  # the most; each vertex keeps the one of least left-out error
-    learning_rate: float = 1.0  # in units of the curvature along the first axis at the start
+    learning_rate: float = 0.25  # in units of the curvature along the first axis at the start
     momentum: float = 0.9  # Nesterov's
 
     def __post_init__(self) -> None:

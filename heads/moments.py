@@ -35,6 +35,7 @@ from heads.ridge import FULL, VERTEX_BLOCK, Eigenbasis, is_exact
 
 _TOGETHER = 128  # vertices that take their steps together: their weights and momentum stay in a cache
 _NEXT = 1.25  # factor between two steps that are looked at
+_PATIENCE = 4  # looks without less error, of every vertex, after which there is no more
 
 Terms = Sequence[tuple[float, str]]
 
@@ -145,7 +146,7 @@ def descend(
     curvature = now.of_weights * moments.variances.amax() if len(moments.variances) else now.of_weights
     rate = torch.where(curvature > 0, config.learning_rate / torch.where(curvature > 0, curvature, 1), 0)
     velocity, best = torch.zeros_like(weights), weights.clone()
-    least = error(best, moments)
+    least, waited = error(best, moments), torch.zeros_like(rate)
     looks = set(_looks(config.steps))
     for step in range(1, config.steps + 1):
         gradient = scaled.mul_((now.of_weights * rate)[:, None])
@@ -161,6 +162,9 @@ def descend(
             better = found < least
             least = torch.where(better, found, least)
             best = torch.where(better[:, None], fitting, best)
+            waited = torch.where(better, 0, waited + 1)
+            if bool((waited >= _PATIENCE).all()):
+                break
     return best
 
 

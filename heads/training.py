@@ -117,7 +117,8 @@ def train_head(head: Any, tasks: Sequence[Task], loss: Loss, config: AdamWConfig
     ]
     decayed, free = [p for p in head.parameters() if p.ndim > 1], [p for p in head.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS)
+    # fused: one pass over weights, moments and gradient, and not one for each of its operations
+    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS, fused=True)
     n_batches = sum(max(len(task.trained) // config.batch_size, 1) for task in tasks)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs * n_batches)
     cost = getattr(head, "regularisation", None)

@@ -81,7 +81,7 @@ def test_steps_are_those_of_an_optimiser_that_sees_every_image(
     assume(len(basis.values))
     config, terms = MomentsConfig(steps=6, learning_rate=0.7), parse_loss(loss)
     seen = []
-    descend(terms, moments, config, lambda w, _: seen.append(w.clone()) or torch.zeros(n_vertices, dtype=w.dtype))
+    descend(terms, moments, config, lambda w, _: seen.append(w.clone()) or torch.full((n_vertices,), -len(seen)))
     first = start_at(moments)
     curvature = loss_at(terms, moments, spread_of(first, first * moments.variances, moments)).of_weights
     curvature = curvature * moments.variances.max()
