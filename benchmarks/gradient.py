@@ -57,7 +57,7 @@ def main() -> None:
                 f"an epoch of heads trained by gradient, {size}, {batch} images a step",
                 "two products a step at this machine's best",
                 min(peak, theirs) / ours,
-                0.7 if batch == AdamWConfig.batch_size else None,
+                0.7,
                 at_most=False,
                 details=details,
             )

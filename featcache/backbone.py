@@ -44,6 +44,7 @@ class Backbone:
     transform_recipe : what the whole transform does, in plain values
     digest : of every tensor, so of the weights themselves whatever file they came in
     origin : where the weights came from, in words
+    folded : whether convolutions do what batch norms did; the digest is of the weights before
     """
 
     name: str
@@ -52,6 +53,7 @@ class Backbone:
     transform_recipe: Mapping[str, Any]
     digest: str
     origin: str
+    folded: bool = False
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """(n_images, 3, height, width) uint8 -> float32 as the weights expect them, on the device of the pixels."""

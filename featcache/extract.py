@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from featcache.config import ExtractConfig
 from featcache.contents import digests, id_digest, image_digest
 from featcache.device import check_products, keep_freed_memory, matrix_products, resolve_device
 from featcache.errors import CheckpointError
+from featcache.folding import fold_batch_norms
 from featcache.images import load_image
 from featcache.pixels import find_pixels
 from featcache.progress import bar, say, size_of
@@ -35,6 +36,7 @@ from featcache.store import (
 from featcache.taps import Taps
 
 FOLDER = "features.zarr"
+_ROUNDING = 1e-4  # relative difference, of a layer, that many sums in float32 may leave
 _AHEAD = 2  # batches decoded before the model asks for them, at the least
 
 
@@ -63,12 +65,24 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> l
     for number, (checkpoint, served) in enumerate(sources):
         backbone = _load(checkpoint, config, device)
         taps = backbone.taps(config.layers)
-        source = Source(backbone, checkpoint, taps, _rows(backbone.shapes(taps)), device)
+        source = Source(_folded(backbone, taps, device), checkpoint, taps, _rows(backbone.shapes(taps)), device)
         if number == 0:  # the others have rows of the same size, unless their backbones differ
             _announce(source, [subject for _, those in sources for subject in those], work)
         with matrix_products(config.dtype):
             done += [_extract_subject(subject, source, config, work) for subject in served]
     return done
+
+
+def _folded(backbone: Backbone, taps: Taps, device: str) -> Backbone:
+    """The backbone without the batch norms that its convolutions can take over, if every layer says the same."""
+    model = fold_batch_norms(backbone.model)
+    if model is backbone.model:
+        return backbone
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        images = torch.randn(2, *backbone.transform_recipe["input_size"]).to(device, memory_format=torch.channels_last)
+        pairs = zip(taps.read(backbone.model, images).values(), taps.read(model, images).values(), strict=True)
+        same = all((ours - theirs).norm() <= _ROUNDING * ours.norm() for ours, theirs in pairs)
+    return replace(backbone, model=model, folded=True) if same else backbone
 
 
 def _rows(shapes: dict[str, tuple[int, ...]]) -> dict[str, Row]:
@@ -159,18 +173,22 @@ def _load(checkpoint: Checkpoint | None, config: ExtractConfig, device: str) -> 
 def feature_recipe(source: Source, config: ExtractConfig, subject: Subject, work: Path) -> dict[str, Any]:
     """Everything that decides the rows of a feature store."""
     backbone = source.backbone
-    return source.taps.recipe() | {
-        "kind": "features",
-        "subject": subject.name,
-        "images": image_digest(subject, work),
-        "image_ids": id_digest(subject),
-        "backbone": backbone.name,
-        "weights": backbone.digest,
-        "timm": timm.__version__,
-        "transform": dict(backbone.transform_recipe),
-        "dtype": config.dtype,
-        "fold": source.fold,
-    }
+    return (
+        source.taps.recipe()
+        | {
+            "kind": "features",
+            "subject": subject.name,
+            "images": image_digest(subject, work),
+            "image_ids": id_digest(subject),
+            "backbone": backbone.name,
+            "weights": backbone.digest,
+            "timm": timm.__version__,
+            "transform": dict(backbone.transform_recipe),
+            "dtype": config.dtype,
+            "fold": source.fold,
+        }
+        | ({"batch_norm": "folded"} if backbone.folded else {})
+    )
 
 
 def _extract_subject(subject: Subject, source: Source, config: ExtractConfig, work: Path) -> Extracted:

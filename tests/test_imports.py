@@ -23,6 +23,7 @@ ORDER = [
     "featcache.splits",
     "featcache.taps",
     "featcache.backbone",
+    "featcache.folding",
     "featcache.chunks",
     "featcache.store",
     "featcache.pixels",
