@@ -14,28 +14,27 @@ import numpy as np
 _CHECKSUM = np.dtype("<u4")
 
 
-def read_rows(folder: Path, shape: tuple[int, ...], chunk: int, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
-    """Rows start to stop, (stop - start, *shape), of the array in `folder`, with `chunk` rows in each of its files.
+def read_rows(folder: Path, rows: np.ndarray, chunk: int, start: int) -> None:
+    """Fill contiguous `rows` with those from `start` on of the array in `folder`, `chunk` of them in each of its files.
 
     Raises FileNotFoundError for a chunk that is missing, ValueError for one that is cut short or was changed.
     """
-    rows = np.empty((stop - start, *shape), dtype)
+    stop = start + len(rows)
     if not rows.size:
-        return rows
+        return
 
     def fill(index: int) -> None:
         first = index * chunk
         own = slice(max(start, first), min(stop, first + chunk))
         place = rows[own.start - start : own.stop - start]
         whole = len(place) == chunk
-        values = place if whole else np.empty((chunk, *shape), dtype)
-        _read_chunk(folder.joinpath("c", str(index), *["0"] * len(shape)), values)
+        values = place if whole else np.empty((chunk, *rows.shape[1:]), rows.dtype)
+        _read_chunk(folder.joinpath("c", str(index), *["0"] * (rows.ndim - 1)), values)
         if not whole:
             place[:] = values[own.start - first : own.stop - first]
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as threads:  # reading lets go of the interpreter
         list(threads.map(fill, range(start // chunk, -(-stop // chunk))))
-    return rows
 
 
 def _read_chunk(path: Path, values: np.ndarray) -> None:

@@ -121,8 +121,11 @@ class Store:
             committed[name] = stop
         replace_json(self.path / _COMMITTED, committed)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows start to stop of one array. Raises StoreError for rows not committed, lost or damaged."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows start to stop of one array, in `out`, contiguous and of its dtype, if it is given.
+
+        Raises StoreError for rows not committed, lost or damaged.
+        """
         stop = len(self.image_ids) if stop is None else stop
         if stop > self.committed.get(name, 0):
             raise StoreError(
@@ -130,8 +133,12 @@ class Store:
                 "run the command that writes it again, it goes on from there"
             )
         array = self.arrays[name]
+        rows = np.empty((stop - start, *array.shape[1:]), array.dtype) if out is None else out
+        if rows.shape != (stop - start, *array.shape[1:]) or rows.dtype != array.dtype:
+            raise ValueError(f"{name}: {rows.dtype} {rows.shape} is no place for rows {start} to {stop} of {array}")
         try:
-            return read_rows(self.path / name, array.shape[1:], self.chunk_rows(name), array.dtype, start, stop)
+            read_rows(self.path / name, rows, self.chunk_rows(name), start)
+            return rows
         except FileNotFoundError as error:
             raise _damaged(self.path, f"a chunk of {name} is missing") from error
         except (ValueError, OSError) as error:

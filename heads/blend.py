@@ -52,74 +52,77 @@ def gather_moments(subject: Subject, hemisphere: str, stores: Sequence[Store]) -
     """One pass over the out-of-fold predictions of some models and the responses they are of."""
     folds = assign_folds(subject.train.ids, _FOLDS, _SEED)
     n_vertices, n_models = subject.n_vertices[hemisphere], len(stores)
-    sums = Moments(
-        np.zeros(_FOLDS),
-        np.zeros((_FOLDS, n_vertices, n_models)),
-        np.zeros((_FOLDS, n_vertices, n_models, n_models)),
-        np.zeros((_FOLDS, n_vertices, n_models)),
-        np.zeros((_FOLDS, n_vertices)),
-        np.zeros((_FOLDS, n_vertices)),
-    )
+    sums = torch.zeros(_FOLDS, n_vertices, n_models + 2, n_models + 2)
     responses = subject.responses(hemisphere)
     chunk = max(store.chunk_rows(hemisphere) for store in stores)
     step = -(-_BATCH_ROWS // chunk) * chunk
-    shift = np.zeros((n_vertices, n_models + 1))
+    shift = torch.zeros(n_vertices, n_models + 1)
     batch = torch.empty(n_models + 1, min(step, len(folds)), n_vertices)  # one place for all: nothing is left between
     for start in range(0, len(folds), step):
         rows = slice(start, min(start + step, len(folds)))
         columns = batch[:, : rows.stop - rows.start]
         for column, store in zip(columns, stores, strict=False):
-            column.copy_(torch.from_numpy(store.read(hemisphere, rows.start, rows.stop)))
+            store.read(hemisphere, rows.start, rows.stop, out=column.numpy())
         columns[-1].copy_(torch.from_numpy(np.array(responses[rows])))
         if start == 0:
-            shift = np.stack([column.numpy().mean(0, dtype=np.float64) for column in columns], axis=1)
+            shift = columns.mean(1, dtype=torch.float64).T.float()
         _add(sums, folds[rows], columns, shift)
-    return _shifted_back(sums, shift)
+    del batch
+    return _shifted_back(sums, np.bincount(folds, minlength=_FOLDS).astype(np.float64), shift)
 
 
-def _add(sums: Moments, folds: np.ndarray, columns: torch.Tensor, shift: np.ndarray) -> None:
+def _add(sums: torch.Tensor, folds: np.ndarray, columns: torch.Tensor, shift: torch.Tensor) -> None:
     """Add a batch of rows, fold by fold, less `shift`, (n_vertices, n_models + 1).
 
+    sums : (n_folds, n_vertices, n_models + 2, n_models + 2) products of models, responses and ones with each other
     folds : (n,) of the rows
-    columns : (n_models + 1, n, n_vertices) float32 predictions of each model, then the responses
+    columns : (n_models + 1, n, n_vertices) predictions of each model, then the responses
 
-    float32 products of numbers that are small by then, over some hundred rows, and float64 from there on. With a column
-    of ones every sum is an inner product, and all of a vertex's are one small matrix product.
+    All float32: of numbers that are small by then, so that what is summed in it is known to some parts in 10^7. With a
+    column of ones every sum is an inner product, and all of a vertex's are one small matrix product.
     """
-    n_models, n, n_vertices = len(columns) - 1, *columns.shape[1:]
+    n_columns, n, n_vertices = columns.shape
     order = torch.from_numpy(np.argsort(folds, kind="stable"))  # each fold's rows side by side
-    counts = np.bincount(folds, minlength=len(sums.n))
-    stops = np.cumsum(counts)
-    sums.n[:] += counts
-    buffer = torch.ones(min(_BATCH_VERTICES, n_vertices), n_models + 2, n)
+    counts = np.bincount(folds, minlength=len(sums)).tolist()
+    buffer = torch.ones(min(_BATCH_VERTICES, n_vertices), n_columns + 1, n)
     for first in range(0, n_vertices, _BATCH_VERTICES):
         block = slice(first, min(first + _BATCH_VERTICES, n_vertices))
         tile = buffer[: block.stop - block.start]
         for number, column in enumerate(columns):
-            tile[:, number].copy_(column[:, block].index_select(0, order).T)
-        tile[:, :-1] -= torch.from_numpy(shift[block]).float()[:, :, None]
-        for fold, stop in enumerate(stops):
-            part = tile[:, :, stop - counts[fold] : stop]
-            products = torch.bmm(part, part.transpose(1, 2)).numpy()
-            sums.product[fold, block] += products[:, :n_models, :n_models]
-            sums.cross[fold, block] += products[:, :n_models, n_models]
-            sums.model[fold, block] += products[:, :n_models, -1]
-            sums.response[fold, block] += products[:, n_models, -1]
-            sums.response_square[fold, block] += products[:, n_models, n_models]
+            torch.sub(column[:, block].index_select(0, order).T, shift[block, number, None], out=tile[:, number])
+        for of_fold, part in zip(sums, tile.split(counts, dim=2), strict=True):
+            of_fold[block].baddbmm_(part, part.transpose(1, 2))
 
 
-def _shifted_back(sums: Moments, shift: np.ndarray) -> Moments:
-    """The moments of the numbers as they were, from those of (numbers - shift.float32)."""
-    shift = shift.astype(np.float32).astype(np.float64)
-    models, response = shift[:, :-1], shift[:, -1]
-    for n, model, product, cross, of_response, square in zip(*vars(sums).values(), strict=True):
+def _shifted_back(sums: torch.Tensor, n_images: np.ndarray, shift: torch.Tensor) -> Moments:
+    """The moments of the numbers as they were, from those of (numbers - shift), as `_add` leaves them.
+
+    n_images : (n_folds,)
+    """
+    whole, of_model = sums.numpy(), slice(len(shift[0]) - 1)
+    response = len(shift[0]) - 1
+    moments = Moments(
+        n_images,
+        *(
+            whole[:, :, rows, columns].astype(np.float64)
+            for rows, columns in (
+                (of_model, -1),
+                (of_model, of_model),
+                (of_model, response),
+                (response, -1),
+                (response, response),
+            )
+        ),
+    )
+    models, level = shift[:, :-1].double().numpy(), shift[:, -1].double().numpy()
+    for n, model, product, cross, of_response, square in zip(*vars(moments).values(), strict=True):
         product += model[:, :, None] * models[:, None] + models[:, :, None] * model[:, None]
         product += n * models[:, :, None] * models[:, None]
-        cross += model * response[:, None] + models * (of_response + n * response)[:, None]
-        square += 2 * response * of_response + n * response**2
+        cross += model * level[:, None] + models * (of_response + n * level)[:, None]
+        square += 2 * level * of_response + n * level**2
         model += n * models
-        of_response += n * response
-    return sums
+        of_response += n * level
+    return moments
 
 
 def standardise(moments: Moments, mean: np.ndarray, scale: np.ndarray) -> Moments:

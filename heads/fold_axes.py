@@ -23,14 +23,14 @@ class Fold(NamedTuple):
     """What one fold's heads are made of, whatever the responses.
 
     held_out, trained : row numbers, where the features are
-    scores : of the held-out images and of the test images, on the axes of the trained ones
+    scores : of the held-out images, then of the test images, on the axes of the trained ones
     own : of the trained ones, where they are needed
     """
 
     held_out: torch.Tensor
     trained: torch.Tensor
     basis: Eigenbasis
-    scores: tuple[torch.Tensor, torch.Tensor]
+    scores: torch.Tensor
     own: torch.Tensor | None
 
 
@@ -68,7 +68,7 @@ class FoldAxes:
                 held_out[k],
                 trained[k],
                 basis,
-                (basis.scores(features[held_out[k]]), basis.scores(features[len(folds) :])),
+                basis.scores(torch.cat([features[held_out[k]], features[len(folds) :]])),
                 basis.own_scores(features[trained[k]]) if not self._tall or by_rows(basis.n_images) else None,
             )
             for k, basis in enumerate(bases)
@@ -105,7 +105,8 @@ class FoldAxes:
         saved: _Mean | None = None
         for fold, (weights, mean) in zip(self.folds, solved, strict=True):
             spread = (fold.basis.values @ weights.square() / fold.basis.n_images).sqrt()
-            held_out, test = (torch.addmm(mean, scores, weights) for scores in fold.scores)
+            predictions = torch.addmm(mean, fold.scores, weights)  # one product: a few test images are dear alone
+            held_out, test = predictions.tensor_split([len(fold.held_out)])
             piece = Piece(fold.held_out.cpu().numpy(), held_out, mean, torch.where(spread > 0, spread, 1))
             fits.append(FoldFit([piece], test))
             if save:

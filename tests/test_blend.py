@@ -172,12 +172,12 @@ def test_batches_of_any_shape_add_up_to_the_plain_sums(n_train, n_vertices, n_mo
     values = (rng.normal(size=(n_models + 1, n_train, n_vertices)) + offset).astype(np.float32)
     if constant:
         values[0, :, 0] = 0.3
-    shape = (5, n_vertices, n_models)
-    sums = Moments(np.zeros(5), *(np.zeros(s) for s in (shape, (*shape, n_models), shape, shape[:2], shape[:2])))
-    shift = values.mean(1, dtype=np.float64).T
+    sums = torch.zeros(5, n_vertices, n_models + 2, n_models + 2)
+    means = torch.from_numpy(values.mean(1, dtype=np.float64).T).float()
     for rows in np.array_split(np.arange(n_train), 3):
-        heads.blend._add(sums, folds[rows], torch.from_numpy(values[:, rows]), shift)
-    found = heads.blend._shifted_back(sums, shift)
+        heads.blend._add(sums, folds[rows], torch.from_numpy(values[:, rows]), means)
+    found = heads.blend._shifted_back(sums, np.bincount(folds, minlength=5), means)
+    shift = means.double().numpy()
     p, y = values[:-1].astype(np.float64), values[-1].astype(np.float64)
     for fold in range(5):
         own, of = p[:, folds == fold], y[folds == fold]
