@@ -45,6 +45,7 @@ class Moments(NamedTuple):
 
     variances : (rank,) of the scores along each axis
     covariances : (n_vertices, rank) of scores and responses
+    inverses : (n_vertices, rank) 1 / covariances, 0 where they are 0
     response_variance : (n_vertices,), 0 for a vertex that is constant
     noise_ceiling : (n_vertices,), fraction of variance in [0, 1], or None
     n_images : that they are of
@@ -54,6 +55,7 @@ class Moments(NamedTuple):
 
     variances: torch.Tensor
     covariances: torch.Tensor
+    inverses: torch.Tensor
     response_variance: torch.Tensor
     noise_ceiling: torch.Tensor | None
     n_images: int
@@ -69,9 +71,14 @@ def moments_of(
     limits = torch.finfo(variance.dtype)
     constant = variance <= (target.mean * limits.eps).square() + limits.tiny
     covariances = (target.rotated / n_images).T.contiguous()
-    rows = None if own is None or target.rows is None else (own, target.rows)
     return Moments(
-        basis.values / n_images, covariances, variance.masked_fill(constant, 0), noise_ceiling, n_images, rows
+        variances=basis.values / n_images,
+        covariances=covariances,
+        inverses=covariances.reciprocal().masked_fill_(covariances == 0, 0),
+        response_variance=variance.masked_fill(constant, 0),
+        noise_ceiling=noise_ceiling,
+        n_images=n_images,
+        rows=None if own is None or target.rows is None else (own, target.rows),
     )
 
 
@@ -161,7 +168,7 @@ def descend(
             found = error(fitting, moments)
             better = found < least
             least = torch.where(better, found, least)
-            best = torch.where(better[:, None], fitting, best)
+            torch.where(better[:, None], fitting, best, out=best)
             waited = torch.where(better, 0, waited + 1)
             if bool((waited >= _PATIENCE).all()):
                 break
@@ -173,17 +180,16 @@ def left_out_error(weights: torch.Tensor, moments: Moments) -> torch.Tensor:
 
     weights : (n_vertices, rank) at the scale that predicts best
     """
-    covariances = moments.covariances
-    none = covariances == 0
-    parts = torch.where(none, 0, weights / torch.where(none, 1, covariances))  # of least squares' weights, times 1 / E
-    freedom = (parts @ moments.variances + 1) / moments.n_images  # the intercept is one degree of freedom
+    scaled = weights * moments.variances
+    # times inverses, the parts of least squares' weights; the intercept is one degree of freedom
+    freedom = (torch.linalg.vecdot(scaled, moments.inverses) + 1) / moments.n_images
     if moments.rows is None:
-        variance, covariance = spread_of(weights, weights * moments.variances, moments)
+        variance, covariance = spread_of(weights, scaled, moments)
         residual = (moments.response_variance - 2 * covariance + variance).clamp_min(0)
         error = residual / (1 - freedom).clamp_min(1e-9).square()
     else:
         scores, responses = moments.rows
-        left_out = 1 - 1 / moments.n_images - scores.square() @ (parts.T / moments.n_images)
+        left_out = 1 - 1 / moments.n_images - scores.square() @ ((weights * moments.inverses).T / moments.n_images)
         error = ((responses - scores @ weights.T) / left_out.clamp_min(1e-6)).square().mean(0)
     return error.masked_fill(freedom > FULL, torch.inf)
 
