@@ -2,25 +2,26 @@
 
     PYTHONPATH=. python benchmarks/variants.py [--quick]
 
-Heads are fitted as `fit-heads --solver moments` does it: losses one after the other on shared axes and products. What
-is counted ends with out-of-fold and test predictions and weights in memory. Under `--solver auto` the same ten losses
-are one model, in closed form, and cost what one of them does.
+What is counted ends with out-of-fold and test predictions and weights in memory. The default solver has one model for
+all ten, in closed form. `--solver moments` has ten, one after the other on shared axes and products.
 """
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from exact_heads import make_subject, planted
-from measure import Figure, options, peak_gb, report, seconds
+from measure import Figure, options, paired, peak_gb, report
 
 from featcache.challenge import Subject
 from featcache.device import keep_freed_memory
 from featcache.splits import assign_folds
-from heads.config import FitConfig, MomentsConfig
+from heads.config import FitConfig
 from heads.moments import MomentFits
-from heads.predictions import cross_validate
+from heads.predictions import FoldPredictor, cross_validate
+from heads.ridge_folds import RidgeFits
 
 LOSSES = (
     "mse,pearson,mnnpc,mse+pearson,mse+mnnpc,pearson+mnnpc,mse+0.1*pearson,0.1*mse+pearson,0.1*pearson+mnnpc,"
@@ -28,11 +29,18 @@ LOSSES = (
 )
 
 
-def fit(features: torch.Tensor, folds: np.ndarray, subject: Subject, variants: list[FitConfig]) -> None:
-    shared = MomentFits(features, folds, variants[0].terms, MomentsConfig(), keep=len(variants) > 1)
-    for one in variants:
+def fit(features: torch.Tensor, folds: np.ndarray, subject: Subject, config: FitConfig) -> None:
+    """As `fit-heads` does it."""
+    variants = config.variants()
+    heads: list[FoldPredictor]
+    if config.solver == "moments":
+        shared = MomentFits(features, folds, variants[0].terms, config.moments, keep=len(variants) > 1)
+        heads = [shared.with_terms(one.terms) for one in variants]
+    else:
+        heads = [RidgeFits(features, folds, one.ridge) for one in variants]
+    for one in heads:
         for hemisphere in subject.n_vertices:
-            cross_validate(shared.with_terms(one.terms), subject, hemisphere, lambda n: None)
+            cross_validate(one, subject, hemisphere, lambda n: None)
 
 
 def main() -> None:
@@ -45,17 +53,19 @@ def main() -> None:
     features *= torch.linspace(0, -2, sizes.features).exp()  # axes that differ, as those of images do
     folds = assign_folds(np.arange(sizes.images), 5, 0)
     y = planted(features, sizes.images, sizes.vertices)
-    variants = FitConfig(LOSSES, solver="moments").variants()
+    size = f"{sizes.images:,} x {sizes.features:,} -> {sizes.vertices:,}, 5 folds"
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         subject = make_subject(Path(folder), (sizes.images, sizes.test_images), y, n_left=sizes.vertices * 12 // 25)
         del y
-        fit(features, folds, subject, variants[:1])
-        one = min(seconds(lambda: fit(features, folds, subject, variants[:1])) for _ in range(sizes.rounds))
-        ten = min(seconds(lambda: fit(features, folds, subject, variants)) for _ in range(sizes.rounds))
-        peak = peak_gb()
-    size = f"{sizes.images:,} x {sizes.features:,} -> {sizes.vertices:,}"
-    details = {"seconds": ten, "one_seconds": one, "peak_gb": peak}
-    report([Figure(f"ten losses from moments, {size}, 5 folds", "one of them", ten / one, 3.0, details=details)])
+        for solver, what in (("auto", "the one model that they are"), ("moments", "a model each")):
+            one, ten = (FitConfig(loss, solver=solver) for loss in ("mse", LOSSES))
+            ours, theirs, ratio = paired(
+                partial(fit, features, folds, subject, ten), partial(fit, features, folds, subject, one), sizes.rounds
+            )
+            details = {"seconds": ours, "one_seconds": theirs, "peak_gb": peak_gb()}
+            found.append(Figure(f"ten losses, {what}, {size}", "one of them", ratio, 3.0, details=details))
+    report(found)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 from featcache.errors import ConfigError
 
 PRODUCTS = ("float32", "tf32")  # how CUDA multiplies float32 matrices
-DTYPES = ("float32", "tf32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "tf32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 POOLED = "pooled"  # the layer that a network's own classifier reads
 POOLS = ("avg", "max")
@@ -61,7 +61,8 @@ class ExtractConfig:
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     layers: LayerConfig = field(default_factory=LayerConfig)
-    dtype: str = "float32"  # precision of the backbone's arithmetic
+    # precision of the backbone's arithmetic; auto: bfloat16 on a CPU that multiplies it, float32 elsewhere
+    dtype: str = "auto"
     batch_size: int = 32  # images a forward pass
     workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 16))  # threads that decode images
     device: str = "auto"

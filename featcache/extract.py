@@ -17,7 +17,7 @@ from featcache.checkpoint import FOLDER as CHECKPOINTS
 from featcache.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, refuse_trained, usable
 from featcache.config import ExtractConfig
 from featcache.contents import digests, id_digest, image_digest
-from featcache.device import check_products, keep_freed_memory, matrix_products, resolve_device
+from featcache.device import check_products, keep_freed_memory, matrix_products, resolve_device, resolve_dtype
 from featcache.errors import CheckpointError
 from featcache.folding import fold_batch_norms
 from featcache.images import load_image
@@ -60,6 +60,12 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> l
     if device == "cpu":
         keep_freed_memory()
     check_products("dtype", config.dtype, device)
+    if (dtype := resolve_dtype(config.dtype, device)) != config.dtype:
+        say(
+            f"arithmetic in {dtype}"
+            + (", which this CPU multiplies; or --dtype float32" if dtype == "bfloat16" else "")
+        )
+    config = replace(config, dtype=dtype)
     done: list[Extracted] = []
     sources = _sources(subjects, config, work)
     for number, (checkpoint, served) in enumerate(sources):

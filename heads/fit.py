@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from featcache.challenge import Subject
-from featcache.config import ExtractConfig, LayerConfig, fingerprint
+from featcache.config import LayerConfig, fingerprint
 from featcache.contents import response_digest, subject_digests
 from featcache.device import check_products, keep_freed_memory, matrix_products, resolve_device
 from featcache.errors import ConfigError, StoreError
@@ -190,11 +190,11 @@ def model_name(recipe: Mapping[str, Any]) -> str:
 
 
 def _feature_words(features: Mapping[str, Any], read: Sequence[str]) -> list[str]:
-    """The grids of the layers that are read, from the image on; pooling and precision if not the default."""
+    """The grids of the layers that are read, from the image on; pooling if not avg, precision if not float32."""
     grids = {"x".join(map(str, grid)): None for layer, grid in features.get("grids", {}).items() if layer in read}
     words = ["/".join(grids)] if grids else []
     words += [features["pool"]] if grids and features["pool"] != LayerConfig.pool else []
-    return words + ([features["dtype"]] if features["dtype"] != ExtractConfig.dtype else [])
+    return words + ([features["dtype"]] if features["dtype"] != "float32" else [])
 
 
 def _setting_words(recipe: Mapping[str, Any]) -> list[str]:

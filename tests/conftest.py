@@ -25,6 +25,12 @@ for name in [name for name in os.environ if name.startswith("FEATCACHE_")]:
     del os.environ[name]  # a developer's defaults are not the tests'
 
 
+@pytest.fixture(autouse=True)
+def plain_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`extract --dtype auto` is float32: tests say the same on every processor, and ask for bfloat16 by name."""
+    monkeypatch.setattr("featcache.device._cpu_flags", lambda: set())
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two subjects of a simulated tree, for reading."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from featcache import device
-from featcache.device import check_products, free_memory, matrix_products, resolve_device
+from featcache.device import _cpu_flags, check_products, free_memory, matrix_products, resolve_device, resolve_dtype
 from featcache.errors import ConfigError
 
 FAULTS = """
@@ -121,3 +121,19 @@ def test_tf32_without_cuda_is_refused():
     with pytest.raises(ConfigError, match="--products tf32: expected a CUDA device; found cpu; use float32"):
         check_products("products", "tf32", "cpu")
     check_products("products", "float32", "cpu")
+
+
+def test_auto_is_float32_on_cuda_and_a_dtype_that_was_named_stays(monkeypatch):
+    monkeypatch.setattr(device, "_cpu_flags", lambda: {"amx_bf16"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_dtype("auto", "cpu") == "bfloat16"
+    assert resolve_dtype("auto", "cuda") == resolve_dtype("auto", "auto") == "float32"
+    assert resolve_dtype("float16", "cpu") == "float16"
+
+
+def test_flags_are_read_where_linux_has_them(tmp_path):
+    cpuinfo = "processor : 0\nflags\t\t: fpu avx512_bf16 fsrm\nbugs : none\nprocessor : 1\nflags : fpu\n"
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert _cpu_flags(tmp_path / "cpuinfo") >= {"fpu", "avx512_bf16"}
+    assert "none" not in _cpu_flags(tmp_path / "cpuinfo")
+    assert _cpu_flags(tmp_path / "missing") == set()

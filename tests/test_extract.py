@@ -99,7 +99,7 @@ def slow(self, images, layers):
     time.sleep(0.1)
     return honest(self, images, layers)
 Backbone.features = slow
-config = ExtractConfig(BackboneConfig("test_resnet", "none", 48), batch_size=3, workers=2)
+config = ExtractConfig(BackboneConfig("test_resnet", "none", 48), dtype="float32", batch_size=3, workers=2)
 extract(open_challenge(Path(sys.argv[1])).subjects, config, Path(sys.argv[2]))
 """
 
@@ -186,6 +186,19 @@ def test_bfloat16_is_close_and_not_the_same(tiny, tmp_path):
     low = rows(run(tiny, tmp_path, ExtractConfig(BACKBONE, batch_size=3, dtype="bfloat16")))[0]
     error = np.linalg.norm(low - exact) / np.linalg.norm(exact)
     assert 1e-5 < error < 0.05 and low.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"), [({"sse2", "avx512_bf16"}, "bfloat16"), ({"asimd", "bf16"}, "bfloat16"), ({"avx2"}, "float32")]
+)
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(tiny, tmp_path, monkeypatch, said, flags, dtype):
+    monkeypatch.setattr("featcache.device._cpu_flags", lambda: flags)
+    found = run(tiny, tmp_path / "auto", replace(CONFIG, device="cpu"))
+    assert any(line.startswith(f"arithmetic in {dtype}") for line in said)
+    assert open_store(found[0].path).recipe["dtype"] == dtype
+    named = rows(run(tiny, tmp_path / "named", replace(CONFIG, dtype=dtype)))
+    assert [a.tobytes() for a in rows(found)] == [b.tobytes() for b in named]
+    assert run(tiny, tmp_path / "named", replace(CONFIG, device="cpu"))[0].n_new == 0  # auto is a name, not a setting
 
 
 def test_batches_cover_every_row_and_never_cross_a_commit():
