@@ -57,39 +57,43 @@ def gather_moments(subject: Subject, hemisphere: str, stores: Sequence[Store]) -
     chunk = max(store.chunk_rows(hemisphere) for store in stores)
     step = -(-_BATCH_ROWS // chunk) * chunk
     shift = torch.zeros(n_vertices, n_models + 1)
-    batch = torch.empty(n_models + 1, min(step, len(folds)), n_vertices)  # one place for all: nothing is left between
+    rows = torch.empty(min(step, len(folds)), n_vertices)  # one place for all: nothing is left between
+    batch = torch.empty(n_models + 1, *rows.shape)
     for start in range(0, len(folds), step):
-        rows = slice(start, min(start + step, len(folds)))
-        columns = batch[:, : rows.stop - rows.start]
+        of_fold = folds[start : start + step]
+        stop = start + len(of_fold)
+        order = torch.from_numpy(np.argsort(of_fold, kind="stable"))  # each fold's rows side by side
+        columns, place = batch[:, : len(order)], rows[: len(order)]
         for column, store in zip(columns, stores, strict=False):
-            store.read(hemisphere, rows.start, rows.stop, out=column.numpy())
-        columns[-1].copy_(torch.from_numpy(np.array(responses[rows])))
+            store.read(hemisphere, start, stop, out=place.numpy())
+            torch.index_select(place, 0, order, out=column)
+        place.numpy()[:] = responses[start:stop]
+        torch.index_select(place, 0, order, out=columns[-1])
         if start == 0:
-            shift = columns.mean(1, dtype=torch.float64).T.float()
-        _add(sums, folds[rows], columns, shift)
-    del batch
+            means = [column.numpy().mean(0, dtype=np.float64) for column in columns]
+            shift = torch.from_numpy(np.stack(means, axis=1)).float()
+        _add(sums, np.bincount(of_fold, minlength=_FOLDS).tolist(), columns, shift)
+    del batch, rows
     return _shifted_back(sums, np.bincount(folds, minlength=_FOLDS).astype(np.float64), shift)
 
 
-def _add(sums: torch.Tensor, folds: np.ndarray, columns: torch.Tensor, shift: torch.Tensor) -> None:
+def _add(sums: torch.Tensor, counts: Sequence[int], columns: torch.Tensor, shift: torch.Tensor) -> None:
     """Add a batch of rows, fold by fold, less `shift`, (n_vertices, n_models + 1).
 
     sums : (n_folds, n_vertices, n_models + 2, n_models + 2) products of models, responses and ones with each other
-    folds : (n,) of the rows
+    counts : (n_folds,) rows of each fold, which follow each other
     columns : (n_models + 1, n, n_vertices) predictions of each model, then the responses
 
     All float32: of numbers that are small by then, so that what is summed in it is known to some parts in 10^7. With a
     column of ones every sum is an inner product, and all of a vertex's are one small matrix product.
     """
     n_columns, n, n_vertices = columns.shape
-    order = torch.from_numpy(np.argsort(folds, kind="stable"))  # each fold's rows side by side
-    counts = np.bincount(folds, minlength=len(sums)).tolist()
     buffer = torch.ones(min(_BATCH_VERTICES, n_vertices), n_columns + 1, n)
     for first in range(0, n_vertices, _BATCH_VERTICES):
         block = slice(first, min(first + _BATCH_VERTICES, n_vertices))
         tile = buffer[: block.stop - block.start]
         for number, column in enumerate(columns):
-            torch.sub(column[:, block].index_select(0, order).T, shift[block, number, None], out=tile[:, number])
+            torch.sub(column[:, block].T, shift[block, number, None], out=tile[:, number])
         for of_fold, part in zip(sums, tile.split(counts, dim=2), strict=True):
             of_fold[block].baddbmm_(part, part.transpose(1, 2))
 
@@ -235,17 +239,20 @@ def greedy(moments: Moments, quality: Quality) -> np.ndarray:
 
     Caruana et al. 2004, Ensemble selection from libraries of models, https://doi.org/10.1145/1015330.1015432
     """
-    n_models = moments.model.shape[1]
-    own = np.einsum("vmm->vm", moments.product)
-    chosen, best = np.zeros(n_models), -np.finfo(np.float64).max
+    # models first: their sums at all vertices lie side by side
+    model, cross, own = map(
+        np.ascontiguousarray, (moments.model.T, moments.cross.T, np.einsum("vmm->mv", moments.product))
+    )
+    chosen, best = np.zeros(len(model)), -np.finfo(np.float64).max
     # sums of the blend so far: of its predictions, their squares, with the responses, and with each model's
-    predicted, squares, cross, with_models = (np.zeros(shape) for shape in (*[len(own)] * 3, own.shape))
+    predicted, squares, explained = np.zeros((3, len(moments.response)))
+    with_models = np.zeros_like(model)
     for _ in range(_GREEDY_ROUNDS):
         r = _r(
             moments.n,
-            (predicted[:, None] + moments.model).T,
-            (squares[:, None] + 2 * with_models + own).T,
-            (cross[:, None] + moments.cross).T,
+            predicted + model,
+            squares + 2 * with_models + own,
+            explained + cross,
             moments.response,
             moments.response_square,
         )
@@ -255,10 +262,10 @@ def greedy(moments: Moments, quality: Quality) -> np.ndarray:
         new = int(np.argmax(scores >= scores.max() - _TIE * abs(scores.max())))  # of equals the first
         best = scores[new]
         chosen[new] += 1
-        squares += 2 * with_models[:, new] + own[:, new]
-        predicted += moments.model[:, new]
-        cross += moments.cross[:, new]
-        with_models += moments.product[:, new]
+        squares += 2 * with_models[new] + own[new]
+        predicted += model[new]
+        explained += cross[new]
+        with_models += moments.product[:, new].T
     return chosen / chosen.sum()
 
 

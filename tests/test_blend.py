@@ -175,7 +175,9 @@ def test_batches_of_any_shape_add_up_to_the_plain_sums(n_train, n_vertices, n_mo
     sums = torch.zeros(5, n_vertices, n_models + 2, n_models + 2)
     means = torch.from_numpy(values.mean(1, dtype=np.float64).T).float()
     for rows in np.array_split(np.arange(n_train), 3):
-        heads.blend._add(sums, folds[rows], torch.from_numpy(values[:, rows]), means)
+        rows = rows[np.argsort(folds[rows])]
+        counts = np.bincount(folds[rows], minlength=5).tolist()
+        heads.blend._add(sums, counts, torch.from_numpy(values[:, rows]), means)
     found = heads.blend._shifted_back(sums, np.bincount(folds, minlength=5), means)
     shift = means.double().numpy()
     p, y = values[:-1].astype(np.float64), values[-1].astype(np.float64)
