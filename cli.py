@@ -267,7 +267,7 @@ def extract(
         str, typer.Option(help=f"Over the places that a cell takes in: {', '.join(POOLS)}.")
     ] = LayerConfig.pool,
     dtype: Annotated[
-        str, typer.Option(help=f"Precision of the arithmetic: {', '.join(DTYPES)}.")
+        str, typer.Option(help=f"Precision: {', '.join(DTYPES)}. auto: bfloat16 on a CPU that has it, or float32.")
     ] = ExtractConfig.dtype,
     batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = ExtractConfig.batch_size,
     workers: Annotated[int, typer.Option(help="Threads that decode while the model runs.")] = ExtractConfig().workers,

@@ -15,7 +15,7 @@ import resource, sys, torch
 from featcache.device import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-for _ in range(3):
+for _ in range(10):
     torch.ones(8, 1 << 20).sum()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
@@ -41,8 +41,8 @@ def test_kept_memory_is_not_cleared_again():
             subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True).stdout
         )
 
-    few = faults("default") / 10
-    # a machine that reclaims idle pages adds faults of its own, now and then
+    few = faults("default") / 4
+    # small blocks that lie in the way make the heap grow, now and then by a few times 32 MB
     assert any(faults("keep") < few for _ in range(3))
 
 
