@@ -17,7 +17,7 @@ import torch
 from measure import Figure, options, peak_gb, report
 
 from featcache.challenge import Subject
-from featcache.device import keep_freed_memory
+from featcache.device import give_back_memory, keep_freed_memory
 from featcache.images import ImageFiles
 from featcache.splits import assign_folds
 from heads.config import RidgeConfig
@@ -51,6 +51,7 @@ def main() -> None:
         how_often, sizes = json.loads(sys.argv[2])
         for _ in range(how_often):
             fit(Path(sys.argv[3]), *sizes)
+            give_back_memory()
         print(peak_gb())
         return
     sizes = options(

@@ -26,11 +26,16 @@ def resolve_dtype(dtype: str, device: str) -> str:
     """
     if dtype != "auto":
         return dtype
-    return "bfloat16" if resolve_device(device) == "cpu" and _BFLOAT16_UNITS & _cpu_flags() else "float32"
+    return "bfloat16" if resolve_device(device) == "cpu" and not is_emulated("bfloat16", device) else "float32"
 
 
-# x86 by AVX-512 or AMX, and Arm; a CPU without them emulates bfloat16, a hundred times as slowly
-_BFLOAT16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}
+# what Linux calls them on x86 and on Arm
+_UNITS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "float16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
+
+
+def is_emulated(dtype: str, device: str) -> bool:
+    """Whether this is a CPU that is not known to multiply such numbers: ten times as slow as float32, and more."""
+    return dtype in _UNITS and resolve_device(device) == "cpu" and not _UNITS[dtype] & _cpu_flags()
 
 
 def _cpu_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
@@ -115,3 +120,15 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
         return False
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT))
+
+
+def give_back_memory() -> bool:
+    """Return to the kernel what is free; False where the C library has no such call.
+
+    Kept memory falls into holes as blocks of other sizes come and go: without this, eight subjects one after the other
+    took 18 % more than one (docs/log.md).
+    """
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (AttributeError, OSError, TypeError):
+        return False

@@ -17,7 +17,14 @@ from featcache.checkpoint import FOLDER as CHECKPOINTS
 from featcache.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, refuse_trained, usable
 from featcache.config import ExtractConfig
 from featcache.contents import digests, id_digest, image_digest
-from featcache.device import check_products, keep_freed_memory, matrix_products, resolve_device, resolve_dtype
+from featcache.device import (
+    check_products,
+    is_emulated,
+    keep_freed_memory,
+    matrix_products,
+    resolve_device,
+    resolve_dtype,
+)
 from featcache.errors import CheckpointError
 from featcache.folding import fold_batch_norms
 from featcache.images import load_image
@@ -65,6 +72,8 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> l
             f"arithmetic in {dtype}"
             + (", which this CPU multiplies; or --dtype float32" if dtype == "bfloat16" else "")
         )
+    if is_emulated(dtype, device):
+        say(f"--dtype {dtype}: no units for it were found on this CPU; expect it to be slow, or use --dtype auto")
     config = replace(config, dtype=dtype)
     done: list[Extracted] = []
     sources = _sources(subjects, config, work)

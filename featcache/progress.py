@@ -12,6 +12,10 @@ from rich.text import Text
 _stderr = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0", highlight=False, soft_wrap=True, markup=False)
 
 
+_BAR = 16  # columns
+_NUMBERS = _BAR + 40  # counts, rate and time beside it
+
+
 def say(message: str) -> None:
     """One line for the person who waits."""
     _stderr.print(message)
@@ -36,15 +40,27 @@ class _Rate(ProgressColumn):
 
 
 def _progress(unit: str) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(_BAR),
+        MofNCompleteColumn(),
+        _Rate(unit),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=_stderr)
+
+
+def _short(description: str) -> str:
+    """What leaves room for the numbers, which say more than the end of a name."""
+    room = max(_stderr.width - _NUMBERS, 12)
+    return description if len(description) <= room else f"{description[: room - 1]}…"
 
 
 @contextmanager
 def bar(description: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
     """A progress bar with a rate; yields the function to call with the number of units just done."""
     with _progress(unit) as progress:
-        task = progress.add_task(description, total=total, completed=done)
+        task = progress.add_task(_short(description), total=total, completed=done)
         yield lambda n: progress.advance(task, n)
 
 
@@ -52,5 +68,5 @@ def bar(description: str, total: int, unit: str, done: int = 0) -> Iterator[Call
 def steps(description: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar for work that knows its own total; yields the function to call with (done, total)."""
     with _progress(unit) as progress:
-        task = progress.add_task(description, total=None)
+        task = progress.add_task(_short(description), total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

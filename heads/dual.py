@@ -103,6 +103,11 @@ class DualFolds:
         # without the cache every block of vertices would cost all decompositions anew
         self.vertex_block = None if self._cache is None else _VERTEX_BLOCK
 
+    @property
+    def forgets(self) -> bool:
+        """Whether decompositions do not fit into their memory, and every use of one computes it."""
+        return self._cache is None
+
     def _basis_bytes(self) -> float:
         """Of one prior's bases on all folds."""
         if self.way == "images":

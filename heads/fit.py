@@ -14,7 +14,7 @@ from safetensors.torch import save
 from featcache.challenge import Subject
 from featcache.config import LayerConfig, fingerprint
 from featcache.contents import response_digest, subject_digests
-from featcache.device import check_products, keep_freed_memory, matrix_products, resolve_device
+from featcache.device import check_products, give_back_memory, keep_freed_memory, matrix_products, resolve_device
 from featcache.errors import ConfigError, StoreError
 from featcache.extract import FOLDER as FEATURES
 from featcache.progress import bar, say
@@ -68,10 +68,11 @@ def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
             f"{config.layers!r}; choose among those, or extract with --layers {config.layers}"
         )
     if not any(sets for _, sets in found):
+        trained = config.solver == "trained"
         raise StoreError(
             f"{work / FEATURES}: expected complete features of {', '.join(s.name for s in subjects)}; "
-            f"found none for the images of this tree{_TRAINED if config.solver == 'trained' else ''}; "
-            "run 'extract' first"
+            f"found none for the images of this tree{' from a checkpoint with heads' if trained else ''}; "
+            + ("run 'pretrain' or 'finetune', then 'extract'" if trained else "run 'extract' first")
         )
     pairs = [(subject, one) for subject, sets in found for one in sets]
     if config.solver == "trained":
@@ -95,6 +96,8 @@ def _fit_variants(
             shared = Shared(len(variants))
             for config, training in zip(variants, trainings, strict=True):
                 done.append((id(features), _fit_set(subject, features, config, work, training, shared)))
+            del shared
+            give_back_memory()
     return done
 
 
@@ -137,9 +140,6 @@ class _Trainings:
         folds = features.folds(subject, self._config.n_folds, self._config.seed)
         held_out = features.held_out() if features.trained else list(range(folds.max() + 1))
         return Member(subject, features.read(device, budget), folds, held_out, features.trained)
-
-
-_TRAINED = " from a checkpoint with heads"
 
 
 def _suitable(sets: Sequence[FeatureSet], subject: Subject, config: FitConfig) -> list[FeatureSet]:

@@ -6,16 +6,27 @@ from featcache.device import free_memory, used_memory
 from featcache.errors import ConfigError
 from featcache.progress import size_of
 
+_LIBRARIES = 0.12e9  # bytes of libraries, and of their threads, that a first fit brings with it; measured
+
 
 @functools.cache
 def memory_at_start() -> int:
-    """Of this process before its first fit: what one subject leaves is used for the next."""
-    return used_memory()
+    """Of this process before its first fit, and what that loads: what one subject leaves is used for the next."""
+    return used_memory() + int(_LIBRARIES)
 
 
 def spare_memory(most: float) -> float:
     """Bytes that a fit may take: what is free, within what is left of `most`, 10^9 bytes of the process; 0: no cap."""
     return min(free_memory(), most * 1e9 - memory_at_start()) if most else free_memory()
+
+
+def refuse_above(most: float, peak: float) -> None:
+    """Raise ConfigError where a process is expected to take more than --max-memory, 10^9 bytes; 0: no cap."""
+    if most and peak > most * 1e9:
+        raise ConfigError(
+            f"--max-memory: expected {peak / 1e9:.2g} GB or more for these images, features and vertices; found "
+            f"{most:g}; give more, or extract fewer features"
+        )
 
 
 def block_that_fits(fixed: float, per_vertex: float, largest: int, most: float, least: int = 64) -> int:
@@ -27,11 +38,7 @@ def block_that_fits(fixed: float, per_vertex: float, largest: int, most: float, 
     system may yet give more.
     """
     spare = spare_memory(most)
-    if most and fixed + least * per_vertex > spare:
-        raise ConfigError(
-            f"--max-memory: expected {(memory_at_start() + fixed + least * per_vertex) / 1e9:.2g} GB or more for these "
-            f"images, features and vertices; found {most:g}; give more, or extract fewer features"
-        )
+    refuse_above(most, memory_at_start() + fixed + least * per_vertex)
     return int(min(max((spare - fixed) / per_vertex, least), largest))
 
 

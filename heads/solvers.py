@@ -20,7 +20,7 @@ from heads.encoder import linear_map_of, saved_shapes, spatial_head_of
 from heads.features import FeatureSet
 from heads.folds import FoldSolver, FrozenFolds, TrainedFolds, TunedAdamW, TunedRidge
 from heads.kernels import LayerKernels
-from heads.memory import block_that_fits, memory_at_start, said, spare_memory
+from heads.memory import block_that_fits, memory_at_start, refuse_above, said, spare_memory
 from heads.moments import MomentFits
 from heads.predictions import FoldPredictor, LinearFits
 from heads.priors import DEPTHS, prior_set
@@ -82,7 +82,22 @@ def predictor_of(
             shared.moments = _moments(subject, of, folds, config, device, shared.n_losses)
         return shared.moments.with_terms(config.terms)
     features = [rows.dense() for rows in of.read(device, 0)]
+    _announce_gradient(subject, of, features, config)
     return LinearFits(_solver(features, folds, subject, of, config), features, len(folds), names)
+
+
+def _announce_gradient(subject: Subject, of: FeatureSet, features: Sequence[torch.Tensor], config: FitConfig) -> None:
+    """Say the memory of heads that see all vertices of a hemisphere at once, and refuse it beyond --max-memory."""
+    n_train, n_all = len(subject.train), len(features[0])
+    n_features, n_vertices = features[0].shape[1], max(subject.n_vertices.values())
+    n_heads = len(of.held_out()) if of.trained else config.n_folds
+    # of one head: weights, gradient, both moments, and the best so far; with ROIs two layers of them
+    trained = 5.0 * (2 if config.head == "roi" else 1) * n_features * n_vertices
+    kept = (n_heads + 2.0) * n_features * n_vertices  # of each fold, and of both hemispheres to save
+    rows = sum(2.0 * len(one) * n_features for one in features) + (2.0 * n_train + 2.0 * n_all) * n_vertices
+    peak = memory_at_start() + 4.0 * (trained + kept + rows)
+    refuse_above(config.max_memory, peak)
+    say(f"{subject.name}: {n_features:,} features, {n_train:,} images: by gradient; {said(peak)}")
 
 
 def _ridge(subject: Subject, of: FeatureSet, folds: np.ndarray, config: FitConfig, device: str) -> FoldPredictor:
@@ -136,11 +151,13 @@ def _dual(
     peak = memory_at_start() + 1.2 * (
         solver.peak_bytes(max(subject.n_vertices.values())) + sum(one.held_bytes for one in rows)
     )
+    refuse_above(config.max_memory, peak)
     streamed = list(dict.fromkeys(name for one in rows for name in one.streamed))
     say(
         f"{subject.name}: {rows[0].n_features:,} features, {n_trained:,} images to fit to: {_WAYS[solver.way]}; "
         + said(peak)
         + (f"; {', '.join(streamed)} read from the store block by block" if streamed else "")
+        + ("; too little to keep decompositions, which are made again as they are needed" if solver.forgets else "")
     )
     return solver
 

@@ -382,6 +382,20 @@ def test_weights_files_have_an_array_for_each_layer(work, capfd):
         np.testing.assert_allclose(predicted.read(hemisphere, predicted.n_train), out, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("options", [(), ("--layers", "pooled"), ("--layers", "pooled", "--solver", "adamw")])
+def test_a_cap_below_what_a_fit_takes_is_refused_before_it_starts(work, capfd, options):
+    run(capfd, *LAYERS, "--subject", "1")
+    line = fails(capfd, "fit-heads", "--max-memory", "0.05", *options)
+    assert re.search(r"--max-memory: expected [\d.]+ GB or more .* found 0.05; give more", line)
+    assert not (work / "predictions.zarr").exists()
+    assert len(run(capfd, "fit-heads", "--max-memory", "64", *options)["stores"]) == 1
+
+
+def test_heads_of_checkpoints_where_there_are_none_ask_for_training(work, capfd):
+    run(capfd, *LAYERS, "--subject", "1")
+    assert "run 'pretrain' or 'finetune', then 'extract'" in fails(capfd, "fit-heads", "--solver", "trained")
+
+
 def test_a_layer_that_was_not_extracted_is_one_line_that_lists_those_that_were(work, capfd):
     run(capfd, *LAYERS)
     line = fails(capfd, "fit-heads", "--layers", "layer9")

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from featcache import device
-from featcache.device import _cpu_flags, check_products, free_memory, matrix_products, resolve_device, resolve_dtype
+from featcache.device import (
+    _cpu_flags,
+    check_products,
+    free_memory,
+    is_emulated,
+    matrix_products,
+    resolve_device,
+    resolve_dtype,
+)
 from featcache.errors import ConfigError
 
 FAULTS = """
@@ -100,6 +108,24 @@ def test_used_memory_grows_with_what_is_held():
     assert 36_000_000 <= grown <= 60_000_000
 
 
+GIVEN_BACK = """
+import numpy as np
+from featcache.device import give_back_memory, keep_freed_memory, used_memory
+keep_freed_memory()
+blocks = [np.ones(1_000_000, dtype=np.uint8) for _ in range(100)]
+held = used_memory()
+blocks = blocks[1::2]  # holes of 1 MB, which the heap keeps
+assert give_back_memory()
+print(held - used_memory())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the call")
+def test_holes_in_kept_memory_go_back():
+    freed = int(subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True).stdout)
+    assert 40_000_000 <= freed <= 60_000_000
+
+
 def settings_of_products():
     return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
@@ -129,6 +155,16 @@ def test_auto_is_float32_on_cuda_and_a_dtype_that_was_named_stays(monkeypatch):
     assert resolve_dtype("auto", "cpu") == "bfloat16"
     assert resolve_dtype("auto", "cuda") == resolve_dtype("auto", "auto") == "float32"
     assert resolve_dtype("float16", "cpu") == "float16"
+
+
+@pytest.mark.parametrize("flags", [set(), {"avx512_bf16"}, {"avx512_bf16", "avx512_fp16"}])
+def test_numbers_without_units_are_known_as_emulated(monkeypatch, flags):
+    monkeypatch.setattr(device, "_cpu_flags", lambda: flags)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert is_emulated("bfloat16", "cpu") is ("avx512_bf16" not in flags)
+    assert is_emulated("float16", "cpu") is ("avx512_fp16" not in flags)
+    assert not any(is_emulated(dtype, "cpu") for dtype in ("float32", "tf32"))
+    assert not any(is_emulated(dtype, "cuda") for dtype in ("float16", "bfloat16"))
 
 
 def test_flags_are_read_where_linux_has_them(tmp_path):

@@ -201,6 +201,11 @@ def test_auto_is_bfloat16_where_the_processor_multiplies_it(tiny, tmp_path, monk
     assert run(tiny, tmp_path / "named", replace(CONFIG, device="cpu"))[0].n_new == 0  # auto is a name, not a setting
 
 
+def test_what_the_processor_emulates_is_said(tiny, tmp_path, said):
+    run(tiny, tmp_path, replace(CONFIG, dtype="float16", device="cpu"))
+    assert any(line.startswith("--dtype float16: no units for it were found") for line in said)
+
+
 def test_batches_cover_every_row_and_never_cross_a_commit():
     for start, stop, span, size in [(0, 29, 8, 3), (8, 29, 8, 16), (0, 5, 8, 2), (24, 24, 8, 4), (0, 256, 256, 32)]:
         batches = _plan(start, stop, span, size)
