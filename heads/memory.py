@@ -1,6 +1,7 @@
 """How much memory a fit may take, and what it says of it before it starts."""
 
 import functools
+import math
 
 from featcache.device import free_memory, used_memory
 from featcache.errors import ConfigError
@@ -24,8 +25,8 @@ def refuse_above(most: float, peak: float) -> None:
     """Raise ConfigError where a process is expected to take more than --max-memory, 10^9 bytes; 0: no cap."""
     if most and peak > most * 1e9:
         raise ConfigError(
-            f"--max-memory: expected {peak / 1e9:.2g} GB or more for these images, features and vertices; found "
-            f"{most:g}; give more, or extract fewer features"
+            f"--max-memory: expected {math.ceil(peak / 1e7) / 100:g} GB or more for these images, features and "
+            f"vertices; found {most:g}; give more, or extract fewer features"
         )
 
 

@@ -82,22 +82,24 @@ def predictor_of(
             shared.moments = _moments(subject, of, folds, config, device, shared.n_losses)
         return shared.moments.with_terms(config.terms)
     features = [rows.dense() for rows in of.read(device, 0)]
-    _announce_gradient(subject, of, features, config)
+    _announce_whole(subject, of, features, config)
     return LinearFits(_solver(features, folds, subject, of, config), features, len(folds), names)
 
 
-def _announce_gradient(subject: Subject, of: FeatureSet, features: Sequence[torch.Tensor], config: FitConfig) -> None:
+def _announce_whole(subject: Subject, of: FeatureSet, features: Sequence[torch.Tensor], config: FitConfig) -> None:
     """Say the memory of heads that see all vertices of a hemisphere at once, and refuse it beyond --max-memory."""
     n_train, n_all = len(subject.train), len(features[0])
     n_features, n_vertices = features[0].shape[1], max(subject.n_vertices.values())
     n_heads = len(of.held_out()) if of.trained else config.n_folds
-    # of one head: weights, gradient, both moments, and the best so far; with ROIs two layers of them
+    # of one head: weights, gradient, both moments, and the best so far; with ROIs two layers of them. In closed form:
+    # products with the responses, the same on the axes, and weights
     trained = 5.0 * (2 if config.head == "roi" else 1) * n_features * n_vertices
     kept = (n_heads + 2.0) * n_features * n_vertices  # of each fold, and of both hemispheres to save
     rows = sum(2.0 * len(one) * n_features for one in features) + (2.0 * n_train + 2.0 * n_all) * n_vertices
     peak = memory_at_start() + 4.0 * (trained + kept + rows)
     refuse_above(config.max_memory, peak)
-    say(f"{subject.name}: {n_features:,} features, {n_train:,} images: by gradient; {said(peak)}")
+    way = "closed form" if config.resolved_solver == "exact" else "by gradient"
+    say(f"{subject.name}: {n_features:,} features, {n_train:,} images: {way}; {said(peak)}")
 
 
 def _ridge(subject: Subject, of: FeatureSet, folds: np.ndarray, config: FitConfig, device: str) -> FoldPredictor:

@@ -21,7 +21,7 @@ from featcache.extract import extract
 from featcache.roi import FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.splits import assign_folds
 from featcache.store import open_store
-from heads.config import FitConfig, StageConfig, TrainConfig
+from heads.config import AdamWConfig, FitConfig, StageConfig, TrainConfig
 from heads.encoder import linear_map_of
 from heads.end_to_end import train_stage
 from heads.features import feature_sets
@@ -225,6 +225,16 @@ def test_one_fold_predicts_and_scores_its_own_images_alone(tiny, tmp_path, said)
     rows = assign_folds(ids, 2, 0) == 1
     expected = pearson_r(store.read("lh", 0, store.n_train), subjects[0].responses("lh")[rows])
     np.testing.assert_array_equal(scores.r, expected)
+
+
+@pytest.mark.parametrize(("loss", "way"), [("mse", "closed form"), ("smooth_l1", "by gradient")])
+def test_what_is_said_before_a_fit_is_what_it_does(tiny, tmp_path, said, loss, way):
+    subjects = open_challenge(tiny).subjects[:1]
+    stage = StageConfig("finetune", TrainConfig(epochs=1, batch_size=4), SMALL, "none", fold=1, n_folds=2, workers=1)
+    train_stage(subjects, stage, tmp_path)
+    extract(subjects, ExtractConfig(SMALL, LayerConfig(("pooled",)), checkpoint="auto"), tmp_path)
+    fit_heads(subjects, FitConfig(loss, adamw=AdamWConfig(epochs=1)), tmp_path)
+    assert [way in line for line in said if "of memory" in line] == [True]
 
 
 SMALL = BackboneConfig("test_resnet", "none", 32)

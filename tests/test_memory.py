@@ -29,7 +29,7 @@ def test_blocks_fill_what_there_is(fixed, per_vertex, most, block):
 
 
 def test_a_cap_that_nothing_fits_under_is_refused():
-    with pytest.raises(ConfigError, match=r"--max-memory: expected 2\.1 GB or more .* found 2; give more"):
+    with pytest.raises(ConfigError, match=r"--max-memory: expected 2\.11 GB or more .* found 2; give more"):
         block_that_fits(1.04e9, 1e6, 2048, 2)
 
 
