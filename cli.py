@@ -15,8 +15,10 @@ import typer
 from featcache.config import DTYPES, POOLS, PRODUCTS, BackboneConfig, ExtractConfig, LayerConfig
 from featcache.errors import ConfigError, FeatcacheError
 from heads.config import (
+    BLEND_RECIPES,
     BLENDS,
     HEADS,
+    LEVELS,
     LOSS_NAMES,
     PAPER_SIZE,
     RECIPES,
@@ -28,6 +30,7 @@ from heads.config import (
     StageConfig,
     TrainConfig,
     adamw_of,
+    blend_recipe,
     refuse_unread,
     split_losses,
 )
@@ -424,33 +427,90 @@ def maps(
     _finish(f"{len(written)} files in {work / FOLDER}", result, began, as_json)
 
 
+Models = Annotated[
+    str, typer.Option("--models", help="Those whose names match, such as 'convnext*'; several: with commas.")
+]
+Exclude = Annotated[str, typer.Option("--exclude", help="But for those whose names match.")]
+
+
+@app.command()
+def models(
+    data: Data = DATA,
+    work: Work = WORK,
+    noise_ceiling: Ceiling = None,
+    subject: Subjects = "all",
+    chosen: Models = BlendConfig.models,
+    exclude: Exclude = BlendConfig.exclude,
+    as_json: AsJson = False,
+) -> None:
+    """List what there is to blend: each model, its score fold by fold, and how alike models are."""
+    began = time.perf_counter()
+    challenge = _open(data, noise_ceiling)
+    from heads.model_list import list_models
+    from heads.report import model_table, print_table
+
+    found, accuracy = list_models(challenge.select(subject), work, chosen, exclude)
+    print_table(model_table(found, accuracy))
+    _finish(f"{len(found)} models in {work}", {"models": [vars(one) for one in found]}, began, as_json)
+
+
 @app.command()
 def blend(
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
-    method: Annotated[str, typer.Option(help=f"{', '.join(BLENDS)}.")] = BlendConfig.method,
+    recipe: Annotated[
+        str, typer.Option(help=f"What the next options start from: {', '.join(BLEND_RECIPES)}.")
+    ] = BLEND_RECIPES[0],
+    method: Annotated[str | None, typer.Option(help=f"{', '.join(BLENDS)}. [{BlendConfig.method}]")] = None,
+    per: Annotated[
+        str | None, typer.Option(help=f"What has weights of its own: {', '.join(LEVELS)}. [{BlendConfig.per}]")
+    ] = None,
+    chosen: Models = BlendConfig.models,
+    exclude: Exclude = BlendConfig.exclude,
+    apply: Annotated[
+        Path | None, typer.Option(help="Learn nothing: put these predictions through a blend that was saved.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of bags, bootstrap and permutations.")] = BlendConfig.seed,
     as_json: AsJson = False,
 ) -> None:
     """Blend every model, score the blend, and write the submission."""
     began = time.perf_counter()
-    config = BlendConfig(method)
+    given = {"method": method, "per": per}
+    config = replace(
+        blend_recipe(recipe),
+        **{name: value for name, value in given.items() if value is not None},
+        models=chosen,
+        exclude=exclude,
+        seed=seed,
+    )
     challenge = _open(data, noise_ceiling)
-    from heads.ensemble import FOLDER
-    from heads.ensemble import blend as run
+    from heads import ensemble
     from heads.report import as_json as scores_as_json
-    from heads.report import print_table, score_table
+    from heads.report import gain_lines, print_table, score_table
 
-    done = run(challenge, config, work)
-    print_table(score_table(done.scores, "out-of-fold, blend weights learnt on other folds"))
-    written = done.submission or work / FOLDER
+    if apply is not None:
+        written = ensemble.apply(challenge, apply, work)
+        _finish_blend(written, work, {}, began, as_json)
+        return
+    done = ensemble.blend(challenge, config, work)
+    print_table(score_table(done.scores, f"out-of-fold, blend weights ({config.label}) learnt on other folds"))
+    for line in gain_lines(done):
+        typer.echo(line)
     result = {
-        "submission": str(done.submission) if done.submission else None,
-        "predictions": str(work / FOLDER),
         "weights": done.weights,
+        "unused": done.unused,
         "scores": scores_as_json(done.scores),
+        "gains": [vars(gain) for gain in done.gains],
+        "shuffled": vars(done.null),
     }
-    _finish(f"wrote {written}", result, began, as_json)
+    _finish_blend(done.submission, work, result, began, as_json)
+
+
+def _finish_blend(submission: Path | None, work: Path, result: dict[str, Any], began: float, as_json: bool) -> None:
+    folder = work / "submission"
+    files = {"submission": str(submission) if submission else None, "predictions": str(folder)}
+    _finish(f"wrote {submission or folder}", files | result, began, as_json)
 
 
 def _backbone(name: str | None, weights: str | None, size: int | None) -> BackboneConfig:

@@ -242,7 +242,9 @@ def _fit_set(
             predictor = predictor_of(subject, features, folds, config, device, work, shared)
         if store is None:
             ids = np.concatenate([subject.train.ids[rows], subject.test.ids])
-            facts = {"model": name, "features": features.name, "torch": torch.__version__}
+            facts: dict[str, Any] = {"model": name, "features": features.name, "torch": torch.__version__}
+            if features.trained:  # for whoever blends, when features and checkpoints may be gone
+                facts["seen_ids"] = [seen.tolist() for seen in features.seen_ids()]
             store = create_store(work / FOLDER, label, recipe, ids, len(rows), subject.n_vertices, facts)
         with matrix_products(config.products):
             _fit(subject, predictor, rows, store, weights, device)

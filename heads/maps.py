@@ -6,7 +6,6 @@ share them.
 """
 
 import csv
-import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,7 +19,7 @@ from torch.nn import functional
 
 from featcache.backbone import first_line
 from featcache.challenge import Subject
-from featcache.errors import ConfigError, StoreError
+from featcache.errors import StoreError
 from featcache.extract import FOLDER as FEATURES
 from featcache.progress import say
 from featcache.roi import HEMISPHERES
@@ -29,6 +28,7 @@ from heads.features import own_stores
 from heads.fit import FOLDER as PREDICTIONS
 from heads.fit import WEIGHTS, score
 from heads.layers import LayerRows
+from heads.members import chosen
 from heads.priors import depths_of
 from heads.spatial import SpatialReadout
 
@@ -217,11 +217,8 @@ def _models(subjects: Sequence[Subject], pattern: str, work: Path) -> Iterator[t
     pairs = [(subject, store) for subject in subjects for store in own_stores(subject, work / PREDICTIONS, "fit-heads")]
     if not pairs:
         raise StoreError(f"{work / PREDICTIONS}: expected fitted heads; found none; run 'fit-heads' first")
-    chosen = [(subject, store) for subject, store in pairs if fnmatch.fnmatch(store.facts["model"], pattern)]
-    if not chosen:
-        known = ", ".join(dict.fromkeys(store.facts["model"] for _, store in pairs))
-        raise ConfigError(f"--models: expected a pattern that matches one of: {known}; found {pattern!r}; correct it")
-    yield from chosen
+    wanted = chosen(list(dict.fromkeys(store.facts["model"] for _, store in pairs)), pattern)
+    yield from ((subject, store) for subject, store in pairs if store.facts["model"] in wanted)
 
 
 def _roi_means(subject: Subject, store: Store, maps: dict[str, VertexMaps]) -> Iterator[RoiMaps]:

@@ -7,7 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from heads.ensemble import Ensemble
 from heads.metrics import Summary, VertexScores, summarize
+from heads.model_list import Model
 
 _ALL = "all vertices"
 
@@ -71,6 +73,50 @@ def layer_table(maps: Mapping[str, tuple[int, int, int]]) -> Table:
         table.add_column(column, justify="left" if column == "layer" else "right")
     for number, (name, (n_channels, height, width)) in enumerate(maps.items()):
         table.add_row(str(number), name, f"{n_channels:,}", f"{height} x {width}")
+    return table
+
+
+def gain_lines(done: Ensemble) -> list[str]:
+    """What a blend is worth, in words: its gains with their intervals, the null, and who has no weight."""
+    unit = " points" if done.accuracy else " of mean r"
+    digits = 2 if done.accuracy else 4
+    lines = []
+    for one in done.gains:
+        share = f" ({100 * one.gain / one.score:+.1f} %)" if one.score > 0 else ""
+        lines.append(
+            f"blend over {one.over}: {one.gain:+.{digits}f}{unit}{share}, 95 % interval over images "
+            f"{one.low:+.{digits}f} to {one.high:+.{digits}f}; optimistic, on the images its weights were learnt on: "
+            f"{one.optimistic:+.{digits}f}"
+        )
+    lines.append(
+        f"blends of shuffled responses score {done.null.mean:.{digits}f}, at most {done.null.largest:.{digits}f}; "
+        f"optimistic {done.null.optimistic:.{digits}f}"
+    )
+    if done.unused:
+        lines.append(f"no weight anywhere: {', '.join(done.unused)}")
+    return lines
+
+
+def model_table(models: Sequence[Model], accuracy: bool) -> Table:
+    """A row for each model, best first, numbered; scores of all images and of each fold, and what it is most like."""
+    measure = "noise-normalised accuracy, %" if accuracy else "no noise ceiling: mean r"
+    table = Table(title=f"out-of-fold; {measure}", title_justify="left")
+    numbers = {one.name: str(number) for number, one in enumerate(models, 1)}
+    table.add_column("")
+    table.add_column("model", overflow="fold")
+    for column in ("score", "by fold", "most like"):
+        table.add_column(column, justify="right")
+    digits = 1 if accuracy else 3
+    for one in models:
+        closest = one.closest()
+        table.add_row(
+            numbers[one.name],
+            one.name,
+            f"{one.score:.{digits + 1}f}",
+            " ".join(f"{score:.{digits}f}" for score in one.folds),
+            f"{numbers[closest[0]]} ({closest[1]:.2f})" if closest else "-",
+            end_section=True,
+        )
     return table
 
 

@@ -72,8 +72,8 @@ def test_losses_with_one_optimum_share_their_heads_and_others_do_not(work, capfd
     roi = run(capfd, "fit-heads", "--loss", "mse", "--head", "roi", "--epochs", "2")
     assert len({s["model"] for fit in (first, other, roi) for s in fit["stores"]}) == 3
     blended = run(capfd, "blend", "--method", "score")
-    assert set(blended["scores"]) == {"best single", "uniform", "score"}
-    for weights in (w for subject in blended["weights"].values() for w in subject.values()):
+    assert set(blended["scores"]) == {"best single", "uniform", "blend"}
+    for weights in (w["all"] for subject in blended["weights"].values() for w in subject.values()):
         assert len(weights) == 3 and sum(weights.values()) == pytest.approx(1, abs=1e-5)
 
 
@@ -185,7 +185,10 @@ def test_simulate_writes_a_tree_that_check_passes(tmp_path, capfd):
         (["fit-heads", "--solver", "adamw", "--head", "roi", "--space", "9"], "--space: .*; found --head roi; add"),
         (["fit-heads", "--solver", "trained", "--head", "linear"], "--head: expected a solver that fits heads with it"),
         (["fit-heads", "--solver", "trained", "--folds", "5"], "--folds: .*, which takes the heads of a checkpoint as"),
-        (["blend", "--method", "magic"], "--method: expected one of uniform, score, greedy; found 'magic'"),
+        (["blend", "--method", "magic"], "--method: expected one of uniform, score, greedy, nnls; found 'magic'"),
+        (["blend", "--per", "lobe"], "--per: expected one of all, hemisphere, roi, vertex; found 'lobe'"),
+        (["blend", "--recipe", "cake"], "--recipe: expected one of best, paper; found 'cake'"),
+        (["models"], "found none; run 'extract' and 'fit-heads' first"),
         (["blend", "--nonsense"], "--nonsense"),
         (["conquer"], "conquer"),
     ],
@@ -343,7 +346,7 @@ def test_heads_are_fitted_to_the_layers_that_are_asked_for(work, capfd, layers, 
     assert again["stores"] == fitted["stores"] and again["scores"] == fitted["scores"]
     assert written == {path: Path(path, "committed.json").stat().st_mtime_ns for path in written}
     blended = run(capfd, "blend")
-    assert all(len(w) == len(read) for subject in blended["weights"].values() for w in subject.values())
+    assert all(len(w["all"]) == len(read) for subject in blended["weights"].values() for w in subject.values())
 
 
 def test_names_of_models_say_what_tells_them_apart(work, capfd):

@@ -97,7 +97,7 @@ def test_every_stage_runs_on_what_the_one_before_left(work, tiny, capfd):
         assert len(fitted["stores"]) == 4 and len({store["model"] for store in fitted["stores"]}) == 2
     blended, _ = run(capfd, "blend")
     assert Path(blended["submission"]).is_file()
-    assert len(blended["weights"]["subj01"]["lh"]) == 6
+    assert len(blended["weights"]["subj01"]["lh"]["all"]) == 6
     again, _ = run(capfd, "finetune", *QUICK)
     assert all(one["seconds"] < 60 for one in again["checkpoints"]) and len(again["checkpoints"]) == 4
 
@@ -140,10 +140,34 @@ def test_of_two_stores_of_one_model_the_newer_is_blended_and_the_other_named(wor
     blended, err = run(capfd, "blend")
     (line,) = [line for line in err.splitlines() if "same model" in line]
     assert line.startswith(f"subj01: left out {older.name}: {made.name} is of the same model and newer")
-    assert set(blended["weights"]["subj01"]["lh"]) == {store["model"] for store in fitted["stores"]}
+    assert set(blended["weights"]["subj01"]["lh"]["all"]) == {store["model"] for store in fitted["stores"]}
     shutil.rmtree(older)
     again, _ = run(capfd, "blend")
     assert again["weights"] == blended["weights"] and again["scores"] == blended["scores"]
+
+
+def test_a_blend_refuses_images_that_a_backbone_saw_when_features_and_checkpoints_are_gone(work, tiny, capfd):
+    fitted, _ = run(capfd, "fit-heads", "--solver", "trained", "--subject", "1")
+    for folder in ("features.zarr", "checkpoints", "submission"):
+        shutil.rmtree(work / folder, ignore_errors=True)
+    subject = open_challenge(tiny).subjects[0]
+    path = Path(fitted["stores"][0]["path"])
+    group = zarr.open_group(path, mode="r+")
+    about = dict(group.attrs["featcache"])
+    seen = about["facts"]["seen_ids"]
+    folds = assign_folds(subject.train.ids, 2, 0)
+    for fold, ids in zip(about["recipe"]["features"]["fold"]["held_out"], seen, strict=True):
+        assert set(ids) == set(subject.train.ids[folds != fold].tolist())
+    blended, _ = run(capfd, "blend")
+    assert len(blended["weights"]["subj01"]["lh"]["all"]) == 2
+    leaked = int(subject.train.ids[folds == about["recipe"]["features"]["fold"]["held_out"][1]][0])
+    group.attrs["featcache"] = about | {"facts": about["facts"] | {"seen_ids": [seen[0], [*seen[1], leaked]]}}
+    assert cli.run(["blend"]) == 1 == cli.run(["models"])
+    assert f"id {leaked}" in capfd.readouterr().err
+    group.attrs["featcache"] = about | {"facts": {k: v for k, v in about["facts"].items() if k != "seen_ids"}}
+    blended, err = run(capfd, "blend")
+    assert f"left out {path.name}: it does not say which images its backbone was trained on" in err
+    assert len(blended["weights"]["subj01"]["lh"]["all"]) == 1
 
 
 def test_heads_refuse_images_that_the_backbone_saw(work, tiny):
