@@ -1,4 +1,8 @@
-"""Command line: options -> config -> one call -> one result line. Heavy imports wait until a command runs."""
+"""Command line: options -> config -> one call -> one result line. Heavy imports wait until a command runs.
+
+A command reads its options, builds its settings and gives back a Job, which `run` does. So a recipe is checked whole, by
+the same parsers and settings, before the first of its steps is done.
+"""
 
 import inspect
 import json
@@ -32,6 +36,7 @@ from heads.config import (
     split_losses,
 )
 from heads.config import recipe as settings_of
+from heads.recipes import Job, Option, Outcome, Step, located, read_recipe, run_steps
 
 app = typer.Typer(
     help="Predict responses of the visual cortex from cached image features: extract once, refit heads, blend.",
@@ -95,13 +100,12 @@ def simulate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes. Default: one a core.")] = None,
     as_json: AsJson = False,
-) -> None:
+) -> Job:
     """Write a challenge tree whose ground truth is known."""
     from featcache.progress import steps
     from featcache.simulate import SimulateConfig
     from featcache.simulate import simulate as run
 
-    began = time.perf_counter()
     left = round(vertices * 19_004 / 39_548)
     config = (
         SimulateConfig.full(seed=seed, workers=workers)
@@ -117,9 +121,13 @@ def simulate(
             workers=workers,
         )
     )
-    with steps("simulate", "steps") as update:
-        run(config, data, update)
-    _finish(f"wrote {data}", {"data": str(data)}, began, as_json)
+
+    def call() -> Outcome:
+        with steps("simulate", "steps") as update:
+            run(config, data, update)
+        return Outcome(f"wrote {data}", {"data": str(data)})
+
+    return Job(config, call, as_json, is_done=data.is_dir)
 
 
 @app.command()
@@ -128,28 +136,29 @@ def check(
     noise_ceiling: Ceiling = None,
     workers: Annotated[int, typer.Option(help="Threads that decode images.")] = ExtractConfig().workers,
     as_json: AsJson = False,
-) -> None:
+) -> Job:
     """List everything that is wrong with a challenge tree."""
-    from featcache.challenge import deep_faults, scan_tree
-    from featcache.progress import bar, say
 
-    began = time.perf_counter()
-    challenge, faults = scan_tree(_existing(data), noise_ceiling)
-    total = sum(len(subject.image_paths) for subject in challenge.subjects)
-    with bar("check", total, "images") as advance:
-        faults += deep_faults(challenge, workers, advance)
-    for note in challenge.notes:
-        say(note)
-    for fault in faults:
-        typer.echo(str(fault))
-    result = {"data": str(data), "faults": [str(fault) for fault in faults], "notes": challenge.notes}
-    n_subjects = len(challenge.subjects)
-    _finish(f"{data}: {n_subjects} subjects, {total} images, {len(faults)} faults", result, began, as_json)
-    if faults:
-        raise typer.Exit(1)
+    def call() -> Outcome:
+        from featcache.challenge import deep_faults, scan_tree
+        from featcache.progress import bar, say
+
+        challenge, faults = scan_tree(_existing(data), noise_ceiling)
+        total = sum(len(subject.image_paths) for subject in challenge.subjects)
+        with bar("check", total, "images") as advance:
+            faults += deep_faults(challenge, workers, advance)
+        for note in challenge.notes:
+            say(note)
+        for fault in faults:
+            typer.echo(str(fault))
+        result = {"data": str(data), "faults": [str(fault) for fault in faults], "notes": challenge.notes}
+        found = f"{data}: {len(challenge.subjects)} subjects, {total} images, {len(faults)} faults"
+        return Outcome(found, result, code=1 if faults else 0)
+
+    return Job(None, call, as_json)
 
 
-def _training_command(stage: str) -> Callable[..., None]:
+def _training_command(stage: str) -> Callable[..., Job]:
     """The command of one stage of training. Its options are the fields of TrainConfig, so that each stands once."""
 
     def command(
@@ -178,8 +187,7 @@ def _training_command(stage: str) -> Callable[..., None]:
         device: Device = StageConfig.device,
         as_json: AsJson = False,
         **given: Any,
-    ) -> None:
-        began = time.perf_counter()
+    ) -> Job:
         if not fold.isdecimal() and fold != "all":
             raise ConfigError(f"--fold: expected all or a number from 0 to {folds - 1}; found {fold!r}; correct it")
         config = StageConfig(
@@ -196,22 +204,26 @@ def _training_command(stage: str) -> Callable[..., None]:
             image_cache=image_cache,
             workers=workers,
         )
-        challenge = _open(data, noise_ceiling)
-        chosen = challenge.select(subject)
-        from heads.end_to_end import train_stage
 
-        done = train_stage(chosen, config, work)
-        new = sum(one.new for one in done)
-        checkpoints = [
-            {"path": str(one.checkpoint.path), "score": one.checkpoint.facts["score"], "seconds": round(one.seconds, 1)}
-            for one in done
-        ]
-        _finish(
-            f"{len(done)} checkpoints, {new} of them new, in {work / 'checkpoints'}",
-            {"checkpoints": checkpoints},
-            began,
-            as_json,
-        )
+        def call() -> Outcome:
+            challenge = _open(data, noise_ceiling)
+            chosen = challenge.select(subject)
+            from heads.end_to_end import train_stage
+
+            done = train_stage(chosen, config, work)
+            new = sum(one.new for one in done)
+            checkpoints = [
+                {
+                    "path": str(one.checkpoint.path),
+                    "score": one.checkpoint.facts["score"],
+                    "seconds": round(one.seconds, 1),
+                }
+                for one in done
+            ]
+            found = f"{len(done)} checkpoints, {new} of them new, in {work / 'checkpoints'}"
+            return Outcome(found, {"checkpoints": checkpoints})
+
+        return Job(config, call, as_json)
 
     signature = inspect.signature(command)
     options = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -233,16 +245,19 @@ def layers(
     backbone: Annotated[str, typer.Argument(help="Any model name of timm.")],
     size: Size = None,
     as_json: AsJson = False,
-) -> None:
+) -> Job:
     """List the layers of a backbone that can be cached, with their maps."""
-    began = time.perf_counter()
-    from featcache.backbone import described_layers
-    from heads.report import layer_table, print_table
 
-    maps = described_layers(BackboneConfig(backbone, size=size))
-    print_table(layer_table(maps))
-    rows = [{"layer": name, "channels": c, "height": h, "width": w} for name, (c, h, w) in maps.items()]
-    _finish(f"{backbone}: {len(maps)} layers, and pooled", {"layers": rows}, began, as_json)
+    def call() -> Outcome:
+        from featcache.backbone import described_layers
+        from heads.report import layer_table, print_table
+
+        maps = described_layers(BackboneConfig(backbone, size=size))
+        print_table(layer_table(maps))
+        rows = [{"layer": name, "channels": c, "height": h, "width": w} for name, (c, h, w) in maps.items()]
+        return Outcome(f"{backbone}: {len(maps)} layers, and pooled", {"layers": rows})
+
+    return Job(None, call, as_json)
 
 
 @app.command()
@@ -273,9 +288,8 @@ def extract(
     workers: Annotated[int, typer.Option(help="Threads that decode while the model runs.")] = ExtractConfig().workers,
     device: Device = ExtractConfig.device,
     as_json: AsJson = False,
-) -> None:
+) -> Job:
     """Run a backbone over every image once and cache what its layers say."""
-    began = time.perf_counter()
     config = ExtractConfig(
         _backbone(backbone, weights, size),
         LayerConfig(tuple(layers.replace(" ", "").split(",")), grid, pool),
@@ -286,15 +300,21 @@ def extract(
         checkpoint,
         any_backbone=backbone is None,
     )
-    challenge = _open(data, noise_ceiling)
-    chosen = challenge.select(subject)
-    from featcache.extract import FOLDER
-    from featcache.extract import extract as run
 
-    done = run(chosen, config, work)
-    new = sum(one.n_new for one in done)
-    stores = [{"subject": one.subject, "path": str(one.path), "images": one.n_images, "new": one.n_new} for one in done]
-    _finish(f"{len(done)} stores, {new} new images in {work / FOLDER}", {"stores": stores}, began, as_json)
+    def call() -> Outcome:
+        challenge = _open(data, noise_ceiling)
+        chosen = challenge.select(subject)
+        from featcache.extract import FOLDER
+        from featcache.extract import extract as run
+
+        done = run(chosen, config, work)
+        new = sum(one.n_new for one in done)
+        stores = [
+            {"subject": one.subject, "path": str(one.path), "images": one.n_images, "new": one.n_new} for one in done
+        ]
+        return Outcome(f"{len(done)} stores, {new} new images in {work / FOLDER}", {"stores": stores})
+
+    return Job(config, call, as_json)
 
 
 @app.command("fit-heads")
@@ -350,9 +370,8 @@ def fit_heads(
     ] = FitConfig.max_memory,
     device: Device = FitConfig.device,
     as_json: AsJson = False,
-) -> None:
+) -> Job:
     """Fit heads to every cached feature store, out of fold."""
-    began = time.perf_counter()
     given: dict[str, Any] = {
         "epochs": epochs,
         "learning_rate": learning_rate,
@@ -380,26 +399,32 @@ def fit_heads(
     )
     sources = {name: context.get_parameter_source(name) for name in context.params}
     refuse_unread([name for name, source in sources.items() if source and source.name == "COMMANDLINE"], config)
-    challenge = _open(data, noise_ceiling)
-    chosen = challenge.select(subject)
-    from featcache.progress import say
-    from heads.fit import FOLDER, scores_by_model
-    from heads.fit import fit_heads as run
-    from heads.report import as_json as scores_as_json
-    from heads.report import print_table, score_table
 
-    if exact := [one for one in split_losses(loss) if replace(config, loss=one).resolved_solver == "exact"]:
-        say(
-            f"{', '.join(exact)}: closed form{', one model' if len(exact) > 1 else ''}; "
-            "linear heads have the same optimum under mse, pearson and mnnpc"
-        )
-    done = run(chosen, config, work)
-    scores = scores_by_model(chosen, done)
-    print_table(score_table(scores, "out-of-fold"))
-    stores = [{"subject": f.subject, "model": f.model, "path": str(f.path), "weights": str(f.weights)} for f in done]
-    new = sum(fitted.new for fitted in done)
-    result = {"stores": stores, "scores": scores_as_json(scores)}
-    _finish(f"{len(done)} fits, {new} of them new, in {work / FOLDER}", result, began, as_json)
+    def call() -> Outcome:
+        challenge = _open(data, noise_ceiling)
+        chosen = challenge.select(subject)
+        from featcache.progress import say
+        from heads.fit import FOLDER, scores_by_model
+        from heads.fit import fit_heads as run
+        from heads.report import as_json as scores_as_json
+        from heads.report import print_table, score_table
+
+        if exact := [one for one in split_losses(loss) if replace(config, loss=one).resolved_solver == "exact"]:
+            say(
+                f"{', '.join(exact)}: closed form{', one model' if len(exact) > 1 else ''}; "
+                "linear heads have the same optimum under mse, pearson and mnnpc"
+            )
+        done = run(chosen, config, work)
+        scores = scores_by_model(chosen, done)
+        print_table(score_table(scores, "out-of-fold"))
+        stores = [
+            {"subject": f.subject, "model": f.model, "path": str(f.path), "weights": str(f.weights)} for f in done
+        ]
+        new = sum(fitted.new for fitted in done)
+        result = {"stores": stores, "scores": scores_as_json(scores)}
+        return Outcome(f"{len(done)} fits, {new} of them new, in {work / FOLDER}", result)
+
+    return Job(config, call, as_json)
 
 
 @app.command()
@@ -410,18 +435,21 @@ def maps(
     subject: Subjects = "all",
     models: Annotated[str, typer.Option(help="Of the models whose names match, such as '*spatial*'.")] = "*",
     as_json: AsJson = False,
-) -> None:
+) -> Job:
     """Write where in the image, and in which layers, heads look: per vertex, per ROI, and plotted."""
-    began = time.perf_counter()
-    challenge = _open(data, noise_ceiling)
-    chosen = challenge.select(subject)
-    from heads.maps import FOLDER, export_maps
 
-    written, recovered = export_maps(chosen, models, work)
-    for found in recovered:
-        typer.echo("planted and found: " + ", ".join(f"{name} r = {value:.2f}" for name, value in found.items()))
-    result = {"files": [str(path) for path in written], "recovery": recovered}
-    _finish(f"{len(written)} files in {work / FOLDER}", result, began, as_json)
+    def call() -> Outcome:
+        challenge = _open(data, noise_ceiling)
+        chosen = challenge.select(subject)
+        from heads.maps import FOLDER, export_maps
+
+        written, recovered = export_maps(chosen, models, work)
+        for found in recovered:
+            typer.echo("planted and found: " + ", ".join(f"{name} r = {value:.2f}" for name, value in found.items()))
+        result = {"files": [str(path) for path in written], "recovery": recovered}
+        return Outcome(f"{len(written)} files in {work / FOLDER}", result)
+
+    return Job(None, call, as_json)
 
 
 @app.command()
@@ -431,26 +459,29 @@ def blend(
     noise_ceiling: Ceiling = None,
     method: Annotated[str, typer.Option(help=f"{', '.join(BLENDS)}.")] = BlendConfig.method,
     as_json: AsJson = False,
-) -> None:
+) -> Job:
     """Blend every model, score the blend, and write the submission."""
-    began = time.perf_counter()
     config = BlendConfig(method)
-    challenge = _open(data, noise_ceiling)
-    from heads.ensemble import FOLDER
-    from heads.ensemble import blend as run
-    from heads.report import as_json as scores_as_json
-    from heads.report import print_table, score_table
 
-    done = run(challenge, config, work)
-    print_table(score_table(done.scores, "out-of-fold, blend weights learnt on other folds"))
-    written = done.submission or work / FOLDER
-    result = {
-        "submission": str(done.submission) if done.submission else None,
-        "predictions": str(work / FOLDER),
-        "weights": done.weights,
-        "scores": scores_as_json(done.scores),
-    }
-    _finish(f"wrote {written}", result, began, as_json)
+    def call() -> Outcome:
+        challenge = _open(data, noise_ceiling)
+        from heads.ensemble import FOLDER
+        from heads.ensemble import blend as run
+        from heads.report import as_json as scores_as_json
+        from heads.report import print_table, score_table
+
+        done = run(challenge, config, work)
+        print_table(score_table(done.scores, "out-of-fold, blend weights learnt on other folds"))
+        written = done.submission or work / FOLDER
+        result = {
+            "submission": str(done.submission) if done.submission else None,
+            "predictions": str(work / FOLDER),
+            "weights": done.weights,
+            "scores": scores_as_json(done.scores),
+        }
+        return Outcome(f"wrote {written}", result)
+
+    return Job(config, call, as_json)
 
 
 def _backbone(name: str | None, weights: str | None, size: int | None) -> BackboneConfig:
@@ -476,14 +507,16 @@ def _open(data: Path, noise_ceiling: Path | None) -> Any:
     return challenge
 
 
-def _finish(message: str, result: dict[str, Any], began: float, as_json: bool) -> None:
-    """The one line that every command ends with, from one of the processes that ran it."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    seconds = round(time.perf_counter() - began, 2)
-    typer.echo(f"{message} ({seconds:.1f} s)")
-    if as_json:
-        typer.echo(json.dumps(result | {"seconds": seconds}, allow_nan=False))
+def _do(job: Job) -> int:
+    """The exit code of a command that is done, and the one line that it ends with, from one of its processes."""
+    began = time.perf_counter()
+    outcome = job.call()
+    if os.environ.get("RANK", "0") == "0":
+        seconds = round(time.perf_counter() - began, 2)
+        typer.echo(f"{outcome.message} ({seconds:.1f} s)")
+        if job.as_json:
+            typer.echo(json.dumps(outcome.result | {"seconds": seconds}, allow_nan=False))
+    return outcome.code
 
 
 def _fail(message: str, code: int = 1) -> int:
@@ -499,7 +532,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one command; a user's mistake is one line on stderr and code 1."""
     try:
         given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-        code = app(args=given, standalone_mode=False) or 0
+        asked = app(args=given, standalone_mode=False)
+        code = _do(asked) if isinstance(asked, Job) else asked or 0
         return _interrupted() if code == 130 else code  # typer may turn the interruption into its exit code
     except FeatcacheError as error:
         return _fail(str(error))
