@@ -1,7 +1,7 @@
 """Command line: options -> config -> one call -> one result line. Heavy imports wait until a command runs.
 
-A command reads its options, builds its settings and gives back a Job, which `run` does. So a recipe is checked whole, by
-the same parsers and settings, before the first of its steps is done.
+A command reads its options, builds its settings and gives back a Job, which `run` does. So a recipe is checked
+whole, by the same parsers and settings, before the first of its steps is done.
 """
 
 import inspect
@@ -36,7 +36,7 @@ from heads.config import (
     split_losses,
 )
 from heads.config import recipe as settings_of
-from heads.recipes import Job, Option, Outcome, Step, located, read_recipe, run_steps
+from heads.recipes import Job, Outcome, UsageError, commands_of, read_recipe, ready, run_steps
 
 app = typer.Typer(
     help="Predict responses of the visual cortex from cached image features: extract once, refit heads, blend.",
@@ -44,8 +44,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# typer's usage errors; newer releases carry click inside themselves, so the class has no name of its own to import
-ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 Data = Annotated[Path, typer.Option("--data", envvar="FEATCACHE_DATA", help="The challenge tree.")]
 Work = Annotated[Path, typer.Option("--work", envvar="FEATCACHE_WORK", help="Where stores and results go.")]
@@ -397,8 +395,7 @@ def fit_heads(
         adamw=adamw,
         spatial=SpatialConfig(rank, space, token_dropout, smoothness, sparsity),
     )
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    refuse_unread([name for name, source in sources.items() if source and source.name == "COMMANDLINE"], config)
+    refuse_unread(_on_command_line(context), config)
 
     def call() -> Outcome:
         challenge = _open(data, noise_ceiling)
@@ -484,6 +481,52 @@ def blend(
     return Job(config, call, as_json)
 
 
+@app.command("run")
+def run_recipe(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="A file of commands in order, such as recipes/demo.toml.")],
+    data: Data = DATA,
+    work: Work = WORK,
+    noise_ceiling: Ceiling = None,
+    subject: Subjects = "all",
+    device: Device = ExtractConfig.device,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what each step is expected to take, and run nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> Job:
+    """Run every step of a recipe, or go on where it stopped. Options given here go to every step."""
+    given = {
+        name.replace("_", "-"): context.params[name]
+        for name in _on_command_line(context)
+        if name in ("data", "work", "noise_ceiling", "subject", "device")
+    }
+    steps = [ready(app, step) for step in read_recipe(recipe, commands_of(app), given)]
+    from featcache.progress import say
+    from heads.plan import estimates_of, subjects_of
+
+    subjects = subjects_of(steps)
+
+    def show() -> Outcome:
+        from heads.report import plan_as_json, plan_table, print_table
+
+        estimates = estimates_of(steps, subjects)
+        print_table(plan_table(estimates))
+        return Outcome(f"{recipe}: {len(steps)} steps planned, none run", plan_as_json(estimates))
+
+    def call() -> Outcome:
+        results, code = run_steps(steps, say)
+        return Outcome(f"{recipe}: {len(results)} of {len(steps)} steps", {"steps": results}, code)
+
+    return Job(None, show if plan else call, as_json)
+
+
+def _on_command_line(context: typer.Context) -> list[str]:
+    """The options that were given there, and not by the environment or by default."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+
+
 def _backbone(name: str | None, weights: str | None, size: int | None) -> BackboneConfig:
     return BackboneConfig(name or BackboneConfig.name, weights or BackboneConfig.weights, size)
 
@@ -537,7 +580,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _interrupted() if code == 130 else code  # typer may turn the interruption into its exit code
     except FeatcacheError as error:
         return _fail(str(error))
-    except ClickException as error:
+    except UsageError as error:
         return _fail(f"{getattr(error, 'format_message', error.__str__)()}; --help lists the options")
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()

@@ -1,12 +1,15 @@
-"""A recipe: commands in a TOML file, in order, read and checked whole before the first of them runs (docs/recipes.md)."""
+"""A recipe: commands in a TOML file, in order, read and checked whole before the first runs (docs/recipes.md)."""
 
 import difflib
+import inspect
 import itertools
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
 
 from featcache.errors import ConfigError, FeatcacheError
 
@@ -36,19 +39,22 @@ class Job:
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a command: what it takes, and how a flag is said on the command line and taken back."""
+    """An option of a command: what it takes, how it is said on the command line, and how a flag is taken back."""
 
-    kind: str  # integer | float | boolean | text, or another that is written as text
+    kind: type
     on: str
-    off: str | None = None
+    off: str = ""
 
 
+# what a command line that cannot be read raises; typer may carry click inside itself, where it has no name to import
+UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 Commands = Mapping[str, Mapping[str, Option]]  # {command: {option, without dashes: what it is}}
-_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "integer": ("a whole number", (int,)),
-    "float": ("a number", (int, float)),
-    "boolean": ("true or false", (bool,)),
-    "text": ("text or a number", (str, int, float)),
+_KINDS: dict[type, tuple[str, tuple[type, ...]]] = {  # in words, and what TOML may have for it
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    bool: ("true or false", (bool,)),
+    str: ("text or a number", (str, int, float)),
+    Path: ("a path", (str,)),
 }
 _PARTS = ("title", "options", "steps")
 
@@ -161,12 +167,56 @@ def _expanded(
 
 def _argument(name: str, value: Any, option: Option, where: str) -> str:
     """As on the command line; '' for a flag that is not given. Raises ConfigError for a value of another kind."""
-    expected, kinds = _KINDS.get(option.kind, _KINDS["text"])
-    if not isinstance(value, kinds) or isinstance(value, bool) != (option.kind == "boolean"):
+    expected, kinds = _KINDS[option.kind]
+    if not isinstance(value, kinds) or isinstance(value, bool) != (option.kind is bool):
         raise ConfigError(f"{where}: --{name}: expected {expected}; found {value!r}; correct it")
-    if option.kind == "boolean":
-        return option.on if value else option.off or ""
+    if option.kind is bool:
+        return option.on if value else option.off
     return f"{option.on}={value}"
+
+
+def commands_of(app: typer.Typer) -> Commands:
+    """What a recipe may run: the commands that take nothing but options, each with its options but --json."""
+    group: Any = typer.main.get_command(app)
+    return {
+        name: _options_of(command)
+        for name, command in group.commands.items()
+        if all(one.param_type_name == "option" for one in command.params)
+    }
+
+
+def _options_of(command: Any) -> dict[str, Option]:
+    signature = inspect.signature(command.callback).parameters
+    found = {}
+    for one in command.params:
+        annotation = signature[one.name].annotation
+        kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+        kind = next((part for part in get_args(kind) if part in _KINDS), kind)  # of int | None
+        found[one.opts[0].removeprefix("--")] = Option(kind, one.opts[0], *one.secondary_opts[:1])
+    return {name: option for name, option in found.items() if name != "json"}
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A step whose options are read and whose settings are checked. options : as the command reads them."""
+
+    step: Step
+    job: Job
+    options: Mapping[str, Any]
+
+
+def ready(app: typer.Typer, step: Step) -> Ready:
+    """Read a step's options as the command itself does, and build its settings. Raises FeatcacheError."""
+    group: Any = typer.main.get_command(app)
+    command = group.commands[step.command]
+    try:
+        context = command.make_context(step.command, list(step.arguments))
+        return Ready(step, command.invoke(context), dict(context.params))
+    except FeatcacheError as error:
+        raise located(error, step) from error
+    except UsageError as error:
+        message = getattr(error, "format_message", error.__str__)()
+        raise ConfigError(f"{step.where}: {message} correct it, or the environment") from error
 
 
 def located(error: FeatcacheError, step: Step) -> FeatcacheError:
@@ -174,13 +224,14 @@ def located(error: FeatcacheError, step: Step) -> FeatcacheError:
     return type(error)(f"{step.where}: {error}")
 
 
-def run_steps(steps: Sequence[tuple[Step, Job]], say: Callable[[str], None]) -> tuple[list[dict[str, Any]], int]:
+def run_steps(steps: Sequence[Ready], say: Callable[[str], None]) -> tuple[list[dict[str, Any]], int]:
     """Run what is checked, one after the other, up to the first that fails; what each left, and the exit code.
 
     Every command skips what is done already, so that the same recipe run again goes on where it stopped.
     """
-    last, results = max(step.number for step, _ in steps), []
-    for step, job in steps:
+    last, results = steps[-1].step.number, []
+    for one in steps:
+        step, job = one.step, one.job
         name = f"step {step.number} of {last}: {step.described}"
         about = {"step": step.number, "command": step.command, "options": dict(step.own)}
         if job.is_done():
