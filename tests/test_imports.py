@@ -31,6 +31,7 @@ ORDER = [
     "featcache.extract",
     "heads",
     "heads.config",
+    "heads.recipes",
     "heads.losses",
     "heads.metrics",
     "heads.ridge",
@@ -60,6 +61,8 @@ ORDER = [
     "heads.blend",
     "heads.submission",
     "heads.ensemble",
+    "heads.timings",
+    "heads.plan",
     "heads.report",
     "cli",
 ]
