@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import itertools
+import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -229,6 +230,8 @@ def run_steps(steps: Sequence[Ready], say: Callable[[str], None]) -> tuple[list[
 
     Every command skips what is done already, so that the same recipe run again goes on where it stopped.
     """
+    from featcache.device import give_back_memory
+
     last, results = steps[-1].step.number, []
     for one in steps:
         step, job = one.step, one.job
@@ -239,12 +242,15 @@ def run_steps(steps: Sequence[Ready], say: Callable[[str], None]) -> tuple[list[
             results.append(about | {"skipped": True})
             continue
         say(name)
+        began = time.perf_counter()
         try:
             outcome = job.call()
         except FeatcacheError as error:
             raise located(error, step) from error
-        say(outcome.message)
-        results.append(about | {"skipped": False} | outcome.result)
+        seconds = round(time.perf_counter() - began, 2)
+        say(f"{outcome.message} ({seconds:.1f} s)")
+        results.append(about | {"skipped": False} | outcome.result | {"seconds": seconds})
+        give_back_memory()  # a step has what it would have as a command alone
         if outcome.code:
             return results, outcome.code
     return results, 0
