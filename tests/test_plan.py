@@ -99,7 +99,7 @@ def test_a_later_step_counts_on_what_earlier_ones_leave(planned):
 
 
 def test_each_layer_is_a_model(planned):
-    """Predictions of a model for each of pooled and five layers, and one for all of them; losses of one optimum: one."""
+    """Predictions of a model for each of pooled and five layers, and one for all of them; one for losses alike."""
     fits = '[[steps]]\nrun = "fit-heads"\nlayers = ["each", "joint"]\nloss = ["mnnpc", "pearson"]\n'
     plan, _, _ = planned(EXTRACT.format("auto") + fits)
     each, again, joint, _ = (step["disk"] for step in plan[1:])
