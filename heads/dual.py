@@ -155,7 +155,9 @@ class DualFolds:
         seen = n * (LANDMARKS * found if landmarks else n * min(windows, found)) * rows.n_features * len(self._kernels)
         errors = len(self._config.penalties) * (n_fit if is_exact(self._config, n_fit) and not self._trained else 1)
         of_prior = rank * (n * rank + n_vertices * (n_fit + errors + 2 * n))
-        flops = seen + n_folds * (tried * of_prior + n * rows.n_features * n_vertices)
+        places = sum(map(rows.n_places, rows.grids))
+        weights = n * n_vertices * (rows.n_features + tried * places)
+        flops = seen + n_folds * (tried * of_prior + weights)
         decomposed = {rank: tried * n_folds * (4 if self.forgets else 1)}  # or twice for each hemisphere
         if searched:
             few = min(_SEARCH_LANDMARKS, rows.n_features)

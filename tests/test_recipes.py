@@ -1,5 +1,6 @@
 """Recipes: a run is the commands one by one, goes on where it stopped, and does not start with a mistake in it."""
 
+import inspect
 import json
 import re
 import shutil
@@ -7,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from test_cli import SMALL, fails, run
 
 import cli
-from heads.recipes import Option, read_recipe
+from heads.recipes import Job, Option, commands_of, read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 Write = Callable[[str], str]
@@ -259,11 +261,16 @@ def test_recipes_of_the_repository_are_checked_without_a_mistake(tree, path, mon
 
 
 def test_the_paper_recipe_trains_every_backbone_of_the_paper_under_every_loss():
-    from heads.recipes import commands_of
-
     steps = read_recipe(ROOT / "recipes/paper.toml", commands_of(cli.app), {})
     trained = [step for step in steps if step.command in ("pretrain", "finetune")]
     assert all("--recipe=paper" in step.arguments for step in trained)
     tuned = {(step.own["backbone"], step.own["loss"]) for step in trained if step.command == "finetune"}
     assert len(tuned) == 7 * 3 and len(trained) == 7 + 7 * 3
     assert {step.own["backbone"] for step in trained[:7]} == {backbone for backbone, _ in tuned}
+
+
+def test_a_command_line_is_read_without_being_done():
+    """A command that worked while it reads its options would do so while a recipe is checked."""
+    commands = typer.main.get_command(cli.app).commands
+    assert commands_of(cli.app).keys() == commands.keys() - {"run", "layers"}
+    assert {inspect.signature(command.callback).return_annotation for command in commands.values()} == {Job}
