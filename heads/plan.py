@@ -22,7 +22,7 @@ from featcache.errors import ConfigError, FeatcacheError
 from featcache.images import ImageFiles
 from featcache.roi import HEMISPHERES
 from featcache.simulate import SimulateConfig
-from featcache.store import Row
+from featcache.store import Row, stored_bytes
 from heads.config import BlendConfig, FitConfig, StageConfig
 from heads.dual import DualFolds
 from heads.features import FeatureSet
@@ -214,7 +214,6 @@ class _Work:
             backbone = replace(training.backbone, size=backbone.size or training.backbone.size)
         dtype = resolve_dtype(config.dtype, device)
         net = network(backbone, config.layers, dtype, device, True)
-        per_image = sum(row.n_bytes for row in net.rows.values())
         folds: list[Any] = [None] if training is None else training.folds
         key = (backbone, config.layers, dtype, training)
         seconds = disk = 0.0
@@ -226,7 +225,7 @@ class _Work:
         for subject in new:
             n_images = len(subject.image_ids) * len(folds)
             seconds += n_images * (net.seconds + net.decode_seconds(subject.image_paths))
-            disk += n_images * per_image
+            disk += len(folds) * sum(stored_bytes(row, len(subject.image_ids)) for row in net.rows.values())
             self.features[subject.name][key] = _features(subject, net.rows, folds)
         loads = len(folds) * (len(new) if training is not None and training.config.stage == "finetune" else 1)
         memory = 2 * net.weights + config.batch_size * (net.widest + 5 * net.pixels)
@@ -290,7 +289,8 @@ def _fit_costs(subject: Subject, of: FeatureSet, config: FitConfig) -> tuple[flo
         fixed, per_vertex = memory_of(*sizes)
         memory = memory if of.trained else fixed + per_vertex * min(VERTEX_BLOCK, max(sizes[2]))
     seconds = product_seconds(flops, device) + sum(n * eigh_seconds(side, device) for side, n in decomposed.items())
-    return seconds, memory, heads + 4.0 * n_all * vertices
+    predicted = sum(stored_bytes(Row((n,)), n_all) for n in subject.n_vertices.values())
+    return seconds, memory, heads + predicted
 
 
 def _dual(subject: Subject, of: FeatureSet, rows: LayerRows, config: FitConfig) -> DualFolds:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import TINY
 from test_cli import SMALL, run
@@ -12,6 +13,7 @@ from featcache.challenge import open_challenge
 from featcache.config import BackboneConfig, LayerConfig
 from featcache.progress import size_of
 from featcache.simulate import SimulateConfig
+from featcache.store import Row, create_store, stored_bytes
 from heads.config import RidgeConfig
 from heads.plan import Estimate, simulated
 from heads.recipes import Step
@@ -62,6 +64,17 @@ def counts(subject) -> tuple:
 
 
 EXTRACT = '[[steps]]\nrun = "extract"\nlayers = "{}"\n'
+
+
+@pytest.mark.parametrize("n_rows", [1, 31, 64, 300])
+@pytest.mark.parametrize("shape", [(7,), (9, 9, 640), (20_000,)])
+def test_rows_take_whole_chunks_on_the_disk(tmp_path, shape, n_rows):
+    row = Row(shape, "float16")
+    store = create_store(tmp_path, "one", {}, np.arange(n_rows), n_rows, {"a": row}, {})
+    with store.writing():
+        store.append({"a": np.ones((n_rows, *shape), np.float16)})
+    chunks = [path.stat().st_size for path in store.path.glob("a/c/**/*") if path.is_file()]
+    assert sum(chunks) == stored_bytes(row, n_rows) + 4 * len(chunks)  # and a checksum each
 
 
 @pytest.mark.parametrize("layers", ["pooled", "auto", "layer2,layer4"])
