@@ -22,7 +22,7 @@ from featcache.progress import say
 from featcache.store import Row
 from heads.ridge import eigh_of
 
-_IMAGES = ((0.5, 16), (3.0, 4), (math.inf, 1))  # in a measured forward pass, by the seconds of one: (below, images)
+_IMAGES = ((0.5, 16), (2.0, 4), (math.inf, 1))  # in a measured forward pass, by the seconds of one: (below, images)
 _SIDE = 512  # of a decomposition that is measured, at most
 
 
@@ -78,9 +78,9 @@ def network(config: BackboneConfig, layers: LayerConfig, dtype: str, device: str
             pixels = torch.randint(256, (n, *size), dtype=torch.uint8, device=device)
             read.features(read.normalise(pixels), taps)
 
-    one = _fastest(lambda: forward(1), device, 2)
+    one = _fastest(lambda: forward(1), device, 1)
     n = next(n for most, n in _IMAGES if one < most)  # threads that wait for each other make single images look slow
-    seconds = _fastest(lambda: forward(n), device) / n
+    seconds = one if n == 1 else _fastest(lambda: forward(n), device, 2) / n
     widest, kept = _layer_bytes(read, lambda: forward(1))
     weights = sum(t.numel() * t.element_size() for t in backbone.model.state_dict().values())
     return Network(load, seconds, weights, widest, kept, math.prod(size), rows, backbone.pixels)
