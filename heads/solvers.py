@@ -30,7 +30,7 @@ from heads.spatial_folds import TrainedSpatialFits
 from heads.training import AdamWFolds
 
 # Parts of the free memory: features as they are stored, kernels of single places, and decompositions.
-FEATURE_SHARE, _STACK_SHARE, _CACHE_SHARE = 0.2, 0.2, 0.3
+FEATURE_SHARE, STACK_SHARE, _CACHE_SHARE = 0.2, 0.2, 0.3
 
 _WAYS = {
     "images": "dual, by kernels of images",
@@ -88,18 +88,23 @@ def predictor_of(
 
 def _announce_whole(subject: Subject, of: FeatureSet, features: Sequence[torch.Tensor], config: FitConfig) -> None:
     """Say the memory of heads that see all vertices of a hemisphere at once, and refuse it beyond --max-memory."""
-    n_train, n_all = len(subject.train), len(features[0])
-    n_features, n_vertices = features[0].shape[1], max(subject.n_vertices.values())
+    n_features = features[0].shape[1]
+    peak = memory_at_start() + whole_bytes(subject, of, n_features, config)
+    refuse_above(config.max_memory, peak)
+    way = "closed form" if config.resolved_solver == "exact" else "by gradient"
+    say(f"{subject.name}: {n_features:,} features, {len(subject.train):,} images: {way}; {said(peak)}")
+
+
+def whole_bytes(subject: Subject, of: FeatureSet, n_features: int, config: FitConfig) -> float:
+    """What heads take that see all vertices of a hemisphere at once."""
+    n_train, n_all, n_vertices = len(subject.train), len(subject.image_ids), max(subject.n_vertices.values())
     n_heads = len(of.held_out()) if of.trained else config.n_folds
     # of one head: weights, gradient, both moments, and the best so far; with ROIs two layers of them. In closed form:
     # products with the responses, the same on the axes, and weights
     trained = 5.0 * (2 if config.head == "roi" else 1) * n_features * n_vertices
     kept = (n_heads + 2.0) * n_features * n_vertices  # of each fold, and of both hemispheres to save
-    rows = sum(2.0 * len(one) * n_features for one in features) + (2.0 * n_train + 2.0 * n_all) * n_vertices
-    peak = memory_at_start() + 4.0 * (trained + kept + rows)
-    refuse_above(config.max_memory, peak)
-    way = "closed form" if config.resolved_solver == "exact" else "by gradient"
-    say(f"{subject.name}: {n_features:,} features, {n_train:,} images: {way}; {said(peak)}")
+    rows = len(of.stores) * 2.0 * n_all * n_features + (2.0 * n_train + 2.0 * n_all) * n_vertices
+    return 4.0 * (trained + kept + rows)
 
 
 def _ridge(subject: Subject, of: FeatureSet, folds: np.ndarray, config: FitConfig, device: str) -> FoldPredictor:
@@ -143,11 +148,8 @@ def _dual(
 ) -> FoldPredictor:
     free = spare_memory(config.max_memory)
     rows = of.read(device, free * FEATURE_SHARE / len(of.stores))
-    kernels = [LayerKernels(one, len(folds), free * _STACK_SHARE / len(rows)) for one in rows]
-    priors = prior_set(rows[0].grids, DEPTHS if len(of.names) > 1 else (None,), len(folds))
-    ids, cache = subject.train.ids, free * _CACHE_SHARE
-    ridge = replace(config.ridge, penalties=PENALTIES)
-    solver = DualFolds(kernels, folds, held_out, ids, ridge, priors, of.trained, cache)
+    kernels = [LayerKernels(one, len(folds), free * STACK_SHARE / len(rows)) for one in rows]
+    solver = dual_of(kernels, subject, of, folds, held_out, config, free)
     n_trained = int((folds != held_out[0]).sum())
     # a fifth for what the allocator cannot use again
     peak = memory_at_start() + 1.2 * (
@@ -162,6 +164,21 @@ def _dual(
         + ("; too little to keep decompositions, which are made again as they are needed" if solver.forgets else "")
     )
     return solver
+
+
+def dual_of(
+    kernels: Sequence[LayerKernels],
+    subject: Subject,
+    of: FeatureSet,
+    folds: np.ndarray,
+    held_out: Sequence[int],
+    config: FitConfig,
+    free: float,
+) -> DualFolds:
+    """Closed form under priors, with what of the free memory it may keep decompositions in."""
+    priors = prior_set(kernels[0].rows.grids, DEPTHS if len(of.names) > 1 else (None,), len(folds))
+    ridge = replace(config.ridge, penalties=PENALTIES)
+    return DualFolds(kernels, folds, held_out, subject.train.ids, ridge, priors, of.trained, free * _CACHE_SHARE)
 
 
 def _solver(

@@ -31,6 +31,7 @@ ORDER = [
     "featcache.extract",
     "heads",
     "heads.config",
+    "heads.recipes",
     "heads.losses",
     "heads.metrics",
     "heads.ridge",
@@ -68,6 +69,8 @@ ORDER = [
     "heads.weight_plot",
     "heads.submission",
     "heads.ensemble",
+    "heads.timings",
+    "heads.plan",
     "heads.report",
     "cli",
 ]
