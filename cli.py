@@ -365,6 +365,9 @@ def fit_heads(
     sparsity: Annotated[
         float, typer.Option(help="spatial: penalty of maps that spread over many places.")
     ] = SpatialConfig.sparsity,
+    target: Annotated[
+        str, typer.Option(help="responses. blend: what the last blend predicts, to have it in one set of heads.")
+    ] = FitConfig.target,
     products: Annotated[str, typer.Option(help=f"How CUDA multiplies: {', '.join(PRODUCTS)}.")] = FitConfig.products,
     max_memory: Annotated[
         float, typer.Option(help="10^9 bytes that the process may take; 0: what is free.")
@@ -394,6 +397,7 @@ def fit_heads(
         device,
         products,
         max_memory,
+        target,
         moments=moments,
         adamw=adamw,
         spatial=SpatialConfig(rank, space, token_dropout, smoothness, sparsity),
@@ -404,8 +408,8 @@ def fit_heads(
         challenge = _open(data, noise_ceiling)
         chosen = challenge.select(subject)
         from featcache.progress import say
-        from heads.fit import FOLDER, scores_by_model
         from heads.fit import fit_heads as run
+        from heads.fit import folder_of, scores_by_model
         from heads.report import as_json as scores_as_json
         from heads.report import print_table, score_table
 
@@ -414,15 +418,26 @@ def fit_heads(
                 f"{', '.join(exact)}: closed form{', one model' if len(exact) > 1 else ''}; "
                 "linear heads have the same optimum under mse, pearson and mnnpc"
             )
+        if config.target == "blend":
+            from heads.distil import taught
+
+            chosen = taught(chosen, work)
         done = run(chosen, config, work)
         scores = scores_by_model(chosen, done)
-        print_table(score_table(scores, "out-of-fold"))
+        what = "out-of-fold" if config.target == "responses" else "agreement with the blend, out-of-fold"
+        print_table(score_table(scores, what))
         stores = [
             {"subject": f.subject, "model": f.model, "path": str(f.path), "weights": str(f.weights)} for f in done
         ]
         new = sum(fitted.new for fitted in done)
-        result = {"stores": stores, "scores": scores_as_json(scores)}
-        return Outcome(f"{len(done)} fits, {new} of them new, in {work / FOLDER}", result)
+        result: dict[str, Any] = {"stores": stores, "scores": scores_as_json(scores)}
+        if config.target == "blend":
+            from heads.distil import agreement
+
+            result["agreement"] = agreement(chosen, done, work)
+            for model, r in result["agreement"].items():
+                typer.echo(f"agreement with the blend on test images: mean r {r:.4f}, {model}")
+        return Outcome(f"{len(done)} fits, {new} of them new, in {folder_of(config, work)}", result)
 
     return Job(config, call, as_json)
 

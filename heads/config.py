@@ -13,6 +13,7 @@ from featcache.errors import ConfigError
 LOSS_NAMES = ("smooth_l1", "mse", "pearson", "mnnpc")
 HEADS = ("linear", "roi", "spatial")
 SOLVERS = ("auto", "exact", "moments", "adamw", "trained")
+TARGETS = ("responses", "blend")
 BLENDS = ("uniform", "score", "greedy", "nnls")
 LEVELS = ("all", "hemisphere", "roi", "vertex")
 STAGES = ("pretrain", "finetune")
@@ -155,6 +156,7 @@ class FitConfig:
         "float32"  # float32 | tf32, on CUDA: of the products with responses, never those that are decomposed
     )
     max_memory: float = 0.0  # 10^9 bytes of main memory that the process may take; 0: what is free
+    target: str = "responses"  # responses | blend: what the last blend predicts in their place
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     moments: MomentsConfig = field(default_factory=MomentsConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
@@ -163,6 +165,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         one_of("head", self.head, HEADS)
         one_of("solver", self.solver, SOLVERS)
+        one_of("target", self.target, TARGETS)
         one_of("device", self.device, DEVICES)
         one_of("products", self.products, PRODUCTS)
         at_least("folds", self.n_folds, 2)
@@ -217,6 +220,8 @@ class FitConfig:
         common = {"head": self.head, "n_folds": self.n_folds, "seed": self.seed}
         if self.products != "float32":
             common["products"] = self.products
+        if self.target != "responses":
+            common["target"] = self.target
         return common | {"solver": self.resolved_solver, "objective": self.objective, "settings": settings}
 
 
@@ -224,7 +229,7 @@ class FitConfig:
 _OF_ADAMW = ("epochs", "learning_rate", "weight_decay", "batch_size")
 _OF_MOMENTS = ("epochs", "learning_rate")
 _OF_SPATIAL = tuple(setting.name for setting in fields(SpatialConfig))
-_OF_A_FIT = ("loss", "head", "folds", "seed", *_OF_ADAMW, *_OF_SPATIAL)
+_OF_A_FIT = ("loss", "head", "target", "folds", "seed", *_OF_ADAMW, *_OF_SPATIAL)
 
 
 def refuse_unread(given: Collection[str], config: FitConfig) -> None:

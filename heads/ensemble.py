@@ -105,7 +105,7 @@ def apply(challenge: Challenge, saved: Path, work: Path) -> Path | None:
     """
     coefficients = load_blend(saved)
     members = members_of(challenge.subjects, work)
-    _refuse_strangers(saved, coefficients, members)
+    refuse_strangers(saved, coefficients, members)
     staging = _staging(work)
     for subject, stores in members.items():
         _write_test(staging, subject, coefficients[subject.name], stores)
@@ -114,7 +114,8 @@ def apply(challenge: Challenge, saved: Path, work: Path) -> Path | None:
     return _submit(challenge, list(members), work)
 
 
-def _refuse_strangers(path: Path, saved: Saved, members: Members) -> None:
+def refuse_strangers(path: Path, saved: Saved, members: Members) -> None:
+    """Raise StoreError where a blend lacks a subject, or a model that has weight in it, or is of other vertices."""
     for subject, stores in members.items():
         if subject.name not in saved:
             raise StoreError(

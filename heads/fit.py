@@ -31,6 +31,7 @@ from heads.solvers import FEATURE_SHARE, Shared, predictor_of, read_by_its_heads
 from heads.spatial_folds import Member, SpatialFolds
 
 FOLDER = "predictions.zarr"
+_FOLDERS = {"responses": FOLDER, "blend": "distilled.zarr"}  # what learnt from a blend is no member of the next
 WEIGHTS = "heads"
 
 # What belongs to a subject and not to a model: without these, recipes of one model agree across subjects.
@@ -47,6 +48,11 @@ class Fitted:
     weights: Path
     new: bool
     seconds: float
+
+
+def folder_of(config: FitConfig, work: Path) -> Path:
+    """Where the predictions of such heads are."""
+    return work / _FOLDERS[config.target]
 
 
 def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path) -> list[Fitted]:
@@ -212,7 +218,8 @@ def _setting_words(recipe: Mapping[str, Any]) -> list[str]:
 def _head_words(recipe: Mapping[str, Any]) -> list[str]:
     """Head and objective; once where they are one word, as of the heads that a checkpoint brought with it."""
     solver = ["moments"] if recipe["solver"] == "moments" else []  # adamw has the same objectives
-    return list(dict.fromkeys([recipe["head"], *solver, recipe["objective"]]))
+    target = ["distilled"] if "target" in recipe else []
+    return list(dict.fromkeys([recipe["head"], *solver, recipe["objective"], *target]))
 
 
 def _fit_set(
@@ -227,7 +234,7 @@ def _fit_set(
         recipe["joint"] = {s.name: prediction_recipe(s, one, config, work) for s, one in group if s is not subject}
     # of the recipe and not of the options: those that a solver does not read must not make another store
     label = "-".join([subject.name, features.label(), *_head_words(recipe)])
-    path, name = store_path(work / FOLDER, label, recipe), model_name(recipe)
+    path, name = store_path(folder_of(config, work), label, recipe), model_name(recipe)
     weights = work / WEIGHTS / f"{path.name}.safetensors"
     rows = np.flatnonzero(np.isin(folds, features.held_out())) if features.trained else np.arange(len(folds))
     store = open_store(path) if path.is_dir() else None
@@ -245,7 +252,7 @@ def _fit_set(
             facts: dict[str, Any] = {"model": name, "features": features.name, "torch": torch.__version__}
             if features.trained:  # for whoever blends, when features and checkpoints may be gone
                 facts["seen_ids"] = [seen.tolist() for seen in features.seen_ids()]
-            store = create_store(work / FOLDER, label, recipe, ids, len(rows), subject.n_vertices, facts)
+            store = create_store(folder_of(config, work), label, recipe, ids, len(rows), subject.n_vertices, facts)
         with matrix_products(config.products):
             _fit(subject, predictor, rows, store, weights, device)
     return Fitted(subject.name, name, path, weights, not done, time.perf_counter() - began)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import cli
 from featcache.simulate import SimulateConfig, simulate
 
 TINY = SimulateConfig(
@@ -43,6 +44,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tree(tiny: Path, tmp_path: Path) -> Path:
     """A copy of it, for damaging."""
     return Path(shutil.copytree(tiny, tmp_path / "challenge"))
+
+
+@pytest.fixture(scope="session")
+def fitted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of two backbones: each of three layers and all together, and the pooled vector of the other."""
+    work = tmp_path_factory.mktemp("fitted")
+    where = ("--data", str(tiny), "--work", str(work), "--weights", "none")
+    commands = [
+        ("extract", *where, "--size", "48", "--backbone", "test_resnet", "--layers", "pooled,layer2,layer4"),
+        ("fit-heads", *where[:4], "--layers", "each"),
+        ("fit-heads", *where[:4]),
+        ("extract", *where, "--size", "32", "--backbone", "test_vit", "--layers", "pooled"),
+        ("fit-heads", *where[:4]),
+    ]
+    for command in commands:
+        assert cli.run(list(command)) == 0
+    return work
 
 
 @pytest.fixture

@@ -175,23 +175,6 @@ def test_a_blend_is_applied_to_other_predictions_of_its_models(made, tmp_path):
 # --- fitted
 
 
-@pytest.fixture(scope="module")
-def fitted(tiny, tmp_path_factory):
-    """Models of two backbones: each of three layers and all together, and the pooled vector of the other."""
-    work = tmp_path_factory.mktemp("fitted")
-    where = ("--data", str(tiny), "--work", str(work), "--weights", "none")
-    commands = [
-        ("extract", *where, "--size", "48", "--backbone", "test_resnet", "--layers", "pooled,layer2,layer4"),
-        ("fit-heads", *where[:4], "--layers", "each"),
-        ("fit-heads", *where[:4]),
-        ("extract", *where, "--size", "32", "--backbone", "test_vit", "--layers", "pooled"),
-        ("fit-heads", *where[:4]),
-    ]
-    for command in commands:
-        assert cli.run(list(command)) == 0
-    return work
-
-
 @pytest.fixture
 def work(fitted, tiny, tmp_path, monkeypatch):
     copy = Path(shutil.copytree(fitted, tmp_path / "work"))

@@ -69,6 +69,7 @@ ORDER = [
     "heads.weight_plot",
     "heads.submission",
     "heads.ensemble",
+    "heads.distil",
     "heads.timings",
     "heads.plan",
     "heads.report",

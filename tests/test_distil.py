@@ -1,0 +1,99 @@
+"""Heads that learn from a blend: what they are told, and that nothing is made of it that it is not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cli
+from featcache.challenge import open_challenge
+from featcache.roi import HEMISPHERES
+from featcache.store import open_store
+from heads.distil import taught
+from heads.metrics import pearson_r
+from heads.saved_blend import load_blend
+
+
+@pytest.fixture
+def work(fitted, tiny, tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(fitted, tmp_path / "work"))
+    monkeypatch.setenv("FEATCACHE_DATA", str(tiny))
+    monkeypatch.setenv("FEATCACHE_WORK", str(copy))
+    return copy
+
+
+def run(capfd, *arguments):
+    code = cli.run([*arguments, "--json"])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def stores_of(work, subject):
+    stores = [open_store(path) for path in (work / "predictions.zarr").iterdir()]
+    return {store.facts["model"]: store for store in stores if store.recipe["subject"] == subject.name}
+
+
+def test_targets_are_the_blend_out_of_fold(work, tiny, capfd):
+    run(capfd, "blend")
+    saved, subjects = load_blend(work / "submission/blend.safetensors"), open_challenge(tiny).subjects
+    for subject, target in zip(subjects, taught(subjects, work), strict=True):
+        assert (target.name, target.noise_ceiling) == (subject.name, {"lh": None, "rh": None})
+        assert target.rois is subject.rois and target.train is subject.train
+        for hemisphere in HEMISPHERES:
+            own = saved[subject.name][hemisphere].apply(hemisphere, stores_of(work, subject), 0, len(subject.train))
+            np.testing.assert_array_equal(target.responses(hemisphere), own)
+    first = {path.name for path in (work / "targets").iterdir()}
+    assert len(first) == 2 and {t.folder.name for t in taught(subjects, work)} == first
+    run(capfd, "blend", "--method", "uniform")
+    assert {t.folder.name for t in taught(subjects, work)}.isdisjoint(first)
+    assert len(list((work / "targets").iterdir())) == 2  # those of the older blend are gone
+
+
+def test_what_learnt_from_a_blend_is_no_member_of_the_next(work, capfd):
+    before = run(capfd, "blend")
+    students = run(capfd, "fit-heads", "--target", "blend")
+    assert all("distilled" in one["model"] and "distilled.zarr" in one["path"] for one in students["stores"])
+    assert len({one["path"] for one in students["stores"]}) == len(students["stores"]) == 4
+    assert all(Path(one["weights"]).is_file() for one in students["stores"])
+    after = run(capfd, "blend")
+    assert after["weights"] == before["weights"] and after["gains"] == before["gains"]
+    again = run(capfd, "fit-heads", "--target", "blend")
+    assert again["stores"] == students["stores"]
+    usual = run(capfd, "fit-heads")
+    assert {one["path"] for one in usual["stores"]}.isdisjoint(one["path"] for one in students["stores"])
+
+
+def test_agreement_is_with_the_blend_on_images_that_neither_saw(work, tiny, capfd):
+    run(capfd, "blend")
+    found = run(capfd, "fit-heads", "--target", "blend")["agreement"]
+    assert set(found) == {one["model"] for one in run(capfd, "fit-heads", "--target", "blend")["stores"]}
+    for model, mean_r in found.items():
+        r = []
+        for subject in open_challenge(tiny).subjects:
+            stores = [open_store(path) for path in (work / "distilled.zarr").iterdir()]
+            (store,) = [s for s in stores if s.facts["model"] == model and s.recipe["subject"] == subject.name]
+            for hemisphere in HEMISPHERES:
+                blend = np.load(work / f"submission/{subject.name}/{hemisphere}_pred_test.npy")
+                r.append(pearson_r(store.read(hemisphere, store.n_train), blend))
+        assert mean_r == pytest.approx(np.concatenate(r).mean())
+
+
+def test_one_linear_model_is_learnt_again_from_what_it_says(work, capfd):
+    """The model's own features say it best; not wholly, for each of its folds has heads of its own."""
+    run(capfd, "blend", "--models", "test_vit*")
+    agreement = run(capfd, "fit-heads", "--target", "blend")["agreement"]
+    (own,) = [r for model, r in agreement.items() if model.startswith("test_vit")]
+    (other,) = [r for model, r in agreement.items() if not model.startswith("test_vit")]
+    assert own > max(other, 0.6)
+
+
+def test_no_blend_to_learn_from_is_one_line(work, capfd):
+    assert cli.run(["fit-heads", "--target", "blend"]) == 1
+    err = capfd.readouterr().err
+    assert "expected a blend to learn from; found none; run 'blend' first" in err.splitlines()[-1]
+    assert cli.run(["fit-heads", "--target", "oracle"]) == 1
+    assert "--target: expected one of responses, blend; found 'oracle'" in capfd.readouterr().err
+    assert not (work / "targets").exists() and not (work / "distilled.zarr").exists()
