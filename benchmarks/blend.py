@@ -19,7 +19,8 @@ from featcache.challenge import Subject
 from featcache.device import keep_freed_memory
 from featcache.images import ImageFiles
 from featcache.store import create_store, open_store
-from heads.blend import blend_hemisphere
+from heads.config import BlendConfig
+from heads.ensemble import blend_subject
 
 _N_TEST = 32
 
@@ -42,7 +43,13 @@ def write(folder: Path, n_images: int, n_vertices: int, n_models: int) -> None:
     widths = {hemisphere: columns.stop - columns.start for hemisphere, columns in parts.items()}
     for model in range(n_models):
         store = create_store(
-            folder / "stores", f"m{model}", {"model": model}, np.arange(len(signal)), n_images, widths, {}
+            folder / "stores",
+            f"m{model}",
+            {"model": model},
+            np.arange(len(signal)),
+            n_images,
+            widths,
+            {"model": f"m{model}"},
         )
         predictions = signal + (1 + model / n_models) * rng.standard_normal(signal.shape, dtype=np.float32)
         step = store.chunk_rows("lh")
@@ -77,8 +84,7 @@ def main() -> None:
                         store.read(hemisphere, start, min(start + step, sizes.images))
 
         def blend() -> None:
-            for hemisphere in widths:
-                blend_hemisphere(subject, hemisphere, stores, "greedy")
+            blend_subject(subject, stores, BlendConfig(), accuracy=True)
 
         read()
         ours, theirs, ratio = paired(blend, read, sizes.rounds)
@@ -87,7 +93,7 @@ def main() -> None:
     report(
         [
             Figure(
-                f"{what}: weights, nested scores and test predictions",
+                f"{what}: weights per vertex, nested scores, interval and null",
                 "the same predictions read once from their stores",
                 ratio,
                 3,

@@ -10,8 +10,9 @@ import torch
 from measure import Figure, options, report, seconds
 
 from featcache.device import keep_freed_memory
-from heads.blend import Moments, challenge_quality, greedy
+from heads.blend_moments import Moments
 from heads.ridge import RidgeHead
+from heads.weights import Groups, Judge, stacked
 
 
 def heads(n_images: int, n_features: int, n_vertices: int) -> Callable[[], object]:
@@ -20,13 +21,15 @@ def heads(n_images: int, n_features: int, n_vertices: int) -> Callable[[], objec
 
 
 def blend(n_models: int, n_vertices: int) -> Callable[[], object]:
-    """Greedy weights from moments of models that share a signal."""
+    """Stacked weights of every vertex from moments of models that share a signal."""
     rng = np.random.default_rng(0)
-    product = np.full((n_vertices, n_models, n_models), 100.0) + 100 * np.eye(n_models)
-    cross = 60 + 10 * rng.random((n_vertices, n_models))
-    zero, many = np.zeros((n_vertices, n_models)), np.full(n_vertices, 200.0)
-    moments = Moments(np.array(200.0), zero, product, cross, np.zeros(n_vertices), many)
-    return lambda: greedy(moments, challenge_quality(None))
+    sums = np.zeros((n_vertices, n_models + 2, n_models + 2))
+    sums[:, :-2, :-2] = 100 + 100 * np.eye(n_models)
+    sums[:, :-2, -2] = sums[:, -2, :-2] = 60 + 10 * rng.random((n_vertices, n_models))
+    sums[:, -2:, -2:] = 200 * np.eye(2)
+    judge = Judge(np.ones(n_vertices), np.full(n_vertices, True))
+    each = Groups(np.arange(n_vertices), n_vertices)
+    return lambda: stacked(Moments(sums), each, judge)
 
 
 def curve(what: str, theory: str, sizes: Sequence[int], make: Callable[[int], Callable[[], object]]) -> Figure:
@@ -67,8 +70,8 @@ def main() -> None:
                 lambda v: heads(600 * k, 64 * k, v),
             ),
             curve(
-                "seconds by models, greedy weights",
-                "1 to 2: a round reads one column of each vertex's products, which lie apart in memory",
+                "seconds by models, stacked weights per vertex",
+                "2 for sums, up to 3 for the systems that are solved",
                 [n * 5 for n in doubling],
                 lambda m: blend(m, 1000 * k),
             ),

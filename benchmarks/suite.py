@@ -30,6 +30,7 @@ BENCHMARKS = {
     "store_read": "Reading the cache",
     "metric": "Metric",
     "blend": "Blend",
+    "stacking": "Blend weights and scikit-learn",
     "memory": "Memory",
     "growth": "How cost grows",
 }

@@ -5,7 +5,9 @@ towards the uniform blend: weights = (1 - s) own + s coarser. What s is, and any
 images that the weights were not learnt on; where a blend is scored, on none of the fold that it is scored on.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +20,7 @@ from heads.weights import Groups, Judge, Learner, blended_sums, learners, r_from
 
 SHRINKAGE = (1.0, 0.75, 0.5, 0.25, 0.0)  # the first of equals is taken: the coarser blend
 _MOST_VERTICES = 8192  # that levels above the vertex, and shrinkage, are learnt from; evenly spread over the ROIs
+_TILE = 512  # vertices at a time where each has weights of its own
 NO_ROI = "no ROI"
 
 
@@ -153,14 +156,13 @@ class _Chain:
         coarser = np.full((self._moments.n_vertices, n_models), 1 / n_models)
         others = [fold for fold in range(N_FOLDS) if fold not in without]
         left_out = {fold: coarser[self._kept] for fold in others}
-        total = self._moments.total(without)
         choices = []
         for number, level in enumerate(self._levels):
             own = {fold: self._on_few((*without, fold), number) for fold in others}
             setting, shrinkage = self._best(own, left_out)
             choices.append(Choice(level.name, setting, shrinkage))
             left_out = {fold: _mixed(own[fold][setting], left_out[fold], shrinkage) for fold in others}
-            coarser = _mixed(self._on_all(total, without, number, setting), coarser, shrinkage)
+            coarser = _mixed(self._on_all(without, number, setting), coarser, shrinkage)
         return coarser, choices
 
     def _on_few(self, without: Sequence[int], number: int) -> list[np.ndarray]:
@@ -174,15 +176,17 @@ class _Chain:
             total = self._few.total(without)
             self._learnt[without] = [
                 [one(total, level.groups.at(self._kept), self._few_judge) for one in self._learners]
+                if level.name != "vertex"
+                else [_each_vertex(one, self._few, without, self._few_judge) for one in self._learners]
                 for level in self._levels
             ]
         return self._learnt[without]
 
-    def _on_all(self, total: Moments, without: Sequence[int], number: int, setting: int) -> np.ndarray:
+    def _on_all(self, without: Sequence[int], number: int, setting: int) -> np.ndarray:
         """(n_vertices, n_models) of one level and setting."""
         level = self._levels[number]
         if level.name == "vertex":
-            return self._learners[setting](total, level.groups, self._judge)
+            return _each_vertex(self._learners[setting], self._moments, without, self._judge)
         return level.groups.spread(self._of_groups(frozenset(without))[number][setting])
 
     def _best(self, own: Mapping[int, Sequence[np.ndarray]], coarser: Mapping[int, np.ndarray]) -> tuple[int, float]:
@@ -198,6 +202,18 @@ class _Chain:
             if score[chosen] > best:
                 best, found = score[chosen], (setting, SHRINKAGE[chosen])
         return found
+
+
+def _each_vertex(learner: Learner, moments: Moments, without: Collection[int], judge: Judge) -> np.ndarray:
+    """(n_vertices, n_models) where each has weights of its own: some at a time, which stay in a cache."""
+
+    def of_tile(first: int) -> np.ndarray:
+        tile = np.arange(first, min(first + _TILE, moments.n_vertices))
+        own = Moments(moments.sums[:, tile[0] : tile[-1] + 1])
+        return learner(own.total(without), Groups(np.arange(len(tile)), len(tile)), judge.at(tile))
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy lets go of the interpreter while it sums and solves
+        return np.concatenate(list(threads.map(of_tile, range(0, moments.n_vertices, _TILE))))
 
 
 def _line(sums: np.ndarray, own: np.ndarray, coarser: np.ndarray) -> np.ndarray:

@@ -57,7 +57,7 @@ class Ensemble:
 
 
 @dataclass(frozen=True)
-class _Blended:
+class Blended:
     """One subject's."""
 
     models: tuple[str, ...]
@@ -75,10 +75,10 @@ def blend(challenge: Challenge, config: BlendConfig, work: Path) -> Ensemble:
     _say_what_is_unusual(members)
     accuracy = has_ceilings(members)
     staging = _staging(work)
-    done: dict[Subject, _Blended] = {}
+    done: dict[Subject, Blended] = {}
     with bar(f"blend {config.label}", len(members), "subjects") as advance:
         for subject, stores in members.items():
-            done[subject] = _blend_subject(subject, stores, config, accuracy)
+            done[subject] = blend_subject(subject, stores, config, accuracy)
             _write_test(staging, subject, done[subject].coefficients, stores)
             advance(1)
     weights = {subject.name: _shares(subject, one) for subject, one in done.items()}
@@ -136,7 +136,8 @@ def refuse_strangers(path: Path, saved: Saved, members: Members) -> None:
                 )
 
 
-def _blend_subject(subject: Subject, stores: Sequence[Store], config: BlendConfig, accuracy: bool) -> _Blended:
+def blend_subject(subject: Subject, stores: Sequence[Store], config: BlendConfig, accuracy: bool) -> Blended:
+    """Learn, score and resample one subject's blend. `accuracy` : score by the ceilings, or else by r."""
     ids = subject.train.ids
     folds = assign_folds(ids, N_FOLDS, SEED)
     for fold in range(N_FOLDS):
@@ -155,7 +156,7 @@ def _blend_subject(subject: Subject, stores: Sequence[Store], config: BlendConfi
     resampled = resample(gathered, ids, r, learnt, again, scorer_of(subject, judge, accuracy), config.seed)
     models = tuple(store.facts["model"] for store in stores)
     coefficients = coefficients_of(subject, models, gathered, learnt.weights)
-    return _Blended(models, learnt.weights, coefficients, learnt.choices, r, resampled)
+    return Blended(models, learnt.weights, coefficients, learnt.choices, r, resampled)
 
 
 def _parts(stores: Sequence[Store]) -> np.ndarray:
@@ -201,7 +202,7 @@ def _write_test(
         write_predictions(folder, subject, hemisphere, test)
 
 
-def _shares(subject: Subject, one: _Blended) -> dict[str, dict[str, dict[str, float]]]:
+def _shares(subject: Subject, one: Blended) -> dict[str, dict[str, dict[str, float]]]:
     """{hemisphere: {'all' or ROI: {model: mean weight}}}; an ROI without vertices has none."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     first = 0
@@ -217,12 +218,12 @@ def _shares(subject: Subject, one: _Blended) -> dict[str, dict[str, dict[str, fl
     return found
 
 
-def _unused(done: Sequence[_Blended]) -> list[str]:
+def _unused(done: Sequence[Blended]) -> list[str]:
     used = {model for one in done for model, weights in zip(one.models, one.weights.T, strict=True) if weights.any()}
     return [model for model in dict.fromkeys(m for one in done for m in one.models) if model not in used]
 
 
-def _about(members: Members, config: BlendConfig, done: Mapping[Subject, _Blended]) -> dict[str, Any]:
+def _about(members: Members, config: BlendConfig, done: Mapping[Subject, Blended]) -> dict[str, Any]:
     """What it takes to make a blend again."""
     stores = {
         subject.name: {
