@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/stacking.py [--quick]
 
-scikit-learn is timed on some of the vertices and its time multiplied up to all: its cost is the same for each. Both start
-from predictions in memory. The weights of those vertices are compared.
+scikit-learn is timed on some of the vertices and its time multiplied up to all: its cost is the same for each. Both
+start from predictions in memory. The weights of those vertices are compared.
 """
 
 import numpy as np
