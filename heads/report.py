@@ -1,13 +1,16 @@
 """What a person looks at: tables of scores."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from heads.metrics import Summary, VertexScores, summarize
+
+if TYPE_CHECKING:  # a table of scores must not load what trains
+    from heads.soup import Soup
 
 _ALL = "all vertices"
 
@@ -72,6 +75,40 @@ def layer_table(maps: Mapping[str, tuple[int, int, int]]) -> Table:
     for number, (name, (n_channels, height, width)) in enumerate(maps.items()):
         table.add_row(str(number), name, f"{n_channels:,}", f"{height} x {width}")
     return table
+
+
+def soup_table(soups: "Sequence[Soup]") -> Table:
+    """A row for each mean of checkpoints, beside its best member and the mean score of its members."""
+    table = Table(
+        title="score on the held-out fold: noise-normalised accuracy as a fraction, or mean r without ceilings",
+        title_justify="left",
+    )
+    table.add_column("checkpoint", overflow="fold")
+    for column in ("members", "soup", "best member", "mean of members", "soup - best"):
+        table.add_column(column, justify="right")
+    for soup in soups:
+        numbers = [f"{value:.4f}" for value in (soup.score, soup.best, soup.mean)]
+        label = soup.checkpoint.facts["label"]
+        table.add_row(label, str(len(soup.members)), *numbers, f"{soup.score - soup.best:+.4f}")
+    return table
+
+
+def soups_as_json(soups: "Sequence[Soup]") -> list[dict[str, Any]]:
+    """[{path, stage, subjects, fold, score, best, mean, new, members: [{name, training, score}]}]"""
+    return [
+        {
+            "path": str(soup.checkpoint.path),
+            "stage": soup.checkpoint.recipe["stage"],
+            "subjects": list(soup.checkpoint.recipe["subjects"]),
+            "fold": soup.checkpoint.fold["fold"],
+            "score": soup.score,
+            "best": soup.best,
+            "mean": soup.mean,
+            "new": soup.new,
+            "members": [{key: member[key] for key in ("name", "training", "score")} for member in soup.members],
+        }
+        for soup in soups
+    ]
 
 
 def print_table(table: Table) -> None:

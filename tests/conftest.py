@@ -57,6 +57,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "heads.solvers",
         "heads.fit",
         "heads.ensemble",
+        "heads.soup",
         "featcache.progress",
     ):
         monkeypatch.setattr(f"{module}.say", record)
