@@ -232,7 +232,7 @@ def test_patterns_choose_members(work, subjects, by):
 
 
 def test_only_folds_that_all_members_have(work, subjects, said):
-    gone = [c for c in list_checkpoints(work) if "subj01" in c.name and c.fold["fold"] == 1][0]
+    gone = next(c for c in list_checkpoints(work) if "subj01" in c.name and c.fold["fold"] == 1)
     shutil.rmtree(gone.path)
     made = soups(subjects, work)
     assert sorted((*one.checkpoint.recipe["subjects"], one.checkpoint.fold["fold"]) for one in made) == [
