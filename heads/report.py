@@ -78,19 +78,26 @@ def layer_table(maps: Mapping[str, tuple[int, int, int]]) -> Table:
 
 
 def soup_table(soups: "Sequence[Soup]") -> Table:
-    """A row for each mean of checkpoints, beside its best member and the mean score of its members."""
+    """A row for each mean of checkpoints: its score, its best member's, and the mean of its members' scores."""
     table = Table(
         title="score on the held-out fold: noise-normalised accuracy as a fraction, or mean r without ceilings",
         title_justify="left",
     )
     table.add_column("checkpoint", overflow="fold")
-    for column in ("members", "soup", "best member", "mean of members", "soup - best"):
+    for column in ("members", "soup", "best", "mean", "soup - best"):
         table.add_column(column, justify="right")
     for soup in soups:
         numbers = [f"{value:.4f}" for value in (soup.score, soup.best, soup.mean)]
-        label = soup.checkpoint.facts["label"]
-        table.add_row(label, str(len(soup.members)), *numbers, f"{soup.score - soup.best:+.4f}")
+        table.add_row(
+            _where(soup.checkpoint.recipe), str(len(soup.members)), *numbers, f"{soup.score - soup.best:+.4f}"
+        )
     return table
+
+
+def _where(recipe: Mapping[str, Any]) -> str:
+    """Stage or, in the second, subject; backbone and fold."""
+    who = recipe["subjects"] if recipe["stage"] == "finetune" else [recipe["stage"]]
+    return " ".join([*who, recipe["backbone"]["name"], f"fold {recipe['fold']['fold']}"])
 
 
 def soups_as_json(soups: "Sequence[Soup]") -> list[dict[str, Any]]:
