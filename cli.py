@@ -27,9 +27,11 @@ from heads.config import (
     PAPER_SIZE,
     RECIPES,
     SOLVERS,
+    STAGES,
     BlendConfig,
     FitConfig,
     MomentsConfig,
+    SoupConfig,
     SpatialConfig,
     StageConfig,
     TrainConfig,
@@ -239,6 +241,35 @@ def _training_command(stage: str) -> Callable[..., Job]:
 
 app.command("pretrain", help="Train a backbone on all subjects at once: stage 1.")(_training_command("pretrain"))
 app.command("finetune", help="Train a backbone on each subject alone: stage 2.")(_training_command("finetune"))
+
+
+@app.command()
+def soup(
+    data: Data = DATA,
+    work: Work = WORK,
+    noise_ceiling: Ceiling = None,
+    subject: Subjects = "all",
+    models: Annotated[
+        str, typer.Option(help="Of the checkpoints whose folders or trainings match, such as '*-0a1b*,3c4d*'.")
+    ] = SoupConfig.models,
+    stage: Annotated[str, typer.Option(help=f"{', '.join(STAGES)}.")] = SoupConfig.stage,
+    as_json: AsJson = False,
+) -> Job:
+    """Average the weights of checkpoints that share a start: one more checkpoint of each family and fold."""
+    config = SoupConfig(stage, models)
+
+    def call() -> Outcome:
+        challenge = _open(data, noise_ceiling)
+        from heads.report import print_table, soup_table, soups_as_json
+        from heads.soup import make_soups
+
+        done = make_soups(challenge.select(subject), config, work)
+        print_table(soup_table(done))
+        new, below = sum(one.new for one in done), sum(one.score < one.best for one in done)
+        message = f"{len(done)} soups, {new} of them new, {below} below their best member, in {work / 'checkpoints'}"
+        return Outcome(message, {"soups": soups_as_json(done)})
+
+    return Job(config, call, as_json)
 
 
 @app.command()

@@ -69,6 +69,11 @@ class Checkpoint:
         return fingerprint(how | {"start": self.recipe["start"]["training"] or self.recipe["start"]["weights"]})
 
     @property
+    def members(self) -> tuple[str, ...]:
+        """Of a mean of several checkpoints, the trainings of these; () of a checkpoint that was trained itself."""
+        return tuple(self.recipe["settings"].get("soup", ()))
+
+    @property
     def seen_ids(self) -> np.ndarray:
         """(n,) int64, ids of every image that this checkpoint, or the one it started from, was trained on."""
         return np.array(self.facts["seen_ids"], dtype=np.int64)
@@ -78,11 +83,11 @@ class Checkpoint:
 
     def heads(self) -> dict[str, torch.Tensor]:
         """Tensors of the heads that were trained with the backbone. Raises CheckpointError."""
-        path = self._weights("heads")
-        try:
-            return load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise _damaged(self.path, f"{path.name} cannot be read ({error})") from error
+        return self._tensors("heads")
+
+    def backbone_tensors(self) -> dict[str, torch.Tensor]:
+        """Tensors of the backbone under timm's names. Raises CheckpointError."""
+        return self._tensors("backbone")
 
     def backbone(self, device: str = "cpu", size: int | None = None) -> Backbone:
         """The backbone at the size it was trained at, or another. Raises CheckpointError or BackboneError."""
@@ -90,6 +95,13 @@ class Checkpoint:
         path = self._weights("backbone")
         found = load_backbone(BackboneConfig(settings["name"], str(path), size or settings["size"]), device)
         return replace(found, origin=f"checkpoint {self.name}")
+
+    def _tensors(self, name: str) -> dict[str, torch.Tensor]:
+        path = self._weights(name)
+        try:
+            return load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise _damaged(self.path, f"{path.name} cannot be read ({error})") from error
 
     def _weights(self, name: str) -> Path:
         """The file of one part, as it was written: a damaged or exchanged one would still load and predict."""
@@ -110,7 +122,7 @@ class Checkpoint:
         if fault := self.tree_fault(digests):
             raise CheckpointError(f"{self.path}: {fault}; choose another checkpoint, or train one on this tree")
 
-    def tree_fault(self, digests: Mapping[str, Mapping[str, str]]) -> str:
+    def tree_fault(self, digests: Mapping[str, Mapping[str, Any]]) -> str:
         """Why a checkpoint cannot serve these subjects, or ''."""
         for name, digest in digests.items():
             trained = self.recipe["subjects"].get(name)
@@ -120,6 +132,13 @@ class Checkpoint:
                 which = " and ".join(others).replace("_", " ")
                 return f"expected a checkpoint of this tree; found one of other {which} of {name}"
         return ""
+
+
+def label_of(recipe: Mapping[str, Any]) -> str:
+    """What the name of its folder begins with: stage, the subject of stage 2, backbone, whether it is a mean, fold."""
+    who = [recipe["stage"], *(recipe["subjects"] if recipe["stage"] == "finetune" else ())]
+    mean = ["soup"] if "soup" in recipe["settings"] else []
+    return "-".join([*who, recipe["backbone"]["name"], *mean, f"fold{recipe['fold']['fold']}"])
 
 
 def checkpoint_path(work: Path, label: str, recipe: Mapping[str, Any]) -> Path:

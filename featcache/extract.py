@@ -139,7 +139,10 @@ class Source:
     def fold(self) -> dict[str, Any] | None:
         """What the store's recipe says of the training; a backbone as its weights came saw none of the images."""
         one = self.checkpoint
-        return None if one is None else {"stage": one.recipe["stage"], "training": one.training, **one.fold}
+        if one is None:
+            return None
+        mean = {"soup": len(one.members)} if one.members else {}
+        return {"stage": one.recipe["stage"], "training": one.training, **mean, **one.fold}
 
 
 def _sources(
@@ -224,7 +227,9 @@ def _extract_subject(subject: Subject, source: Source, config: ExtractConfig, wo
 
 def _label(source: Source) -> str:
     fold = source.fold
-    return source.backbone.name + (f"-{fold['stage']}-fold{fold['fold']}" if fold else "")
+    if not fold:
+        return source.backbone.name
+    return f"{source.backbone.name}-{fold['stage']}{'-soup' if 'soup' in fold else ''}-fold{fold['fold']}"
 
 
 def _find_or_create(subject: Subject, source: Source, config: ExtractConfig, work: Path) -> Store:

@@ -7,7 +7,7 @@ goes on from a saved state takes the same steps as one that was never interrupte
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -51,6 +51,53 @@ def make_accelerator(precision: str, device: str, every_weight: bool = True) -> 
     return Accelerator(cpu=device == "cpu", mixed_precision=_MIXED[precision], kwargs_handlers=[patient, exchange])
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What scores an encoder on the fold that is held out from it.
+
+    backbone : what the encoder's backbone was made from, for its transform
+    batch_size : images a pass; sums inside a network depend on it in their last bits
+    """
+
+    images: Images
+    backbone: Backbone
+    batch_size: int
+    accelerator: Accelerator
+
+    def score(self, encoder: Encoder) -> float:
+        """The challenge's metric of the held-out fold as a fraction, or mean r without ceilings.
+
+        Over the vertices of all subjects together; processes share the images.
+        """
+        scores = []
+        for number, (subject, rows) in enumerate(zip(self.images.subjects, self.images.held_out, strict=True)):
+            own = np.array_split(rows, self.accelerator.num_processes)[self.accelerator.process_index]
+            predicted = self.predict(encoder, number, own)
+            for hemisphere in HEMISPHERES:
+                everything = np.concatenate(gather_object([predicted[hemisphere]]))
+                r = pearson_r(everything, subject.responses(hemisphere)[rows])
+                scores.append(VertexScores(subject.name, hemisphere, r, subject.noise_ceiling[hemisphere]))
+        overall = summarize(scores)[-1]
+        return overall.mean_r if overall.accuracy is None else overall.accuracy / 100
+
+    def predict(self, encoder: Encoder, number: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """{hemisphere: (len(rows), n_vertices)} of one subject's images, by the encoder in evaluation."""
+        encoder.eval()
+        device, name = self.accelerator.device, self.images.subjects[number].name
+        columns = {hemisphere: encoder.heads.columns[name, hemisphere].to(device) for hemisphere in HEMISPHERES}
+        found = {h: [np.empty((0, len(index)), dtype=np.float32)] for h, index in columns.items()}
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        with torch.inference_mode():
+            for batch in batches:
+                pairs = np.stack([np.full(len(batch), number), batch], 1)
+                images = self.backbone.normalise(self.images.read(pairs).to(device))
+                subjects = torch.full((len(batch),), number, device=device)
+                outputs = encoder(images, subjects)
+                for hemisphere, index in columns.items():
+                    found[hemisphere].append(outputs[:, index].float().cpu().numpy())
+        return {hemisphere: np.concatenate(parts) for hemisphere, parts in found.items()}
+
+
 class EncoderTraining:
     """One run: a fold of one stage. `train` returns its finished checkpoint.
 
@@ -87,6 +134,7 @@ class EncoderTraining:
             for h in HEMISPHERES
         }
         self._augment = _augmentation() if config.augment else None
+        self._held_out = HeldOut(images, backbone, config.batch_size, accelerator)
 
     def train(self) -> Checkpoint:
         epoch, step = self._resume()
@@ -242,37 +290,7 @@ class EncoderTraining:
         return self._ema.module if self._ema is not None else self._accelerator.unwrap_model(self._model)
 
     def _score(self, encoder: Encoder) -> float:
-        """The challenge's metric of the held-out fold as a fraction, or mean r without ceilings.
-
-        Over the vertices of all subjects together; processes share the images.
-        """
-        scores = []
-        for number, (subject, rows) in enumerate(zip(self._images.subjects, self._images.held_out, strict=True)):
-            own = np.array_split(rows, self._accelerator.num_processes)[self._accelerator.process_index]
-            predicted = self._predict(encoder, number, own)
-            for hemisphere in HEMISPHERES:
-                everything = np.concatenate(gather_object([predicted[hemisphere]]))
-                r = pearson_r(everything, subject.responses(hemisphere)[rows])
-                scores.append(VertexScores(subject.name, hemisphere, r, subject.noise_ceiling[hemisphere]))
-        overall = summarize(scores)[-1]
-        return overall.mean_r if overall.accuracy is None else overall.accuracy / 100
-
-    def _predict(self, encoder: Encoder, number: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """{hemisphere: (len(rows), n_vertices)} of one subject's images."""
-        encoder.eval()
-        name = self._images.subjects[number].name
-        columns = {hemisphere: self._columns[name, hemisphere] for hemisphere in HEMISPHERES}
-        found = {h: [np.empty((0, len(index)), dtype=np.float32)] for h, index in columns.items()}
-        batches = [rows[i : i + self._config.batch_size] for i in range(0, len(rows), self._config.batch_size)]
-        with torch.inference_mode():
-            for batch in batches:
-                pairs = np.stack([np.full(len(batch), number), batch], 1)
-                images = self._backbone.normalise(self._images.read(pairs).to(self._device))
-                subjects = torch.full((len(batch),), number, device=self._device)
-                outputs = encoder(images, subjects)
-                for hemisphere, index in columns.items():
-                    found[hemisphere].append(outputs[:, index].float().cpu().numpy())
-        return {hemisphere: np.concatenate(parts) for hemisphere, parts in found.items()}
+        return self._held_out.score(encoder)
 
     def _save_state(self, epoch: int, step: int) -> str:
         folder = f"state-{epoch:03d}-{step:06d}"

@@ -28,6 +28,7 @@ from featcache.checkpoint import (
     FOLDER,
     Checkpoint,
     checkpoint_path,
+    label_of,
     list_checkpoints,
     open_checkpoint,
     prune,
@@ -161,8 +162,7 @@ def _checkpoint(
         "settings": config.train.recipe(),
         "devices": int(os.environ.get("WORLD_SIZE", "1")),  # batches are a device's
     }
-    who = f"{config.stage}-{subjects[0].name}" if config.stage == "finetune" else config.stage
-    label = f"{who}-{start.settings.name}-fold{fold['fold']}"
+    label = label_of(recipe)
     path = checkpoint_path(work, label, recipe)
     if (path / "checkpoint.json").exists():
         return open_checkpoint(path)
@@ -259,8 +259,8 @@ class _Starts:
         return replace(own, weights=init)
 
     def _stage1(self, subject: Subject, fold: dict[str, int]) -> Path:
-        """The stage-1 checkpoint of this fold in the work folder."""
-        known = [one for one in list_checkpoints(self._work) if one.recipe["stage"] == "pretrain"]
+        """The stage-1 checkpoint of this fold in the work folder; a mean of several is a start only by its name."""
+        known = [one for one in list_checkpoints(self._work) if one.recipe["stage"] == "pretrain" and not one.members]
         ours = usable(subject, [one for one in known if self._is_wanted(one)], self._digests(subject))
         trainings = sorted({one.training for one in ours})
         if len(trainings) > 1:

@@ -37,9 +37,11 @@ class FeatureSet:
         return "+".join(store.name for store in self.stores)
 
     def label(self) -> str:
-        """Backbone and stage, for a person."""
+        """Backbone, stage, and whether it is a mean of several trainings, for a person."""
         first = self.stores[0].recipe
-        return first["backbone"] + (f"-{first['fold']['stage']}" if self.trained else "")
+        if not self.trained:
+            return first["backbone"]
+        return f"{first['backbone']}-{first['fold']['stage']}{'-soup' if 'soup' in first['fold'] else ''}"
 
     def recipe(self) -> dict[str, Any]:
         """What decides the features; of a trained backbone, those of all folds together."""

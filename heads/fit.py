@@ -189,6 +189,8 @@ def model_name(recipe: Mapping[str, Any]) -> str:
     read = features.get("read", features["layers"])
     layers, size = "+".join(read) if len(read) < 3 else f"{len(read)} layers", features["transform"]["input_size"][-1]
     stage = f" {fold['stage']}" if fold else ""
+    if fold and "soup" in fold:
+        stage += f" soup of {fold['soup']}"
     if fold and len(fold["held_out"]) < fold["n_folds"]:  # its score is over other images than a whole model's
         stage += f" fold {','.join(map(str, fold['held_out']))}"
     words = [f"{features['backbone']}@{size}{stage} {layers}", *_feature_words(features, read)]

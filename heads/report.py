@@ -1,17 +1,21 @@
 """What a person looks at: tables of scores."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from featcache.progress import size_of
-from heads.ensemble import Ensemble
 from heads.metrics import Summary, VertexScores, summarize
-from heads.model_list import Model
-from heads.plan import Estimate
+
+if TYPE_CHECKING:  # a table of scores must not load what trains or blends
+    from heads.ensemble import Ensemble
+    from heads.model_list import Model
+    from heads.plan import Estimate
+    from heads.soup import Soup
 
 _ALL = "all vertices"
 
@@ -78,7 +82,7 @@ def layer_table(maps: Mapping[str, tuple[int, int, int]]) -> Table:
     return table
 
 
-def gain_lines(done: Ensemble) -> list[str]:
+def gain_lines(done: "Ensemble") -> list[str]:
     """What a blend is worth, in words: its gains with their intervals, the null, and who has no weight."""
     unit = " points" if done.accuracy else " of mean r"
     digits = 2 if done.accuracy else 4
@@ -99,7 +103,7 @@ def gain_lines(done: Ensemble) -> list[str]:
     return lines
 
 
-def blend_as_json(done: Ensemble) -> dict[str, Any]:
+def blend_as_json(done: "Ensemble") -> dict[str, Any]:
     """weights, unused, scores as `as_json`, gains and shuffled, named as in `Ensemble`."""
     return {
         "weights": done.weights,
@@ -110,7 +114,7 @@ def blend_as_json(done: Ensemble) -> dict[str, Any]:
     }
 
 
-def model_table(models: Sequence[Model], accuracy: bool) -> Table:
+def model_table(models: "Sequence[Model]", accuracy: bool) -> Table:
     """A row for each model, best first, numbered; scores of all images and of each fold, and what it is most like."""
     measure = "noise-normalised accuracy, %" if accuracy else "no noise ceiling: mean r"
     table = Table(title=f"out-of-fold; {measure}", title_justify="left")
@@ -133,7 +137,24 @@ def model_table(models: Sequence[Model], accuracy: bool) -> Table:
     return table
 
 
-def plan_table(estimates: Sequence[Estimate]) -> Table:
+def soup_table(soups: "Sequence[Soup]") -> Table:
+    """A row for each mean of checkpoints: its score, its best member's, and the mean of its members' scores."""
+    table = Table(
+        title="score on the held-out fold: noise-normalised accuracy as a fraction, or mean r without ceilings",
+        title_justify="left",
+    )
+    table.add_column("checkpoint", overflow="fold")
+    for column in ("members", "soup", "best", "mean", "soup - best"):
+        table.add_column(column, justify="right")
+    for soup in soups:
+        numbers = [f"{value:.4f}" for value in (soup.score, soup.best, soup.mean)]
+        table.add_row(
+            _where(soup.checkpoint.recipe), str(len(soup.members)), *numbers, f"{soup.score - soup.best:+.4f}"
+        )
+    return table
+
+
+def plan_table(estimates: "Sequence[Estimate]") -> Table:
     """A row for each step, and one for all of them: times and disk add up, and memory is that of the largest."""
     table = Table(title="estimates, as if nothing were done yet", title_justify="left", caption_justify="left")
     for column in ("step", "command", "time", "memory", "disk"):
@@ -146,12 +167,12 @@ def plan_table(estimates: Sequence[Estimate]) -> Table:
     return table
 
 
-def _whole(estimates: Sequence[Estimate]) -> Estimate:
+def _whole(estimates: "Sequence[Estimate]") -> "Estimate":
     seconds, memory, disk = ([getattr(one, name) or 0.0 for one in estimates] for name in ("seconds", "memory", "disk"))
-    return Estimate(estimates[0].step, sum(seconds), max(memory), sum(disk))
+    return replace(estimates[0], seconds=sum(seconds), memory=max(memory), disk=sum(disk))
 
 
-def _costs(one: Estimate) -> list[str]:
+def _costs(one: "Estimate") -> list[str]:
     sizes = ["-" if n_bytes is None else size_of(n_bytes) for n_bytes in (one.memory, one.disk)]
     return ["-" if one.seconds is None else duration_of(one.seconds), *sizes]
 
@@ -164,13 +185,37 @@ def duration_of(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
-def plan_as_json(estimates: Sequence[Estimate]) -> dict[str, Any]:
+def plan_as_json(estimates: "Sequence[Estimate]") -> dict[str, Any]:
     """{plan: [{step, command, options, seconds, memory, disk}], total: {...}}, bytes; null where not estimated."""
     costs = [
         {name: getattr(one, name) for name in ("seconds", "memory", "disk")} for one in (*estimates, _whole(estimates))
     ]
     steps = [{"step": e.step.number, "command": e.step.command, "options": dict(e.step.own)} for e in estimates]
     return {"plan": [step | cost for step, cost in zip(steps, costs, strict=False)], "total": costs[-1]}
+
+
+def _where(recipe: Mapping[str, Any]) -> str:
+    """Stage or, in the second, subject; backbone and fold."""
+    who = recipe["subjects"] if recipe["stage"] == "finetune" else [recipe["stage"]]
+    return " ".join([*who, recipe["backbone"]["name"], f"fold {recipe['fold']['fold']}"])
+
+
+def soups_as_json(soups: "Sequence[Soup]") -> list[dict[str, Any]]:
+    """[{path, stage, subjects, fold, score, best, mean, new, members: [{name, training, score}]}]"""
+    return [
+        {
+            "path": str(soup.checkpoint.path),
+            "stage": soup.checkpoint.recipe["stage"],
+            "subjects": list(soup.checkpoint.recipe["subjects"]),
+            "fold": soup.checkpoint.fold["fold"],
+            "score": soup.score,
+            "best": soup.best,
+            "mean": soup.mean,
+            "new": soup.new,
+            "members": [{key: member[key] for key in ("name", "training", "score")} for member in soup.members],
+        }
+        for soup in soups
+    ]
 
 
 def print_table(table: Table) -> None:

@@ -76,6 +76,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "heads.fit",
         "heads.ensemble",
         "heads.weight_plot",
+        "heads.soup",
         "featcache.progress",
     ):
         monkeypatch.setattr(f"{module}.say", record)

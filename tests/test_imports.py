@@ -42,6 +42,7 @@ ORDER = [
     "heads.encoder",
     "heads.encoder_training",
     "heads.end_to_end",
+    "heads.soup",
     "heads.layers",
     "heads.features",
     "heads.folds",
