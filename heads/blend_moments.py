@@ -91,6 +91,12 @@ class Sample:
     vertices: np.ndarray
     columns: np.ndarray
 
+    def thinned(self, most: int) -> "Sample":
+        """Of some of the vertices, evenly spread."""
+        n = len(self.vertices)
+        kept = np.arange(min(n, most)) * n // min(n, most)
+        return Sample(self.vertices[kept], self.columns[:, :, kept])
+
 
 @dataclass(frozen=True)
 class Gathered:

@@ -147,11 +147,9 @@ def blend_subject(subject: Subject, stores: Sequence[Store], config: BlendConfig
     learnt = learn(gathered.moments, judge, levels, config, parts)
     r = {name: nested_r(gathered.moments, weights) for name, weights in learnt.nested.items()}
     r["optimistic"] = r_of(gathered.moments.total().sums, learnt.weights)
-    kept = gathered.sample.vertices
-    few, few_levels = judge.at(kept), [level.at(kept) for level in levels]
 
-    def again(moments: Moments) -> Learnt:
-        return learn(moments, few, few_levels, config, parts)
+    def again(moments: Moments, vertices: np.ndarray) -> Learnt:
+        return learn(moments, judge.at(vertices), [level.at(vertices) for level in levels], config, parts)
 
     resampled = resample(gathered, ids, r, learnt, again, scorer_of(subject, judge, accuracy), config.seed)
     models = tuple(store.facts["model"] for store in stores)

@@ -17,6 +17,7 @@ from heads.weights import Judge, r_from, r_of
 
 N_BOOTSTRAPS, N_PERMUTATIONS = 400, 10
 LEVEL = 0.95  # of the interval
+_NULL_VERTICES = 200  # of the sample, at most: each permutation learns all weights anew
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def resample(
     image_ids: np.ndarray,
     r: Mapping[str, np.ndarray],
     learnt: Learnt,
-    again: Callable[[Moments], Learnt],
+    again: Callable[[Moments, np.ndarray], Learnt],
     scorer: Scorer,
     seed: int,
 ) -> Resampled:
@@ -79,7 +80,7 @@ def resample(
 
     image_ids : (n_images,)
     r : {name: (n_vertices,)} of the blend
-    again : learns a blend of the sampled vertices from their moments
+    again : learns a blend of some vertices, given by number, from their moments
     """
     sample, folds = gathered.sample, assign_folds(image_ids, N_FOLDS, SEED)
     score = scorer.at(sample.vertices).mean
@@ -88,11 +89,12 @@ def resample(
         name: score(of_name)
         for name, of_name in bootstrap(sample, folds, nested, image_weights(image_ids, seed)).items()
     }
-    known, null = gathered.moments.at(sample.vertices), []
+    few = sample.thinned(_NULL_VERTICES)
+    known, null, score = gathered.moments.at(few.vertices), [], scorer.at(few.vertices).mean
     generator = np.random.default_rng(seed)
     for _ in range(N_PERMUTATIONS):
-        moments = shuffled_moments(known, sample, folds, generator.permutation(len(folds)))
-        found = again(moments)
+        moments = shuffled_moments(known, few, folds, generator.permutation(len(folds)))
+        found = again(moments, few.vertices)
         scores = {name: score(nested_r(moments, weights)) for name, weights in found.nested.items()}
         null.append(scores | {"optimistic": score(r_of(moments.total().sums, found.weights))})
     return Resampled(

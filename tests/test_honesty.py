@@ -82,7 +82,7 @@ def resampled(folder, predictions, responses, seed=0, n_vertices=None):
     r = {name: nested_r(found.moments, weights) for name, weights in learnt.nested.items()}
     r["optimistic"] = r_of(found.moments.total().sums, learnt.weights)
     scorer = Scorer(None, n_vertices or N_VERTICES)
-    return resample(found, IDS_TRAINED, r, learnt, lambda m: learn(m, judge, levels, config), scorer, seed)
+    return resample(found, IDS_TRAINED, r, learnt, lambda m, _: learn(m, judge, levels, config), scorer, seed)
 
 
 def test_a_blend_that_helps_is_sure_of_it_and_one_that_cannot_is_not(tmp_path):
@@ -103,6 +103,25 @@ def test_shuffled_responses_give_nothing_but_optimism(tmp_path):
     found = null([resampled(tmp_path, *made_up(noise=(2, 2, 2, 2)))])
     assert abs(found.mean) < 0.05 and found.mean <= found.largest < 0.15
     assert found.optimistic > found.mean + 0.02
+
+
+def test_the_null_is_of_some_vertices_where_there_are_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(heads.honesty, "_NULL_VERTICES", 3)
+    asked = []
+    subject, found = gathered(tmp_path, *made_up(noise=(2, 2, 2, 2)))
+    judge, levels, config = judge_of(subject), levels_of(subject), BlendConfig("nnls", "vertex")
+
+    def again(moments, vertices):
+        asked.append(vertices.tolist())
+        assert moments.n_vertices == 3
+        return learn(moments, judge.at(vertices), [level.at(vertices) for level in levels], config)
+
+    learnt = learn(found.moments, judge, levels, config)
+    r = {name: nested_r(found.moments, weights) for name, weights in learnt.nested.items()}
+    one = resample(found, IDS_TRAINED, r, learnt, again, Scorer(None, N_VERTICES), 0)
+    assert asked == [[0, 2, 4]] * heads.honesty.N_PERMUTATIONS
+    assert abs(one.shuffled["blend"].mean()) < 0.1
+    assert len(one.bootstraps["blend"]) == heads.honesty.N_BOOTSTRAPS
 
 
 def test_subjects_count_by_their_vertices(tmp_path):
