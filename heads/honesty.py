@@ -56,7 +56,8 @@ class Resampled:
     whole : over all vertices; 'optimistic' is the blend on the images that its weights were learnt on
     sample : over the sampled vertices
     bootstraps : (n_bootstraps,) over the sampled vertices
-    shuffled : (n_permutations,) the same procedure, with the responses of other images
+    shuffled : (n_permutations,) mean r of the same procedure with the responses of other images; r is 0 there on
+        average, and accuracy, which is of its square, is not
     n_vertices : what the subject counts in means over subjects
     """
 
@@ -90,13 +91,13 @@ def resample(
         for name, of_name in bootstrap(sample, folds, nested, image_weights(image_ids, seed)).items()
     }
     few = sample.thinned(_NULL_VERTICES)
-    known, null, score = gathered.moments.at(few.vertices), [], scorer.at(few.vertices).mean
+    known, null = gathered.moments.at(few.vertices), []
     generator = np.random.default_rng(seed)
     for _ in range(N_PERMUTATIONS):
         moments = shuffled_moments(known, few, folds, generator.permutation(len(folds)))
         found = again(moments, few.vertices)
-        scores = {name: score(nested_r(moments, weights)) for name, weights in found.nested.items()}
-        null.append(scores | {"optimistic": score(r_of(moments.total().sums, found.weights))})
+        r_null = {name: nested_r(moments, weights).mean() for name, weights in found.nested.items()}
+        null.append(r_null | {"optimistic": r_of(moments.total().sums, found.weights).mean()})
     return Resampled(
         {name: float(scorer.mean(of_name)) for name, of_name in r.items()},
         {name: float(scores[0]) for name, scores in drawn.items()},
@@ -166,7 +167,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Null:
-    """Scores of blends of shuffled responses: what is found where there is nothing to find."""
+    """Mean r of blends of shuffled responses: what is found where there is nothing to find."""
 
     mean: float
     largest: float

@@ -95,8 +95,8 @@ def gain_lines(done: "Ensemble") -> list[str]:
             f"{one.optimistic:+.{digits}f}"
         )
     lines.append(
-        f"blends of shuffled responses score {done.null.mean:.{digits}f}, at most {done.null.largest:.{digits}f}; "
-        f"optimistic {done.null.optimistic:.{digits}f}"
+        f"blends of shuffled responses: mean r {done.null.mean:.4f}, at most {done.null.largest:.4f}; "
+        f"optimistic {done.null.optimistic:.4f}"
     )
     if done.unused:
         lines.append(f"no weight anywhere: {', '.join(done.unused)}")

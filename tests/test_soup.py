@@ -341,7 +341,7 @@ def test_the_whole_pipeline_takes_it_through_the_commands(work, tiny, capfd, mon
         models = {store["model"] for store in fitted["stores"]}
         assert len(models) == 4 and sum("finetune soup of 3" in model for model in models) == 1
     blended, _ = run("blend")
-    assert Path(blended["submission"]).is_file() and len(blended["weights"]["subj01"]["lh"]) == 8
+    assert Path(blended["submission"]).is_file() and len(blended["weights"]["subj01"]["lh"]["all"]) == 8
     again, _ = run("soup")
     assert [one["new"] for one in again["soups"]] == [False] * 4
 
