@@ -116,7 +116,7 @@ def _pooled(moments: Moments, parts: np.ndarray) -> Moments:
     change = np.zeros((len(parts) + 2, moments.n_models + 2))
     change[:-2, :-2] = parts
     change[-2:, -2:] = np.eye(2)
-    return Moments(np.stack([change @ of_fold @ change.T for of_fold in moments.sums]))
+    return Moments(np.stack([change @ of_fold @ change.T for of_fold in moments.sums]), moments.cross_fitted)
 
 
 def _of_models(weights: np.ndarray, parts: np.ndarray | None) -> np.ndarray:
@@ -209,7 +209,7 @@ def _each_vertex(learner: Learner, moments: Moments, without: Collection[int], j
 
     def of_tile(first: int) -> np.ndarray:
         tile = np.arange(first, min(first + _TILE, moments.n_vertices))
-        own = Moments(moments.sums[:, tile[0] : tile[-1] + 1])
+        own = Moments(moments.sums[:, tile[0] : tile[-1] + 1], moments.cross_fitted)
         return learner(own.total(without), Groups(np.arange(len(tile)), len(tile)), judge.at(tile))
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy lets go of the interpreter while it sums and solves

@@ -29,9 +29,16 @@ class Moments:
     """Sums of products of the standardised columns of each vertex: the models, the responses and ones.
 
     sums : ([n_folds,] n_vertices, n_models + 2, n_models + 2); the first axis is gone after `total`
+    cross_fitted : whether the predictions of a fold come from the responses of the others. Then what a fold is left out
+        of still knows it: its responses went into the predictions of all other folds. A linear model's prediction times
+        the response is a sum over pairs of images, y_i K_ij y_j, and that of fold k over the pairs with one image in k.
+        The same pairs, K being symmetric, are in the sums of the other folds; they are taken out again by subtracting
+        the fold's own sum. Of two folds that are left out only three quarters are, for pairs between the two are in
+        neither of the others. Nothing else makes scores of weights of many models on few images honest (docs/blend.md).
     """
 
     sums: np.ndarray
+    cross_fitted: bool = True
 
     @property
     def n_models(self) -> int:
@@ -42,11 +49,16 @@ class Moments:
         return self.sums.shape[-3]
 
     def total(self, without: Collection[int] = ()) -> "Moments":
-        """Over all folds but these, float64."""
-        whole = np.zeros(self.sums.shape[1:])
+        """Over all folds but these, float64, and free of them: see `cross_fitted` above."""
+        whole, theirs = np.zeros(self.sums.shape[1:]), np.zeros((self.n_vertices, self.n_models))
         for fold, sums in enumerate(self.sums):
             if fold not in without:
                 whole += sums
+            elif self.cross_fitted:
+                theirs += sums[:, :-2, -2]
+        theirs *= (N_FOLDS - len(without)) / (N_FOLDS - 1)
+        whole[:, :-2, -2] -= theirs
+        whole[:, -2, :-2] -= theirs
         return Moments(whole)
 
     def fold(self, number: int) -> "Moments":
@@ -54,7 +66,7 @@ class Moments:
 
     def at(self, vertices: np.ndarray) -> "Moments":
         """Of some of the vertices, given by number."""
-        return Moments(self.sums[..., vertices, :, :])
+        return Moments(self.sums[..., vertices, :, :], self.cross_fitted)
 
     @cached_property
     def covariance(self) -> tuple[np.ndarray, np.ndarray]:

@@ -261,7 +261,7 @@ def _refuse_given(unread: Sequence[str], wanted: str, found: str) -> None:
 class BlendConfig:
     """How models are weighed against each other, for each subject."""
 
-    method: str = "nnls"  # uniform | score | greedy | nnls
+    method: str = "score"  # uniform | score | greedy | nnls
     per: str = "vertex"  # all | hemisphere | roi | vertex: what has weights of its own
     by: str = "model"  # model | backbone: what has a weight; the models of one backbone are averaged first
     models: str = "*"  # patterns of names, with commas between: which models

@@ -150,7 +150,7 @@ def shuffled_moments(known: Moments, sample: Sample, folds: np.ndarray, order: n
             of_fold[:, model, -2] = of_fold[:, -2, model] = np.einsum("iv,iv->v", column[rows], own)
         of_fold[:, -2, -2] = np.einsum("iv,iv->v", own, own)
         of_fold[:, -2, -1] = of_fold[:, -1, -2] = own.sum(0)
-    return Moments(sums)
+    return Moments(sums, cross_fitted=False)
 
 
 @dataclass(frozen=True)

@@ -172,16 +172,16 @@ def stacked(moments: Moments, groups: Groups, judge: Judge) -> np.ndarray:
     return _or_nothing(weights / np.where(total > 0, total, 1), there)
 
 
-def greedy(moments: Moments, groups: Groups, judge: Judge, seed: int = 0) -> np.ndarray:
+def greedy(moments: Moments, groups: Groups, judge: Judge, seed: int = 0, n_bags: int = 1) -> np.ndarray:
     """(n_groups, n_models) start from the best k, add the model, old or new, that helps most, until none does.
 
-    The mean over bags, each of which may choose among a random half of the models.
+    With several bags the mean over them, each of which may choose among a random half of the models: steadier, and
+    wrong where one model is all there is.
 
     Caruana et al. 2004, Ensemble selection from libraries of models, https://doi.org/10.1145/1015330.1015432
     """
     generator = np.random.default_rng(seed)
     n_models = moments.n_models
-    n_bags = _BAGS if n_models > 3 else 1
     parts = []
     for _ in range(n_bags):
         allowed = np.arange(n_models)
@@ -262,5 +262,5 @@ def learners(method: str, seed: int) -> list[Learner]:
     if method == "score":
         return [lambda m, g, j, t=t: by_score(m, g, j, t) for t in TEMPERATURES]  # type: ignore[misc]
     if method == "greedy":
-        return [lambda m, g, j: greedy(m, g, j, seed)]
+        return [lambda m, g, j, n=n: greedy(m, g, j, seed, n) for n in (1, _BAGS)]  # type: ignore[misc]
     return [{"uniform": uniform, "nnls": stacked}[method]]

@@ -21,7 +21,7 @@ from blending import (
 import heads.blend
 from heads.blend import SHRINKAGE, Level, judge_of, learn, levels_of, nested_r
 from heads.config import BLENDS, LEVELS, BlendConfig
-from heads.weights import Judge, learners
+from heads.weights import Groups, Judge, learners
 
 PLAIN = Judge(np.ones(N_VERTICES), np.full(N_VERTICES, True))
 ALL_LEVELS = [Level(name, groups(name), ()) for name in LEVELS]
@@ -113,8 +113,8 @@ def test_nothing_of_a_fold_reaches_the_weights_it_is_scored_with(method, per):
     noise = rng.normal(size=changed[2].shape)
     changed[2] = 100 * noise @ noise.transpose(0, 2, 1)
     config = BlendConfig(method, per)
-    one = learn(moments, PLAIN, ALL_LEVELS, config)
-    other = learn(type(moments)(changed), PLAIN, ALL_LEVELS, config)
+    one = learn(type(moments)(moments.sums, cross_fitted=False), PLAIN, ALL_LEVELS, config)
+    other = learn(type(moments)(changed, cross_fitted=False), PLAIN, ALL_LEVELS, config)
     for name in ("blend", "best single"):
         np.testing.assert_array_equal(other.nested[name][2], one.nested[name][2])
     assert not all(np.array_equal(other.nested["blend"][f], one.nested["blend"][f]) for f in (0, 1, 3, 4))
@@ -132,6 +132,56 @@ def test_weights_are_shares_everywhere(name, per, method):
         np.testing.assert_allclose(weights.sum(1), 1)
     if name == "a constant model":
         assert (found.weights[:, 1] == 0).all()
+
+
+def kernel_models(n_models, n_images, n_vertices, signal, seed=0):
+    """Columns (n_models + 2, n_images, n_vertices) of ridge regressions on features of their own, and folds.
+
+    Responses are linear in the first model's features, plus noise.
+    """
+    rng = np.random.default_rng(seed)
+    folds = np.arange(n_images) % 5
+    features = rng.normal(size=(n_models, n_images, 40))
+    y = signal * features[0] @ rng.normal(size=(40, n_vertices)) / np.sqrt(40) + rng.normal(size=(n_images, n_vertices))
+    columns = []
+    for x in features:
+        out = np.empty_like(y)
+        for fold in range(5):
+            own, left = x[fold != folds], x[fold == folds]
+            out[fold == folds] = left @ np.linalg.solve(own.T @ own + 100 * np.eye(40), own.T @ y[fold != folds])
+        columns.append(out)
+    z = np.stack([*columns, y])
+    z = (z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True)
+    return np.concatenate([z, np.ones_like(z[:1])]), folds
+
+
+def scored(columns, folds, cross_fitted, **settings):
+    sums = np.stack([np.einsum("civ,div->vcd", *(columns[:, fold == folds],) * 2) for fold in range(5)])
+    n_vertices = columns.shape[2]
+    judge, one = Judge(np.ones(n_vertices), np.full(n_vertices, True)), np.zeros(n_vertices, dtype=np.int64)
+    levels = [Level(name, Groups(one, 1), ()) for name in LEVELS[:3]]
+    levels.append(Level("vertex", Groups(np.arange(n_vertices), n_vertices), ()))
+    moments = heads.blend.Moments(sums, cross_fitted)
+    found = learn(moments, judge, levels, BlendConfig(**settings))
+    return nested_r(moments, found.nested["blend"]).mean(), found
+
+
+@pytest.mark.parametrize("method", ["nnls", "score", "greedy"])
+def test_models_of_noise_score_nothing_although_all_of_them_knew_the_fold_that_is_scored(method):
+    columns, folds = kernel_models(n_models=8, n_images=100, n_vertices=150, signal=0)
+    plain, _ = scored(columns, folds, False, method=method, per="vertex")
+    free, _ = scored(columns, folds, True, method=method, per="vertex")
+    nothing_learnt, _ = scored(columns, folds, True, method="uniform")
+    assert plain > nothing_learnt + 0.1  # what nesting alone takes for a blend of some worth
+    assert abs(free - nothing_learnt) < 0.015
+
+
+@pytest.mark.parametrize("method", ["nnls", "score", "greedy"])
+def test_a_model_that_knows_something_is_found_all_the_same(method):
+    columns, folds = kernel_models(n_models=8, n_images=400, n_vertices=60, signal=1)
+    r, found = scored(columns, folds, True, method=method, per="vertex")
+    assert found.weights[:, 0].mean() > 0.8
+    assert r > 0.97 * slow_r(columns[0], columns[-2]).mean()
 
 
 def many(n_images_a_fold, alike, seed=0):

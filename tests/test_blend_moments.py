@@ -98,14 +98,21 @@ def test_total_leaves_out_the_folds_that_it_should():
     z = np.concatenate([z, np.ones_like(z[:1])])
     for without in ((), (3,), (0, 4)):
         own = z[:, ~np.isin(FOLDS, without)]
-        np.testing.assert_allclose(moments.total(without).sums, np.einsum("civ,div->vcd", own, own), atol=1e-9)
+        plain = Moments(moments.sums, cross_fitted=False).total(without).sums
+        np.testing.assert_allclose(plain, np.einsum("civ,div->vcd", own, own), atol=1e-9)
+        free, share = moments.total(without).sums, (5 - len(without)) / 4
+        theirs = np.einsum("civ,iv->vc", z[:-2, np.isin(FOLDS, without)], z[-2, np.isin(FOLDS, without)])
+        np.testing.assert_allclose(free[:, :-2, -2], plain[:, :-2, -2] - share * theirs, atol=1e-9)
+        np.testing.assert_allclose(free[:, -2, :-2], free[:, :-2, -2])
+        plain[:, :-2, -2], plain[:, -2, :-2] = free[:, :-2, -2], free[:, -2, :-2]
+        np.testing.assert_allclose(free, plain, atol=1e-9)  # nothing else is touched
     np.testing.assert_array_equal(moments.fold(2).sums, moments.sums[2])
     np.testing.assert_array_equal(moments.at(np.array([4, 1])).sums, moments.sums[:, [4, 1]])
 
 
 def test_covariances_are_those_of_the_columns():
     predictions, responses = made_up()
-    gram, cross = slow_moments(predictions, responses).total((1,)).covariance
+    gram, cross = Moments(slow_moments(predictions, responses).sums, cross_fitted=False).total((1,)).covariance
     own = FOLDS != 1
     z, y = standardised(predictions[:, :N_TRAIN])[:, own], responses[:N_TRAIN][own].astype(np.float64)
     for vertex in range(N_VERTICES):

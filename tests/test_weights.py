@@ -207,7 +207,7 @@ def slow_greedy(standard, responses, ceiling, level, n_rounds):
 @pytest.mark.parametrize("noise", [(1, 1.1, 2), (0.5, 4, 4), (3, 3.1, 3.2)])
 def test_greedy_picks_what_trying_everything_picks(n_rounds, noise, ceiling, level, monkeypatch):
     monkeypatch.setattr(heads.weights, "_ROUNDS", n_rounds)
-    predictions, responses = made_up(n_models=3, noise=noise)  # so few that there is one bag
+    predictions, responses = made_up(n_models=3, noise=noise)
     weights = greedy(slow_moments(predictions, responses).total(), groups(level), judge_of(ceiling))
     expected = slow_greedy(*of_training(predictions, responses), ceiling, level, n_rounds)
     np.testing.assert_allclose(weights, expected, atol=1e-12)
@@ -216,7 +216,7 @@ def test_greedy_picks_what_trying_everything_picks(n_rounds, noise, ceiling, lev
 def test_bags_of_a_greedy_blend_follow_from_the_seed_and_lack_models():
     predictions, responses = made_up(n_models=6, noise=(2, 2, 2, 2, 2, 2))
     total = slow_moments(predictions, responses).total()
-    one, again, other = (greedy(total, groups("all"), judge_of(None), seed) for seed in (1, 1, 2))
+    one, again, other = (greedy(total, groups("all"), judge_of(None), seed, n_bags=5) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, other)
     np.testing.assert_allclose(one.sum(1), 1)
