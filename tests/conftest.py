@@ -64,6 +64,15 @@ def fitted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def filled(fitted: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, which bare commands find."""
+    copy = Path(shutil.copytree(fitted, tmp_path / "work"))
+    monkeypatch.setenv("FEATCACHE_DATA", str(tiny))
+    monkeypatch.setenv("FEATCACHE_WORK", str(copy))
+    return copy
+
+
+@pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every line that a stage says while it runs."""
     lines: list[str] = []

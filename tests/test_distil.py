@@ -1,7 +1,6 @@
 """Heads that learn from a blend: what they are told, and that nothing is made of it that it is not."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,6 @@ from heads.metrics import pearson_r
 from heads.saved_blend import load_blend
 
 
-@pytest.fixture
-def work(fitted, tiny, tmp_path, monkeypatch):
-    copy = Path(shutil.copytree(fitted, tmp_path / "work"))
-    monkeypatch.setenv("FEATCACHE_DATA", str(tiny))
-    monkeypatch.setenv("FEATCACHE_WORK", str(copy))
-    return copy
-
-
 def run(capfd, *arguments):
     code = cli.run([*arguments, "--json"])
     out, err = capfd.readouterr()
@@ -31,28 +22,28 @@ def run(capfd, *arguments):
     return json.loads(out.splitlines()[-1])
 
 
-def stores_of(work, subject):
-    stores = [open_store(path) for path in (work / "predictions.zarr").iterdir()]
+def stores_of(filled, subject):
+    stores = [open_store(path) for path in (filled / "predictions.zarr").iterdir()]
     return {store.facts["model"]: store for store in stores if store.recipe["subject"] == subject.name}
 
 
-def test_targets_are_the_blend_out_of_fold(work, tiny, capfd):
+def test_targets_are_the_blend_out_of_fold(filled, tiny, capfd):
     run(capfd, "blend")
-    saved, subjects = load_blend(work / "submission/blend.safetensors"), open_challenge(tiny).subjects
-    for subject, target in zip(subjects, taught(subjects, work), strict=True):
+    saved, subjects = load_blend(filled / "submission/blend.safetensors"), open_challenge(tiny).subjects
+    for subject, target in zip(subjects, taught(subjects, filled), strict=True):
         assert (target.name, target.noise_ceiling) == (subject.name, {"lh": None, "rh": None})
         assert target.rois is subject.rois and target.train is subject.train
         for hemisphere in HEMISPHERES:
-            own = saved[subject.name][hemisphere].apply(hemisphere, stores_of(work, subject), 0, len(subject.train))
+            own = saved[subject.name][hemisphere].apply(hemisphere, stores_of(filled, subject), 0, len(subject.train))
             np.testing.assert_array_equal(target.responses(hemisphere), own)
-    first = {path.name for path in (work / "targets").iterdir()}
-    assert len(first) == 2 and {t.folder.name for t in taught(subjects, work)} == first
+    first = {path.name for path in (filled / "targets").iterdir()}
+    assert len(first) == 2 and {t.folder.name for t in taught(subjects, filled)} == first
     run(capfd, "blend", "--method", "uniform")
-    assert {t.folder.name for t in taught(subjects, work)}.isdisjoint(first)
-    assert len(list((work / "targets").iterdir())) == 2  # those of the older blend are gone
+    assert {t.folder.name for t in taught(subjects, filled)}.isdisjoint(first)
+    assert len(list((filled / "targets").iterdir())) == 2  # those of the older blend are gone
 
 
-def test_what_learnt_from_a_blend_is_no_member_of_the_next(work, capfd):
+def test_what_learnt_from_a_blend_is_no_member_of_the_next(filled, capfd):
     before = run(capfd, "blend")
     students = run(capfd, "fit-heads", "--target", "blend")
     assert all("distilled" in one["model"] and "distilled.zarr" in one["path"] for one in students["stores"])
@@ -66,22 +57,22 @@ def test_what_learnt_from_a_blend_is_no_member_of_the_next(work, capfd):
     assert {one["path"] for one in usual["stores"]}.isdisjoint(one["path"] for one in students["stores"])
 
 
-def test_agreement_is_with_the_blend_on_images_that_neither_saw(work, tiny, capfd):
+def test_agreement_is_with_the_blend_on_images_that_neither_saw(filled, tiny, capfd):
     run(capfd, "blend")
     found = run(capfd, "fit-heads", "--target", "blend")["agreement"]
     assert set(found) == {one["model"] for one in run(capfd, "fit-heads", "--target", "blend")["stores"]}
     for model, mean_r in found.items():
         r = []
         for subject in open_challenge(tiny).subjects:
-            stores = [open_store(path) for path in (work / "distilled.zarr").iterdir()]
+            stores = [open_store(path) for path in (filled / "distilled.zarr").iterdir()]
             (store,) = [s for s in stores if s.facts["model"] == model and s.recipe["subject"] == subject.name]
             for hemisphere in HEMISPHERES:
-                blend = np.load(work / f"submission/{subject.name}/{hemisphere}_pred_test.npy")
+                blend = np.load(filled / f"submission/{subject.name}/{hemisphere}_pred_test.npy")
                 r.append(pearson_r(store.read(hemisphere, store.n_train), blend))
         assert mean_r == pytest.approx(np.concatenate(r).mean())
 
 
-def test_one_linear_model_is_learnt_again_from_what_it_says(work, capfd):
+def test_one_linear_model_is_learnt_again_from_what_it_says(filled, capfd):
     """The model's own features say it best; not wholly, for each of its folds has heads of its own."""
     run(capfd, "blend", "--models", "test_vit*")
     agreement = run(capfd, "fit-heads", "--target", "blend")["agreement"]
@@ -90,10 +81,10 @@ def test_one_linear_model_is_learnt_again_from_what_it_says(work, capfd):
     assert own > max(other, 0.6)
 
 
-def test_no_blend_to_learn_from_is_one_line(work, capfd):
+def test_no_blend_to_learn_from_is_one_line(filled, capfd):
     assert cli.run(["fit-heads", "--target", "blend"]) == 1
     err = capfd.readouterr().err
     assert "expected a blend to learn from; found none; run 'blend' first" in err.splitlines()[-1]
     assert cli.run(["fit-heads", "--target", "oracle"]) == 1
     assert "--target: expected one of responses, blend; found 'oracle'" in capfd.readouterr().err
-    assert not (work / "targets").exists() and not (work / "distilled.zarr").exists()
+    assert not (filled / "targets").exists() and not (filled / "distilled.zarr").exists()

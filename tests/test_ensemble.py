@@ -175,14 +175,6 @@ def test_a_blend_is_applied_to_other_predictions_of_its_models(made, tmp_path):
 # --- fitted
 
 
-@pytest.fixture
-def work(fitted, tiny, tmp_path, monkeypatch):
-    copy = Path(shutil.copytree(fitted, tmp_path / "work"))
-    monkeypatch.setenv("FEATCACHE_DATA", str(tiny))
-    monkeypatch.setenv("FEATCACHE_WORK", str(copy))
-    return copy
-
-
 def run(capfd, *arguments):
     code = cli.run([*arguments, "--json"])
     out, err = capfd.readouterr()
@@ -197,7 +189,7 @@ def fails(capfd, *arguments):
     return err.splitlines()[-1]
 
 
-def test_models_are_listed(work, capfd):
+def test_models_are_listed(filled, capfd):
     found, out, _ = run(capfd, "models")
     assert len(found["models"]) == 5
     assert {one["backbone"] for one in found["models"]} == {"test_resnet", "test_vit"}
@@ -219,7 +211,7 @@ def test_models_are_listed(work, capfd):
         (("--models", "test_resnet*", "--exclude", "*3 layers*,*layer4*"), 2),
     ],
 )
-def test_models_are_chosen_by_name(work, capfd, options, n_models):
+def test_models_are_chosen_by_name(filled, capfd, options, n_models):
     found, _, _ = run(capfd, "models", *options)
     blended, _, _ = run(capfd, "blend", *options)
     names = {one["name"] for one in found["models"]}
@@ -229,49 +221,49 @@ def test_models_are_chosen_by_name(work, capfd, options, n_models):
     assert [m["name"] for m in run(capfd, "models", "--models", one.rpartition(" ")[2])[0]["models"]] == [one]
 
 
-def test_a_pattern_that_leaves_no_model_lists_them(work, capfd):
+def test_a_pattern_that_leaves_no_model_lists_them(filled, capfd):
     line = fails(capfd, "blend", "--models", "convnext*")
     assert "--models: expected one that matches one of: test_resnet@48" in line and "found 'convnext*'" in line
     assert "--exclude: expected a pattern that leaves one of" in fails(capfd, "models", "--exclude", "*")
 
 
 @pytest.mark.parametrize("options", [("--recipe", "paper"), ("--method", "greedy", "--per", "roi"), ()])
-def test_what_is_handed_in_is_what_the_saved_blend_gives(work, tiny, capfd, options):
+def test_what_is_handed_in_is_what_the_saved_blend_gives(filled, tiny, capfd, options):
     blended, out, _ = run(capfd, "blend", *options)
-    saved = load_blend(work / "submission/blend.safetensors")
-    stores = [open_store(path) for path in (work / "predictions.zarr").iterdir()]
+    saved = load_blend(filled / "submission/blend.safetensors")
+    stores = [open_store(path) for path in (filled / "predictions.zarr").iterdir()]
     for subject in open_challenge(tiny).subjects:
         own = {s.facts["model"]: s for s in stores if s.recipe["subject"] == subject.name}
         n_train, n = len(subject.train), len(subject.image_ids)
         for hemisphere, coefficients in saved[subject.name].items():
             test = coefficients.apply(hemisphere, own, n_train, n)
-            written = np.load(work / f"submission/{subject.name}/{hemisphere}_pred_test.npy")
+            written = np.load(filled / f"submission/{subject.name}/{hemisphere}_pred_test.npy")
             np.testing.assert_allclose(written, test, rtol=2e-5, atol=1e-7)
     lines = [line for line in out.splitlines() if line.startswith(("blend over", "blends of shuffled"))]
     assert len(lines) == 3 and all(re.search(r"95 % interval over images [-+]", line) for line in lines[:2])
     assert blended["gains"][0]["low"] <= blended["gains"][0]["gain"] <= blended["gains"][0]["high"]
-    before = (work / "submission.zip").read_bytes()
-    again, _, _ = run(capfd, "blend", "--apply", str(work / "submission/blend.safetensors"))
-    assert again["submission"] == blended["submission"] and (work / "submission.zip").read_bytes() == before
+    before = (filled / "submission.zip").read_bytes()
+    again, _, _ = run(capfd, "blend", "--apply", str(filled / "submission/blend.safetensors"))
+    assert again["submission"] == blended["submission"] and (filled / "submission.zip").read_bytes() == before
 
 
-def test_a_blend_that_is_none_is_one_line(work, capfd):
-    assert "expected a blend" in fails(capfd, "blend", "--apply", str(work / "nothing"))
+def test_a_blend_that_is_none_is_one_line(filled, capfd):
+    assert "expected a blend" in fails(capfd, "blend", "--apply", str(filled / "nothing"))
 
 
-def test_a_damaged_store_stops_a_blend_and_costs_nothing(work, capfd):
+def test_a_damaged_store_stops_a_blend_and_costs_nothing(filled, capfd):
     run(capfd, "blend")
-    before = (work / "submission.zip").read_bytes()
-    store = sorted((work / "predictions.zarr").iterdir())[2]
+    before = (filled / "submission.zip").read_bytes()
+    store = sorted((filled / "predictions.zarr").iterdir())[2]
     chunk = next(path for path in (store / "rh" / "c").rglob("*") if path.is_file())
     chunk.write_bytes(chunk.read_bytes()[:-9] + b"x" * 9)
     line = fails(capfd, "blend")
     assert store.name in line and "fails its checksum" in line
-    assert (work / "submission.zip").read_bytes() == before and (work / "submission/weights.json").is_file()
+    assert (filled / "submission.zip").read_bytes() == before and (filled / "submission/weights.json").is_file()
 
 
-def test_models_that_lack_rows_or_vertices_are_left_out_by_name(work, capfd):
-    short, narrow, *_ = sorted((work / "predictions.zarr").glob("subj01-*"))
+def test_models_that_lack_rows_or_vertices_are_left_out_by_name(filled, capfd):
+    short, narrow, *_ = sorted((filled / "predictions.zarr").glob("subj01-*"))
     committed = json.loads((short / "committed.json").read_text())
     committed["lh"] = 4
     (short / "committed.json").write_text(json.dumps(committed))
@@ -288,14 +280,14 @@ def test_models_that_lack_rows_or_vertices_are_left_out_by_name(work, capfd):
     assert "subj01: blended without" in err
 
 
-def test_models_of_other_folds_are_blended_and_said(work, capfd):
+def test_models_of_other_folds_are_blended_and_said(filled, capfd):
     run(capfd, "fit-heads", "--layers", "pooled", "--folds", "3")
     blended, _, err = run(capfd, "blend")
     assert "models of different folds: 5 folds of seed 0" in err and "3 folds of seed 0" in err
     assert len(blended["weights"]["subj01"]["lh"]["all"]) > 5
 
 
-def test_models_of_another_tree_are_left_out_by_name(work, tree, capfd):
+def test_models_of_another_tree_are_left_out_by_name(filled, tree, capfd):
     path = tree / "subj01/training_split/training_fmri/lh_training_fmri.npy"
     np.save(path, np.load(path)[::-1])
     blended, _, err = run(capfd, "blend", "--data", str(tree))
