@@ -138,10 +138,3 @@ def eigh_seconds(n: int, device: str) -> float:
     small = min(n, _SIDE)
     factor = torch.randn(small, small, device=device)
     return _fastest(lambda: eigh_of(factor @ factor.T), device) * (n / small) ** 3
-
-
-@functools.cache
-def moment_seconds(n_models: int) -> float:
-    """Of a blend's moments, of one vertex and one image."""
-    some = torch.randn(256, n_models, 512)
-    return _fastest(lambda: some @ some.transpose(1, 2), "cpu") / (256 * 512)
