@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.core import TyperGroup
 
 from featcache.errors import ConfigError, FeatcacheError
 
@@ -176,9 +177,8 @@ def _argument(name: str, value: Any, option: Option, where: str) -> str:
     return f"{option.on}={value}"
 
 
-def commands_of(app: typer.Typer) -> Commands:
+def commands_of(group: TyperGroup) -> Commands:
     """What a recipe may run: the commands that take nothing but options, each with its options but --json."""
-    group: Any = typer.main.get_command(app)
     return {
         name: _options_of(command)
         for name, command in group.commands.items()
@@ -206,9 +206,8 @@ class Ready:
     options: Mapping[str, Any]
 
 
-def ready(app: typer.Typer, step: Step) -> Ready:
+def ready(group: TyperGroup, step: Step) -> Ready:
     """Read a step's options as the command itself does, and build its settings. Raises FeatcacheError."""
-    group: Any = typer.main.get_command(app)
     command = group.commands[step.command]
     try:
         context = command.make_context(step.command, list(step.arguments))

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from featcache.config import fingerprint
 from featcache.errors import ConfigError
 from heads.config import (
-    _LEAST_SQUARES,
     BLENDS,
+    LEAST_SQUARES,
     LOSS_NAMES,
     AdamWConfig,
     BlendConfig,
@@ -179,7 +179,7 @@ def least_squares(features, responses):
     return design @ np.linalg.lstsq(design, responses, rcond=None)[0]
 
 
-@pytest.mark.parametrize("loss", [*sorted(_LEAST_SQUARES), "mse+2*pearson+0.5*mnnpc"])
+@pytest.mark.parametrize("loss", [*sorted(LEAST_SQUARES), "mse+2*pearson+0.5*mnnpc"])
 @pytest.mark.parametrize("with_ceiling", [True, False])
 def test_losses_of_the_closed_form_point_where_least_squares_does(loss, with_ceiling):
     features, responses, ceiling = outlying_responses()
@@ -187,7 +187,7 @@ def test_losses_of_the_closed_form_point_where_least_squares_does(loss, with_cei
     assert cosines(predictions, least_squares(features, responses)).min() > 0.9999
 
 
-@pytest.mark.parametrize("loss", sorted(set(LOSS_NAMES) - _LEAST_SQUARES))
+@pytest.mark.parametrize("loss", sorted(set(LOSS_NAMES) - LEAST_SQUARES))
 def test_the_other_losses_point_elsewhere(loss):
     features, responses, _ = outlying_responses()
     predictions = minimised(LOSSES[loss], features, responses, None)

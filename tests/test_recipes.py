@@ -261,7 +261,7 @@ def test_recipes_of_the_repository_are_checked_without_a_mistake(tree, path, mon
 
 
 def test_the_paper_recipe_trains_every_backbone_of_the_paper_under_every_loss():
-    steps = read_recipe(ROOT / "recipes/paper.toml", commands_of(cli.app), {})
+    steps = read_recipe(ROOT / "recipes/paper.toml", commands_of(typer.main.get_command(cli.app)), {})
     trained = [step for step in steps if step.command in ("pretrain", "finetune")]
     assert all("--recipe=paper" in step.arguments for step in trained)
     tuned = {(step.own["backbone"], step.own["loss"]) for step in trained if step.command == "finetune"}
@@ -271,6 +271,6 @@ def test_the_paper_recipe_trains_every_backbone_of_the_paper_under_every_loss():
 
 def test_a_command_line_is_read_without_being_done():
     """A command that worked while it reads its options would do so while a recipe is checked."""
-    commands = typer.main.get_command(cli.app).commands
-    assert commands_of(cli.app).keys() == commands.keys() - {"run", "layers"}
-    assert {inspect.signature(command.callback).return_annotation for command in commands.values()} == {Job}
+    group = typer.main.get_command(cli.app)
+    assert commands_of(group).keys() == group.commands.keys() - {"run", "layers"}
+    assert {inspect.signature(command.callback).return_annotation for command in group.commands.values()} == {Job}
