@@ -79,6 +79,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(
             f"expected enough memory; found: {first}; lower --batch-size, or choose one --subject or --device cpu"
         )
+    except BrokenPipeError:
+        raise
     except OSError as error:
         where = error.filename or "a file"
         return _fail(
@@ -88,9 +90,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def main() -> None:
-    code = run()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        code = run()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:  # whoever reads has what they wanted, as `head` does: nothing went wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     os._exit(code) if code == 130 else sys.exit(code)  # threads that still decode must not hold up an interruption
 
 

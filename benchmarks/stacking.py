@@ -7,7 +7,8 @@ start from predictions in memory. The weights of those vertices are compared.
 """
 
 import numpy as np
-from measure import Figure, options, report, seconds
+import torch
+from measure import Figure, options, paired, report
 from sklearn.linear_model import LinearRegression
 
 from featcache.device import keep_freed_memory
@@ -21,21 +22,21 @@ def main() -> None:
     keep_freed_memory()
     rng = np.random.default_rng(0)
     n, v, m = sizes.images, sizes.vertices, sizes.models
-    responses = rng.standard_normal((v, n), dtype=np.float32)
     noise = 1 + 2 * rng.random((v, m, 1), dtype=np.float32)  # so that every vertex has models of its own
-    predictions = np.empty((v, m, n), np.float32)
+    columns = np.empty((v, m + 1, n), np.float32)  # the models, the responses last, as `gather` lays them out
     for first in range(0, v, _BLOCK):
         block = slice(first, first + _BLOCK)
-        predictions[block] = responses[block, None]
-        predictions[block] += noise[block] * rng.standard_normal(predictions[block].shape, dtype=np.float32)
-    responses += rng.standard_normal(responses.shape, dtype=np.float32)
-    gram, cross = np.empty((v, m, m), np.float32), np.empty((v, m), np.float32)
+        signal = rng.standard_normal((len(columns[block]), 1, n), dtype=np.float32)
+        columns[block] = rng.standard_normal(columns[block].shape, dtype=np.float32)
+        columns[block, :-1] *= noise[block]
+        columns[block] += signal
+    sums = np.empty((v, m + 1, m + 1), np.float32)
     found: list[np.ndarray] = []
 
     def ours() -> None:
-        np.matmul(predictions, predictions.transpose(0, 2, 1), out=gram)
-        np.matmul(predictions, responses[..., None], out=cross[..., None])
-        found[:] = [nnls(gram, cross)]
+        of_all = torch.from_numpy(columns)
+        torch.bmm(of_all, of_all.transpose(1, 2), out=torch.from_numpy(sums))
+        found[:] = [nnls(sums[:, :-1, :-1], sums[:, :-1, -1])]
 
     sample = np.linspace(0, v - 1, sizes.sample).astype(int)
     theirs = np.empty((len(sample), m))
@@ -43,9 +44,10 @@ def main() -> None:
     def one_by_one() -> None:
         for row, vertex in enumerate(sample):
             model = LinearRegression(positive=True, fit_intercept=False)
-            theirs[row] = model.fit(predictions[vertex].T, responses[vertex]).coef_
+            theirs[row] = model.fit(columns[vertex, :-1].T, columns[vertex, -1]).coef_
 
-    own, other = seconds(ours), seconds(one_by_one) * v / len(sample)
+    own, of_sample, part = paired(ours, one_by_one)
+    other = of_sample * v / len(sample)
     difference = float(np.abs(found[0][sample] - theirs).max() / np.abs(theirs).max())
     what = f"non-negative weights of {m} models, {n:,} images, {v:,} vertices"
     report(
@@ -53,7 +55,7 @@ def main() -> None:
             Figure(
                 f"{what}: times as fast",
                 "scikit-learn's LinearRegression(positive=True), vertex by vertex",
-                other / own,
+                v / len(sample) / part,
                 20,
                 at_most=False,
                 details={"seconds": own, "sklearn_seconds": other, "sample": len(sample)},

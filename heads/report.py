@@ -1,5 +1,6 @@
 """What a person looks at: tables of scores."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,32 +19,56 @@ if TYPE_CHECKING:  # a table of scores must not load what trains or blends
     from heads.soup import Soup
 
 _ALL = "all vertices"
+_ONE_LINE = 10_000  # characters
+_MOST_COLUMNS = 4  # of methods side by side: more would leave none of them room for its name
 
 
 def score_table(scores: Mapping[str, Sequence[VertexScores]], title: str) -> Table:
-    """A row for each subject and ROI and for all vertices, a column for each method.
+    """A row for each subject and ROI and for all vertices, a column for each method; of many methods, a row for each.
 
     Noise-normalised accuracy in percent where there are ceilings, else mean r with mean r^2 behind it. A method that
-    lacks a subject has no number in rows over all of them, which would be over other vertices than its neighbours'.
+    lacks a subject has no number over all of them, which would be over other vertices than its neighbours'.
     """
     everyone = {(one.subject, one.hemisphere): one for of_method in scores.values() for one in of_method}
     rows, partial = _subjects_and_rois(list(everyone.values())), _partial(scores)
-    columns = {method: _subjects_and_rois(of_method) for method, of_method in scores.items()}
     accuracy = rows[_ALL].accuracy is not None
     measure = "noise-normalised accuracy, %" if accuracy else "no noise ceiling: mean r (mean r^2)"
+    cells = {
+        method: [
+            "-" if method in partial and summary.subject == "all" else _cell(of_method.get(label), accuracy)
+            for label, summary in rows.items()
+        ]
+        for method, of_method in ((method, _subjects_and_rois(found)) for method, found in scores.items())
+    }
     table = Table(title=f"{title}; {measure}", title_justify="left", caption_justify="left")
+    notes = [f"- {method}: of {', '.join(names)} alone" for method, names in partial.items()]
+    if len(scores) <= _MOST_COLUMNS:
+        _by_row(table, rows, cells)
+    else:
+        notes += _by_method(table, rows, cells)
+    table.caption = Text("\n".join(notes))
+    return table
+
+
+def _by_row(table: Table, rows: Mapping[str, Summary], cells: Mapping[str, Sequence[str]]) -> None:
     table.add_column("subject or ROI")
     table.add_column("vertices", justify="right")
-    for method in columns:
+    for method in cells:
         table.add_column(method, justify="right", overflow="fold")
-    for row, (label, summary) in enumerate(rows.items()):
-        cells = (
-            "-" if method in partial and summary.subject == "all" else _cell(of_method.get(label), accuracy)
-            for method, of_method in columns.items()
-        )
-        table.add_row(label, f"{summary.n_vertices:,}", *cells, end_section=row == len(rows) - 2)
-    table.caption = Text("\n".join(f"- {method}: of {', '.join(names)} alone" for method, names in partial.items()))
-    return table
+    for number, (label, summary) in enumerate(rows.items()):
+        of_row = [of_method[number] for of_method in cells.values()]
+        table.add_row(label, f"{summary.n_vertices:,}", *of_row, end_section=number == len(rows) - 2)
+
+
+def _by_method(table: Table, rows: Mapping[str, Summary], cells: Mapping[str, Sequence[str]]) -> list[str]:
+    """Of subjects and all vertices alone, which it says."""
+    shown = [number for number, summary in enumerate(rows.values()) if summary.roi == "all"]
+    table.add_column("model", overflow="fold")
+    for label in (list(rows)[number] for number in shown):
+        table.add_column("all" if label == _ALL else label.removeprefix("subj"), justify="right", no_wrap=True)
+    for method, of_method in cells.items():
+        table.add_row(method, *(of_method[number].split(" (")[0] for number in shown))
+    return ["- by ROI: --json"] if len(shown) < len(rows) else []
 
 
 def _partial(scores: Mapping[str, Sequence[VertexScores]]) -> dict[str, list[str]]:
@@ -219,8 +244,11 @@ def soups_as_json(soups: "Sequence[Soup]") -> list[dict[str, Any]]:
 
 
 def print_table(table: Table) -> None:
-    """On stdout."""
-    Console(highlight=False).print(table)
+    """On stdout; in a file or a pipe every row is one line, however long."""
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _ONE_LINE
+    console.print(table)
 
 
 def as_json(scores: Mapping[str, Sequence[VertexScores]]) -> dict[str, list[dict[str, Any]]]:

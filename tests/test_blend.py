@@ -64,11 +64,10 @@ def slow_weights(predictions, responses, without, method, per):
     settings = learners(method, 0)
 
     def own(folds, level, setting):
-        weights = level.groups.spread(settings[setting](moments.total(folds), level.groups, PLAIN))
-        return np.where(np.isnan(weights), np.inf, weights)
+        return level.groups.spread(settings[setting](moments.total(folds), level.groups, PLAIN))
 
     def mix(one, other, s):
-        return np.where(np.isinf(one), other, (1 - s) * one + s * other)
+        return np.where(np.isnan(one), other, (1 - s) * one + s * other)
 
     for level in ALL_LEVELS[: LEVELS.index(per) + 1]:
         best = (-1.0, 0, 1.0)

@@ -291,6 +291,14 @@ def test_a_damaged_index_is_only_a_memory(work, capfd, content):
     assert sum(store["new"] for store in run(capfd, "extract")["stores"]) == 0
 
 
+def test_a_reader_that_goes_away_is_no_fault(tiny):
+    command = [sys.executable, "cli.py", "check", "--data", str(tiny)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 0 and "error" not in said and "Traceback" not in said
+
+
 def test_an_interruption_says_what_is_kept(work, monkeypatch, capfd):
     def interrupted(*_):
         raise KeyboardInterrupt

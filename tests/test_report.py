@@ -72,6 +72,14 @@ def test_one_subject_alone_is_everyone_where_nobody_has_more():
     assert found["all vertices"] == ["8", "25.00", "16.00"] and notes == []
 
 
+def test_many_methods_have_a_row_each_with_the_same_numbers():
+    r = [0.1, 0.2, 0.3, 0.4, 0.5]
+    found, notes = cells({f"model {n}": scores_of(BOTH if n else ONE, value) for n, value in enumerate(r)})
+    expected = {f"model {n}": [f"{100 * value**2:.2f}"] * 3 for n, value in enumerate(r)}
+    assert found == expected | {"model 0": ["1.00", "", "-"]}
+    assert notes == ["- model 0: of subj01 alone", "- by ROI: --json"]
+
+
 @pytest.mark.parametrize("subjects", [ONE, BOTH])
 def test_json_has_the_rows_that_the_table_has_numbers_for(subjects):
     scores = {"a": scores_of(subjects, 0.5), "b": scores_of(BOTH, 0.4)}
