@@ -19,7 +19,7 @@ from heads.config import LEVELS, BlendConfig
 from heads.weights import Groups, Judge, Learner, blended_sums, learners, r_from, single
 
 SHRINKAGE = (1.0, 0.75, 0.5, 0.25, 0.0)  # the first of equals is taken: the coarser blend
-_MOST_VERTICES = 8192  # that levels above the vertex, and shrinkage, are learnt from; evenly spread over the ROIs
+MOST_VERTICES = 8192  # that levels above the vertex, and shrinkage, are learnt from; evenly spread over the ROIs
 _TILE = 512  # vertices at a time where each has weights of its own
 NO_ROI = "no ROI"
 
@@ -144,7 +144,7 @@ class _Chain:
         self._moments, self._judge, self._levels = moments, judge, levels
         self._learners: list[Learner] = learners(config.method, config.seed)
         order = np.argsort(rois.labels, kind="stable")
-        n_kept = min(len(order), _MOST_VERTICES)
+        n_kept = min(len(order), MOST_VERTICES)
         self._kept = np.sort(order[np.arange(n_kept) * len(order) // n_kept])
         self._few, self._few_judge = moments.at(self._kept), judge.at(self._kept)
         self._folds = [self._few.fold(fold) for fold in range(N_FOLDS)]

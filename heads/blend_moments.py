@@ -7,7 +7,7 @@ gathered in one pass over the stores.
 Columns are standardised per vertex first: r ignores scale, an average does not.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -125,7 +125,8 @@ def gather(subject: Subject, stores: Sequence[Store]) -> Gathered:
     n_vertices = sum(subject.n_vertices.values())
     sums = torch.zeros(N_FOLDS, n_vertices, n_columns + 1, n_columns + 1)
     shift = torch.zeros(n_vertices, n_columns)
-    vertices = _sampled(n_train * n_columns, n_vertices)
+    n_kept = n_sampled(n_train * n_columns, n_vertices)
+    vertices = np.arange(n_kept) * n_vertices // n_kept  # evenly spread
     rows = np.empty((n_columns, n_train, len(vertices)), np.float32)
     first = 0
     for hemisphere in HEMISPHERES:
@@ -137,11 +138,17 @@ def gather(subject: Subject, stores: Sequence[Store]) -> Gathered:
     return _standardised(sums.numpy(), shift.double().numpy(), Sample(vertices, rows))
 
 
-def _sampled(numbers_a_vertex: int, n_vertices: int) -> np.ndarray:
-    """Numbers of vertices whose rows are kept: all, or as many as there is room for, evenly spread."""
-    room = int(_SAMPLE_BYTES / 4 / numbers_a_vertex)
-    n_kept = min(n_vertices, max(room, 1))
-    return np.arange(n_kept) * n_vertices // n_kept
+def n_sampled(numbers_a_vertex: int, n_vertices: int) -> int:
+    """Vertices whose rows are kept: all, or as many as there is room for."""
+    return min(n_vertices, max(int(_SAMPLE_BYTES / 4 / numbers_a_vertex), 1))
+
+
+def bytes_of(n_images: int, n_vertices: Mapping[str, int], n_models: int) -> float:
+    """What is gathered of a subject, and the batches that are read for it."""
+    n, n_columns = sum(n_vertices.values()), n_models + 1
+    sample = n_columns * n_images * n_sampled(n_columns * n_images, n)
+    batches = (n_columns + 1) * min(_BATCH_ROWS, n_images) * max(n_vertices.values())
+    return 4.0 * (N_FOLDS * n * (n_columns + 1) ** 2 + sample + batches)
 
 
 @dataclass(frozen=True)

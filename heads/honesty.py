@@ -17,7 +17,7 @@ from heads.weights import Judge, r_from, r_of
 
 N_BOOTSTRAPS, N_PERMUTATIONS = 400, 10
 LEVEL = 0.95  # of the interval
-_NULL_VERTICES = 200  # of the sample, at most: each permutation learns all weights anew
+NULL_VERTICES = 200  # of the sample, at most: each permutation learns all weights anew
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def resample(
         name: score(of_name)
         for name, of_name in bootstrap(sample, folds, nested, image_weights(image_ids, seed)).items()
     }
-    few = sample.thinned(_NULL_VERTICES)
+    few = sample.thinned(NULL_VERTICES)
     known, null = gathered.moments.at(few.vertices), []
     generator = np.random.default_rng(seed)
     for _ in range(N_PERMUTATIONS):

@@ -23,6 +23,7 @@ from featcache.images import ImageFiles
 from featcache.roi import HEMISPHERES
 from featcache.simulate import SimulateConfig
 from featcache.store import Row, stored_bytes
+from heads.blend_moments import N_FOLDS, bytes_of
 from heads.config import BlendConfig, FitConfig, StageConfig
 from heads.dual import DualFolds
 from heads.features import FeatureSet
@@ -32,7 +33,7 @@ from heads.recipes import Ready, Step, located
 from heads.ridge import VERTEX_BLOCK
 from heads.ridge_folds import effort_of, memory_of
 from heads.solvers import FEATURE_SHARE, STACK_SHARE, dual_of, under_priors, whole_bytes
-from heads.timings import eigh_seconds, network, product_seconds
+from heads.timings import blend_seconds, eigh_seconds, network, product_seconds
 
 _BACKWARD = 3  # forward passes that an image of training takes: one forward, about two back
 
@@ -160,7 +161,7 @@ class _Work:
             case FitConfig():
                 return self._fit(config, subjects)
             case BlendConfig():
-                return self._blend(subjects)
+                return self._blend(config, subjects)
         return None, None, None
 
     def _train(self, config: StageConfig, subjects: Sequence[Subject]) -> Costs:
@@ -244,10 +245,19 @@ class _Work:
         memory = memory_at_start() + max((part[1] for part in parts), default=0.0)
         return sum(part[0] for part in parts), memory, sum(part[2] for part in parts)
 
-    def _blend(self, subjects: Sequence[Subject]) -> Costs:
-        """The files, and the zip of them. What takes time is learning weights, which is not estimated."""
-        numbers = sum(len(subject.test) * sum(subject.n_vertices.values()) for subject in subjects)
-        return None, None, 2 * 4.0 * numbers
+    def _blend(self, config: BlendConfig, subjects: Sequence[Subject]) -> Costs:
+        """On the disk, the files and the zip of them."""
+        seconds = memory = disk = 0.0
+        for subject in subjects:
+            n, vertices = len(subject.train), sum(subject.n_vertices.values())
+            disk += 2 * 4.0 * len(subject.test) * vertices
+            if models := self.models[subject.name]:
+                n_weights = len({key[0].name for key, *_ in models}) if config.by == "backbone" else len(models)
+                seconds += blend_seconds(n, vertices, n_weights, config)
+                # weights of every fold in float64, of the blend and of the best single model
+                weights = 16.0 * N_FOLDS * vertices * len(models)
+                memory = max(memory, bytes_of(n, subject.n_vertices, len(models)) + weights)
+        return seconds, memory_at_start() + memory, disk
 
 
 def _features(subject: Subject, rows: dict[str, Row], folds: Sequence[Any]) -> FeatureSet:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -20,10 +21,16 @@ from featcache.extract import folded, rows_of
 from featcache.images import load_image
 from featcache.progress import say
 from featcache.store import Row
+from heads.blend import MOST_VERTICES, Level, learn
+from heads.blend_moments import N_FOLDS, Moments, n_sampled
+from heads.config import BlendConfig
+from heads.honesty import N_BOOTSTRAPS, N_PERMUTATIONS, NULL_VERTICES
 from heads.ridge import eigh_of
+from heads.weights import Groups, Judge
 
 _IMAGES = ((0.5, 16), (2.0, 4), (math.inf, 1))  # in a measured forward pass, by the seconds of one: (below, images)
 _SIDE = 512  # of a decomposition that is measured, at most
+_VERTICES = 1024  # of a blend that is measured
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,29 @@ def _rate(device: str, n: int = 1024) -> float:
     """Floating-point operations a second, of a product of float32 matrices."""
     matrix = torch.randn(n, n, device=device)
     return 2.0 * n**3 / _fastest(lambda: matrix @ matrix, device)
+
+
+def blend_seconds(n_images: int, n_vertices: int, n_models: int, config: BlendConfig) -> float:
+    """Of one subject's blend: moments, weights, interval and null; reading the predictions is left out."""
+    each = _learning_seconds(n_models, config)
+    few, sampled = min(n_vertices, MOST_VERTICES), n_sampled(n_images * (n_models + 1), n_vertices)
+    # three in four passes over moments are of the vertices from which shrinkage is learnt
+    learning = each * (0.75 * few + 0.25 * n_vertices + N_PERMUTATIONS * min(sampled, NULL_VERTICES))
+    products = 2.0 * n_images * (n_vertices * (n_models + 2) ** 2 + 12 * N_BOOTSTRAPS * sampled)
+    return learning + product_seconds(products, "cpu")
+
+
+@functools.cache
+def _learning_seconds(n_models: int, config: BlendConfig) -> float:
+    """Of all weights of a vertex, nested and not, from made-up moments of some."""
+    columns = torch.randn(N_FOLDS, _VERTICES, n_models + 2, 64) + torch.randn(N_FOLDS, _VERTICES, 1, 64)
+    columns[:, :, -1] = 1
+    moments = Moments((columns @ columns.transpose(2, 3)).numpy())
+    every = np.arange(_VERTICES)
+    groups = {"all": 0 * every, "hemisphere": every % 2, "roi": every % 32, "vertex": every}
+    levels = [Level(name, Groups(labels, int(labels.max()) + 1), ()) for name, labels in groups.items()]
+    judge = Judge.of([None], [_VERTICES])
+    return _fastest(lambda: learn(moments, judge, levels, config), "cpu", 1) / _VERTICES
 
 
 @functools.cache

@@ -218,7 +218,7 @@ def test_vertices_that_are_alike_share_weights_and_others_have_their_own():
 def test_shrinkage_is_learnt_from_some_vertices_where_there_are_many(monkeypatch):
     moments, judge, levels = many(60, alike=False)
     whole = learn(moments, judge, levels, BlendConfig("nnls", "vertex"))
-    monkeypatch.setattr(heads.blend, "_MOST_VERTICES", 20)
+    monkeypatch.setattr(heads.blend, "MOST_VERTICES", 20)
     few = learn(moments, judge, levels, BlendConfig("nnls", "vertex"))
     assert few.weights.shape == whole.weights.shape
     assert few.choices[-1].shrinkage == whole.choices[-1].shrinkage

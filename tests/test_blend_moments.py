@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import featcache.store
 import heads.blend_moments
-from heads.blend_moments import Moments, gather
+from heads.blend_moments import Moments, bytes_of, gather
 
 
 @pytest.fixture(params=CASES)
@@ -89,6 +89,17 @@ def test_rows_of_some_vertices_are_kept_as_they_are(n_kept, tmp_path, monkeypatc
     assert len(sample.vertices) == n_kept == len(set(sample.vertices.tolist()))
     columns = standardised(np.concatenate([predictions, responses[None]]))[:, :N_TRAIN, sample.vertices]
     np.testing.assert_allclose(sample.columns, columns, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_kept", [1, N_VERTICES])
+def test_what_is_said_to_be_gathered_is_what_is_there_afterwards(n_kept, tmp_path, monkeypatch):
+    predictions, responses = made_up()
+    monkeypatch.setattr(heads.blend_moments, "_SAMPLE_BYTES", 4 * N_TRAIN * 5 * n_kept)
+    subject = subject_of(tmp_path, responses)
+    found = gather(subject, stores_of(tmp_path, predictions))
+    kept = found.moments.sums.nbytes + found.sample.columns.nbytes
+    batches = 4 * 6 * N_TRAIN * max(subject.n_vertices.values())  # four models, the responses, and a place to read into
+    assert bytes_of(N_TRAIN, subject.n_vertices, 4) == kept + batches
 
 
 def test_total_leaves_out_the_folds_that_it_should():

@@ -106,7 +106,7 @@ def test_shuffled_responses_give_nothing_but_optimism(tmp_path):
 
 
 def test_the_null_is_of_some_vertices_where_there_are_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(heads.honesty, "_NULL_VERTICES", 3)
+    monkeypatch.setattr(heads.honesty, "NULL_VERTICES", 3)
     asked = []
     subject, found = gathered(tmp_path, *made_up(noise=(2, 2, 2, 2)))
     judge, levels, config = judge_of(subject), levels_of(subject), BlendConfig("nnls", "vertex")

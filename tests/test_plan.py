@@ -139,6 +139,16 @@ def test_a_size_that_a_network_cannot_take_names_the_step(work, tmp_path, capfd)
     assert "step 1 (extract): --size: " in capfd.readouterr().err.splitlines()[-1]
 
 
+def test_a_blend_is_of_the_models_that_earlier_steps_fit(planned):
+    fits = '[[steps]]\nrun = "fit-heads"\nlayers = "{}"\n[[steps]]\nrun = "blend"\n'
+    nothing, few, many = (
+        planned(EXTRACT.format("auto") + steps)[0][-1]
+        for steps in ('[[steps]]\nrun = "blend"\n', fits.format("pooled"), fits.format("each"))
+    )
+    assert nothing["seconds"] == 0 < few["seconds"] < many["seconds"]
+    assert nothing["memory"] < few["memory"] < many["memory"]
+
+
 def test_more_images_vertices_and_epochs_take_more(planned):
     fits = '[[steps]]\nrun = "fit-heads"\nloss = "smooth_l1"\nepochs = {}\n'
     few, many = (planned(EXTRACT.format("pooled") + fits.format(n))[0][1] for n in (1, 100))
