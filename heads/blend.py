@@ -16,7 +16,7 @@ from featcache.challenge import Subject
 from featcache.roi import HEMISPHERES
 from heads.blend_moments import N_FOLDS, Moments
 from heads.config import LEVELS, BlendConfig
-from heads.weights import Groups, Judge, Learner, blended_sums, learners, r_from, single
+from heads.weights import Groups, Judge, Learner, blended_sums, learners, r_from, single, times_blend
 
 SHRINKAGE = (1.0, 0.75, 0.5, 0.25, 0.0)  # the first of equals is taken: the coarser blend
 MOST_VERTICES = 8192  # that levels above the vertex, and shrinkage, are learnt from; evenly spread over the ROIs
@@ -108,7 +108,8 @@ def learn(
 
 def nested_r(moments: Moments, weights: Sequence[np.ndarray]) -> np.ndarray:
     """(n_vertices,) r over all images of a blend whose weights, (n_vertices, n_models), differ from fold to fold."""
-    parts = [blended_sums(moments.fold(fold).sums, of_fold) for fold, of_fold in enumerate(weights)]
+    each = ((moments.fold(fold).sums, of_fold) for fold, of_fold in enumerate(weights))
+    parts = [blended_sums(sums, of_fold, times_blend(sums, of_fold)) for sums, of_fold in each]
     return r_from(*np.sum(parts, axis=0))
 
 
@@ -192,9 +193,10 @@ class _Chain:
     def _best(self, own: Mapping[int, Sequence[np.ndarray]], coarser: Mapping[int, np.ndarray]) -> tuple[int, float]:
         """The setting and shrinkage whose weights, learnt without a fold, score best on it, over these folds."""
         best, found = -1.0, (0, 1.0)
+        times = {fold: times_blend(self._folds[fold].sums, weights) for fold, weights in coarser.items()}
         for setting in range(len(self._learners)):
             parts = [
-                _line(self._folds[fold].sums, _mixed(own[fold][setting], coarser[fold], 0), coarser[fold])
+                _line(self._folds[fold].sums, _mixed(own[fold][setting], coarser[fold], 0), coarser[fold], times[fold])
                 for fold in own
             ]
             score = self._few_judge.mean(r_from(*np.sum(parts, axis=0)))
@@ -216,11 +218,11 @@ def _each_vertex(learner: Learner, moments: Moments, without: Collection[int], j
         return np.concatenate(list(threads.map(of_tile, range(0, moments.n_vertices, _TILE))))
 
 
-def _line(sums: np.ndarray, own: np.ndarray, coarser: np.ndarray) -> np.ndarray:
-    """(6, n_shrinkages, n_vertices): `blended_sums` of all mixtures of two blends, at the price of the two."""
-    one, other = blended_sums(sums, own), blended_sums(sums, coarser)
+def _line(sums: np.ndarray, own: np.ndarray, coarser: np.ndarray, times_coarser: np.ndarray) -> np.ndarray:
+    """(6, n_shrinkages, n_vertices): `blended_sums` of all mixtures of two blends, at the price of one."""
+    one, other = blended_sums(sums, own, times_blend(sums, own)), blended_sums(sums, coarser, times_coarser)
     s = np.array(SHRINKAGE)[:, None]
     mixed = (1 - s) * one[:, None] + s * other[:, None]
-    between = np.einsum("vm,vmk,vk->v", own, sums[:, :-2, :-2], coarser, optimize=True)
+    between = np.einsum("vm,vm->v", own, times_coarser[:, :-2])
     mixed[2] = (1 - s) ** 2 * one[2] + 2 * s * (1 - s) * between + s**2 * other[2]
     return mixed

@@ -101,12 +101,19 @@ def r_of(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
     sums : (n_vertices, n_models + 2, n_models + 2)
     weights : (n_vertices, n_models)
     """
-    return r_from(*blended_sums(sums, weights))
+    return r_from(*blended_sums(sums, weights, times_blend(sums, weights)))
 
 
-def blended_sums(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(6, n_vertices) what `r_from` takes, of one blend: images, blend, its squares, times y, y and its squares."""
-    times = np.einsum("vmc,vm->vc", sums[:, :-2], weights)
+def times_blend(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(n_vertices, n_models + 2) sums of products of every column with a blend."""
+    return np.einsum("vmc,vm->vc", sums[:, :-2], weights)
+
+
+def blended_sums(sums: np.ndarray, weights: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """(6, n_vertices) what `r_from` takes, of one blend: images, blend, its squares, times y, y and its squares.
+
+    times : of `times_blend`
+    """
     squares = np.einsum("vm,vm->v", times[:, :-2], weights)
     y = sums[:, -2]
     return np.stack([sums[:, -1, -1], times[:, -1], squares, times[:, -2], y[:, -1], y[:, -2]])
