@@ -1,9 +1,11 @@
 """What blends are worth on a tree: every method at every level, nested, beside the best single model and uniform.
 
-    PYTHONPATH=. python benchmarks/ensemble.py --data TREE --work FOLDER [--recipe recipes/best.toml] [--subject 1,3]
+    PYTHONPATH=. python benchmarks/ensemble.py --data TREE --work FOLDER [--recipe FILE] [--subject 1,3]
 
 First the recipe is run, which makes the models or finds them there; then each blend is learnt in a process of its own.
-Seconds are of reading, learning, scoring, bootstrap and permutations together.
+Seconds are of reading, learning, scoring, bootstrap and permutations together. Where the tree has its test responses,
+as simulated ones do (truth/subjXX/{lh,rh}_test_responses.npy), scores on these stand beside the nested ones: no model
+and no weight has seen them.
 """
 
 import argparse
@@ -11,70 +13,122 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from measure import peak_gb, seconds
 
 import cli
-from featcache.challenge import open_challenge
+from featcache.challenge import Subject, open_challenge
 from featcache.device import keep_freed_memory
+from featcache.roi import HEMISPHERES
+from featcache.store import Store
+from heads.blend import judge_of, levels_of
+from heads.blend_moments import gather
 from heads.config import BLENDS, LEVELS, BlendConfig
-from heads.ensemble import blend_subject
-from heads.honesty import gains, null
-from heads.members import has_ceilings, members_of
+from heads.ensemble import Blended, blend_subject
+from heads.honesty import gains, null, scorer_of
+from heads.members import Members, has_ceilings, members_of
+from heads.metrics import pearson_r
+from heads.saved_blend import coefficients_of
+from heads.weights import single
+
+_COLUMNS = {  # heading: what of a row
+    "models": "{models}",
+    "nested": "{blend:.4f}",
+    "95 % over best single": "{low:+.4f} to {high:+.4f}",
+    "optimistic": "{optimistic:.4f}",
+    "best single": "{single:.4f}",
+    "uniform": "{uniform:.4f}",
+    "shuffled": "{shuffled:.4f}",
+    "withheld": "{withheld_blend:.4f}",
+    "best single, withheld": "{withheld_single:.4f}",
+    "uniform, withheld": "{withheld_uniform:.4f}",
+    "s": "{seconds:.1f}",
+    "GB": "{peak:.2f}",
+}
 
 
-def blended(data: str, work: str, subject: str, method: str, per: str) -> None:
+def blended(data: Path, work: Path, subject: str, method: str, per: str) -> None:
     """One JSON line."""
     keep_freed_memory()
-    members = members_of(open_challenge(Path(data), None).select(subject), Path(work))
+    members = members_of(open_challenge(data, None).select(subject), work)
     accuracy, found = has_ceilings(members), []
     config = BlendConfig(method, per)
     took = seconds(lambda: found.extend(blend_subject(s, stores, config, accuracy) for s, stores in members.items()))
+    peak = peak_gb()
     over_single, over_uniform = gains([one.resampled for one in found])
     row = {
         "models": max(len(stores) for stores in members.values()),
         "single": over_single.score,
         "uniform": over_uniform.score,
         "blend": over_single.score + over_single.gain,
-        "low": over_single.score + over_single.low,
-        "high": over_single.score + over_single.high,
+        "low": over_single.low,
+        "high": over_single.high,
         "optimistic": over_single.score + over_single.optimistic,
         "shuffled": null([one.resampled for one in found]).mean,
         "seconds": took,
-        "peak": peak_gb(),
+        "peak": peak,
     }
-    print(json.dumps(row))
+    print(json.dumps(row | withheld(data, members, found, accuracy)))
+
+
+def withheld(data: Path, members: Members, found: Sequence[Blended], accuracy: bool) -> dict[str, float]:
+    """Scores on test responses, over all subjects; {} without such responses."""
+    total: dict[str, float] = defaultdict(float)
+    n_vertices = 0
+    for (subject, stores), one in zip(members.items(), found, strict=True):
+        paths = [data / "truth" / subject.name / f"{h}_test_responses.npy" for h in HEMISPHERES]
+        if not all(path.is_file() for path in paths):
+            return {}
+        scorer = scorer_of(subject, judge_of(subject), accuracy)
+        n_vertices += scorer.n_vertices
+        for name, predicted in test_predictions(subject, stores, one).items():
+            r = pearson_r(predicted, np.concatenate([np.load(path) for path in paths], axis=1))
+            total[f"withheld_{name}"] += float(scorer.mean(r)) * scorer.n_vertices
+    return {name: value / n_vertices for name, value in total.items()}
+
+
+def test_predictions(subject: Subject, stores: Sequence[Store], one: Blended) -> dict[str, np.ndarray]:
+    """(n_images, n_vertices) of the blend, of the best single model of each hemisphere and of the uniform blend."""
+    gathered, by_hemisphere = gather(subject, stores), levels_of(subject)[1].groups
+    best = single(gathered.moments.total(), by_hemisphere, judge_of(subject))
+    weights = {
+        "blend": one.weights,
+        "single": by_hemisphere.spread(best),
+        "uniform": np.full(one.weights.shape, 1 / len(stores)),
+    }
+    by_name, rows = dict(zip(one.models, stores, strict=True)), (len(subject.train), len(subject.image_ids))
+    found = {}
+    for name, own in weights.items():
+        coefficients = coefficients_of(subject, one.models, gathered, own)
+        found[name] = np.concatenate([coefficients[h].apply(h, by_name, *rows) for h in HEMISPHERES], axis=1)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--work", required=True)
-    parser.add_argument("--recipe", default="recipes/best.toml", help="none: the models that are there")
+    parser.add_argument("--recipe", default="benchmarks/ensemble.toml", help="none: the models that are there")
     parser.add_argument("--subject", default="all")
     parser.add_argument("--blend", nargs=2, metavar=("METHOD", "LEVEL"), help="this one alone, in this process")
     given = parser.parse_args()
     tree = ["--data", given.data, "--work", given.work, "--subject", given.subject]
     if given.blend:
-        return blended(given.data, given.work, given.subject, *given.blend)
+        return blended(Path(given.data), Path(given.work), given.subject, *given.blend)
     if given.recipe != "none" and cli.run(["run", given.recipe, *tree]):
         sys.exit(1)
-    print(
-        "| blend | models | nested | 95 % over best single | optimistic | best single | uniform | shuffled | s | GB |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(f"| blend | {' | '.join(_COLUMNS)} |\n|{'---|' * (len(_COLUMNS) + 1)}")
     for method in BLENDS:
         for per in LEVELS[:1] if method == "uniform" else LEVELS:
             command = [sys.executable, __file__, *tree, "--blend", method, per]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
-            row = json.loads(done.stdout.splitlines()[-1])
-            print(
-                f"| {method} per {per} | {row['models']} | {row['blend']:.4f} | {row['low'] - row['single']:+.4f} to "
-                f"{row['high'] - row['single']:+.4f} | {row['optimistic']:.4f} | {row['single']:.4f} | "
-                f"{row['uniform']:.4f} | {row['shuffled']:.4f} | {row['seconds']:.1f} | {row['peak']:.2f} |",
-                flush=True,
-            )
+            row = defaultdict(lambda: float("nan"), json.loads(done.stdout.splitlines()[-1]))
+            cells = [form.format_map(row) for form in _COLUMNS.values()]
+            print(f"| {method} per {per} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
