@@ -95,7 +95,8 @@ def test_every_stage_runs_on_what_the_one_before_left(work, tiny, capfd):
     gradient, _ = run(capfd, "fit-heads", "--loss", "smooth_l1", "--head", "roi", "--epochs", "2")
     for fitted in (exact, as_trained, gradient):
         assert len(fitted["stores"]) == 4 and len({store["model"] for store in fitted["stores"]}) == 2
-    blended, _ = run(capfd, "blend")
+    blended, said = run(capfd, "blend")
+    assert "is the mean over the networks of all folds" in " ".join(said.split())
     assert Path(blended["submission"]).is_file()
     assert len(blended["weights"]["subj01"]["lh"]["all"]) == 6
     again, _ = run(capfd, "finetune", *QUICK)
