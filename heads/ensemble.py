@@ -110,6 +110,12 @@ def apply(challenge: Challenge, saved: Path, work: Path) -> Path | None:
     for subject, stores in members.items():
         _write_test(staging, subject, coefficients[subject.name], stores)
     shutil.copyfile(saved, staging / SAVED)
+    for about in (
+        saved.with_name("weights.json"),
+        saved.with_name("weights.png"),
+    ):  # of the same blend
+        if about.is_file():
+            shutil.copyfile(about, staging / about.name)
     _publish(staging, work)
     return _submit(challenge, list(members), work)
 

@@ -243,8 +243,16 @@ def test_what_is_handed_in_is_what_the_saved_blend_gives(filled, tiny, capfd, op
     assert len(lines) == 3 and all(re.search(r"95 % interval over images [-+]", line) for line in lines[:2])
     assert blended["gains"][0]["low"] <= blended["gains"][0]["gain"] <= blended["gains"][0]["high"]
     before = (filled / "submission.zip").read_bytes()
+    about = (filled / "submission/weights.json").read_bytes()
     again, _, _ = run(capfd, "blend", "--apply", str(filled / "submission/blend.safetensors"))
     assert again["submission"] == blended["submission"] and (filled / "submission.zip").read_bytes() == before
+    assert (filled / "submission/weights.json").read_bytes() == about
+
+
+@pytest.mark.parametrize(("option", "value"), [("--models", "*"), ("--method", "nnls"), ("--seed", "0")])
+def test_a_saved_blend_takes_no_options_of_learning(option, value, filled, capfd):
+    line = fails(capfd, "blend", "--apply", "any.safetensors", option, value)
+    assert f"{option}: expected no --apply beside it" in line
 
 
 def test_a_blend_that_is_none_is_one_line(filled, capfd):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_ridge import both_selections, planted
 
@@ -60,6 +60,7 @@ def every_fold(features, responses, folds, config, **options):
     offset=st.sampled_from([0, 30]),
     seed=st.integers(0, 2**32 - 1),
 )
+@example(45, 52, 2, 2, "auto", False, True, 30, 43)  # a vertex whose predictions hardly vary
 def test_formula_holds_for_any_shape(
     n_images, n_features, n_vertices, n_folds, selection, constant, repeated, offset, seed
 ):
@@ -81,7 +82,8 @@ def test_formula_holds_for_any_shape(
         own = expected[folds != k]
         np.testing.assert_allclose(mean, own.mean(0), atol=1e-3, rtol=1e-4)
         varies = sure & (own.std(0) > 1e-2)
-        np.testing.assert_allclose(spread.numpy()[varies], own.std(0)[varies], rtol=2e-2)
+        # two series that differ by 5e-3 at most, as predictions may above, have spreads that differ no more
+        np.testing.assert_allclose(spread.numpy()[varies], own.std(0)[varies], atol=5e-3, rtol=2e-2)
         assert (spread > 0).all()
     saved = torch.from_numpy(features) @ fits.saved["", "weights"] + fits.saved["", "intercept"]
     test = torch.stack([fold.test for fold in fits.folds]).mean(0)

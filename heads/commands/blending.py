@@ -1,12 +1,27 @@
 """models and blend: predictions -> submission."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from heads.commands.options import DATA, WORK, AsJson, Ceiling, Chosen, Data, Exclude, Subjects, Work, given, open_tree
+from featcache.errors import ConfigError
+from heads.commands.options import (
+    DATA,
+    WORK,
+    AsJson,
+    Ceiling,
+    Chosen,
+    Data,
+    Exclude,
+    Subjects,
+    Work,
+    given,
+    on_command_line,
+    open_tree,
+)
 from heads.config import BLEND_RECIPES, BLENDS, LEVELS, BlendConfig, blend_recipe
 from heads.recipes import Job, Outcome
 
@@ -35,6 +50,7 @@ def models(
 
 
 def blend(
+    context: typer.Context,
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
@@ -54,6 +70,8 @@ def blend(
     as_json: AsJson = False,
 ) -> Job:
     """Blend every model, score the blend, and write the submission."""
+    if apply is not None:
+        _refuse_beside_apply(on_command_line(context))
     overrides = given(method=method, per=per)
     config = replace(blend_recipe(recipe), **overrides, models=chosen, exclude=exclude, seed=seed)
 
@@ -71,6 +89,17 @@ def blend(
         return _handed_in(done.submission, work, blend_as_json(done))
 
     return Job(config, call, as_json)
+
+
+def _refuse_beside_apply(options: Sequence[str]) -> None:
+    """Raise ConfigError for options of learning, which a saved blend has no use for."""
+    for name in ("recipe", "method", "per", "chosen", "exclude", "seed"):
+        if name in options:
+            option = "models" if name == "chosen" else name
+            raise ConfigError(
+                f"--{option}: expected no --apply beside it, which takes a blend as it was saved; found both; "
+                "leave one of them out"
+            )
 
 
 def _handed_in(submission: Path | None, work: Path, result: dict[str, Any]) -> Outcome:
