@@ -42,7 +42,7 @@ class Choice:
     """What left-out images chose for a level."""
 
     level: str
-    setting: int  # number among the settings of the method
+    setting: str  # of the method, as 'temperature 0.01'; '' for a method that has none
     shrinkage: float  # towards the level above
 
 
@@ -143,13 +143,13 @@ class _Chain:
         self, moments: Moments, judge: Judge, levels: Sequence[Level], rois: Groups, config: BlendConfig
     ) -> None:
         self._moments, self._judge, self._levels = moments, judge, levels
-        self._learners: list[Learner] = learners(config.method, config.seed)
+        self._learners = learners(config.method, config.seed)
         order = np.argsort(rois.labels, kind="stable")
         n_kept = min(len(order), MOST_VERTICES)
         self._kept = np.sort(order[np.arange(n_kept) * len(order) // n_kept])
         self._few, self._few_judge = moments.at(self._kept), judge.at(self._kept)
         self._folds = [self._few.fold(fold) for fold in range(N_FOLDS)]
-        self._learnt: dict[frozenset[int], list[list[np.ndarray]]] = {}
+        self._learnt: dict[frozenset[int], list[dict[str, np.ndarray]]] = {}
 
     def weights(self, without: Sequence[int]) -> tuple[np.ndarray, list[Choice]]:
         """(n_vertices, n_models) learnt on all folds but these, on which nothing depends, and what was chosen."""
@@ -166,35 +166,40 @@ class _Chain:
             coarser = _mixed(self._on_all(without, number, setting), coarser, shrinkage)
         return coarser, choices
 
-    def _on_few(self, without: Sequence[int], number: int) -> list[np.ndarray]:
-        """(n_kept, n_models) for each setting, of one level."""
+    def _on_few(self, without: Sequence[int], number: int) -> dict[str, np.ndarray]:
+        """{setting: (n_kept, n_models)} of one level."""
         groups = self._levels[number].groups.at(self._kept)
-        return [groups.spread(weights) for weights in self._of_groups(frozenset(without))[number]]
+        return {one: groups.spread(weights) for one, weights in self._of_groups(frozenset(without))[number].items()}
 
-    def _of_groups(self, without: frozenset[int]) -> list[list[np.ndarray]]:
-        """(n_groups, n_models) of each level and setting, learnt from the vertices that are kept for it."""
+    def _of_groups(self, without: frozenset[int]) -> list[dict[str, np.ndarray]]:
+        """{setting: (n_groups, n_models)} of each level, learnt from the vertices that are kept for it."""
         if without not in self._learnt:
             total = self._few.total(without)
             self._learnt[without] = [
-                [one(total, level.groups.at(self._kept), self._few_judge) for one in self._learners]
-                if level.name != "vertex"
-                else [_each_vertex(one, self._few, without, self._few_judge) for one in self._learners]
+                {
+                    setting: learner(total, level.groups.at(self._kept), self._few_judge)
+                    if level.name != "vertex"
+                    else _each_vertex(learner, self._few, without, self._few_judge)
+                    for setting, learner in self._learners.items()
+                }
                 for level in self._levels
             ]
         return self._learnt[without]
 
-    def _on_all(self, without: Sequence[int], number: int, setting: int) -> np.ndarray:
+    def _on_all(self, without: Sequence[int], number: int, setting: str) -> np.ndarray:
         """(n_vertices, n_models) of one level and setting."""
         level = self._levels[number]
         if level.name == "vertex":
             return _each_vertex(self._learners[setting], self._moments, without, self._judge)
         return level.groups.spread(self._of_groups(frozenset(without))[number][setting])
 
-    def _best(self, own: Mapping[int, Sequence[np.ndarray]], coarser: Mapping[int, np.ndarray]) -> tuple[int, float]:
+    def _best(
+        self, own: Mapping[int, Mapping[str, np.ndarray]], coarser: Mapping[int, np.ndarray]
+    ) -> tuple[str, float]:
         """The setting and shrinkage whose weights, learnt without a fold, score best on it, over these folds."""
-        best, found = -1.0, (0, 1.0)
+        best, found = -1.0, (next(iter(self._learners)), 1.0)
         times = {fold: times_blend(self._folds[fold].sums, weights) for fold, weights in coarser.items()}
-        for setting in range(len(self._learners)):
+        for setting in self._learners:
             parts = [
                 _line(self._folds[fold].sums, _mixed(own[fold][setting], coarser[fold], 0), coarser[fold], times[fold])
                 for fold in own

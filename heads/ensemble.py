@@ -31,6 +31,7 @@ from heads.weights import r_of
 
 FOLDER = "submission"
 SAVED = "blend.safetensors"
+WEIGHTS, PICTURE = "weights.json", "weights.png"  # of the same blend, for people
 Shares = dict[str, dict[str, dict[str, dict[str, float]]]]  # {subject: {hemisphere: {ROI or 'all': {model: weight}}}}
 
 
@@ -86,8 +87,8 @@ def blend(challenge: Challenge, config: BlendConfig, work: Path) -> Ensemble:
     save_blend(staging / SAVED, {subject.name: one.coefficients for subject, one in done.items()})
     resampled = [one.resampled for one in done.values()]
     about = _about(members, config, done) | {"gains": [vars(gain) for gain in gains(resampled)]}
-    replace_json(staging / "weights.json", about | {"unused": unused, "weights": weights})
-    plot_weights(staging / "weights.png", weights, {subject.name: subject for subject in done})
+    replace_json(staging / WEIGHTS, about | {"unused": unused, "weights": weights})
+    plot_weights(staging / PICTURE, weights, {subject.name: subject for subject in done})
     _publish(staging, work)
     scores: dict[str, list[VertexScores]] = {}
     for subject, one in done.items():
@@ -110,12 +111,9 @@ def apply(challenge: Challenge, saved: Path, work: Path) -> Path | None:
     for subject, stores in members.items():
         _write_test(staging, subject, coefficients[subject.name], stores)
     shutil.copyfile(saved, staging / SAVED)
-    for about in (
-        saved.with_name("weights.json"),
-        saved.with_name("weights.png"),
-    ):  # of the same blend
-        if about.is_file():
-            shutil.copyfile(about, staging / about.name)
+    for name in (WEIGHTS, PICTURE):
+        if (about := saved.with_name(name)).is_file():
+            shutil.copyfile(about, staging / name)
     _publish(staging, work)
     return _submit(challenge, list(members), work)
 

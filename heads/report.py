@@ -142,7 +142,9 @@ def blend_as_json(done: "Ensemble") -> dict[str, Any]:
 def model_table(models: "Sequence[Model]", accuracy: bool) -> Table:
     """A row for each model, best first, numbered; scores of all images and of each fold, and what it is most like."""
     measure = "noise-normalised accuracy, %" if accuracy else "no noise ceiling: mean r"
-    table = Table(title=f"out-of-fold; {measure}", title_justify="left")
+    table = Table(title=f"out-of-fold; {measure}", title_justify="left", caption_justify="left")
+    if accuracy:
+        table.caption = "few images make squares of r larger: a fold's scores may all be above the score of all images"
     numbers = {one.name: str(number) for number, one in enumerate(models, 1)}
     table.add_column("")
     table.add_column("model", overflow="fold")

@@ -56,7 +56,10 @@ def _over_subjects(
         for roi, of_roi in of_hemisphere.items()
         for mask in [subjects[name].rois[h].get(roi, np.zeros(subjects[name].n_vertices[h], dtype=bool))]
     ]
-    rois = list(dict.fromkeys(roi for roi, _, _ in parts))
+    there = {roi for roi, _, _ in parts}
+    # in the order of the score table; an ROI that is empty in one subject has its place by it all the same
+    in_order = dict.fromkeys(["all", *(roi for s in subjects.values() for of_h in s.rois.values() for roi in of_h)])
+    rois = [roi for roi in in_order if roi in there]
     models = list(dict.fromkeys(model for _, _, of_roi in parts for model in of_roi))
     shares, counts = np.zeros((len(rois), len(models))), np.zeros(len(rois))
     for roi, n, of_roi in parts:

@@ -6,7 +6,7 @@ NaN where the group has nothing to learn from. None loops over vertices.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -264,10 +264,10 @@ def _or_nothing(weights: np.ndarray, there: np.ndarray) -> np.ndarray:
 Learner = Callable[[Moments, Groups, Judge], np.ndarray]
 
 
-def learners(method: str, seed: int) -> list[Learner]:
-    """The settings of a method among which left-out images choose."""
+def learners(method: str, seed: int) -> dict[str, Learner]:
+    """The settings of a method among which left-out images choose, by what they are in words."""
     if method == "score":
-        return [lambda m, g, j, t=t: by_score(m, g, j, t) for t in TEMPERATURES]  # type: ignore[misc]
+        return {f"temperature {t:g}": partial(by_score, temperature=t) for t in TEMPERATURES}
     if method == "greedy":
-        return [lambda m, g, j, n=n: greedy(m, g, j, seed, n) for n in (1, _BAGS)]  # type: ignore[misc]
-    return [{"uniform": uniform, "nnls": stacked}[method]]
+        return {f"bags {n}": partial(greedy, seed=seed, n_bags=n) for n in (1, _BAGS)}
+    return {"": {"uniform": uniform, "nnls": stacked}[method]}

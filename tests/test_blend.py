@@ -70,8 +70,8 @@ def slow_weights(predictions, responses, without, method, per):
         return np.where(np.isnan(one), other, (1 - s) * one + s * other)
 
     for level in ALL_LEVELS[: LEVELS.index(per) + 1]:
-        best = (-1.0, 0, 1.0)
-        for setting in range(len(settings)):
+        best = (-1.0, "", 1.0)
+        for setting in settings:
             for s in SHRINKAGE:
                 rows = np.isin(FOLDS, others)
                 blend = np.zeros((N_TRAIN, N_VERTICES))

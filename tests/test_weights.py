@@ -135,7 +135,7 @@ def test_score_is_a_softmax_of_mean_r(temperature, ceiling, level):
 def test_weights_are_shares_or_nothing(method, level, ceiling, data):
     predictions, responses = data
     total = slow_moments(predictions, responses).total()
-    for learn in learners(method, seed=0):
+    for learn in learners(method, seed=0).values():
         weights = learn(total, groups(level), judge_of(ceiling))
         assert weights.shape == (groups(level).n, len(predictions))
         there = ~np.isnan(weights).any(axis=1)
@@ -250,7 +250,7 @@ def test_ceilings_decide_where_models_differ(method):
     predictions[1][:, half] = rng.normal(size=(len(responses), 4))
     total = slow_moments(predictions, responses).total()
     for model, counted in enumerate((half, ~half)):
-        weights = learners(method, 0)[0](total, groups("all"), judge_of(counted.astype(np.float32)))
+        weights = next(iter(learners(method, 0).values()))(total, groups("all"), judge_of(counted.astype(np.float32)))
         assert weights[0, model] > 0.9
 
 
