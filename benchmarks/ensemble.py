@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--work", required=True)
-    parser.add_argument("--recipe", default="benchmarks/ensemble.toml", help="none: the models that are there")
+    parser.add_argument("--recipe", default="recipes/best.toml", help="none: the models that are there")
     parser.add_argument("--subject", default="all")
     parser.add_argument("--blend", nargs=2, metavar=("METHOD", "LEVEL"), help="this one alone, in this process")
     given = parser.parse_args()

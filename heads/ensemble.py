@@ -173,7 +173,7 @@ def _say_what_is_unusual(members: Members) -> None:
     if any("seen_ids" in store.facts for stores in members.values() for store in stores):
         say(
             "on test images a model of a trained backbone is the mean over the networks of all folds: it is better "
-            "there than out of fold, and what the blend gains over it less (docs/blend.md)"
+            "there than out of fold, and what a blend gains is other than said (docs/blend.md)"
         )
     for subject, stores in members.items():
         names = [store.facts["model"] for store in stores]
