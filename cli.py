@@ -14,7 +14,7 @@ import typer
 
 from featcache.errors import FeatcacheError
 from heads.commands import blending, features, fitting, running, training, trees
-from heads.recipes import Job, UsageError
+from heads.recipes.steps import Job, UsageError
 
 app = typer.Typer(
     help="Predict responses of the visual cortex from cached image features: extract once, refit heads, blend.",

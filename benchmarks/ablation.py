@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
-from featcache.challenge import Subject, open_challenge
+from featcache.cache.extract import extract
+from featcache.cache.store import open_store, replace_json
 from featcache.config import POOLED, BackboneConfig, ExtractConfig, LayerConfig
-from featcache.extract import extract
+from featcache.dataset.algonauts import Subject, open_challenge
+from featcache.dataset.splits import assign_folds
 from featcache.simulate import SimulateConfig, simulate
-from featcache.splits import assign_folds
-from featcache.store import open_store, replace_json
+from heads.backbones.stages import train_stage
 from heads.config import FitConfig, StageConfig, recipe
-from heads.end_to_end import train_stage
-from heads.fit import fit_heads
-from heads.metrics import pearson_r
+from heads.fit.run import fit_heads
+from heads.scores.metrics import pearson_r
 
 V4 = Path(__file__).resolve().parents[2] / "shared" / "real" / "v4"
 BACKBONE = "tf_efficientnet_lite0"

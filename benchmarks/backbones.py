@@ -26,17 +26,17 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from featcache.backbone import load_backbone
-from featcache.challenge import Subject, open_challenge
+from featcache.backbone.network import load_backbone
+from featcache.cache.extract import extract
+from featcache.cache.store import open_store
 from featcache.config import POOLED, BackboneConfig, ExtractConfig, LayerConfig
-from featcache.extract import extract
-from featcache.roi import HEMISPHERES
+from featcache.dataset.algonauts import Subject, open_challenge
+from featcache.dataset.rois import HEMISPHERES
+from featcache.dataset.splits import assign_folds
 from featcache.simulate import SimulateConfig, simulate
-from featcache.splits import assign_folds
-from featcache.store import open_store
+from heads.backbones.stages import train_stage
 from heads.config import FitConfig, StageConfig, recipe
-from heads.end_to_end import train_stage
-from heads.fit import Fitted, fit_heads
+from heads.fit.run import Fitted, fit_heads
 
 BACKBONES = (
     "convnext_xlarge",

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from measure import Figure, options, paired, peak_gb, report
 
-from featcache.challenge import Subject
-from featcache.device import keep_freed_memory
-from featcache.images import ImageFiles
-from featcache.store import create_store, open_store
+from featcache.cache.store import create_store, open_store
+from featcache.dataset.algonauts import Subject
+from featcache.dataset.images import ImageFiles
+from featcache.machine.device import keep_freed_memory
+from heads.blend.run import blend_subject
 from heads.config import BlendConfig
-from heads.ensemble import blend_subject
 
 _N_TEST = 32
 

@@ -21,19 +21,19 @@ import numpy as np
 from measure import peak_gb, seconds
 
 import cli
-from featcache.challenge import Subject, open_challenge
-from featcache.device import keep_freed_memory
-from featcache.roi import HEMISPHERES
-from featcache.store import Store
-from heads.blend import judge_of, levels_of
-from heads.blend_moments import gather
+from featcache.cache.store import Store
+from featcache.dataset.algonauts import Subject, open_challenge
+from featcache.dataset.rois import HEMISPHERES
+from featcache.machine.device import keep_freed_memory
+from heads.blend.learn import judge_of, levels_of
+from heads.blend.models import Members, has_ceilings, members_of
+from heads.blend.products import gather
+from heads.blend.run import Blended, blend_subject
+from heads.blend.saved import coefficients_of
+from heads.blend.uncertainty import gains, null, scorer_of
+from heads.blend.weights import single
 from heads.config import BLENDS, LEVELS, BlendConfig
-from heads.ensemble import Blended, blend_subject
-from heads.honesty import gains, null, scorer_of
-from heads.members import Members, has_ceilings, members_of
-from heads.metrics import pearson_r
-from heads.saved_blend import coefficients_of
-from heads.weights import single
+from heads.scores.metrics import pearson_r
 
 _COLUMNS = {  # heading: what of a row
     "models": "{models}",

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from measure import Figure, options, paired, peak_gb, report
 
-from featcache.challenge import Subject
-from featcache.device import keep_freed_memory
-from featcache.images import ImageFiles
-from featcache.splits import assign_folds
+from featcache.dataset.algonauts import Subject
+from featcache.dataset.images import ImageFiles
+from featcache.dataset.splits import assign_folds
+from featcache.machine.device import keep_freed_memory
 from heads.config import RidgeConfig
-from heads.predictions import cross_validate
-from heads.ridge import VERTEX_BLOCK, RidgeHead
-from heads.ridge_folds import RidgeFits
+from heads.solvers.base import cross_validate
+from heads.solvers.ridge import VERTEX_BLOCK, RidgeHead
+from heads.solvers.ridge_folds import RidgeFits
 
 PENALTIES = tuple(float(10 ** (k / 3)) for k in range(-14, 16))
 

@@ -22,13 +22,13 @@ import torch
 from measure import Figure, options, report, seconds
 from PIL import Image
 
-from featcache.backbone import Backbone, load_backbone
-from featcache.challenge import Subject
+from featcache.backbone.network import Backbone, load_backbone
+from featcache.cache.extract import extract
+from featcache.cache.store import open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
-from featcache.device import keep_freed_memory
-from featcache.extract import extract
-from featcache.images import ImageFiles, load_image
-from featcache.store import open_store
+from featcache.dataset.algonauts import Subject
+from featcache.dataset.images import ImageFiles, load_image
+from featcache.machine.device import keep_freed_memory
 
 _SIDE = 425
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from measure import Figure, options, paired, report, seconds
 
-from featcache.device import keep_freed_memory
+from featcache.machine.device import keep_freed_memory
 from heads.config import AdamWConfig, FitConfig
-from heads.losses import weighted_sum
-from heads.modules import LinearHead
-from heads.training import Task, train_head
+from heads.modules.linear import LinearHead
+from heads.scores.losses import weighted_sum
+from heads.solvers.gradient import Task, train_head
 
 BATCHES = (128, 256, 512, 1024)
 

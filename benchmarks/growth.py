@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from measure import Figure, options, report, seconds
 
-from featcache.device import keep_freed_memory
-from heads.blend_moments import Moments
-from heads.ridge import RidgeHead
-from heads.weights import Groups, Judge, stacked
+from featcache.machine.device import keep_freed_memory
+from heads.blend.products import Moments
+from heads.blend.weights import Groups, Judge, stacked
+from heads.solvers.ridge import RidgeHead
 
 
 def heads(n_images: int, n_features: int, n_vertices: int) -> Callable[[], object]:

@@ -36,22 +36,22 @@ from himalaya.ridge import GroupRidgeCV, RidgeCV
 from sklearn.model_selection import KFold
 from threadpoolctl import threadpool_limits
 
-from featcache.challenge import Subject, open_challenge
+from featcache.cache.store import Row, Store, create_store
 from featcache.config import POOLED
-from featcache.device import free_memory, keep_freed_memory
-from featcache.images import ImageFiles
-from featcache.splits import assign_folds
-from featcache.store import Row, Store, create_store
+from featcache.dataset.algonauts import Subject, open_challenge
+from featcache.dataset.images import ImageFiles
+from featcache.dataset.splits import assign_folds
+from featcache.machine.device import free_memory, keep_freed_memory
 from heads.config import RidgeConfig
-from heads.dual import DualFolds
-from heads.features import feature_sets
-from heads.kernels import LayerKernels
-from heads.layers import LayerRows
-from heads.metrics import pearson_r
-from heads.predictions import FoldPredictor, Piece, comparable, cross_validate, level_and_spread
-from heads.priors import DEPTHS, Prior, prior_set
-from heads.ridge import eigh_of
-from heads.ridge_folds import RidgeFits
+from heads.features.rows import LayerRows
+from heads.features.sets import feature_sets
+from heads.scores.metrics import pearson_r
+from heads.solvers.base import FoldPredictor, Piece, comparable, cross_validate, level_and_spread
+from heads.solvers.layers.kernels import LayerKernels
+from heads.solvers.layers.priors import DEPTHS, Prior, prior_set
+from heads.solvers.layers.ridge import DualFolds
+from heads.solvers.ridge import eigh_of
+from heads.solvers.ridge_folds import RidgeFits
 
 N_FOLDS = INNER_FOLDS = 5
 PENALTIES = RidgeConfig().penalties
@@ -140,7 +140,7 @@ def own_pooled(case: Case) -> np.ndarray:
 
 
 def own_layers(case: Case, priors: list[Prior]) -> np.ndarray:
-    """As heads.fit does it."""
+    """As heads.fit.run does it."""
     free = free_memory()
     kernels, ids = LayerKernels(case.rows, len(case.folds), 0.2 * free), case.subject.train.ids
     held_out = list(range(N_FOLDS))

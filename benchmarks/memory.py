@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from measure import Figure, options, peak_gb, report
 
-from featcache.challenge import Subject
-from featcache.device import give_back_memory, keep_freed_memory
-from featcache.images import ImageFiles
-from featcache.splits import assign_folds
+from featcache.dataset.algonauts import Subject
+from featcache.dataset.images import ImageFiles
+from featcache.dataset.splits import assign_folds
+from featcache.machine.device import give_back_memory, keep_freed_memory
 from heads.config import RidgeConfig
-from heads.predictions import cross_validate
-from heads.ridge_folds import RidgeFits
+from heads.solvers.base import cross_validate
+from heads.solvers.ridge_folds import RidgeFits
 
 
 def write(folder: Path, n_images: int, n_vertices: dict[str, int]) -> None:

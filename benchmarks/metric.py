@@ -1,4 +1,4 @@
-"""How many times as fast as a loop of scipy.stats.pearsonr over the vertices `heads.metrics.pearson_r` is.
+"""How many times as fast as a loop of scipy.stats.pearsonr over the vertices `heads.scores.metrics.pearson_r` is.
 
     PYTHONPATH=. python benchmarks/metric.py [--quick]
 
@@ -14,7 +14,7 @@ import scipy
 from measure import Figure, options, report, seconds
 from scipy.stats import pearsonr
 
-from heads.metrics import pearson_r
+from heads.scores.metrics import pearson_r
 
 _N_ROUNDS = 9  # odd, so that the median is one of them
 _MAX_DIFFERENCE = 1e-5  # scipy sums float32 matrices in float32

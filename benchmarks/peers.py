@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from measure import Figure, options, report
 
-from featcache.device import keep_freed_memory
-from heads.metrics import pearson_r
-from heads.ridge import RidgeHead, eigenbasis
+from featcache.machine.device import keep_freed_memory
+from heads.scores.metrics import pearson_r
+from heads.solvers.ridge import RidgeHead, eigenbasis
 
 _N_PENALTIES = 20
 _N_TEST = 1000

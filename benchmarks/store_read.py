@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from measure import Figure, options, paired, report
 
-from featcache.device import keep_freed_memory
-from featcache.store import Row, create_store
+from featcache.cache.store import Row, create_store
+from featcache.machine.device import keep_freed_memory
 
 
 def main() -> None:

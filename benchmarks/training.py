@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from featcache.backbone import load_backbone
-from featcache.challenge import open_challenge
-from featcache.checkpoint import Checkpoint
+from featcache.backbone.checkpoint import Checkpoint
+from featcache.backbone.network import load_backbone
+from featcache.cache.pixels import cache_pixels
 from featcache.config import POOLED, BackboneConfig, LayerConfig
-from featcache.device import keep_freed_memory
-from featcache.pixels import cache_pixels
-from featcache.roi import HEMISPHERES
+from featcache.dataset.algonauts import open_challenge
+from featcache.dataset.rois import HEMISPHERES
+from featcache.machine.device import keep_freed_memory
 from featcache.simulate import SimulateConfig, simulate
-from heads.batches import Images
+from heads.backbones.batches import Images
+from heads.backbones.encoder import Encoder, OneSubject
+from heads.backbones.loop import EncoderTraining, make_accelerator
 from heads.config import TrainConfig
-from heads.encoder import Encoder, OneSubject
-from heads.encoder_training import EncoderTraining, make_accelerator
 
 FOLD = {"fold": 0, "n_folds": 5, "seed": 0}
 

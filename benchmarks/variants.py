@@ -15,13 +15,13 @@ import torch
 from exact_heads import make_subject, planted
 from measure import Figure, options, paired, peak_gb, report
 
-from featcache.challenge import Subject
-from featcache.device import keep_freed_memory
-from featcache.splits import assign_folds
+from featcache.dataset.algonauts import Subject
+from featcache.dataset.splits import assign_folds
+from featcache.machine.device import keep_freed_memory
 from heads.config import FitConfig
-from heads.moments import MomentFits
-from heads.predictions import FoldPredictor, cross_validate
-from heads.ridge_folds import RidgeFits
+from heads.solvers.base import FoldPredictor, cross_validate
+from heads.solvers.moments import MomentFits
+from heads.solvers.ridge_folds import RidgeFits
 
 LOSSES = (
     "mse,pearson,mnnpc,mse+pearson,mse+mnnpc,pearson+mnnpc,mse+0.1*pearson,0.1*mse+pearson,0.1*pearson+mnnpc,"

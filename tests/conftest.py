@@ -29,7 +29,7 @@ for name in [name for name in os.environ if name.startswith("FEATCACHE_")]:
 @pytest.fixture(autouse=True)
 def plain_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """`extract --dtype auto` is float32: tests say the same on every processor, and ask for bfloat16 by name."""
-    monkeypatch.setattr("featcache.device._cpu_flags", lambda: set())
+    monkeypatch.setattr("featcache.machine.device._cpu_flags", lambda: set())
 
 
 @pytest.fixture(scope="session")
@@ -77,16 +77,22 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every line that a stage says while it runs."""
     lines: list[str] = []
     record: Callable[[str], None] = lines.append
-    speakers = ("featcache.extract", "featcache.pixels", "featcache.checkpoint", "heads.end_to_end", "heads.features")
+    speakers = (
+        "featcache.cache.extract",
+        "featcache.cache.pixels",
+        "featcache.backbone.checkpoint",
+        "heads.backbones.stages",
+        "heads.features.sets",
+    )
     for module in (
         *speakers,
-        "heads.encoder_training",
-        "heads.solvers",
-        "heads.fit",
-        "heads.ensemble",
-        "heads.weight_plot",
-        "heads.soup",
-        "featcache.progress",
+        "heads.backbones.loop",
+        "heads.solvers.registry",
+        "heads.fit.run",
+        "heads.blend.run",
+        "heads.blend.plot",
+        "heads.backbones.soup",
+        "featcache.machine.progress",
     ):
         monkeypatch.setattr(f"{module}.say", record)
     return lines

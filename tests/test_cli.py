@@ -13,11 +13,11 @@ import pytest
 from safetensors.torch import load_file
 
 import cli
-from featcache.challenge import open_challenge
-from featcache.store import open_store
+from featcache.cache.store import open_store
+from featcache.dataset.algonauts import open_challenge
+from support.commands import SMALL, fails, run
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = {"FEATCACHE_BACKBONE": "test_resnet", "FEATCACHE_WEIGHTS": "none", "FEATCACHE_SIZE": "48"}
 
 
 @pytest.fixture
@@ -26,23 +26,6 @@ def work(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, value in (SMALL | {"FEATCACHE_DATA": str(tiny), "FEATCACHE_WORK": str(tmp_path / "work")}).items():
         monkeypatch.setenv(name, value)
     return tmp_path / "work"
-
-
-def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> dict:
-    """Run a command that must succeed; its JSON."""
-    code = cli.run([*arguments, "--json"])
-    out, err = capfd.readouterr()
-    assert code == 0, err
-    return json.loads(out.splitlines()[-1])
-
-
-def fails(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run a command that must fail; the one line it says."""
-    code = cli.run(list(arguments))
-    out, err = capfd.readouterr()
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code == 1 and len(errors) == 1 and err.splitlines()[-1] == errors[0], (code, out, err)
-    return errors[0]
 
 
 def test_the_three_bare_commands(work, tiny, capfd):
@@ -303,7 +286,7 @@ def test_an_interruption_says_what_is_kept(work, monkeypatch, capfd):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("featcache.extract.load_backbone", interrupted)
+    monkeypatch.setattr("featcache.cache.extract.load_backbone", interrupted)
     assert cli.run(["extract"]) == 130
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: interrupted; what was committed is kept")
 

@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 import pytest
 
-from featcache.challenge import open_challenge
+from featcache.cache.extract import extract
 from featcache.config import BackboneConfig, ExtractConfig
-from featcache.extract import extract
+from featcache.dataset.algonauts import open_challenge
 from heads.config import AdamWConfig, FitConfig
-from heads.fit import fit_heads, scores_by_model
+from heads.fit.run import fit_heads, scores_by_model
 
 
 @pytest.fixture(scope="module")

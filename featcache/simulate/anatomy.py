@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from featcache.roi import CLASSES, FSAVERAGE_VERTICES, HEMISPHERES
+from featcache.dataset.rois import CLASSES, FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.simulate.config import SimulateConfig, generator
 
 LEVELS = ("early", "mid", "late", "mixed")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from featcache.dataset.rois import FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.errors import ConfigError
-from featcache.roi import FSAVERAGE_VERTICES, HEMISPHERES
 
 MAX_SUBJECTS = 8  # the layout knows subj01 to subj08
 FULL_VERTICES = (19_004, 20_544)

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from featcache.dataset.rois import CLASSES, FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.errors import ConfigError
-from featcache.roi import CLASSES, FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.simulate.anatomy import Vertices, mapping, roi_labels
 from featcache.simulate.config import SimulateConfig, blocks, generator
 from featcache.simulate.features import CHANNELS, N_FEATURES, channel_scales, encode

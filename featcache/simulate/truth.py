@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse, special
 
-from featcache.roi import HEMISPHERES
+from featcache.dataset.rois import HEMISPHERES
 from featcache.simulate.anatomy import AREAS, FIELD_REACH, LEVELS, Vertices, all_vertices, kept
 from featcache.simulate.config import SimulateConfig, blocks, generator
 from featcache.simulate.features import CHANNELS, N_CHANNELS, N_FEATURES, Group, cell_centres, group_slices

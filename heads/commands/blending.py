@@ -23,7 +23,7 @@ from heads.commands.options import (
     open_tree,
 )
 from heads.config import BLEND_RECIPES, BLENDS, LEVELS, BlendConfig, blend_recipe
-from heads.recipes import Job, Outcome
+from heads.recipes.steps import Job, Outcome
 
 
 def models(
@@ -39,8 +39,8 @@ def models(
 
     def call() -> Outcome:
         subjects = open_tree(data, noise_ceiling).select(subject)
-        from heads.model_list import list_models
-        from heads.report import model_table, print_table
+        from heads.blend.overview import list_models
+        from heads.report.tables import model_table, print_table
 
         found, accuracy = list_models(subjects, work, chosen, exclude)
         print_table(model_table(found, accuracy))
@@ -77,8 +77,8 @@ def blend(
 
     def call() -> Outcome:
         challenge = open_tree(data, noise_ceiling)
-        from heads import ensemble
-        from heads.report import blend_as_json, gain_lines, print_table, score_table
+        from heads.blend.learn import run as ensemble
+        from heads.report.tables import blend_as_json, gain_lines, print_table, score_table
 
         if apply is not None:
             return _handed_in(ensemble.apply(challenge, apply, work), work, {})

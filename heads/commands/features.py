@@ -20,7 +20,7 @@ from heads.commands.options import (
     backbone_of,
     open_tree,
 )
-from heads.recipes import Job, Outcome
+from heads.recipes.steps import Job, Outcome
 
 
 def layers(
@@ -31,8 +31,8 @@ def layers(
     """List the layers of a backbone that can be cached, with their maps."""
 
     def call() -> Outcome:
-        from featcache.backbone import described_layers
-        from heads.report import layer_table, print_table
+        from featcache.backbone.network import described_layers
+        from heads.report.tables import layer_table, print_table
 
         maps = described_layers(BackboneConfig(backbone, size=size))
         print_table(layer_table(maps))
@@ -84,8 +84,8 @@ def extract(
 
     def call() -> Outcome:
         chosen = open_tree(data, noise_ceiling).select(subject)
-        from featcache.extract import FOLDER
-        from featcache.extract import extract as run
+        from featcache.cache.extract import FOLDER
+        from featcache.cache.extract import extract as run
 
         done = run(chosen, config, work)
         new = sum(one.n_new for one in done)

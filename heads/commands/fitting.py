@@ -22,10 +22,10 @@ from heads.commands.options import (
     open_tree,
 )
 from heads.config import HEADS, LOSS_NAMES, SOLVERS, FitConfig, MomentsConfig, SpatialConfig, adamw_of, refuse_unread
-from heads.recipes import Job, Outcome
+from heads.recipes.steps import Job, Outcome
 
 if TYPE_CHECKING:
-    from featcache.challenge import Subject
+    from featcache.dataset.algonauts import Subject
 
 
 def _either(name: str) -> str:
@@ -114,10 +114,10 @@ def fit_heads(
 
 
 def _fit(subjects: "Sequence[Subject]", config: FitConfig, work: Path) -> Outcome:
-    from featcache.progress import say
-    from heads.fit import fit_heads as run
-    from heads.fit import folder_of, scores_by_model
-    from heads.report import as_json, print_table, score_table
+    from featcache.machine.progress import say
+    from heads.fit.run import fit_heads as run
+    from heads.fit.run import folder_of, scores_by_model
+    from heads.report.tables import as_json, print_table, score_table
 
     if exact := config.exact_losses:
         say(
@@ -125,7 +125,7 @@ def _fit(subjects: "Sequence[Subject]", config: FitConfig, work: Path) -> Outcom
             "linear heads have the same optimum under mse, pearson and mnnpc"
         )
     if config.target == "blend":
-        from heads.distil import taught
+        from heads.fit.distil import taught
 
         subjects = taught(subjects, work)
     done = run(subjects, config, work)
@@ -135,7 +135,7 @@ def _fit(subjects: "Sequence[Subject]", config: FitConfig, work: Path) -> Outcom
     stores = [{"subject": f.subject, "model": f.model, "path": str(f.path), "weights": str(f.weights)} for f in done]
     result: dict[str, Any] = {"stores": stores, "scores": as_json(scores)}
     if config.target == "blend":
-        from heads.distil import agreement
+        from heads.fit.distil import agreement
 
         result["agreement"] = agreement(subjects, done, work)
         for model, r in result["agreement"].items():
@@ -156,7 +156,7 @@ def maps(
 
     def call() -> Outcome:
         subjects = open_tree(data, noise_ceiling).select(subject)
-        from heads.maps import FOLDER, export_maps
+        from heads.maps.maps import FOLDER, export_maps
 
         written, recovered = export_maps(subjects, models, work)
         for found in recovered:

@@ -9,7 +9,7 @@ from featcache.config import BackboneConfig
 from featcache.errors import ConfigError
 
 if TYPE_CHECKING:
-    from featcache.challenge import Challenge
+    from featcache.dataset.algonauts import Challenge
 
 Data = Annotated[Path, typer.Option("--data", envvar="FEATCACHE_DATA", help="The challenge tree.")]
 Work = Annotated[Path, typer.Option("--work", envvar="FEATCACHE_WORK", help="Where stores and results go.")]
@@ -72,8 +72,8 @@ def existing(data: Path) -> Path:
 
 
 def open_tree(data: Path, noise_ceiling: Path | None) -> "Challenge":
-    from featcache.challenge import open_challenge
-    from featcache.progress import say
+    from featcache.dataset.algonauts import open_challenge
+    from featcache.machine.progress import say
 
     challenge = open_challenge(existing(data), noise_ceiling)
     for note in challenge.notes:

@@ -8,7 +8,7 @@ import typer.core
 
 from featcache.config import ExtractConfig
 from heads.commands.options import DATA, WORK, AsJson, Ceiling, Data, Device, Subjects, Work, on_command_line
-from heads.recipes import Job, Outcome, commands_of, read_recipe, ready, run_steps
+from heads.recipes.steps import Job, Outcome, commands_of, read_recipe, ready, run_steps
 
 
 def run(
@@ -32,13 +32,13 @@ def run(
     }
     group = cast(typer.core.TyperGroup, context.find_root().command)
     steps = [ready(group, step) for step in read_recipe(recipe, commands_of(group), for_all)]
-    from featcache.progress import say
-    from heads.plan import estimates_of, subjects_of
+    from featcache.machine.progress import say
+    from heads.recipes.plan import estimates_of, subjects_of
 
     subjects = subjects_of(steps)
 
     def show() -> Outcome:
-        from heads.report import plan_as_json, plan_table, print_table
+        from heads.report.tables import plan_as_json, plan_table, print_table
 
         estimates = estimates_of(steps, subjects)
         print_table(plan_table(estimates))

@@ -27,10 +27,10 @@ from heads.commands.options import (
 )
 from heads.config import PAPER_SIZE, RECIPES, STAGES, SoupConfig, StageConfig, TrainConfig
 from heads.config import recipe as settings_of
-from heads.recipes import Job, Outcome
+from heads.recipes.steps import Job, Outcome
 
 if TYPE_CHECKING:
-    from featcache.challenge import Subject
+    from featcache.dataset.algonauts import Subject
 
 
 def _training_command(stage: str) -> Callable[..., Job]:
@@ -98,7 +98,7 @@ def _with_settings(command: Callable[..., Job], leave_out: Sequence[str]) -> Cal
 
 
 def _train(subjects: "Sequence[Subject]", config: StageConfig, work: Path) -> Outcome:
-    from heads.end_to_end import train_stage
+    from heads.backbones.stages import train_stage
 
     done = train_stage(subjects, config, work)
     checkpoints = [
@@ -129,8 +129,8 @@ def soup(
 
     def call() -> Outcome:
         subjects = open_tree(data, noise_ceiling).select(subject)
-        from heads.report import print_table, soup_table, soups_as_json
-        from heads.soup import make_soups
+        from heads.backbones.soup import make_soups
+        from heads.report.tables import print_table, soup_table, soups_as_json
 
         done = make_soups(subjects, config, work)
         print_table(soup_table(done))

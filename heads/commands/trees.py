@@ -6,7 +6,7 @@ import typer
 
 from featcache.config import ExtractConfig
 from heads.commands.options import DATA, AsJson, Ceiling, Data, existing
-from heads.recipes import Job, Outcome
+from heads.recipes.steps import Job, Outcome
 
 
 def simulate(
@@ -25,7 +25,7 @@ def simulate(
     as_json: AsJson = False,
 ) -> Job:
     """Write a challenge tree whose ground truth is known."""
-    from featcache.progress import steps
+    from featcache.machine.progress import steps
     from featcache.simulate import SimulateConfig
     from featcache.simulate import simulate as run
 
@@ -62,8 +62,8 @@ def check(
     """List everything that is wrong with a challenge tree."""
 
     def call() -> Outcome:
-        from featcache.challenge import deep_faults, scan_tree
-        from featcache.progress import bar, say
+        from featcache.dataset.algonauts import deep_faults, scan_tree
+        from featcache.machine.progress import bar, say
 
         challenge, faults = scan_tree(existing(data), noise_ceiling)
         total = sum(len(subject.image_paths) for subject in challenge.subjects)

@@ -48,7 +48,7 @@ class RidgeConfig:
 
     # penalties on offer, as multiples of the mean eigenvalue of the features' scatter: three a decade
     penalties: tuple[float, ...] = tuple(float(f"{10 ** (k / 3):.4g}") for k in range(-12, 13))
-    # auto | loo | gcv: how a vertex's penalty is chosen on the training images (see heads.ridge)
+    # auto | loo | gcv: how a vertex's penalty is chosen on the training images (see heads.solvers.ridge)
     selection: str = "auto"
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class RidgeConfig:
 
 @dataclass(frozen=True)
 class MomentsConfig:
-    """Full-batch descent on linear heads (see heads.moments)."""
+    """Full-batch descent on linear heads (see heads.solvers.moments)."""
 
     steps: int = 128  # the most; each vertex keeps the one of least left-out error
     learning_rate: float = 0.25  # in units of the curvature along the first axis at the start
@@ -74,7 +74,7 @@ class MomentsConfig:
 
 @dataclass(frozen=True)
 class SpatialConfig:
-    """Spatial heads on cached layers: maps over places times maps over channels (see heads.spatial)."""
+    """Spatial heads on cached layers: maps over places times maps over channels (see heads.modules.spatial)."""
 
     rank: int = 4  # such products an output and layer
     space: int = 0  # outputs that the vertices of all subjects are linear in, trained together; 0: each subject alone

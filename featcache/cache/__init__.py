@@ -1,0 +1,1 @@
+"""Rows on the disk: one Zarr format, decoded images, and the extraction of features."""

@@ -1,0 +1,1 @@
+"""What the computer offers: files, memory, devices, threads, and what a person sees."""

@@ -1,0 +1,1 @@
+"""Prediction stores in, blended predictions, scores and a submission out."""

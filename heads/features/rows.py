@@ -1,0 +1,156 @@
+"""Rows of a feature store as heads read them: in memory where they fit, else chunk by chunk from the disk."""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from featcache.cache.store import Store
+
+_CHUNKS = 8  # of each streamed array that are in memory at once
+BLOCK_BYTES = 64 << 20
+
+
+class LayerRows:
+    """Some arrays of a feature store, as (n_images, n_places, n_channels) each; a vector has one place.
+
+    device : where rows are computed with; they are kept in main memory, as they are stored
+    budget : bytes that may be kept; what does not fit is read anew whenever it is asked for
+    """
+
+    def __init__(self, store: Store, arrays: Sequence[str], device: str, budget: float) -> None:
+        self._store, self.device, self._n_images = store, device, len(store.image_ids)
+        self.grids = {name: _grid(store.arrays[name].shape[1:]) for name in arrays}
+        self.channels = {name: store.arrays[name].shape[-1] for name in arrays}
+        self._held: dict[str, np.ndarray] = {}
+        self._chunks: dict[tuple[str, int], np.ndarray] = {}
+        for name in sorted(arrays, key=self.n_bytes):
+            if sum(map(self.n_bytes, self._held)) + self.n_bytes(name) <= budget:
+                self._held[name] = store.read(name)
+
+    def __len__(self) -> int:
+        return self._n_images
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{array: shape of a row}"""
+        return {name: self._store.arrays[name].shape[1:] for name in self.grids}
+
+    @property
+    def n_features(self) -> int:
+        """Of all arrays together."""
+        return sum(self.n_places(name) * self.channels[name] for name in self.grids)
+
+    @property
+    def streamed(self) -> list[str]:
+        """Arrays that are not in memory."""
+        return [name for name in self.grids if name not in self._held]
+
+    @property
+    def held_bytes(self) -> int:
+        """What is in memory, and what streaming keeps there."""
+        chunks = sum(
+            min(self._kept_chunks(name) * self._store.chunk_rows(name), len(self))
+            * self.n_bytes(name)
+            // max(len(self), 1)
+            for name in self.streamed
+        )
+        return sum(map(self.n_bytes, self._held)) + chunks
+
+    def n_places(self, name: str) -> int:
+        return math.prod(self.grids[name])
+
+    def n_bytes(self, name: str) -> int:
+        array = self._store.arrays[name]
+        return math.prod(array.shape) * array.dtype.itemsize
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """(stop - start, n_places, n_channels) float32 on the device."""
+        stop = len(self) if stop is None else stop
+        held = self._held.get(name)
+        rows = self._store.read(name, start, stop) if held is None else held[start:stop]
+        return self._ready(name, rows)
+
+    def rows(self, index: np.ndarray) -> dict[str, torch.Tensor]:
+        """{array: (len(index), ...) float32, with the axes that it is stored with} of any images."""
+        return {name: torch.from_numpy(self._stored(name, index)).to(self.device).float() for name in self.grids}
+
+    def _stored(self, name: str, index: np.ndarray) -> np.ndarray:
+        """Any images, as they are stored."""
+        held = self._held.get(name)
+        if held is not None:
+            return held[index]
+        array, step = self._store.arrays[name], self._store.chunk_rows(name)
+        out = np.empty((len(index), *array.shape[1:]), dtype=array.dtype)
+        for chunk in np.unique(index // step):  # whole chunks are read and checked: rows of one are taken together
+            own = index // step == chunk
+            out[own] = self._chunk(name, int(chunk))[index[own] - chunk * step]
+        return out
+
+    def _kept_chunks(self, name: str) -> int:
+        """As many as cover the images that a shuffled order draws from at a time."""
+        widest = max(self._store.chunk_rows(one) for one in self.streamed)
+        return _CHUNKS * widest // self._store.chunk_rows(name)
+
+    def _chunk(self, name: str, number: int) -> np.ndarray:
+        """One of the chunks on the disk; the last few are kept, because batches are drawn from a few."""
+        if (name, number) not in self._chunks:
+            own = [key for key in self._chunks if key[0] == name]
+            if len(own) >= self._kept_chunks(name):
+                del self._chunks[own[0]]
+            first = number * self._store.chunk_rows(name)
+            last = min(first + self._store.chunk_rows(name), len(self._store.image_ids))
+            self._chunks[name, number] = self._store.read(name, first, last)
+        return self._chunks[name, number]
+
+    def __getitem__(self, index: torch.Tensor | np.ndarray) -> dict[str, torch.Tensor]:
+        return self.rows(np.asarray(index.cpu() if isinstance(index, torch.Tensor) else index))
+
+    def shuffled(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows in a new order by torch's seed: any, or, where arrays are read from the disk, a few chunks at a time."""
+        if not self.streamed:
+            return index[torch.randperm(len(index), device=index.device)]
+        step = max(self._store.chunk_rows(name) for name in self.streamed)
+        chunk = torch.div(index, step, rounding_mode="floor")
+        rank = torch.randperm(int(chunk.max()) + 1, device=index.device)[chunk]  # of each row's chunk in this epoch
+        window = torch.div(rank, _CHUNKS, rounding_mode="floor")
+        return index[torch.argsort(window + torch.rand(len(index), device=index.device).double())]
+
+    def moments(self, name: str, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n_places, n_channels) mean over the first rows; (n_channels,) variance over these rows and all places, each
+        about its place's mean.
+        """
+        total: Any = 0.0
+        squares: Any = 0.0
+        step = self.block_rows(name)
+        for start in range(0, n_rows, step):
+            block = self.read(name, start, min(start + step, n_rows)).double()
+            total, squares = total + block.sum(0), squares + block.square().sum(0)
+        mean = total / n_rows
+        return mean.float(), (squares / n_rows - mean.square()).clamp_min(0).mean(0).float()
+
+    def block_rows(self, name: str) -> int:
+        """Images whose float32 rows of an array are worth having in memory at once."""
+        return max(BLOCK_BYTES // (4 * self.n_places(name) * self.channels[name]), 1)
+
+    def subset(self, index: np.ndarray) -> "LayerRows":
+        """Some images alone, in memory."""
+        some = copy.copy(self)
+        some._held = {name: self._stored(name, index) for name in self.grids}
+        some._n_images = len(index)
+        return some
+
+    def _ready(self, name: str, rows: np.ndarray) -> torch.Tensor:
+        shape = (len(rows), self.n_places(name), self.channels[name])
+        return torch.from_numpy(rows).reshape(shape).to(self.device).float()
+
+    def dense(self) -> torch.Tensor:
+        """(n_images, n_features) float32, arrays side by side."""
+        return torch.cat([self.read(name).flatten(1) for name in self.grids], 1)
+
+
+def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0], shape[1]) if len(shape) == 3 else (1, 1)

@@ -1,0 +1,170 @@
+"""The features that heads are fitted to: of a frozen backbone, or of one that was trained once per fold."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featcache.backbone.taps import CLASS_TOKEN
+from featcache.cache.extract import FOLDER
+from featcache.cache.store import Store, list_stores
+from featcache.dataset.algonauts import Subject
+from featcache.dataset.digests import image_digest
+from featcache.dataset.splits import assign_folds
+from featcache.machine.progress import say
+from heads.features.rows import LayerRows
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """One subject's features of one model.
+
+    stores : of a frozen backbone, the one store; of a trained one, a store for each fold that there is, in their order
+    arrays : those that heads read; None: all there are
+    """
+
+    stores: tuple[Store, ...]
+    arrays: tuple[str, ...] | None = None
+
+    @property
+    def trained(self) -> bool:
+        return self.stores[0].recipe["fold"] is not None
+
+    @property
+    def name(self) -> str:
+        return "+".join(store.name for store in self.stores)
+
+    def label(self) -> str:
+        """Backbone, stage, and whether it is a mean of several trainings, for a person."""
+        first = self.stores[0].recipe
+        if not self.trained:
+            return first["backbone"]
+        return f"{first['backbone']}-{first['fold']['stage']}{'-soup' if 'soup' in first['fold'] else ''}"
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the features; of a trained backbone, those of all folds together."""
+        first = dict(self.stores[0].recipe)
+        if self.arrays is not None:
+            first["read"] = list(self.arrays)
+        if not self.trained:
+            return first
+        weights = [store.recipe["weights"] for store in self.stores]
+        fold = {key: value for key, value in first["fold"].items() if key != "fold"}
+        return first | {"weights": weights, "fold": fold | {"held_out": self.held_out()}}
+
+    def held_out(self) -> list[int]:
+        """The fold that each store's backbone did not see."""
+        return [store.recipe["fold"]["fold"] for store in self.stores]
+
+    def folds(self, subject: Subject, n_folds: int = 0, seed: int = 0) -> np.ndarray:
+        """(n_train,) fold of each training image: those of the training, or as asked for where there was none."""
+        fold = self.stores[0].recipe["fold"] or {"n_folds": n_folds, "seed": seed}
+        return assign_folds(subject.train.ids, fold["n_folds"], fold["seed"])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The arrays that heads read, in the order of the network."""
+        return tuple(self.stores[0].arrays) if self.arrays is None else self.arrays
+
+    @property
+    def has_places(self) -> bool:
+        return any(self.stores[0].arrays[name].ndim > 2 for name in self.names)
+
+    def read(self, device: str, budget: float) -> list[LayerRows]:
+        """Of each store, the rows of its arrays; `budget` bytes of each store may be kept in memory."""
+        return [LayerRows(store, self.names, device, budget) for store in self.stores]
+
+    def reading(self, layers: str) -> "list[FeatureSet]":
+        """What heads read under --layers: all layers jointly, each alone, or those that are named.
+
+        A layer's class token goes with it. Named layers that these features lack leave nothing to read.
+        """
+        there = tuple(self.stores[0].arrays)
+        if layers == "joint":
+            return [self]
+        if layers == "each":
+            return [self._of((layer,)) for layer in dict.fromkeys(layer_of(name) for name in there)]
+        wanted = tuple(layers.replace(" ", "").split(","))
+        return [self._of(wanted)] if set(wanted) <= {layer_of(name) for name in there} else []
+
+    def _of(self, layers: tuple[str, ...]) -> "FeatureSet":
+        arrays = tuple(name for name in self.stores[0].arrays if layer_of(name) in layers)
+        return replace(self, arrays=None if arrays == tuple(self.stores[0].arrays) else arrays)
+
+    def seen_ids(self) -> list[np.ndarray]:
+        """Ids of the images that each store's backbone was trained on."""
+        return [np.array(store.facts.get("seen_ids", []), dtype=np.int64) for store in self.stores]
+
+
+def layer_of(name: str) -> str:
+    """Of an array's name."""
+    return name.removesuffix(CLASS_TOKEN)
+
+
+def feature_sets(subject: Subject, work: Path) -> list[FeatureSet]:
+    """The complete features of the subject's images as they are now; what is left out is named."""
+    stores = own_stores(subject, work / FOLDER, "extract")
+    digest = image_digest(subject, work) if stores else ""
+    stores = keep(subject, stores, lambda store: "" if store.recipe["images"] == digest else "made from other images")
+    stores = keep(subject, stores, lambda store: _older_fault(store, stores))
+    families: dict[str, list[Store]] = {}
+    for store in stores:
+        families.setdefault(_family(store), []).append(store)
+    sets = [FeatureSet(tuple(sorted(family, key=_fold))) for family in families.values()]
+    for one in sets:
+        if one.trained and len(one.stores) < (n_folds := one.stores[0].recipe["fold"]["n_folds"]):
+            which = ", ".join(map(str, one.held_out()))
+            say(f"{subject.name}: {one.label()} has fold {which} of {n_folds}; only their images are predicted")
+    return sets
+
+
+def _older_fault(store: Store, stores: Sequence[Store]) -> str:
+    """Of two stores of one fold of one training, the later counts: an unfinished checkpoint may have made the other."""
+    alike = [other for other in stores if _family(other) == _family(store) and _fold(other) == _fold(store)]
+    return newer_fault(store, alike, "training")
+
+
+def newer_fault(store: Store, alike: Sequence[Store], what: str) -> str:
+    """Of complete stores that stand for one thing, the one that was written last counts."""
+    newest = max(alike, key=lambda other: (other.path / "committed.json").stat().st_mtime_ns)
+    return "" if store is newest else f"{newest.name} is of the same {what} and newer"
+
+
+def _family(store: Store) -> str:
+    """Equal for the folds of one training, and for nothing else."""
+    if store.recipe["fold"] is None:
+        return store.name
+    alike = {key: value for key, value in store.recipe.items() if key not in ("weights", "fold")}
+    return repr(alike | {key: value for key, value in store.recipe["fold"].items() if key != "fold"})
+
+
+def _fold(store: Store) -> int:
+    return store.recipe["fold"]["fold"] if store.recipe["fold"] else 0
+
+
+def own_stores(subject: Subject, folder: Path, command: str) -> list[Store]:
+    """The subject's stores in a folder that are complete and have the rows of its images, in their order."""
+    own = [store for store in list_stores(folder) if store.recipe["subject"] == subject.name]
+    if not own:
+        say(f"{subject.name}: nothing in {folder}; run '{command}'")
+    complete = keep(subject, own, lambda store: "" if store.complete else f"not complete, run '{command}' again")
+    return keep(subject, complete, lambda store: _row_fault(store, subject))
+
+
+def _row_fault(store: Store, subject: Subject) -> str:
+    if np.array_equal(store.image_ids, subject.image_ids):
+        return ""
+    if np.isin(store.image_ids, subject.image_ids).all():
+        return f"it has rows of {store.n_train} training images of {len(subject.train)}; train and extract all folds"
+    return "its images have other ids"
+
+
+def keep(subject: Subject, stores: Sequence[Store], fault: Callable[[Store], str]) -> list[Store]:
+    """The stores without a fault; the others are named with theirs."""
+    faults = {store.name: fault(store) for store in stores}
+    for name, why in faults.items():
+        if why:
+            say(f"{subject.name}: left out {name}: {why}")
+    return [store for store in stores if not faults[store.name]]

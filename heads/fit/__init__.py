@@ -1,0 +1,1 @@
+"""Feature stores in, prediction stores and weights of heads out."""

@@ -1,0 +1,1 @@
+"""Where in the image, and in which layers, heads look."""

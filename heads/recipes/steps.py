@@ -1,0 +1,255 @@
+"""A recipe: commands in a TOML file, in order, read and checked whole before the first runs (docs/recipes.md)."""
+
+import difflib
+import inspect
+import itertools
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+from typer.core import TyperGroup
+
+from featcache.errors import ConfigError, FeatcacheError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command leaves: a line for a person, a JSON object for a program, and an exit code."""
+
+    message: str
+    result: dict[str, Any]
+    code: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command line asks for: its options are read and its settings checked, and nothing is done yet.
+
+    config : the settings that it is called with; None where there are none
+    is_done : whether there is nothing to do, of a command that would not see to that itself
+    """
+
+    config: Any
+    call: Callable[[], Outcome]
+    as_json: bool = False
+    is_done: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a command: what it takes, how it is said on the command line, and how a flag is taken back."""
+
+    kind: type
+    on: str
+    off: str = ""
+
+
+# what a command line that cannot be read raises; typer may carry click inside itself, where it has no name to import
+UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+Commands = Mapping[str, Mapping[str, Option]]  # {command: {option, without dashes: what it is}}
+_KINDS: dict[type, tuple[str, tuple[type, ...]]] = {  # in words, and what TOML may have for it
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    bool: ("true or false", (bool,)),
+    str: ("text or a number", (str, int, float)),
+    Path: ("a path", (str,)),
+}
+_PARTS = ("title", "options", "steps")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a recipe, with one value for every option.
+
+    number : of the step in the file, from 1; a list of values makes several of one number
+    own : the options that the step itself gives
+    """
+
+    recipe: Path
+    number: int
+    command: str
+    arguments: tuple[str, ...] = ()
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        return f"{self.recipe}, step {self.number} ({self.command})"
+
+    @property
+    def described(self) -> str:
+        """In a few words: 'extract backbone=convnext_base size=384'."""
+        return " ".join([self.command, *(f"{name}={value}" for name, value in self.own.items())])
+
+
+def read_recipe(path: Path, commands: Commands, given: Mapping[str, Any]) -> list[Step]:
+    """The steps of a recipe, lists expanded: the last list of a step changes fastest.
+
+    given : options that every command that has them takes, whatever the recipe says
+
+    Raises ConfigError for a file that is no recipe, and for the first command, option or value that cannot be.
+    """
+    recipe = _load(path)
+    options, steps = recipe.get("options", {}), recipe.get("steps", [])
+    if not isinstance(options, dict):
+        raise ConfigError(f"{path}: expected a table [options]; found options = {options!r}; correct it")
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, dict) for step in steps):
+        raise ConfigError(f"{path}: expected one or more [[steps]]; found none; add them (docs/recipes.md)")
+    for number, step in enumerate(steps, 1):
+        _check_step(path, number, step, commands)
+    known = dict.fromkeys(name for step in steps for name in commands[step["run"]])
+    for name, value in options.items():
+        _refuse_unknown(name, known, f"{path}, [options]", "an option of one of the steps")
+        if isinstance(value, list):
+            raise ConfigError(f"{path}, [options]: expected one value of {name}; found a list; put lists into steps")
+    return [
+        one
+        for number, step in enumerate(steps, 1)
+        for one in _expanded(path, number, step, commands[step["run"]], options, given)
+    ]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path}: expected a recipe; found no such file; name one, such as recipes/demo.toml"
+        ) from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path}: expected a recipe; found a folder; name a .toml file in it") from error
+    except ValueError as error:  # of TOML, or of the bytes before it
+        raise ConfigError(f"{path}: expected TOML; found a mistake in it: {error}; correct it") from error
+    for name in recipe:
+        _refuse_unknown(name, _PARTS, str(path), "title, [options] and [[steps]]")
+    return recipe
+
+
+def _check_step(path: Path, number: int, step: Mapping[str, Any], commands: Commands) -> None:
+    if not isinstance(command := step.get("run"), str):
+        found = "nothing" if command is None else repr(command)
+        raise ConfigError(f"{path}, step {number}: expected run = and a command; found {found}; add it")
+    _refuse_unknown(command, commands, f"{path}, step {number}", f"one of {', '.join(commands)}")
+    for name in step:
+        if name != "run":
+            where = f"{path}, step {number} ({command})"
+            _refuse_unknown(name, commands[command], where, f"an option of {command}")
+
+
+def _refuse_unknown(name: str, known: Mapping[str, Any] | Sequence[str], where: str, expected: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(known)}"
+        raise ConfigError(f"{where}: expected {expected}; found {name!r}; {hint}")
+
+
+def _expanded(
+    path: Path,
+    number: int,
+    step: Mapping[str, Any],
+    known: Mapping[str, Option],
+    options: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> Iterator[Step]:
+    own = {name: value if isinstance(value, list) else [value] for name, value in step.items() if name != "run"}
+    shared = {name: value for name, value in options.items() if name in known}
+    for values in itertools.product(*own.values()):
+        chosen = dict(zip(own, values, strict=True))
+        bare = Step(path, number, step["run"], own=chosen)
+        arguments = [_argument(name, value, known[name], bare.where) for name, value in (shared | chosen).items()]
+        arguments += [f"--{name}={value}" for name, value in given.items() if name in known]
+        yield Step(path, number, step["run"], tuple(one for one in arguments if one), chosen)
+    if empty := [name for name, values in own.items() if not values]:
+        where = Step(path, number, step["run"]).where
+        raise ConfigError(f"{where}: expected one or more values of {empty[0]}; found []; leave it out")
+
+
+def _argument(name: str, value: Any, option: Option, where: str) -> str:
+    """As on the command line; '' for a flag that is not given. Raises ConfigError for a value of another kind."""
+    expected, kinds = _KINDS[option.kind]
+    if not isinstance(value, kinds) or isinstance(value, bool) != (option.kind is bool):
+        raise ConfigError(f"{where}: --{name}: expected {expected}; found {value!r}; correct it")
+    if option.kind is bool:
+        return option.on if value else option.off
+    return f"{option.on}={value}"
+
+
+def commands_of(group: TyperGroup) -> Commands:
+    """What a recipe may run: the commands that take nothing but options, each with its options but --json."""
+    return {
+        name: _options_of(command)
+        for name, command in group.commands.items()
+        if all(one.param_type_name == "option" for one in command.params)
+    }
+
+
+def _options_of(command: Any) -> dict[str, Option]:
+    signature = inspect.signature(command.callback).parameters
+    found = {}
+    for one in command.params:
+        annotation = signature[one.name].annotation
+        kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+        kind = next((part for part in get_args(kind) if part in _KINDS), kind)  # of int | None
+        found[one.opts[0].removeprefix("--")] = Option(kind, one.opts[0], *one.secondary_opts[:1])
+    return {name: option for name, option in found.items() if name != "json"}
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A step whose options are read and whose settings are checked. options : as the command reads them."""
+
+    step: Step
+    job: Job
+    options: Mapping[str, Any]
+
+
+def ready(group: TyperGroup, step: Step) -> Ready:
+    """Read a step's options as the command itself does, and build its settings. Raises FeatcacheError."""
+    command = group.commands[step.command]
+    try:
+        context = command.make_context(step.command, list(step.arguments))
+        return Ready(step, command.invoke(context), dict(context.params))
+    except FeatcacheError as error:
+        raise located(error, step) from error
+    except UsageError as error:
+        message = getattr(error, "format_message", error.__str__)()
+        raise ConfigError(f"{step.where}: {message} correct it, or the environment") from error
+
+
+def located(error: FeatcacheError, step: Step) -> FeatcacheError:
+    """The same mistake, with the step that it is in."""
+    return type(error)(f"{step.where}: {error}")
+
+
+def run_steps(steps: Sequence[Ready], say: Callable[[str], None]) -> tuple[list[dict[str, Any]], int]:
+    """Run what is checked, one after the other, up to the first that fails; what each left, and the exit code.
+
+    Every command skips what is done already, so that the same recipe run again goes on where it stopped.
+    """
+    from featcache.machine.device import give_back_memory
+
+    last, results = steps[-1].step.number, []
+    for one in steps:
+        step, job = one.step, one.job
+        name = f"step {step.number} of {last}: {step.described}"
+        about = {"step": step.number, "command": step.command, "options": dict(step.own)}
+        if job.is_done():
+            say(f"{name}: is there already")
+            results.append(about | {"skipped": True})
+            continue
+        say(name)
+        began = time.perf_counter()
+        try:
+            outcome = job.call()
+        except FeatcacheError as error:
+            raise located(error, step) from error
+        seconds = round(time.perf_counter() - began, 2)
+        say(f"{outcome.message} ({seconds:.1f} s)")
+        results.append(about | {"skipped": False} | outcome.result | {"seconds": seconds})
+        give_back_memory()  # a step has what it would have as a command alone
+        if outcome.code:
+            return results, outcome.code
+    return results, 0

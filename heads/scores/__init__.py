@@ -1,0 +1,1 @@
+"""Losses to train by and metrics to report."""

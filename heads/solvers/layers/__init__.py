@@ -1,0 +1,1 @@
+"""Closed form on several layers at once, under priors over places and depths."""

@@ -1,0 +1,453 @@
+"""Both stages through the commands: what they learn, what they keep apart, and what they refuse."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from PIL import Image
+
+import cli
+from featcache.backbone.checkpoint import list_checkpoints
+from featcache.cache.extract import extract
+from featcache.cache.store import open_store
+from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
+from featcache.dataset.algonauts import open_challenge
+from featcache.dataset.rois import FSAVERAGE_VERTICES, HEMISPHERES
+from featcache.dataset.splits import assign_folds
+from featcache.errors import CheckpointError, ConfigError, LeakError
+from heads.backbones.encoder import linear_map_of
+from heads.backbones.stages import train_stage
+from heads.config import AdamWConfig, FitConfig, StageConfig, TrainConfig
+from heads.features.sets import feature_sets
+from heads.fit.run import fit_heads, prediction_recipe, scores_by_model
+from heads.scores.metrics import pearson_r
+from heads.solvers.registry import trained_heads
+
+SETTINGS = {"FEATCACHE_BACKBONE": "test_resnet", "FEATCACHE_WEIGHTS": "none", "FEATCACHE_SIZE": "32"}
+QUICK = ["--folds", "2", "--epochs", "1", "--batch-size", "4", "--workers", "1", "--embedding", "8"]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """A work folder after both stages and extraction, for reading."""
+    work = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (SETTINGS | {"FEATCACHE_DATA": str(tiny), "FEATCACHE_WORK": str(work)}).items():
+            patch.setenv(name, value)
+        for command in (["pretrain", *QUICK], ["finetune", *QUICK], ["extract"]):
+            assert cli.run(command) == 0
+    return work
+
+
+@pytest.fixture
+def work(trained, tiny, tmp_path, monkeypatch):
+    """A copy of it."""
+    for name, value in (SETTINGS | {"FEATCACHE_DATA": str(tiny), "FEATCACHE_WORK": str(tmp_path / "work")}).items():
+        monkeypatch.setenv(name, value)
+    return Path(shutil.copytree(trained, tmp_path / "work"))
+
+
+def run(capfd, *arguments):
+    code = cli.run([*arguments, "--json"])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1]), err
+
+
+def fails(capfd, *arguments):
+    code = cli.run(list(arguments))
+    _, err = capfd.readouterr()
+    assert code == 1 and err.splitlines()[-1].startswith("error: "), err
+    return err.splitlines()[-1]
+
+
+def test_a_checkpoint_a_fold_for_all_subjects_and_one_a_fold_and_subject(trained):
+    found = [(one.recipe["stage"], *one.recipe["subjects"], one.fold["fold"]) for one in list_checkpoints(trained)]
+    both = [("pretrain", "subj01", "subj02", k) for k in (0, 1)]
+    assert sorted(found) == sorted(both + [("finetune", f"subj0{n}", k) for n in (1, 2) for k in (0, 1)])
+
+
+def test_out_of_fold_stays_out_of_fold_through_both_stages(trained, tiny):
+    """No checkpoint, nor the one it started from, saw an image of its fold, of any subject."""
+    subjects = open_challenge(tiny).subjects
+    by_stage = {
+        (one.recipe["stage"], *one.recipe["subjects"], one.fold["fold"]): one for one in list_checkpoints(trained)
+    }
+    for (stage, *names, fold), one in by_stage.items():
+        assert (assign_folds(one.seen_ids, 2, 0) != fold).all()
+        if stage == "finetune":
+            first = by_stage["pretrain", "subj01", "subj02", fold]
+            assert one.recipe["start"] == {"weights": first.backbone().digest, "training": first.training}
+            assert set(first.seen_ids) <= set(one.seen_ids)
+        expected = [s.train.ids[assign_folds(s.train.ids, 2, 0) != fold] for s in subjects]
+        assert set(one.seen_ids) == set(np.concatenate(expected).tolist()), names
+
+
+def test_every_stage_runs_on_what_the_one_before_left(work, tiny, capfd):
+    exact, _ = run(capfd, "fit-heads", "--loss", "mnnpc")
+    as_trained, _ = run(capfd, "fit-heads", "--solver", "trained")
+    gradient, _ = run(capfd, "fit-heads", "--loss", "smooth_l1", "--head", "roi", "--epochs", "2")
+    for fitted in (exact, as_trained, gradient):
+        assert len(fitted["stores"]) == 4 and len({store["model"] for store in fitted["stores"]}) == 2
+    blended, said = run(capfd, "blend")
+    assert "is the mean over the networks of all folds" in " ".join(said.split())
+    assert Path(blended["submission"]).is_file()
+    assert len(blended["weights"]["subj01"]["lh"]["all"]) == 6
+    again, _ = run(capfd, "finetune", *QUICK)
+    assert all(one["seconds"] < 60 for one in again["checkpoints"]) and len(again["checkpoints"]) == 4
+
+
+def test_trained_heads_predict_what_the_network_did(work, tiny):
+    """The cached features times the heads of the checkpoint are the predictions of the network itself."""
+    subject = open_challenge(tiny).subjects[0]
+    fitted = fit_heads([subject], FitConfig(solver="trained"), work)
+    for one in fitted:
+        store = open_store(one.path)
+        stage, folds = store.recipe["features"]["fold"]["stage"], assign_folds(subject.train.ids, 2, 0)
+        for checkpoint in list_checkpoints(work):
+            if checkpoint.recipe["stage"] == stage and checkpoint.concerns(subject):
+                rows = np.flatnonzero(folds == checkpoint.fold["fold"])
+                predicted = [store.read(h, 0, store.n_train)[rows] for h in HEMISPHERES]
+                r = [pearson_r(p, subject.responses(h)[rows]) for p, h in zip(predicted, HEMISPHERES, strict=True)]
+                if stage == "finetune":  # whose score is of this subject alone
+                    from heads.scores.metrics import VertexScores, summarize
+
+                    both = zip(HEMISPHERES, r, strict=True)
+                    scores = [VertexScores("s", h, values, subject.noise_ceiling[h]) for h, values in both]
+                    found = summarize(scores)[-1].accuracy  # of features in bfloat16, on a CPU that has it
+                    assert found == pytest.approx(100 * checkpoint.facts["score"], abs=0.2)
+
+
+def test_heads_of_a_checkpoint_are_one_model_whatever_heads_are_asked_for(work, tiny):
+    subject = open_challenge(tiny).subjects[0]
+    asked = [FitConfig(loss, head, solver="trained") for loss in ("mnnpc", "smooth_l1") for head in ("linear", "roi")]
+    found = [{(one.path, one.model) for one in fit_heads([subject], config, work)} for config in asked]
+    assert len(found[0]) == 2 and all(one == found[0] for one in found)
+    assert len(list((work / "predictions.zarr").iterdir())) == 2
+    assert all(" trained " in model and "trained trained" not in model for _, model in found[0])
+
+
+def test_of_two_stores_of_one_model_the_newer_is_blended_and_the_other_named(work, tiny, capfd):
+    """As they were left behind when a store's name told more than its recipe."""
+    fitted, _ = run(capfd, "fit-heads", "--solver", "trained", "--subject", "1")
+    made = Path(fitted["stores"][0]["path"])
+    older = Path(shutil.copytree(made, made.with_name(made.name.replace("trained", "roi-trained"))))
+    os.utime(older / "committed.json", (1_000_000_000, 1_000_000_000))
+    blended, err = run(capfd, "blend")
+    (line,) = [line for line in err.splitlines() if "same model" in line]
+    assert line.startswith(f"subj01: left out {older.name}: {made.name} is of the same model and newer")
+    assert set(blended["weights"]["subj01"]["lh"]["all"]) == {store["model"] for store in fitted["stores"]}
+    shutil.rmtree(older)
+    again, _ = run(capfd, "blend")
+    assert again["weights"] == blended["weights"] and again["scores"] == blended["scores"]
+
+
+def test_a_blend_refuses_images_that_a_backbone_saw_when_features_and_checkpoints_are_gone(work, tiny, capfd):
+    fitted, _ = run(capfd, "fit-heads", "--solver", "trained", "--subject", "1")
+    for folder in ("features.zarr", "checkpoints", "submission"):
+        shutil.rmtree(work / folder, ignore_errors=True)
+    subject = open_challenge(tiny).subjects[0]
+    path = Path(fitted["stores"][0]["path"])
+    group = zarr.open_group(path, mode="r+")
+    about = dict(group.attrs["featcache"])
+    seen = about["facts"]["seen_ids"]
+    folds = assign_folds(subject.train.ids, 2, 0)
+    for fold, ids in zip(about["recipe"]["features"]["fold"]["held_out"], seen, strict=True):
+        assert set(ids) == set(subject.train.ids[folds != fold].tolist())
+    blended, _ = run(capfd, "blend")
+    assert len(blended["weights"]["subj01"]["lh"]["all"]) == 2
+    leaked = int(subject.train.ids[folds == about["recipe"]["features"]["fold"]["held_out"][1]][0])
+    group.attrs["featcache"] = about | {"facts": about["facts"] | {"seen_ids": [seen[0], [*seen[1], leaked]]}}
+    assert cli.run(["blend"]) == 1 == cli.run(["models"])
+    assert f"id {leaked}" in capfd.readouterr().err
+    group.attrs["featcache"] = about | {"facts": {k: v for k, v in about["facts"].items() if k != "seen_ids"}}
+    blended, err = run(capfd, "blend")
+    assert f"left out {path.name}: it does not say which images its backbone was trained on" in err
+    assert len(blended["weights"]["subj01"]["lh"]["all"]) == 1
+
+
+def test_heads_refuse_images_that_the_backbone_saw(work, tiny):
+    """Its ids tell, whatever the recipe says: one id of the held-out fold among those it saw is enough."""
+    subject = open_challenge(tiny).subjects[0]
+    path = next(path for path in (work / "features.zarr").iterdir() if "subj01" in path.name and "fold0" in path.name)
+    held_out = subject.train.ids[assign_folds(subject.train.ids, 2, 0) == 0]
+    group = zarr.open_group(path, mode="r+")
+    about = dict(group.attrs["featcache"])
+    about["facts"] = about["facts"] | {"seen_ids": [*about["facts"]["seen_ids"], int(held_out[0])]}
+    group.attrs["featcache"] = about
+    with pytest.raises(LeakError, match=rf"{path.name} of subj01 .*id {held_out[0]}"):
+        fit_heads([subject], FitConfig(), work)
+
+
+def test_folds_of_a_training_are_in_the_recipe_and_not_those_asked_for(work, tiny):
+    """Heads on its features follow them whatever --folds says; the gradient loop has a seed of its own."""
+    subject = open_challenge(tiny).subjects[0]
+    one = feature_sets(subject, work)[0]
+
+    def recipe(**asked):
+        return prediction_recipe(subject, one, FitConfig(**asked), work)
+
+    assert recipe()["n_folds"] == 2 and recipe(n_folds=7, seed=3) == recipe()
+    adamw = {"loss": "smooth_l1"}
+    assert recipe(**adamw, n_folds=7) == recipe(**adamw) != recipe(**adamw, seed=3)
+
+
+@pytest.mark.parametrize("backbone", ["trained", "frozen"])
+@pytest.mark.parametrize(("head", "loss"), [("linear", "mse"), ("linear", "smooth_l1"), ("spatial", "mse")])
+def test_what_a_fit_refuses_leaves_no_store_behind(work, tiny, tmp_path, monkeypatch, backbone, head, loss):
+    """Splits that are too small are met by every solver, each in its own place."""
+
+    def refuse(*_, **__):
+        raise ConfigError("fold 0: expected enough images")
+
+    folder = work if backbone == "trained" else tmp_path / "frozen"
+    subjects = open_challenge(tiny).subjects[:1]
+    if backbone == "frozen":
+        extract(subjects, ExtractConfig(SMALL, LayerConfig(("pooled",)), workers=1), folder)
+    for place in ("folds.clean_parts", "spatial_folds.clean_parts", "training.stop_split", "spatial_folds.stop_split"):
+        monkeypatch.setattr(f"heads.{place}", refuse)
+    if (backbone, head, loss) == ("frozen", "linear", "mse"):  # the closed form splits nothing there
+        monkeypatch.setattr("heads.solvers.registry.RidgeFits", refuse)
+    with pytest.raises(ConfigError, match="fold 0"):
+        fit_heads(subjects, FitConfig(loss, head), folder)
+    assert not (folder / "predictions.zarr").exists() and not (folder / "heads").exists()
+
+
+def test_trained_heads_come_with_the_features_they_read(tiny, tmp_path):
+    """Trainings that differ in their folds alone are not mixed up: each store's heads never saw its held-out images."""
+    subjects = open_challenge(tiny).subjects[:1]
+    for n_folds in (2, 3):
+        stage = StageConfig(
+            "finetune", TrainConfig(epochs=1, batch_size=4), SMALL, "none", fold=1, n_folds=n_folds, workers=1
+        )
+        train_stage(subjects, stage, tmp_path)
+    extract(subjects, ExtractConfig(SMALL, checkpoint="auto"), tmp_path)
+    for one in feature_sets(subjects[0], tmp_path):
+        fold = one.stores[0].recipe["fold"]
+        (checkpoint,) = [c for c in list_checkpoints(tmp_path) if c.fold["n_folds"] == fold["n_folds"]]
+        expected = linear_map_of(checkpoint.heads(), ["subj01"], "subj01", "lh")
+        predictor = trained_heads(subjects[0], one, one.folds(subjects[0]), "cpu", tmp_path)
+        responses = torch.from_numpy(np.array(subjects[0].responses("lh")))
+        saved = predictor.fit(responses, hemisphere="lh").saved
+        assert torch.equal(saved[f"fold{fold['fold']}.", "weights"], expected.weights)
+
+
+def test_one_fold_predicts_and_scores_its_own_images_alone(tiny, tmp_path, said):
+    subjects = open_challenge(tiny).subjects[:1]
+    stage = StageConfig("finetune", TrainConfig(epochs=1, batch_size=4), SMALL, "none", fold=1, n_folds=2, workers=1)
+    train_stage(subjects, stage, tmp_path)
+    extract(subjects, ExtractConfig(SMALL, checkpoint="auto"), tmp_path)
+    (fitted,) = fit_heads(subjects, FitConfig(), tmp_path)
+    store, ids = open_store(fitted.path), subjects[0].train.ids
+    assert store.image_ids[: store.n_train].tolist() == ids[assign_folds(ids, 2, 0) == 1].tolist()
+    assert np.isfinite(store.read("lh")).all() and "fold 1" in fitted.model
+    ((scores, _),) = scores_by_model(subjects, [fitted]).values()
+    rows = assign_folds(ids, 2, 0) == 1
+    expected = pearson_r(store.read("lh", 0, store.n_train), subjects[0].responses("lh")[rows])
+    np.testing.assert_array_equal(scores.r, expected)
+
+
+@pytest.mark.parametrize(("loss", "way"), [("mse", "closed form"), ("smooth_l1", "by gradient")])
+def test_what_is_said_before_a_fit_is_what_it_does(tiny, tmp_path, said, loss, way):
+    subjects = open_challenge(tiny).subjects[:1]
+    stage = StageConfig("finetune", TrainConfig(epochs=1, batch_size=4), SMALL, "none", fold=1, n_folds=2, workers=1)
+    train_stage(subjects, stage, tmp_path)
+    extract(subjects, ExtractConfig(SMALL, LayerConfig(("pooled",)), checkpoint="auto"), tmp_path)
+    fit_heads(subjects, FitConfig(loss, adamw=AdamWConfig(epochs=1)), tmp_path)
+    assert [way in line for line in said if "of memory" in line] == [True]
+
+
+SMALL = BackboneConfig("test_resnet", "none", 32)
+
+
+@pytest.fixture
+def coloured(tree):
+    """Responses that are the mean colour of a picture, mixed differently at every place of the surface.
+
+    The mixture is one for all subjects, as stage 1 expects, so columns that are not aligned would spoil it.
+    """
+    rng = np.random.default_rng(0)
+    mixture = {hemisphere: rng.normal(size=(3, FSAVERAGE_VERTICES)) for hemisphere in HEMISPHERES}
+    for subject in open_challenge(tree).subjects:
+        paths = subject.train.paths
+        colours = rng.uniform(0, 255, size=(len(paths), 3))
+        for path, colour in zip(paths, colours, strict=True):
+            Image.fromarray(np.broadcast_to(colour.astype(np.uint8), (32, 32, 3)).copy()).save(path)
+        for hemisphere, mask in subject.fsaverage.items():
+            signal = (colours - 127) / 74 @ mixture[hemisphere][:, mask]
+            noisy = signal + 0.1 * rng.normal(size=signal.shape)
+            np.save(subject.response_path(hemisphere), noisy.astype(np.float32))
+    return open_challenge(tree)
+
+
+@pytest.mark.parametrize("loss", ["smooth_l1", "pearson", "mnnpc+mse"])
+def test_both_stages_learn_what_was_planted(coloured, tmp_path, loss):
+    """Held-out pictures are predicted nearly as well as the noise allows, from a network that knew nothing."""
+    settings = TrainConfig(
+        loss,
+        epochs=25,
+        batch_size=8,
+        learning_rate=3e-3,
+        head_learning_rate=1e-2,
+        freeze_norm=False,
+        patience=25,
+        embedding=8,
+    )
+    stage = StageConfig("pretrain", settings, SMALL, fold=0, n_folds=3, workers=1)
+    (first,) = train_stage(coloured.subjects, stage, tmp_path)
+    second = replace(stage, stage="finetune", train=replace(settings, epochs=10))
+    best = [one.checkpoint for one in train_stage(coloured.subjects, second, tmp_path)]
+    for checkpoint, subjects in [(first.checkpoint, coloured.subjects)] + [
+        (one, coloured.select(next(iter(one.recipe["subjects"])))) for one in best
+    ]:
+        extract(subjects, ExtractConfig(SMALL, checkpoint=str(checkpoint.path)), tmp_path)
+    scores = scores_by_model(coloured.subjects, fit_heads(coloured.subjects, FitConfig(solver="trained"), tmp_path))
+    for model, of_model in scores.items():
+        r = np.concatenate([one.r for one in of_model])
+        assert np.median(r) > 0.8, model
+
+
+def test_noise_is_not_predicted_through_both_stages_and_refitted_heads(tree, tmp_path):
+    """A backbone that learnt its training responses by heart knows nothing of those that were held out."""
+    rng = np.random.default_rng(3)
+    subjects = open_challenge(tree).subjects
+    for subject in subjects:
+        for hemisphere, n_vertices in subject.n_vertices.items():
+            noise = rng.normal(size=(len(subject.train), n_vertices)).astype(np.float32)
+            np.save(subject.response_path(hemisphere), noise)
+    settings = TrainConfig("mse", 8, 4, learning_rate=3e-3, head_learning_rate=1e-2, stop="never", embedding=8)
+    stage = StageConfig("pretrain", settings, SMALL, n_folds=2, workers=1)
+    train_stage(subjects, stage, tmp_path)
+    train_stage(subjects, replace(stage, stage="finetune"), tmp_path)
+    extract(subjects, ExtractConfig(SMALL, checkpoint="auto"), tmp_path)
+    for solver in ("exact", "trained"):
+        for model, scores in scores_by_model(subjects, fit_heads(subjects, FitConfig(solver=solver), tmp_path)).items():
+            r = np.concatenate([one.r for one in scores])  # of 168 vertices, each of spread 0.2
+            assert abs(r.mean()) < 0.06, model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "--fold", "2", "--folds", "2"], "--fold: expected all or a number from 0 to 1; found 2"),
+        (["pretrain", "--fold", "last"], "--fold: expected all or a number from 0 to 4; found 'last'"),
+        (["finetune", "--subject", "7"], "--subject: expected one of subj01, subj02; found 'subj07'"),
+        (["finetune", "--folds", "3"], "expected a stage-1 checkpoint of the same folds (3, seed 0)"),
+        (["finetune", "--folds", "2", "--fold-seed", "5"], "found one of others, which saw images"),
+        (["finetune", "--backbone", "test_vit"], "expected a stage-1 checkpoint of fold 0 of subj01"),
+        (["finetune", "--init", "nothing-there"], "--weights: expected hub, packaged, none or a weights file"),
+        (["pretrain", "--recipe", "slow"], "--recipe: expected one of fast, paper; found 'slow'"),
+        (["pretrain", "--loss", "rmse"], "--loss: expected smooth_l1"),
+        (["pretrain", "--learning-rate", "0"], "--learning-rate: expected a number above 0"),
+        (["pretrain", "--folds", "2"], "--batch-size: expected at least 32 training images for one step; found"),
+        (["pretrain", "--warmup", "inf"], "--warmup: expected a finite number; found inf"),
+        (["pretrain", "--fold", "²"], "--fold: expected all or a number from 0 to 4; found '²'"),
+        (["pretrain", *QUICK, "--size", "16", "--backbone", "test_convnext"], "--size: expected a size that"),
+        (["pretrain", "--ema", "2"], "--ema: expected a number from 0 to 1"),
+        (["pretrain", *QUICK, "--seed", "9", "--image-cache", "1e-7"], "in --image-cache 1e-07 GB; they need"),
+        (["extract", "--checkpoint", "nothing-there"], "expected a checkpoint's folder; found no checkpoint.json"),
+    ],
+)
+def test_mistakes_are_one_line(work, capfd, arguments, message):
+    shutil.rmtree(work / "pixels")
+    assert message in fails(capfd, *arguments)
+
+
+def test_a_checkpoint_of_another_architecture_or_tree_is_refused(work, tree, capfd, monkeypatch):
+    given = next(one for one in list_checkpoints(work) if one.recipe["stage"] == "pretrain")
+    init = ["--init", str(given.path), "--folds", "2"]
+    line = fails(capfd, "finetune", *init, "--backbone", "test_vit")
+    assert "expected a checkpoint of test_vit; found one of test_resnet" in line
+    path = open_challenge(tree).subjects[0].response_path("lh")
+    np.save(path, np.load(path) + 1)
+    monkeypatch.setenv("FEATCACHE_DATA", str(tree))
+    assert "expected a checkpoint of this tree; found one of other responses of subj01" in fails(
+        capfd, "finetune", *init
+    )
+    assert "found one of other responses of subj01" in fails(capfd, "extract", "--checkpoint", str(given.path))
+
+
+def test_stage_2_starts_from_a_checkpoint_of_another_folder(work, tiny, tmp_path, capfd):
+    """Its fold is found beside the one that was named."""
+    given = next(one for one in list_checkpoints(work) if one.recipe["stage"] == "pretrain")
+    done, _ = run(capfd, "finetune", "--init", str(given.path), *QUICK, "--work", str(tmp_path / "other"))
+    starts = {one.recipe["start"]["training"] for one in list_checkpoints(tmp_path / "other")}
+    assert len(done["checkpoints"]) == 4 and starts == {given.training}
+
+
+def test_a_second_stage_2_goes_on_from_the_same_subject(work, tiny, tmp_path, capfd):
+    given = {
+        next(iter(one.recipe["subjects"])): one
+        for one in list_checkpoints(work)
+        if one.recipe["stage"] == "finetune" and one.fold["fold"] == 0
+    }
+    options = ["--fold", "0", "--subject", "2", *QUICK, "--work", str(tmp_path / "other")]
+    run(capfd, "finetune", "--init", str(given["subj02"].path), *options)
+    (again,) = list_checkpoints(tmp_path / "other")
+    assert again.recipe["start"]["weights"] == given["subj02"].backbone().digest
+    assert "subj02; found subj01" in fails(capfd, "finetune", "--init", str(given["subj01"].path), *options)
+
+
+def test_the_weights_file_of_a_checkpoint_is_refused_wherever_it_lies(work, tmp_path, capfd):
+    """It does not say what it saw, so nothing could be held out from it."""
+    one = list_checkpoints(work)[0]
+    file = shutil.copy(one.path / one.facts["weights"] / "backbone.safetensors", tmp_path / "weights.safetensors")
+    for command in (
+        ["finetune", "--init"],
+        ["pretrain", "--weights"],
+        ["extract", "--checkpoint", "none", "--weights"],
+    ):
+        assert f"found those of checkpoint {one.name}" in fails(capfd, *command, str(file))
+
+
+def test_two_stage_1_trainings_must_be_told_apart(work, capfd):
+    run(capfd, "pretrain", *QUICK, "--seed", "1", "--fold", "0")
+    assert "expected one stage-1 training" in fails(capfd, "finetune", *QUICK)
+
+
+def test_a_start_that_saw_the_held_out_fold_is_refused(work, tiny):
+    """Even where its recipe claims that fold: the ids count."""
+    path = next(
+        one for one in list_checkpoints(work) if one.recipe["stage"] == "pretrain" and one.fold["fold"] == 0
+    ).path
+    about = json.loads((path / "checkpoint.json").read_text())
+    subject = open_challenge(tiny).subjects[0]
+    about["facts"]["seen_ids"] = subject.train.ids.tolist()
+    (path / "checkpoint.json").write_text(json.dumps(about))
+    config = StageConfig("finetune", TrainConfig(epochs=1, batch_size=4, seed=3), SMALL, fold=0, n_folds=2, workers=1)
+    with pytest.raises(LeakError, match="fold 0 of finetune-subj01"):
+        train_stage([subject], config, work)
+
+
+def test_an_unfinished_stage_1_is_not_started_from(work, tiny, capfd):
+    path = next(
+        one for one in list_checkpoints(work) if one.recipe["stage"] == "pretrain" and one.fold["fold"] == 0
+    ).path
+    about = json.loads((path / "checkpoint.json").read_text())
+    about["facts"]["finished"] = False
+    (path / "checkpoint.json").write_text(json.dumps(about))
+    assert "found only folds 1; run pretrain --fold 0" in fails(capfd, "finetune", *QUICK, "--seed", "4")
+
+
+FAMILIES = ["test_convnext", "seresnext26d_32x4d", "test_vit", "test_efficientnet", "seresnet18"]
+FAMILIES += ["efficientvit_m0", "mobilenetv3_small_050"]  # a norm in the classifier; a layer between it and the pooling
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_of_the_paper_trains_and_extracts(tiny, tmp_path, name):
+    """Convnets with and without squeeze and excitation, and a transformer at a size that is not its own."""
+    subjects, backbone = open_challenge(tiny).subjects[:1], BackboneConfig(name, "none", 64)
+    stage = StageConfig("finetune", TrainConfig(epochs=1, batch_size=4), backbone, "none", fold=0, n_folds=2, workers=1)
+    (one,) = train_stage(subjects, stage, tmp_path)
+    assert one.checkpoint.backbone().digest != one.checkpoint.recipe["start"]["weights"]
+    (stored,) = extract(subjects, ExtractConfig(backbone, checkpoint="auto"), tmp_path)
+    assert np.isfinite(open_store(stored.path).read("pooled")).all()
+    with pytest.raises(CheckpointError, match=f"expected a checkpoint of test_byobnet; found one of {name}"):
+        other = ExtractConfig(BackboneConfig("test_byobnet", "none"), checkpoint=one.checkpoint.name)
+        extract(subjects, other, tmp_path)

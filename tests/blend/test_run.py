@@ -1,0 +1,303 @@
+"""What `blend` and `models` leave behind and say, with models that are made up and with models that were fitted."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import cli
+import heads.blend.run
+from featcache.cache.store import open_store
+from featcache.dataset.algonauts import Challenge, open_challenge
+from featcache.errors import StoreError
+from heads.blend.overview import list_models
+from heads.blend.saved import load_blend
+from heads.config import BlendConfig
+from heads.scores.metrics import pearson_r
+from support.blends import IDS, N_TEST, N_TRAIN, ROIS, WIDTHS, made_up, slow_r, standardised, stores_of, subject_of
+
+DEFAULT = BlendConfig()
+
+
+# --- made up
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Blends made-up models of subjects that are made up as well."""
+
+    def blend(predictions, responses, config=DEFAULT, ceiling=None, n_subjects=1):
+        subjects = [
+            subject_of(tmp_path / f"subj{n}", responses, ceiling, name=f"subj{n:02d}") for n in range(1, n_subjects + 1)
+        ]
+        members = {s: stores_of(tmp_path / f"stores-{s.name}", predictions) for s in subjects}
+        for module in ("heads.blend.run", "heads.blend.overview"):
+            monkeypatch.setattr(f"{module}.members_of", lambda *_: members)
+        return heads.blend.run.blend(Challenge(tmp_path, tuple(subjects)), config, tmp_path), members
+
+    return blend
+
+
+def predicted(folder: Path, name="subj01"):
+    parts = [np.load(folder / "submission" / name / f"{h}_pred_test.npy") for h in ("lh", "rh")]
+    return np.concatenate(parts, axis=1)
+
+
+def test_the_blend_is_better_on_images_that_nobody_saw(made, tmp_path):
+    predictions, responses = made_up(noise=(2, 2, 2.5, 3))
+    done, _ = made(predictions, responses)
+    scores = {name: np.mean(np.concatenate([one.r for one in of])) for name, of in done.scores.items()}
+    assert list(scores) == ["best single", "uniform", "blend"]
+    single, uniform = done.gains
+    assert single.gain == pytest.approx(scores["blend"] - scores["best single"])
+    assert uniform.score == pytest.approx(scores["uniform"])
+    test = {m: pearson_r(p[N_TRAIN:], responses[N_TRAIN:]).mean() for m, p in enumerate(predictions)}
+    gain = pearson_r(predicted(tmp_path), responses[N_TRAIN:]).mean() - max(test.values())
+    assert gain > 0.05 and abs(gain - single.gain) < 0.1
+
+
+def test_weights_are_listed_by_roi_and_models_without_any_by_name(made, tmp_path):
+    predictions, responses = made_up(noise=(1, 1.5, 2, 2))
+    predictions[3] = 7  # explains nothing
+    done, members = made(predictions, responses, BlendConfig("nnls", "roi"))
+    about = json.loads((tmp_path / "submission/weights.json").read_text())
+    assert done.unused == about["unused"] == ["model 3"]
+    assert about["weights"] == done.weights
+    assert {h: set(of) for h, of in done.weights["subj01"].items()} == {
+        "lh": {"all", "V1", "early"},
+        "rh": {"all", "V1"},
+    }
+    subject = next(iter(members))
+    for of_hemisphere in done.weights["subj01"].values():
+        for of_roi in of_hemisphere.values():
+            assert sum(of_roi.values()) == pytest.approx(1, abs=1e-5)
+    stores = {store.facts["model"]: store.name for store in members[subject]}
+    assert {m: of["predictions"] for m, of in about["members"]["subj01"].items()} == stores
+    assert (about["method"], about["per"], about["seed"]) == ("nnls", "roi", 0)
+    assert {"featcache", "numpy", "torch", "zarr"} <= set(about["versions"])
+    assert [choice["level"] for choice in about["choices"]["subj01"]] == ["all", "hemisphere", "roi"]
+    assert (tmp_path / "submission/weights.png").stat().st_size > 5000
+
+
+def test_the_weight_of_an_roi_is_the_mean_over_its_vertices(tmp_path):
+    weights = np.random.default_rng(0).dirichlet(np.ones(2), size=7)
+    one = SimpleNamespace(models=("a", "b"), weights=weights)
+    found = heads.blend.run._shares(subject_of(tmp_path, made_up()[1]), one)
+    first = 0
+    for hemisphere, width in WIDTHS.items():
+        own = weights[first : first + width]
+        masks = {"all": np.full(width, True)} | {roi: mask for roi, mask in ROIS[hemisphere].items() if mask.any()}
+        assert found[hemisphere] == {
+            roi: pytest.approx(dict(zip("ab", own[mask].mean(0), strict=True)), abs=1e-6) for roi, mask in masks.items()
+        }
+        first += width
+
+
+def test_the_same_blend_again_is_the_same_bytes(made, tmp_path):
+    data = made_up(noise=(2, 2.5, 3, 4))
+    config = BlendConfig("greedy", "hemisphere", seed=3)
+    one, _ = made(*data, config)
+    first = (tmp_path / "submission.zip").read_bytes(), (tmp_path / "submission/weights.json").read_bytes()
+    shutil.rmtree(tmp_path / "stores-subj01")
+    other, _ = made(*data, config)
+    assert first == ((tmp_path / "submission.zip").read_bytes(), (tmp_path / "submission/weights.json").read_bytes())
+    assert vars(one.gains[0]) == vars(other.gains[0])
+
+
+def test_one_model_is_passed_through_and_said(made, tmp_path, said):
+    predictions, responses = made_up(n_models=1)
+    done, _ = made(predictions, responses)
+    np.testing.assert_allclose(predicted(tmp_path), predictions[0, N_TRAIN:], rtol=1e-4)
+    assert any("one model only, model 0" in line for line in said)
+    assert done.gains[0].gain == 0 and done.gains[0].low == 0 and done.gains[0].high == 0
+
+
+@pytest.mark.parametrize("ceiling", [None, np.array([0, 0.5, 1, 0.7, 0.9, 0.2, 0.8], np.float32)])
+def test_scores_of_models_are_those_of_their_predictions(made, ceiling, tmp_path):
+    predictions, responses = made_up(noise=(3, 1, 2, 4))
+    _, members = made(predictions, responses, ceiling=ceiling, n_subjects=2)
+    found, accuracy = list_models(list(members), tmp_path)
+    assert [one.name for one in found] == ["model 1", "model 2", "model 0", "model 3"]  # best first
+    assert accuracy == (ceiling is not None)
+    standard = standardised(predictions)[:, :N_TRAIN]
+    for one in found:
+        model = int(one.name[-1])
+        r = slow_r(standard[model], responses[:N_TRAIN])
+        counted = np.full(7, True) if ceiling is None else ceiling > 0
+        values = r if ceiling is None else 100 * np.minimum(np.maximum(r, 0) ** 2 / np.where(counted, ceiling, 1), 1)
+        assert one.score == pytest.approx(values[counted].mean(), rel=1e-4)
+        assert one.subjects == ("subj01", "subj02") and len(one.folds) == 5
+        alike = {
+            f"model {m}": np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(standard[model].T, z.T, strict=True)])
+            for m, z in enumerate(standard)
+            if m != model
+        }
+        assert one.agreement == pytest.approx(alike, rel=1e-3, abs=1e-4)
+        assert one.closest()[0] == max(alike, key=alike.get)
+
+
+def test_models_of_one_backbone_have_one_weight_under_the_paper_s_recipe(made):
+    done, _ = made(*made_up(noise=(1, 3, 2, 2)), BlendConfig("score", "all", "backbone"))
+    for of_hemisphere in done.weights["subj01"].values():
+        weights = of_hemisphere["all"]
+        assert weights["model 0"] == weights["model 1"] and weights["model 2"] == weights["model 3"]
+        assert weights["model 0"] != weights["model 2"]
+
+
+def test_a_blend_is_applied_to_other_predictions_of_its_models(made, tmp_path):
+    predictions, responses = made_up(noise=(1, 2, 3, 4))
+    _, members = made(predictions, responses)
+    (subject,) = members
+    saved = shutil.copyfile(tmp_path / "submission/blend.safetensors", tmp_path / "kept.safetensors")
+    first = predicted(tmp_path)
+    changed = predictions.copy()
+    changed[:, N_TRAIN:] = predictions[:, N_TRAIN:][:, ::-1]  # other test images
+    shutil.rmtree(tmp_path / "stores-subj01")
+    members[subject] = stores_of(tmp_path / "stores-subj01", changed)
+    assert heads.blend.run.apply(Challenge(tmp_path, (subject,)), saved, tmp_path) == tmp_path / "submission.zip"
+    np.testing.assert_allclose(predicted(tmp_path), first[::-1], rtol=1e-4)
+    members[subject] = members[subject][:1]
+    before = (tmp_path / "submission.zip").read_bytes()
+    with pytest.raises(StoreError, match=r"expected predictions of subj01 by model 1.*; found none"):
+        heads.blend.run.apply(Challenge(tmp_path, (subject,)), saved, tmp_path)
+    assert (tmp_path / "submission.zip").read_bytes() == before
+    stranger = subject_of(tmp_path / "other", responses, name="subj07")
+    members[stranger] = members.pop(subject)
+    with pytest.raises(StoreError, match="expected a blend that has subj07; found subj01"):
+        heads.blend.run.apply(Challenge(tmp_path, (stranger,)), saved, tmp_path)
+    assert len(IDS) == N_TRAIN + N_TEST
+
+
+# --- fitted
+
+
+def run(capfd, *arguments):
+    code = cli.run([*arguments, "--json"])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1]), out, err
+
+
+def fails(capfd, *arguments):
+    assert cli.run(list(arguments)) == 1
+    out, err = capfd.readouterr()
+    assert err.splitlines()[-1].startswith("error: ") and err.count("error: ") == 1, (out, err)
+    return err.splitlines()[-1]
+
+
+def test_models_are_listed(filled, capfd):
+    found, out, _ = run(capfd, "models")
+    assert len(found["models"]) == 5
+    assert {one["backbone"] for one in found["models"]} == {"test_resnet", "test_vit"}
+    assert {tuple(one["layers"]) for one in found["models"]} == {
+        *(("pooled",), ("layer2",), ("layer4",), ("pooled", "layer2", "layer4"))
+    }
+    assert all(one["checkpoint"] == "frozen" and one["objective"] == "ridge" for one in found["models"])
+    assert [one["score"] for one in found["models"]] == sorted((m["score"] for m in found["models"]), reverse=True)
+    assert "5 models in" in out and "noise-normalised accuracy" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "n_models"),
+    [
+        ((), 5),
+        (("--models", "test_vit*"), 1),
+        (("--models", "* pooled *, *layer2 *"), 3),
+        (("--exclude", "test_vit*"), 4),
+        (("--models", "test_resnet*", "--exclude", "*3 layers*,*layer4*"), 2),
+    ],
+)
+def test_models_are_chosen_by_name(filled, capfd, options, n_models):
+    found, _, _ = run(capfd, "models", *options)
+    blended, _, _ = run(capfd, "blend", *options)
+    names = {one["name"] for one in found["models"]}
+    assert len(names) == n_models
+    assert set(blended["weights"]["subj02"]["rh"]["all"]) == names
+    one = names.pop()
+    assert [m["name"] for m in run(capfd, "models", "--models", one.rpartition(" ")[2])[0]["models"]] == [one]
+
+
+def test_a_pattern_that_leaves_no_model_lists_them(filled, capfd):
+    line = fails(capfd, "blend", "--models", "convnext*")
+    assert "--models: expected one that matches one of: test_resnet@48" in line and "found 'convnext*'" in line
+    assert "--exclude: expected a pattern that leaves one of" in fails(capfd, "models", "--exclude", "*")
+
+
+@pytest.mark.parametrize("options", [("--recipe", "paper"), ("--method", "greedy", "--per", "roi"), ()])
+def test_what_is_handed_in_is_what_the_saved_blend_gives(filled, tiny, capfd, options):
+    blended, out, _ = run(capfd, "blend", *options)
+    saved = load_blend(filled / "submission/blend.safetensors")
+    stores = [open_store(path) for path in (filled / "predictions.zarr").iterdir()]
+    for subject in open_challenge(tiny).subjects:
+        own = {s.facts["model"]: s for s in stores if s.recipe["subject"] == subject.name}
+        n_train, n = len(subject.train), len(subject.image_ids)
+        for hemisphere, coefficients in saved[subject.name].items():
+            test = coefficients.apply(hemisphere, own, n_train, n)
+            written = np.load(filled / f"submission/{subject.name}/{hemisphere}_pred_test.npy")
+            np.testing.assert_allclose(written, test, rtol=2e-5, atol=1e-7)
+    lines = [line for line in out.splitlines() if line.startswith(("blend over", "blends of shuffled"))]
+    assert len(lines) == 3 and all(re.search(r"95 % interval over images [-+]", line) for line in lines[:2])
+    assert blended["gains"][0]["low"] <= blended["gains"][0]["gain"] <= blended["gains"][0]["high"]
+    before = (filled / "submission.zip").read_bytes()
+    about = (filled / "submission/weights.json").read_bytes()
+    again, _, _ = run(capfd, "blend", "--apply", str(filled / "submission/blend.safetensors"))
+    assert again["submission"] == blended["submission"] and (filled / "submission.zip").read_bytes() == before
+    assert (filled / "submission/weights.json").read_bytes() == about
+
+
+@pytest.mark.parametrize(("option", "value"), [("--models", "*"), ("--method", "nnls"), ("--seed", "0")])
+def test_a_saved_blend_takes_no_options_of_learning(option, value, filled, capfd):
+    line = fails(capfd, "blend", "--apply", "any.safetensors", option, value)
+    assert f"{option}: expected no --apply beside it" in line
+
+
+def test_a_blend_that_is_none_is_one_line(filled, capfd):
+    assert "expected a blend" in fails(capfd, "blend", "--apply", str(filled / "nothing"))
+
+
+def test_a_damaged_store_stops_a_blend_and_costs_nothing(filled, capfd):
+    run(capfd, "blend")
+    before = (filled / "submission.zip").read_bytes()
+    store = sorted((filled / "predictions.zarr").iterdir())[2]
+    chunk = next(path for path in (store / "rh" / "c").rglob("*") if path.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-9] + b"x" * 9)
+    line = fails(capfd, "blend")
+    assert store.name in line and "fails its checksum" in line
+    assert (filled / "submission.zip").read_bytes() == before and (filled / "submission/weights.json").is_file()
+
+
+def test_models_that_lack_rows_or_vertices_are_left_out_by_name(filled, capfd):
+    short, narrow, *_ = sorted((filled / "predictions.zarr").glob("subj01-*"))
+    committed = json.loads((short / "committed.json").read_text())
+    committed["lh"] = 4
+    (short / "committed.json").write_text(json.dumps(committed))
+    shutil.rmtree(narrow / "rh")
+    about = json.loads((narrow / "zarr.json").read_text())
+    about["attributes"]["featcache"]["arrays"] = ["lh"]
+    (narrow / "zarr.json").write_text(json.dumps(about))
+    (narrow / "committed.json").write_text(
+        json.dumps({"lh": json.loads((narrow / "committed.json").read_text())["lh"]})
+    )
+    blended, _, err = run(capfd, "blend")
+    assert f"left out {short.name}: not complete" in err and f"left out {narrow.name}: it has" in err
+    assert len(blended["weights"]["subj01"]["lh"]["all"]) == 3 and len(blended["weights"]["subj02"]["lh"]["all"]) == 5
+    assert "subj01: blended without" in err
+
+
+def test_models_of_other_folds_are_blended_and_said(filled, capfd):
+    run(capfd, "fit-heads", "--layers", "pooled", "--folds", "3")
+    blended, _, err = run(capfd, "blend")
+    assert "models of different folds: 5 folds of seed 0" in err and "3 folds of seed 0" in err
+    assert len(blended["weights"]["subj01"]["lh"]["all"]) > 5
+
+
+def test_models_of_another_tree_are_left_out_by_name(filled, tree, capfd):
+    path = tree / "subj01/training_split/training_fmri/lh_training_fmri.npy"
+    np.save(path, np.load(path)[::-1])
+    blended, _, err = run(capfd, "blend", "--data", str(tree))
+    assert err.count("fitted to other images or responses than the tree has now") == 5
+    assert list(blended["weights"]) == ["subj02"]

@@ -1,0 +1,268 @@
+"""Every fault that can be planted in a tree is found, with its file, and a tree without faults has none."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from featcache.dataset.algonauts import deep_faults, open_challenge, scan_tree
+from featcache.errors import ChallengeError
+
+TRAIN, TEST = "subj01/training_split/training_images", "subj01/test_split/test_images"
+RESPONSES, MASKS = "subj02/training_split/training_fmri/rh_training_fmri.npy", "subj01/roi_masks"
+
+
+def rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> Path:
+    np.save(path, change(np.load(path)))
+    return path
+
+
+def first(folder: Path) -> Path:
+    return sorted(folder.iterdir())[0]
+
+
+def set_value(index: tuple[int, ...], value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def change(array: np.ndarray) -> np.ndarray:
+        array = array.copy()
+        array[index] = value
+        return array
+
+    return change
+
+
+def drop_row(root: Path) -> Path:
+    return rewrite(root / "subj01/training_split/training_fmri/lh_training_fmri.npy", lambda a: a[:-1])
+
+
+def leave_gap(root: Path) -> Path:
+    sorted((root / TEST).iterdir())[1].unlink()
+    return root / TEST
+
+
+def truncate_image(root: Path) -> Path:
+    path = first(root / TEST)
+    path.write_bytes(path.read_bytes()[:-60])
+    return path
+
+
+def replace_image_by_text(root: Path) -> Path:
+    path = sorted((root / TRAIN).iterdir())[3]
+    path.write_text("no image")
+    return path
+
+
+def put_id_in_both(root: Path) -> Path:
+    trained = first(root / TRAIN).name.partition("nsd-")[2]
+    path = first(root / TEST)
+    path.rename(path.with_name(f"test-0001_nsd-{trained}"))
+    return root / "subj01"
+
+
+FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "rows and images differ": (drop_row, "expected a row for each of 30 training images; found 29 rows"),
+    "gap in numbering": (leave_gap, "expected images numbered 1 to 5; found 1 missing: 2"),
+    "truncated image": (truncate_image, "expected a whole PNG or JPEG"),
+    "unreadable image": (replace_image_by_text, "expected a whole PNG or JPEG"),
+    "id in both splits": (put_id_in_both, "found 1 in both"),
+    "NaN response": (
+        lambda root: rewrite(root / RESPONSES, set_value((20, 3), np.nan)),
+        "found NaN or infinity at row 20, vertex 3",
+    ),
+    "infinite response": (
+        lambda root: rewrite(root / RESPONSES, set_value((0, 0), -np.inf)),
+        "found NaN or infinity at row 0, vertex 0",
+    ),
+    "ROI labels too few": (
+        lambda root: rewrite(root / MASKS / "lh.streams_challenge_space.npy", lambda a: a[:-1]),
+        "expected a label for each of 40 vertices; found 39",
+    ),
+    "ROI label without a name": (
+        lambda root: rewrite(root / MASKS / "rh.streams_challenge_space.npy", set_value((0,), 99)),
+        "expected labels named in mapping_streams.npy; found 99",
+    ),
+    "fsaverage labels too few": (
+        lambda root: rewrite(root / MASKS / "lh.streams_fsaverage_space.npy", lambda a: a[:-1]),
+        "expected 163842 labels; found 163841",
+    ),
+    "fsaverage mask of other vertices": (
+        lambda root: rewrite(root / MASKS / "lh.all-vertices_fsaverage_space.npy", lambda a: np.zeros_like(a)),
+        "expected 40 ones, the columns of the responses; found 0",
+    ),
+    "ceiling out of range": (
+        lambda root: rewrite(root / "noise_ceiling/subj01/lh.npy", set_value((2,), 101)),
+        "expected ceilings from 0 to 100; found 101.0 at vertex 2",
+    ),
+    "ceiling NaN": (
+        lambda root: rewrite(root / "noise_ceiling/subj01/rh.npy", set_value((2,), np.nan)),
+        "expected ceilings from 0 to 100; found nan at vertex 2",
+    ),
+    "ceiling of other vertices": (
+        lambda root: rewrite(root / "noise_ceiling/subj02/lh.npy", lambda a: a[:-2]),
+        "expected a ceiling for each of 40 vertices; found 38",
+    ),
+}
+
+
+def faults_of(root: Path) -> list[str]:
+    challenge, faults = scan_tree(root)
+    return [str(fault) for fault in [*faults, *deep_faults(challenge)]]
+
+
+def test_a_good_tree_has_no_fault(tiny):
+    assert faults_of(tiny) == []
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found_and_its_file_named(tree, name):
+    plant, problem = FAULTS[name]
+    path = plant(tree)
+    assert [str(path) in fault and problem in fault for fault in faults_of(tree)] == [True]
+
+
+def test_all_faults_are_listed_at_once(tree):
+    together = [name for name in FAULTS if name != "infinite response"]  # in the file that has a NaN already
+    expected = []
+    for name in together:
+        plant, problem = FAULTS[name]
+        expected.append((str(plant(tree)), problem))
+    found = faults_of(tree)
+    missed = [pair for pair in expected if not any(pair[1] in fault for fault in found)]
+    assert missed == [] and len(found) == len(together)
+
+
+def test_every_command_refuses_a_tree_with_a_cheap_fault(tree):
+    drop_row(tree)
+    with pytest.raises(ChallengeError, match=r"expected a row for each of 30 .* run 'check'"):
+        open_challenge(tree)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00v\x00", b"text"])
+def test_a_damaged_array_is_a_fault_and_not_a_crash(tree, content):
+    (tree / RESPONSES).write_bytes(content)
+    assert any("rh_training_fmri.npy: expected a whole .npy file" in fault for fault in faults_of(tree))
+
+
+def test_an_object_array_is_never_unpickled(tree):
+    np.save(tree / RESPONSES, np.array([[{}]], dtype=object))
+    assert any("rh_training_fmri.npy: expected a whole .npy file of numbers" in fault for fault in faults_of(tree))
+
+
+def test_an_empty_folder_is_one_fault(tmp_path):
+    _, faults = scan_tree(tmp_path)
+    assert ["expected folders subj01, subj02" in str(fault) for fault in faults] == [True]
+
+
+def test_masks_and_ceilings_may_be_absent_and_are_announced(tree):
+    shutil.rmtree(tree / "noise_ceiling")
+    shutil.rmtree(tree / "subj01/roi_masks")
+    challenge = open_challenge(tree)
+    assert faults_of(tree) == []
+    subject = challenge.subjects[0]
+    assert subject.rois == {"lh": {}, "rh": {}} and subject.fsaverage["lh"] is None
+    assert subject.noise_ceiling == {"lh": None, "rh": None}
+    notes = "\n".join(challenge.notes)
+    for absent in ("no noise ceilings", "no fsaverage masks (subj01)", "no ROI masks (subj01)"):
+        assert absent in notes
+
+
+def test_fractions_and_percent_give_the_same_ceilings(tree, tmp_path):
+    percent = open_challenge(tree)
+    for path in (tree / "noise_ceiling").glob("*/*.npy"):
+        target = tmp_path / "fractions" / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        np.save(target, np.load(path) / 100)
+    fractions = open_challenge(tree, tmp_path / "fractions")
+    assert "read as percent" in percent.notes[0] and "read as fractions" in fractions.notes[0]
+    for a, b in zip(percent.subjects, fractions.subjects, strict=True):
+        np.testing.assert_allclose(a.noise_ceiling["lh"], b.noise_ceiling["lh"], rtol=1e-6)
+        assert 0.05 < a.noise_ceiling["lh"].max() <= 1
+
+
+def test_a_ceiling_folder_that_is_not_there_is_refused(tree, tmp_path):
+    with pytest.raises(ChallengeError, match="--noise-ceiling: expected a folder"):
+        open_challenge(tree, tmp_path / "nowhere")
+
+
+def test_subjects_hold_what_the_files_say(tiny):
+    challenge = open_challenge(tiny)
+    assert [subject.name for subject in challenge.subjects] == ["subj01", "subj02"]
+    subject = challenge.subjects[1]
+    assert (len(subject.train), len(subject.test)) == (TINY.train_count(2), TINY.test_count(2))
+    assert subject.n_vertices == {"lh": 40, "rh": 44} and subject.responses("rh").shape == (24, 44)
+    assert subject.image_ids.tolist() == [*subject.train.ids, *subject.test.ids]
+    assert subject.fsaverage["rh"].sum() == 44
+    labels = np.load(tiny / "subj02/roi_masks/lh.prf-visualrois_challenge_space.npy")
+    mapping = np.load(tiny / "subj02/roi_masks/mapping_prf-visualrois.npy", allow_pickle=True).item()
+    for label, name in mapping.items():
+        if label:
+            assert np.array_equal(subject.rois["lh"][name], labels == label)
+
+
+def test_subjects_are_selected_by_number_or_name(tiny):
+    challenge = open_challenge(tiny)
+    assert challenge.select("all") == challenge.subjects
+    assert challenge.select("2") == challenge.select("subj02") == challenge.subjects[1:]
+    with pytest.raises(ChallengeError, match="--subject: expected one of subj01, subj02; found 'subj03'"):
+        challenge.select("1,3")
+
+
+def test_images_of_any_mode_and_size_are_no_fault(tree):
+    paths = sorted((tree / TRAIN).iterdir())
+    Image.new("L", (7, 300)).save(paths[0])
+    Image.new("RGBA", (425, 425)).save(paths[1])
+    Image.new("CMYK", (9, 9)).save(paths[2].with_suffix(".jpg"))
+    paths[2].unlink()
+    assert faults_of(tree) == []
+
+
+def test_a_test_image_that_another_subject_trains_on_is_noted(tree):
+    own = {path.name.partition("nsd-")[2] for path in (tree / TRAIN).iterdir()}
+    other = next(
+        p.name.partition("nsd-")[2]
+        for p in sorted((tree / "subj02/training_split/training_images").iterdir())
+        if p.name.partition("nsd-")[2] not in own
+    )
+    path = first(tree / TEST)
+    path.rename(path.with_name(f"test-0001_nsd-{other}"))
+    assert any(note.startswith("1 test images of one subject") for note in open_challenge(tree).notes)
+
+
+def test_real_recordings_have_no_fault(v4):
+    challenge = open_challenge(v4)
+    assert [len(s.train) for s in challenge.subjects] == [720, 960, 960, 960, 640, 320, 960, 959]
+    assert set(challenge.subjects[0].rois["lh"]) == {"hV4"}
+    assert list(deep_faults(challenge)) == []
+
+
+def test_one_ceiling_above_1_does_not_turn_fractions_into_percent(tree):
+    for path in (tree / "noise_ceiling").glob("*/*.npy"):
+        rewrite(path, lambda a: a / 100)
+    path = rewrite(tree / "noise_ceiling/subj01/lh.npy", set_value((5,), 1.02))
+    found = faults_of(tree)
+    assert len(found) == 1 and str(path) in found[0] and "expected ceilings from 0 to 1; found 1.0" in found[0]
+
+
+def test_a_file_of_the_other_unit_is_a_fault(tree):
+    path = rewrite(tree / "noise_ceiling/subj02/rh.npy", lambda a: a / 100)
+    found = faults_of(tree)
+    assert len(found) == 1 and str(path) in found[0] and "expected percent" in found[0]
+
+
+def test_a_ceiling_folder_without_ceilings_is_refused(tree):
+    with pytest.raises(ChallengeError, match=r"--noise-ceiling: expected subj01/lh.npy and so on; found none"):
+        open_challenge(tree, tree / "subj01")
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04garbage", b"\x93NUMPY\x01\x00v\x00{'descr': ('<f4', (" + b" " * 120])
+@pytest.mark.parametrize("name", [RESPONSES, f"{MASKS}/lh.streams_challenge_space.npy"])
+def test_other_bytes_under_an_array_s_name_are_a_fault(tree, name, content):
+    (tree / name).write_bytes(content)
+    assert any(f"{name}: expected a whole .npy file of numbers" in fault for fault in faults_of(tree))
+
+
+def test_a_subject_named_twice_is_one_subject(tiny):
+    assert len(open_challenge(tiny).select("1,1,subj01")) == 1

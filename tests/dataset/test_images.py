@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featcache.dataset.images import list_images, load_image
+from featcache.errors import ChallengeError
+
+
+def save(path: Path, array: np.ndarray, **options) -> Path:
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+GREY = (np.arange(64).reshape(8, 8) * 3).astype(np.uint8)
+
+
+def test_rgb_png_is_read_exactly(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    image = load_image(save(tmp_path / "a.png", rgb))
+    assert image.mode == "RGB" and np.array_equal(np.asarray(image), rgb)
+
+
+def test_grey_becomes_three_equal_channels(tmp_path):
+    assert np.array_equal(np.asarray(load_image(save(tmp_path / "a.png", GREY))), np.stack([GREY] * 3, -1))
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    loaded = np.asarray(load_image(save(tmp_path / "a.png", GREY.astype(np.uint16) * 257)))
+    assert np.array_equal(loaded[..., 0], GREY)
+
+
+def test_transparency_lies_over_mid_grey(tmp_path):
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[0, 0] = (255, 0, 0, 255)
+    loaded = np.asarray(load_image(save(tmp_path / "a.png", rgba)))
+    assert loaded[0, 0].tolist() == [255, 0, 0] and loaded[1, 1].tolist() == [128, 128, 128]
+
+
+def test_palette_cmyk_and_one_bit_are_converted(tmp_path):
+    Image.fromarray(GREY).convert("P").save(tmp_path / "p.png")
+    Image.fromarray(GREY).convert("1").save(tmp_path / "1.png")
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "c.jpg")
+    assert {load_image(tmp_path / name).mode for name in ("p.png", "1.png", "c.jpg")} == {"RGB"}
+    red = np.asarray(load_image(tmp_path / "c.jpg"))[4, 4]
+    assert red[0] > 200 and red[1] < 60 and red[2] < 60
+
+
+def test_rotation_flag_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise by a quarter to view
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(tmp_path / "a.jpg").size == (4, 8)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_truncated_image_is_refused_with_its_name(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = save(tmp_path / f"a.{suffix}", noise)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ChallengeError, match=f"a.{suffix}: expected a whole PNG or JPEG"):
+        load_image(path)
+
+
+def test_images_come_in_the_order_of_their_numbers(tmp_path):
+    for name in ("train-0010_nsd-00003.png", "train-0002_nsd-00009.jpeg", "train-0001_nsd-72999.JPG", ".DS_Store"):
+        (tmp_path / name).touch()
+    for number in range(3, 10):
+        (tmp_path / f"train-{number:04d}_nsd-{number:05d}.png").touch()
+    images, faults = list_images(tmp_path, "train")
+    assert not faults
+    assert images.ids.tolist() == [72999, 9, *range(3, 10), 3]
+    assert [path.name[6:10] for path in images.paths] == [f"{n:04d}" for n in range(1, 11)]
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["train-0001_nsd-00001.png", "train-0003_nsd-00002.png"], "found 1 missing: 2"),
+        (["train-0000_nsd-00001.png", "train-0001_nsd-00002.png"], "numbered from 1; found number 0"),
+        (["train-0001_nsd-00001.png", "train-0001_nsd-00002.png"], "found number 1 in train-0001_nsd-00001.png"),
+        (["train-0001_nsd-00001.png", "picture.png"], "expected a name such as train-0001_nsd-00013.png"),
+        (["train-0001_nsd-00001.png", "test-0002_nsd-00002.png"], "expected a name such as train-0001_nsd-00013.png"),
+    ],
+)
+def test_wrong_names_are_faults(tmp_path, names, problem):
+    for name in names:
+        (tmp_path / name).touch()
+    _, faults = list_images(tmp_path, "train")
+    assert [problem in str(fault) for fault in faults] == [True]

@@ -1,0 +1,129 @@
+"""Which stores make one model: the folds of one training together, everything else apart."""
+
+import os
+
+import numpy as np
+import pytest
+
+from featcache.cache.store import Row, create_store
+from featcache.dataset.algonauts import open_challenge
+from featcache.dataset.splits import assign_folds
+from heads.features.sets import feature_sets
+
+
+@pytest.fixture
+def subject(tiny, monkeypatch):
+    monkeypatch.setattr("heads.features.sets.image_digest", lambda *_: "these")
+    return open_challenge(tiny).subjects[0]
+
+
+def store(subject, work, fold=None, weights="w", training="t", images="these", age=0.0, **about):
+    recipe = {"subject": subject.name, "images": images, "backbone": "b", "weights": weights, "layers": ["pooled"]}
+    recipe["fold"] = None if fold is None else {"stage": "pretrain", "training": training, "fold": fold}
+    if fold is not None:
+        recipe["fold"] |= {"n_folds": 3, "seed": 7}
+    made = create_store(
+        work / "features.zarr", "f", recipe | about, subject.image_ids, len(subject.train), {"pooled": 4}, {}
+    )
+    made.append({"pooled": np.full((len(subject.image_ids), 4), fold or 0, dtype=np.float32)})
+    when = 1_000_000_000 - age
+    os.utime(made.path / "committed.json", (when, when))
+    return made
+
+
+def test_folds_of_one_training_are_one_model_in_order(subject, tmp_path):
+    for fold in (2, 0, 1):
+        store(subject, tmp_path, fold, weights=f"w{fold}")
+    (one,) = feature_sets(subject, tmp_path)
+    assert one.held_out() == [0, 1, 2] and one.recipe()["weights"] == ["w0", "w1", "w2"]
+    assert [float(rows.dense()[0, 0]) for rows in one.read("cpu", 0)] == [0, 1, 2]
+    expected = assign_folds(subject.train.ids, 3, 7)
+    np.testing.assert_array_equal(one.folds(subject, 5, 0), expected)
+
+
+def test_trainings_layers_and_frozen_backbones_stay_apart(subject, tmp_path):
+    for fold in (0, 1):
+        store(subject, tmp_path, fold)
+        store(subject, tmp_path, fold, training="other")
+        store(subject, tmp_path, fold, layers=["deep"])
+    store(subject, tmp_path)
+    store(subject, tmp_path, weights="v")
+    sets = feature_sets(subject, tmp_path)
+    assert sorted(len(one.stores) for one in sets) == [1, 1, 2, 2, 2]
+    assert sum(one.trained for one in sets) == 3
+
+
+def test_of_two_stores_of_one_fold_the_later_counts_and_the_other_is_named(subject, tmp_path, said):
+    old = store(subject, tmp_path, 0, weights="unfinished", age=50)
+    store(subject, tmp_path, 0, weights="finished")
+    (one,) = feature_sets(subject, tmp_path)
+    assert one.recipe()["weights"] == ["finished"]
+    assert any(old.name in line and "newer" in line for line in said)
+    assert any("has fold 0 of 3; only their images are predicted" in line for line in said)
+
+
+def test_features_of_other_images_are_left_out(subject, tmp_path, said):
+    gone = store(subject, tmp_path, images="those")
+    assert feature_sets(subject, tmp_path) == []
+    assert any(gone.name in line and "made from other images" in line for line in said)
+
+
+LAYERED = {"pooled": Row((4,)), "a.cls": Row((3,)), "a": Row((2, 2, 3), "float16"), "b": Row((1, 2, 3), "float16")}
+
+
+@pytest.fixture
+def layered(subject, tmp_path):
+    recipe = {"subject": subject.name, "images": "these", "backbone": "b", "weights": "w", "fold": None}
+    recipe["layers"] = ["pooled", "a", "b"]
+    n = len(subject.image_ids)
+    made = create_store(tmp_path / "features.zarr", "f", recipe, subject.image_ids, len(subject.train), LAYERED, {})
+    made.append({name: np.full((n, *row.shape), k) for k, (name, row) in enumerate(LAYERED.items())})
+    (one,) = feature_sets(subject, tmp_path)
+    return one
+
+
+def test_joint_is_all_layers_and_the_recipe_of_the_store(layered):
+    (one,) = layered.reading("joint")
+    assert one.names == tuple(LAYERED) and one.has_places and "read" not in one.recipe()
+    assert one.recipe() == layered.recipe()
+
+
+def test_each_is_every_layer_alone_with_its_class_token(layered):
+    sets = layered.reading("each")
+    assert [one.names for one in sets] == [("pooled",), ("a.cls", "a"), ("b",)]
+    assert [one.has_places for one in sets] == [False, True, True]
+    assert [one.recipe()["read"] for one in sets] == [["pooled"], ["a.cls", "a"], ["b"]]
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        ("a", ("a.cls", "a")),
+        ("b,pooled", ("pooled", "b")),
+        ("b, a", ("a.cls", "a", "b")),
+        ("b,b", ("b",)),
+        ("pooled,a,b", tuple(LAYERED)),
+    ],
+)
+def test_named_layers_are_read_in_the_order_of_the_network(layered, layers, names):
+    (one,) = layered.reading(layers)
+    assert one.names == names
+    ((rows,),) = (one.read("cpu", 0),)
+    assert list(rows.grids) == list(names)
+    expected = [k for k, (name, row) in enumerate(LAYERED.items()) if name in names for _ in range(np.prod(row.shape))]
+    assert rows.dense()[0].tolist() == expected
+
+
+def test_naming_every_layer_is_joint(layered):
+    assert layered.reading("b,a,pooled")[0].recipe() == layered.recipe()
+
+
+@pytest.mark.parametrize("layers", ["c", "a,c", "", "Joint", "a.b"])
+def test_layers_that_features_lack_leave_nothing_to_read(layered, layers):
+    assert layered.reading(layers) == []
+
+
+def test_each_of_features_with_one_layer_is_those_features(subject, tmp_path):
+    store(subject, tmp_path)
+    (one,) = feature_sets(subject, tmp_path)
+    assert [other.recipe() for other in one.reading("each")] == [one.recipe()] and not one.has_places

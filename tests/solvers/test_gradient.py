@@ -1,0 +1,258 @@
+"""The gradient loop recovers what was planted, sees nothing of the held-out fold, and keeps its best epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import heads.solvers.gradient
+from featcache.dataset.splits import assign_folds
+from featcache.errors import ConfigError
+from heads.config import AdamWConfig, FitConfig
+from heads.modules.linear import LinearHead
+from heads.scores.losses import LOSSES
+from heads.scores.metrics import accuracy_from_r, pearson_r
+from heads.solvers.gradient import AdamWFolds, Task, train_head
+
+FEW = AdamWConfig(learning_rate=1e-2, weight_decay=0.01, epochs=4, batch_size=32)  # where only sameness is asked
+QUICK = AdamWConfig(learning_rate=1e-2, weight_decay=0.01, epochs=25, batch_size=32)
+N_IMAGES, N_FEATURES, N_VERTICES = 240, 6, 6
+
+
+def planted(n_images=N_IMAGES, noise=0.3, seed=0):
+    """Image ids, features of any size and place, and responses that are linear in them."""
+    rng = np.random.default_rng(seed)
+    plain = rng.normal(size=(n_images, N_FEATURES))
+    responses = plain @ rng.normal(size=(N_FEATURES, N_VERTICES)) / np.sqrt(N_FEATURES)
+    responses += noise * rng.normal(size=responses.shape)
+    features = plain * np.logspace(-2, 2, N_FEATURES) + np.linspace(-5, 5, N_FEATURES)
+    ids = rng.permutation(73_000)[:n_images]
+    return ids, torch.tensor(features, dtype=torch.float32), torch.tensor(responses, dtype=torch.float32)
+
+
+def config_of(loss="mse", head="linear", n_folds=3, seed=0, adamw=QUICK):
+    return FitConfig(loss=loss, head=head, solver="adamw", n_folds=n_folds, seed=seed, adamw=adamw)
+
+
+def fit(ids, features, responses, config, **about):
+    folds = assign_folds(ids, config.n_folds, config.seed)
+    return folds, AdamWFolds(features, folds, ids, config).fit(responses, **about)
+
+
+def out_of_fold_r(ids, features, responses, config, **about):
+    """(n_vertices,) mean over folds of each head's r in the fold that it did not see."""
+    folds, maps = fit(ids, features, responses, config, **about)
+    held_out = [folds == fold for fold in range(len(maps))]
+    r = [pearson_r(head(features[rows]), responses[rows]) for head, rows in zip(maps, held_out, strict=True)]
+    return np.mean(r, axis=0)
+
+
+def assert_same(one, other):
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.weights, b.weights)
+        assert torch.equal(a.intercept, b.intercept)
+
+
+def differs(a, b):
+    return not torch.equal(a.weights, b.weights)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "smooth_l1+0.5*mnnpc"])
+@pytest.mark.parametrize("head", ["linear", "roi"])
+def test_a_planted_linear_model_is_recovered_out_of_fold(loss, head):
+    masks = (np.arange(N_VERTICES) < 3, np.arange(N_VERTICES) % 2 == 0, np.zeros(N_VERTICES, dtype=bool))
+    ceiling = np.full(N_VERTICES, 0.95, dtype=np.float32)
+    r = out_of_fold_r(*planted(), config_of(loss, head), noise_ceiling=ceiling, rois=masks)
+    assert r.min() > 0.75  # the noise leaves about 0.95
+
+
+def test_there_is_nothing_to_recover_from_noise():
+    ids, features, responses = planted()
+    shuffled = responses[torch.randperm(len(responses), generator=torch.Generator().manual_seed(1))]
+    assert abs(out_of_fold_r(ids, features, shuffled, config_of()).mean()) < 0.12
+
+
+@pytest.mark.parametrize("loss", ["mse", "smooth_l1"])
+def test_predictions_are_in_the_units_of_the_responses(loss):
+    ids, features, responses = planted(noise=0.1)
+    responses = 2 * responses + 1
+    adamw = AdamWConfig(learning_rate=3e-2, weight_decay=0, epochs=40, batch_size=32)
+    folds, maps = fit(ids, features, responses, config_of(loss, adamw=adamw))
+    error = (maps[0](features) - responses)[folds == 0]
+    assert error.square().mean(0).sqrt().max() < 0.8  # the responses spread by 2 around 1; stopping looks at r alone
+
+
+@pytest.mark.parametrize("loss", ["mse", "mnnpc"])
+def test_held_out_images_do_not_reach_their_fold(loss):
+    ids, features, responses = planted()
+    folds, before = fit(ids, features, responses, config_of(loss, adamw=FEW))
+    held_out = torch.from_numpy(folds == 1)
+    features, responses = features.clone(), responses.clone()
+    features[held_out] = 1e3 * torch.randn(held_out.sum(), N_FEATURES)
+    responses[held_out] = 1e3 * torch.randn(held_out.sum(), N_VERTICES)
+    _, after = fit(ids, features, responses, config_of(loss, adamw=FEW))
+    assert_same(before[1:2], after[1:2])
+    assert differs(before[0], after[0])
+    assert differs(before[2], after[2])
+
+
+def test_images_that_decide_when_to_stop_are_not_trained_on():
+    ids, features, responses = planted()
+    config = config_of(adamw=AdamWConfig(learning_rate=3e-3, epochs=1, batch_size=32))  # one epoch: nothing to decide
+    folds, before = fit(ids, features, responses, config)
+    validated = torch.from_numpy((assign_folds(ids, 10, config.seed + 1) == 0) & (folds != 0))
+    assert 5 < validated.sum() < 40
+    responses = responses.clone()
+    responses[validated] = -responses[validated]
+    _, after = fit(ids, features, responses, config)
+    assert_same(before[:1], after[:1])
+
+
+def test_same_seed_same_heads():
+    data = planted()
+    _, one = fit(*data, config_of(adamw=FEW))
+    torch.manual_seed(99)
+    _, other = fit(*data, config_of(adamw=FEW))
+    assert_same(one, other)
+
+
+def test_the_seed_decides_the_batches():
+    ids, features, responses = planted()
+    folds = np.arange(len(ids)) % 3
+    one, other = (
+        AdamWFolds(features, folds, ids, config_of(seed=seed, adamw=FEW)).fit(responses)[0] for seed in (0, 1)
+    )
+    assert differs(one, other)
+
+
+def test_ceilings_weigh_the_loss():
+    data = planted()
+    low, high = np.full(N_VERTICES, 0.2), np.full(N_VERTICES, 0.2)
+    high[0] = 1
+    _, one = fit(*data, config_of("smooth_l1+mnnpc", adamw=FEW), noise_ceiling=low)
+    _, other = fit(*data, config_of("smooth_l1+mnnpc", adamw=FEW), noise_ceiling=high)
+    assert differs(one[0], other[0])
+
+
+@pytest.mark.parametrize("ceiling", [np.zeros(N_VERTICES), np.r_[0, 0, np.full(N_VERTICES - 2, 0.95)]])
+def test_ceilings_of_zero_break_nothing(ceiling):
+    r = out_of_fold_r(*planted(), config_of("mnnpc"), noise_ceiling=ceiling.astype(np.float32))
+    assert r.min() > 0.75  # of the vertices without a ceiling too: each is trained
+
+
+def test_features_and_responses_that_never_change():
+    ids, features, responses = planted()
+    features, responses = features.clone(), responses.clone()
+    features[:, 2], responses[:, 1] = 1000.1, 0.7
+    r = out_of_fold_r(ids, features, responses, config_of("smooth_l1+pearson"))
+    assert r[1] == 0
+    assert np.isfinite(r).all()
+    assert r[[0, 2, 3, 4, 5]].mean() > 0.7
+
+
+@pytest.mark.parametrize("loss", [*LOSSES])
+@pytest.mark.parametrize(("n_images", "n_folds"), [(12, 3), (12, 2), (16, 5)])
+def test_a_handful_of_images(loss, n_images, n_folds):
+    for seed in range(2):
+        ids, features, responses = planted(n_images, seed=seed)
+        config = config_of(loss, n_folds=n_folds, seed=seed, adamw=FEW)
+        folds = np.arange(n_images) % n_folds
+        maps = AdamWFolds(features, folds, ids, config).fit(responses)
+        assert len(maps) == n_folds
+        assert all(head.weights.isfinite().all() and head.intercept.isfinite().all() for head in maps)
+
+
+def test_too_few_images_to_train_and_to_stop_by_are_refused():
+    ids, features, responses = planted(5)
+    with pytest.raises(ConfigError, match="4 or more"):
+        AdamWFolds(features, np.array([0, 0, 1, 1, 1]), ids, config_of(n_folds=2)).fit(responses)
+
+
+def watched(monkeypatch):
+    """Collect the score of every epoch."""
+    scores, score = [], heads.solvers.gradient._score
+    monkeypatch.setattr(heads.solvers.gradient, "_score", lambda *parts: scores.append(score(*parts)) or scores[-1])
+    return scores
+
+
+def overfitted(config, noise_ceiling=None):
+    """A head trained on fewer images than features, and what scored it: few epochs are enough, and more are worse."""
+    torch.manual_seed(0)
+    features = torch.randn(100, 60)
+    responses = features[:, :1] + 3 * torch.randn(100, 4)
+    trained, validated = np.arange(50), np.arange(50, 100)
+    head = LinearHead(60, 4)
+    (best,) = train_head(head, [Task(features, responses, trained, [validated], noise_ceiling)], LOSSES["mse"], config)
+    return best, head, features[validated], responses[validated]
+
+
+@pytest.mark.parametrize("noise_ceiling", [None, np.array([0.2, 0.4, 0.0, 1.0]), np.zeros(4)], ids=["no", "some", "0"])
+def test_the_best_epoch_is_kept(noise_ceiling, monkeypatch):
+    scores = watched(monkeypatch)
+    config = AdamWConfig(learning_rate=0.03, weight_decay=0, epochs=40, batch_size=16, patience=40)
+    best, head, features, responses = overfitted(config, noise_ceiling)
+    r = pearson_r(best(features), responses)
+    counted = noise_ceiling is not None and noise_ceiling.any()
+    expected = np.nanmean(accuracy_from_r(r, noise_ceiling)) if counted else r.mean()
+    assert len(scores) == 40
+    assert max(scores) > max(scores[-5:])  # else the last would do
+    assert max(scores) == pytest.approx(expected, abs=1e-6 * max(scores))
+    assert differs(best, head.linear_map())  # later steps did not reach into what was kept
+
+
+def test_patience_ends_the_training(monkeypatch):
+    scores = watched(monkeypatch)
+    overfitted(AdamWConfig(learning_rate=0.03, weight_decay=0, epochs=200, batch_size=16, patience=3))
+    assert len(scores) < 200
+    assert np.argmax(scores) == len(scores) - 1 - 3
+
+
+def test_weights_decay_and_intercepts_do_not():
+    torch.manual_seed(0)
+    features = torch.randn(200, 5)
+    responses = features[:, :2] + 3
+    head = LinearHead(5, 2)
+    config = AdamWConfig(learning_rate=0.05, weight_decay=10, epochs=60, batch_size=50, patience=60)
+    train_head(head, [Task(features, responses, np.arange(150), [np.arange(150, 200)], None)], LOSSES["mse"], config)
+    assert head.layer.weight.abs().max() < 0.2
+    torch.testing.assert_close(head.layer.bias.detach(), torch.full((2,), 3.0), atol=0.3, rtol=0)
+
+
+def test_rows_outside_are_not_touched():
+    torch.manual_seed(0)
+    features, responses = torch.randn(60, 5), torch.randn(60, 2)
+    features[40:50], responses[40:50] = torch.nan, torch.nan
+    config = AdamWConfig(epochs=3, batch_size=8)
+    (best,) = train_head(
+        LinearHead(5, 2),
+        [Task(features, responses, np.arange(40), [np.arange(50, 60)], None)],
+        LOSSES["pearson"],
+        config,
+    )
+    assert best.weights.isfinite().all()
+
+
+def test_arguments_are_left_as_they_are():
+    ids, features, responses = planted(60)
+    ceiling = np.array([0, 0.2, 0.4, 0.6, 0.8, 1])
+    before = features.clone(), responses.clone(), ceiling.copy()
+    fit(ids, features, responses, config_of("mnnpc", adamw=FEW), noise_ceiling=ceiling)
+    assert torch.equal(features, before[0])
+    assert torch.equal(responses, before[1])
+    np.testing.assert_array_equal(ceiling, before[2])
+
+
+def test_each_choice_has_the_epoch_that_scored_best_on_its_own_rows(monkeypatch):
+    """Two sets of rows that prefer other epochs get other maps out of one training."""
+    _, features, responses = planted(120)
+    scores = iter([0.1, 0.9, 0.5, 0.5, 0.9, 0.1])  # first choice, second choice, epoch by epoch
+    monkeypatch.setattr(heads.solvers.gradient, "_score", lambda *_: next(scores))
+    config = AdamWConfig(learning_rate=1e-2, epochs=3, batch_size=32)
+    rows = np.arange(80), [np.arange(80, 100), np.arange(100, 120)]
+    torch.manual_seed(0)
+    late, early = train_head(
+        LinearHead(N_FEATURES, N_VERTICES), [Task(features, responses, *rows, None)], LOSSES["mse"], config
+    )
+    errors = [LOSSES["mse"](one(features[:80]), responses[:80]) for one in (late, early)]
+    assert errors[0] < errors[1]
