@@ -77,7 +77,7 @@ def blend(
 
     def call() -> Outcome:
         challenge = open_tree(data, noise_ceiling)
-        from heads.blend.learn import run as ensemble
+        from heads.blend import run as ensemble
         from heads.report.tables import blend_as_json, gain_lines, print_table, score_table
 
         if apply is not None:
