@@ -19,13 +19,15 @@ POOLS = ("avg", "max")
 def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     """Refuse a value that is not among the known ones."""
     if value not in known:
-        raise ConfigError(f"--{option}: expected one of {', '.join(known)}; found {value!r}; choose one of those")
+        raise ConfigError(
+            f"--{option}", expected=f"one of {', '.join(known)}", found=f"{value!r}", remedy="choose one of those"
+        )
 
 
 def at_least(option: str, value: float, minimum: float) -> None:
     """Refuse a number below the smallest one that works."""
     if not value >= minimum:  # NaN is refused too
-        raise ConfigError(f"--{option}: expected {minimum} or more; found {value}; raise it")
+        raise ConfigError(f"--{option}", expected=f"{minimum} or more", found=value, remedy="raise it")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class LayerConfig:
     def __post_init__(self) -> None:
         one_of("pool", self.pool, POOLS)
         if self.grid not in ("auto", "native") and not (self.grid.isdecimal() and int(self.grid)):
-            raise ConfigError(f"--grid: expected auto, native or a number from 1; found {self.grid!r}; correct it")
+            raise ConfigError(
+                "--grid", expected="auto, native or a number from 1", found=f"{self.grid!r}", remedy="correct it"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,41 @@
 """Mistakes that the user can put right.
 
-Every message is one line: what was expected, what was found (and in which file), what to do next.
-`cli.main` prints it on stderr and leaves with exit code 1; nothing else catches these.
+Every one says where it is, what was expected, what was found, and what to do next, in fields. `str(error)` is the one
+line that `cli.run` prints on stderr before it leaves with exit code 1; nothing else catches these.
 """
+
+from typing import Self
 
 
 class FeatcacheError(Exception):
-    """Base of every error that the user, and not the program, can put right."""
+    """Base of every error that the user, and not the program, can put right.
+
+    Parameters
+    ----------
+    where : file, option or thing that is wrong; '' where the message needs none
+    expected, found : what was wanted there, and what is there instead
+    remedy : what the user can do about it
+    """
+
+    def __init__(self, where: object = "", *, expected: object, found: object, remedy: str) -> None:
+        self.where, self.expected, self.found, self.remedy = str(where), str(expected), str(found), remedy
+        super().__init__(self.where, self.expected, self.found, self.remedy)
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        return f"{place}expected {self.expected}; found {self.found}; {self.remedy}"
+
+    def inside(self, place: str) -> Self:
+        """The same mistake, with the larger place that it is in (such as a step of a recipe) before `where`."""
+        where = f"{place}: {self.where}" if self.where else place
+        return type(self)(where, expected=self.expected, found=self.found, remedy=self.remedy)
+
+    def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments, which pickle cannot pass by itself
+        return _rebuilt, (type(self), self.where, self.expected, self.found, self.remedy)
+
+
+def _rebuilt(kind: type[FeatcacheError], where: str, expected: str, found: str, remedy: str) -> FeatcacheError:
+    return kind(where, expected=expected, found=found, remedy=remedy)
 
 
 class ConfigError(FeatcacheError):
@@ -14,7 +43,7 @@ class ConfigError(FeatcacheError):
 
 
 class ChallengeError(FeatcacheError):
-    """A challenge tree that breaks the published layout."""
+    """A dataset that breaks its published layout."""
 
 
 class BackboneError(FeatcacheError):
@@ -30,4 +59,4 @@ class LeakError(FeatcacheError):
 
 
 class CheckpointError(FeatcacheError):
-    """A checkpoint that is missing, damaged, diverged, or of another architecture or tree."""
+    """A checkpoint that is missing, damaged, diverged, or of another architecture or dataset."""

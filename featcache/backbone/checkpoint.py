@@ -107,7 +107,10 @@ class Checkpoint:
         """The file of one part, as it was written: a damaged or exchanged one would still load and predict."""
         if not (folder := self.facts.get("weights")):
             raise CheckpointError(
-                f"{self.path}: expected a trained backbone; found a run without a finished epoch; run it again"
+                self.path,
+                expected="a trained backbone",
+                found="a run without a finished epoch",
+                remedy="run it again",
             )
         path = self.path / folder / f"{name}.safetensors"
         if not path.is_file():
@@ -120,18 +123,21 @@ class Checkpoint:
     def refuse_other_tree(self, digests: Mapping[str, Mapping[str, str]]) -> None:
         """Raise CheckpointError where its subjects are not those of a tree, {subject: {'images': digest, ...}}."""
         if fault := self.tree_fault(digests):
-            raise CheckpointError(f"{self.path}: {fault}; choose another checkpoint, or train one on this tree")
+            expected, found = fault
+            raise CheckpointError(
+                self.path, expected=expected, found=found, remedy="choose another checkpoint, or train one on this tree"
+            )
 
-    def tree_fault(self, digests: Mapping[str, Mapping[str, Any]]) -> str:
-        """Why a checkpoint cannot serve these subjects, or ''."""
+    def tree_fault(self, digests: Mapping[str, Mapping[str, Any]]) -> tuple[str, str] | None:
+        """Why a checkpoint cannot serve these subjects: what was expected and what was found; None if it can."""
         for name, digest in digests.items():
             trained = self.recipe["subjects"].get(name)
             if trained is None:
-                return f"expected a checkpoint that was trained on {name}; found {', '.join(self.recipe['subjects'])}"
+                return f"a checkpoint that was trained on {name}", ", ".join(self.recipe["subjects"])
             if others := [what for what in digest if trained.get(what) != digest[what]]:
                 which = " and ".join(others).replace("_", " ")
-                return f"expected a checkpoint of this tree; found one of other {which} of {name}"
-        return ""
+                return "a checkpoint of this tree", f"one of other {which} of {name}"
+        return None
 
 
 def label_of(recipe: Mapping[str, Any]) -> str:
@@ -151,13 +157,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         about = json.loads((path / _ABOUT).read_text())
         if about["format"] != FORMAT:
             raise CheckpointError(
-                f"{path}: expected checkpoint format {FORMAT}; found {about['format']}; train it again, "
-                "or choose another --work"
+                path,
+                expected=f"checkpoint format {FORMAT}",
+                found=about["format"],
+                remedy="train it again, or choose another --work",
             )
         return Checkpoint(path, about["recipe"], about["facts"])
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
-            f"{path}: expected a checkpoint's folder; found no {_ABOUT}; name a folder in {FOLDER}"
+            path, expected="a checkpoint's folder", found=f"no {_ABOUT}", remedy=f"name a folder in {FOLDER}"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, f"{_ABOUT} cannot be read") from error
@@ -225,8 +233,10 @@ def refuse_trained(weights: str, option: str) -> None:
         return  # whoever loads it says what is wrong with it
     if name:
         raise CheckpointError(
-            f"{weights}: expected weights that saw none of the images; found those of checkpoint {name}; "
-            f"name its folder with {option}"
+            weights,
+            expected="weights that saw none of the images",
+            found=f"those of checkpoint {name}",
+            remedy=f"name its folder with {option}",
         )
 
 
@@ -256,22 +266,27 @@ def _write(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         there = next(path for path in folder.absolute().parents if path.is_dir())
         raise CheckpointError(
-            f"{folder.parent}: expected to save {folder.name}; found: {first_line(error)} "
-            f"({shutil.disk_usage(there).free / 1e9:.2f} GB free); make room, or choose another --work; "
-            "the same command goes on after the last epoch saved"
+            folder.parent,
+            expected=f"to save {folder.name}",
+            found=f"{first_line(error)} ({shutil.disk_usage(there).free / 1e9:.2f} GB free)",
+            remedy="make room, or choose another --work; the same command goes on after the last epoch saved",
         ) from error
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{path}: expected a whole checkpoint; found that {why}; delete it and train it again")
+    return CheckpointError(
+        path, expected="a whole checkpoint", found=f"that {why}", remedy="delete it and train it again"
+    )
 
 
 def usable(subject: Subject, checkpoints: list[Checkpoint], digests: Mapping[str, str]) -> list[Checkpoint]:
     """The finished checkpoints that were trained on this subject as it is now; the others are named and left out."""
     kept = []
     for checkpoint in filter(lambda one: one.concerns(subject), checkpoints):
-        why = checkpoint.tree_fault({subject.name: digests})
-        why = why or ("" if checkpoint.finished else "its training is not finished; run the same command again")
+        fault = checkpoint.tree_fault({subject.name: digests})
+        why = "" if checkpoint.finished else "its training is not finished; run the same command again"
+        if fault:
+            why = f"expected {fault[0]}; found {fault[1]}"
         if why:
             say(f"{subject.name}: left out {checkpoint.name}: {why}")
         else:

@@ -92,8 +92,10 @@ class Backbone:
             yield
         except (RuntimeError, AssertionError, ValueError) as error:
             raise BackboneError(
-                f"--size: expected a size that {self.name} can take; found {self.transform_recipe['input_size'][-1]} "
-                f"({first_line(error)[:120]}); choose another, such as the default"
+                "--size",
+                expected=f"a size that {self.name} can take",
+                found=f"{self.transform_recipe['input_size'][-1]} ({first_line(error)[:120]})",
+                remedy="choose another, such as the default",
             ) from error
 
 
@@ -104,8 +106,10 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
         model, origin = _build(config)
     except AssertionError as error:
         raise BackboneError(
-            f"--size: expected one that {config.name} can take; found {config.size} ({first_line(error)}); "
-            "choose another"
+            "--size",
+            expected=f"one that {config.name} can take",
+            found=f"{config.size} ({first_line(error)})",
+            remedy="choose another",
         ) from error
     # Channels last: convolutions ran 2 to 3 times as fast on a CPU, with features equal to 1e-6 (docs/log.md).
     model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -151,8 +155,10 @@ def _refuse_unknown(name: str) -> None:
         pass  # the model is known, the tag behind its name is not
     near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3)
     raise BackboneError(
-        f"--backbone: expected a model name of timm {timm.__version__}; found {name!r}; "
-        + (f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them")
+        "--backbone",
+        expected=f"a model name of timm {timm.__version__}",
+        found=f"{name!r}",
+        remedy=(f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"),
     )
 
 
@@ -198,7 +204,7 @@ def _pretrained_config(name: str) -> dict[str, Any]:
 def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
     if not path.is_file():
         raise BackboneError(
-            f"--weights: expected hub, packaged, none or a weights file; found no file {path}; correct it"
+            "--weights", expected="hub, packaged, none or a weights file", found=f"no file {path}", remedy="correct it"
         )
     try:
         state = timm.models.load_state_dict(str(path))
@@ -206,16 +212,23 @@ def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
         if "weights_only" in str(error):
             raise BackboneError(
-                f"--weights: expected tensors only; found code in {path}, which was not run; save it as .safetensors"
+                "--weights",
+                expected="tensors only",
+                found=f"code in {path}, which was not run",
+                remedy="save it as .safetensors",
             ) from error
         raise BackboneError(
-            f"--weights: expected weights of {config.name}; found others in {path} ({_mismatch(error)}); "
-            "name the backbone that they belong to"
+            "--weights",
+            expected=f"weights of {config.name}",
+            found=f"others in {path} ({_mismatch(error)})",
+            remedy="name the backbone that they belong to",
         ) from error
     except (OSError, EOFError, ValueError, LookupError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
         raise BackboneError(
-            f"--weights: expected a .safetensors or .pth file; found {path}, which cannot be read "
-            f"({first_line(error)}); copy it again"
+            "--weights",
+            expected="a .safetensors or .pth file",
+            found=f"{path}, which cannot be read ({first_line(error)})",
+            remedy="copy it again",
         ) from error
 
 
@@ -248,8 +261,10 @@ def _from_hub(config: BackboneConfig) -> nn.Module:
     hub_id = known.get("hf_hub_id")
     if not hub_id and not known.get("url"):
         raise BackboneError(
-            f"--weights hub: expected pretrained weights of {config.name}; timm has none; "
-            f"choose {_substitutes(config.name)} or --weights PATH or --weights none"
+            "--weights hub",
+            expected=f"pretrained weights of {config.name}",
+            found="none in timm",
+            remedy=f"choose {_substitutes(config.name)} or --weights PATH or --weights none",
         )
     if cached := _cached(hub_id):
         return _from_file(config, cached)
@@ -258,7 +273,10 @@ def _from_hub(config: BackboneConfig) -> nn.Module:
         return _create(config, pretrained=True)
     except (OSError, RuntimeError) as error:
         raise BackboneError(
-            f"--weights hub: expected to download {config.name}; found: {first_line(error)}; try again, or {_WAYS_OUT}"
+            "--weights hub",
+            expected=f"to download {config.name}",
+            found=first_line(error),
+            remedy=f"try again, or {_WAYS_OUT}",
         ) from error
 
 
@@ -280,7 +298,10 @@ def _refuse_unreachable() -> None:
         pass  # it answered
     except OSError as error:
         raise BackboneError(
-            f"--weights hub: expected an answer from the model hub; found none ({first_line(error)}); use {_WAYS_OUT}"
+            "--weights hub",
+            expected="an answer from the model hub",
+            found=f"none ({first_line(error)})",
+            remedy=f"use {_WAYS_OUT}",
         ) from error
 
 
@@ -292,11 +313,17 @@ def _substitutes(name: str) -> str:
 def _refuse_unpackaged(name: str) -> None:
     if name not in _PACKAGED:
         raise BackboneError(
-            f"--weights packaged: expected one of {', '.join(_PACKAGED)}; found {name}; choose one of those"
+            "--weights packaged",
+            expected=f"one of {', '.join(_PACKAGED)}",
+            found=name,
+            remedy="choose one of those",
         )
     if find_spec(_PACKAGED[name]) is None:
         raise BackboneError(
-            f"--weights packaged: expected the package {_PACKAGED[name]}; found none; install the demo extra"
+            "--weights packaged",
+            expected=f"the package {_PACKAGED[name]}",
+            found="none",
+            remedy="install the demo extra",
         )
 
 
@@ -316,8 +343,10 @@ def rename_in_order(theirs: Mapping[str, torch.Tensor], names: list[str]) -> dic
     kinds = [key.rpartition(".")[2] for key in theirs]
     if kinds != [name.rpartition(".")[2] for name in names]:
         raise BackboneError(
-            f"--weights packaged: expected {len(names)} tensors in timm's order; found {len(kinds)} in another; "
-            "install the versions of timm and of the demo extra that pyproject.toml names"
+            "--weights packaged",
+            expected=f"{len(names)} tensors in timm's order",
+            found=f"{len(kinds)} in another",
+            remedy="install the versions of timm and of the demo extra that pyproject.toml names",
         )
     return dict(zip(names, theirs.values(), strict=True))
 

@@ -66,8 +66,10 @@ def layer_names(model: nn.Module) -> list[str]:
     known: Any = getattr(model, "feature_info", None)
     if not hasattr(model, "forward_intermediates") or not known:
         raise BackboneError(
-            f"--layers: expected a network whose layers timm {timm.__version__} can read; "
-            f"{type(model).__name__} has none; use --layers pooled, or another backbone"
+            "--layers",
+            expected=f"a network whose layers timm {timm.__version__} can read",
+            found=f"{type(model).__name__}, which has none",
+            remedy="use --layers pooled, or another backbone",
         )
     return [layer["module"] for layer in known]
 
@@ -135,8 +137,10 @@ def _chosen(names: list[str], wanted: Sequence[str]) -> tuple[str, ...]:
                 found.add(name)
             case _:
                 raise ConfigError(
-                    f"--layers: expected auto, all, {POOLED}, {', '.join(names)}, or numbers from 0 to "
-                    f"{len(names) - 1}; found {one!r}; choose among those"
+                    "--layers",
+                    expected=f"auto, all, {POOLED}, {', '.join(names)}, or numbers from 0 to {len(names) - 1}",
+                    found=f"{one!r}",
+                    remedy="choose among those",
                 )
     return tuple(name for name in (POOLED, *names) if name in found)
 
@@ -159,7 +163,9 @@ def _grid(layer: str, shape: tuple[int, int], grid: str) -> tuple[int, int]:
         return min(height, _GRID), min(width, _GRID)
     if int(grid) > min(shape):
         raise ConfigError(
-            f"--grid: expected at most the places of each layer; found {grid} x {grid} for {layer}, whose map is "
-            f"{height} x {width}; use a smaller grid, --grid auto, other --layers, or a larger --size"
+            "--grid",
+            expected="at most the places of each layer",
+            found=f"{grid} x {grid} for {layer}, whose map is {height} x {width}",
+            remedy="use a smaller grid, --grid auto, other --layers, or a larger --size",
         )
     return int(grid), int(grid)

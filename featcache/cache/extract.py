@@ -175,8 +175,10 @@ def _refuse_other_backbone(checkpoint: Checkpoint, config: ExtractConfig) -> Non
     trained = checkpoint.recipe["backbone"]["name"]
     if not config.any_backbone and trained != config.backbone.name:
         raise CheckpointError(
-            f"{checkpoint.path}: expected a checkpoint of {config.backbone.name}; found one of {trained}; "
-            f"name --backbone {trained}, or another checkpoint"
+            checkpoint.path,
+            expected=f"a checkpoint of {config.backbone.name}",
+            found=f"one of {trained}",
+            remedy=f"name --backbone {trained}, or another checkpoint",
         )
 
 

@@ -147,16 +147,20 @@ def _create(path: Path, shape: tuple[int, ...]) -> None:
 
 def _no_room(folder: Path, n_bytes: int) -> StoreError:
     return StoreError(
-        f"{folder}: expected {n_bytes / 1e9:.1f} GB of free disk for the images; found "
-        f"{shutil.disk_usage(folder).free / 1e9:.1f} GB; make room, lower --size, or choose another --work"
+        folder,
+        expected=f"{n_bytes / 1e9:.1f} GB of free disk for the images",
+        found=f"{shutil.disk_usage(folder).free / 1e9:.1f} GB",
+        remedy="make room, lower --size, or choose another --work",
     )
 
 
 def _make_room(folder: Path, needed: Sequence[Path], total: int, new: int, limit_gb: float) -> None:
     if total > limit_gb * 1e9:
         raise StoreError(
-            f"{folder}: expected the images in --image-cache {limit_gb:g} GB; they need {total / 1e9:.1f} GB at this "
-            "size; raise it, lower --size, or choose fewer subjects"
+            folder,
+            expected=f"the images to fit into --image-cache {limit_gb:g} GB",
+            found=f"{total / 1e9:.1f} GB of them at this size",
+            remedy="raise it, lower --size, or choose fewer subjects",
         )
     others = sorted(set(folder.glob("*.npy")) - set(needed), key=lambda path: _used(path))
     while others and total + sum(path.stat().st_size for path in others) > limit_gb * 1e9:

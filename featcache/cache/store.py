@@ -114,8 +114,10 @@ class Store:
                 raise ValueError(f"{name}: {len(values)} rows do not fill chunks of {array.chunks[0]}")
             if not np.isfinite(values).all():
                 raise StoreError(
-                    f"{self.path}: expected finite values; found NaN or infinity in {name}, rows {start} to {stop}; "
-                    "use --dtype float32, or other weights"
+                    self.path,
+                    expected="finite values",
+                    found=f"NaN or infinity in {name}, rows {start} to {stop}",
+                    remedy="use --dtype float32, or other weights",
                 )
             array[start:stop] = values
             committed[name] = stop
@@ -129,8 +131,10 @@ class Store:
         stop = len(self.image_ids) if stop is None else stop
         if stop > self.committed.get(name, 0):
             raise StoreError(
-                f"{self.path}: expected {stop} rows of {name}; found {self.committed.get(name, 0)}; "
-                "run the command that writes it again, it goes on from there"
+                self.path,
+                expected=f"{stop} rows of {name}",
+                found=self.committed.get(name, 0),
+                remedy="run the command that writes it again, it goes on from there",
             )
         array = self.arrays[name]
         rows = np.empty((stop - start, *array.shape[1:]), array.dtype) if out is None else out
@@ -160,7 +164,10 @@ def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise StoreError(
-                f"{folder}: expected to be the only writer; found another process writing; wait for it to end"
+                folder,
+                expected="to be the only writer",
+                found="another process writing",
+                remedy="wait for it to end",
             ) from error
         yield
 
@@ -221,8 +228,10 @@ def refuse_full_disk(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
         raise StoreError(
-            f"{folder}: expected {n_bytes / 1e9:.1f} GB of free disk; found {free / 1e9:.1f} GB; "
-            "make room or choose another --work"
+            folder,
+            expected=f"{n_bytes / 1e9:.1f} GB of free disk",
+            found=f"{free / 1e9:.1f} GB",
+            remedy="make room or choose another --work",
         )
 
 
@@ -233,8 +242,10 @@ def open_store(path: Path) -> Store:
         about: Any = group.attrs["featcache"]
         if about["format"] != FORMAT:
             raise StoreError(
-                f"{path}: expected store format {FORMAT}; found {about['format']}; "
-                "delete it and run the command that writes it again, or choose another --work"
+                path,
+                expected=f"store format {FORMAT}",
+                found=about["format"],
+                remedy="delete it and run the command that writes it again, or choose another --work",
             )
         ids = np.array(about["image_ids"], dtype=np.int64)
         return Store(
@@ -276,5 +287,8 @@ def replace_json(path: Path, content: Any) -> None:
 
 def _damaged(path: Path, why: str) -> StoreError:
     return StoreError(
-        f"{path}: expected a whole store; found that {why}; delete it and run the command that writes it again"
+        path,
+        expected="a whole store",
+        found=f"that {why}",
+        remedy="delete it and run the command that writes it again",
     )

@@ -73,7 +73,7 @@ class Challenge:
         for name in wanted:
             if name not in by_name:
                 raise ChallengeError(
-                    f"--subject: expected one of {', '.join(by_name)}; found {name!r}; choose from those"
+                    "--subject", expected=f"one of {', '.join(by_name)}", found=f"{name!r}", remedy="choose from those"
                 )
         return tuple(by_name[name] for name in dict.fromkeys(wanted))
 
@@ -85,23 +85,21 @@ class _Scan:
     folder: Path
     faults: list[Fault] = field(default_factory=list)
 
-    def fault(self, path: Path, problem: str) -> None:
-        self.faults.append(Fault(path, problem))
+    def fault(self, path: Path, expected: str, found: str) -> None:
+        self.faults.append(Fault(path, expected, found))
 
     def array(self, path: Path, n_dimensions: int) -> np.ndarray | None:
         """Map a numeric .npy file of so many dimensions, or note why it cannot be."""
         try:
             array = np.lib.format.open_memmap(path, mode="r")  # np.load would open a zip or a pickle of that name
         except FileNotFoundError:
-            self.fault(path, "expected a .npy file; found none")
+            self.fault(path, "a .npy file", "none")
         except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:
-            self.fault(path, f"expected a whole .npy file of numbers; found one that cannot be read ({error})")
+            self.fault(path, "a whole .npy file of numbers", f"one that cannot be read ({error})")
         else:
             if array.ndim == n_dimensions and array.dtype.kind in "fiub":
                 return array
-            self.fault(
-                path, f"expected {n_dimensions} dimension(s) of numbers; found shape {array.shape} of {array.dtype}"
-            )
+            self.fault(path, f"{n_dimensions} dimension(s) of numbers", f"shape {array.shape} of {array.dtype}")
         return None
 
 
@@ -109,7 +107,7 @@ def scan_tree(root: Path, noise_ceiling: Path | None = None) -> tuple[Challenge,
     """Everything that can be said of a tree without decoding an image or reading the responses."""
     folders = sorted(path for path in root.glob("subj*") if re.fullmatch(r"subj\d+", path.name) and path.is_dir())
     if not folders:
-        return Challenge(root, ()), [Fault(root, "expected folders subj01, subj02, ...; found none")]
+        return Challenge(root, ()), [Fault(root, "folders subj01, subj02, ...", "none")]
     scans = [_Scan(folder) for folder in folders]
     subjects = [_scan_subject(scan) for scan in scans]
     notes = _read_ceilings(scans, subjects, _ceiling_folder(root, noise_ceiling))
@@ -121,8 +119,13 @@ def open_challenge(root: Path, noise_ceiling: Path | None = None) -> Challenge:
     """The tree under `root`, checked for what can be seen cheaply. Raises ChallengeError for the first fault."""
     challenge, faults = scan_tree(root, noise_ceiling)
     if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise ChallengeError(f"{faults[0]}{more}; run 'check' to see every fault of the tree")
+        first, more = faults[0], f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ChallengeError(
+            first.path,
+            expected=first.expected,
+            found=f"{first.found}{more}",
+            remedy="run 'check' to see every fault of the tree",
+        )
     return challenge
 
 
@@ -151,7 +154,7 @@ def _response_faults(subject: Subject, hemisphere: str) -> Iterator[Fault]:
         if len(bad):
             row, vertex = bad[0]
             where = f"row {start + row}, vertex {vertex}" + (f" and {len(bad) - 1} more nearby" if len(bad) > 1 else "")
-            yield Fault(path, f"expected finite responses; found NaN or infinity at {where}")
+            yield Fault(path, "finite responses", f"NaN or infinity at {where}")
             return
 
 
@@ -164,16 +167,14 @@ def _scan_subject(scan: _Scan) -> Subject:
     test = _scan_images(scan, "test_split/test_images", "test")
     if both := sorted(set(train.ids.tolist()) & set(test.ids.tolist())):
         shown = ", ".join(map(str, both[:5])) + (", ..." if len(both) > 5 else "")
-        scan.fault(scan.folder, f"expected each image id in training or in test; found {len(both)} in both: {shown}")
+        scan.fault(scan.folder, "each image id in training or in test", f"{len(both)} in both: {shown}")
     n_vertices = {}
     for hemisphere in HEMISPHERES:
         path = _response_path(scan.folder, hemisphere)
         if (responses := scan.array(path, 2)) is not None:
             n_vertices[hemisphere] = responses.shape[1]
             if len(responses) != len(train):
-                scan.fault(
-                    path, f"expected a row for each of {len(train)} training images; found {len(responses)} rows"
-                )
+                scan.fault(path, f"a row for each of {len(train)} training images", f"{len(responses)} rows")
     fsaverage = {h: _scan_fsaverage(scan, h, n_vertices.get(h)) for h in HEMISPHERES}
     rois = _scan_rois(scan, n_vertices)
     return Subject(scan.folder.name, scan.folder, train, test, n_vertices, rois, dict.fromkeys(HEMISPHERES), fsaverage)
@@ -183,7 +184,7 @@ def _scan_images(scan: _Scan, folder: str, split: str) -> ImageFiles:
     images, faults = list_images(scan.folder / folder, split)
     scan.faults += faults
     if not len(images) and not faults:
-        scan.fault(scan.folder / folder, "expected images; found an empty folder")
+        scan.fault(scan.folder / folder, "images", "an empty folder")
     return images
 
 
@@ -192,9 +193,9 @@ def _scan_fsaverage(scan: _Scan, hemisphere: str, n_vertices: int | None) -> np.
     if not path.exists() or n_vertices is None or (mask := scan.array(path, 1)) is None:
         return None
     if len(mask) != FSAVERAGE_VERTICES or np.any((mask != 0) & (mask != 1)):
-        scan.fault(path, f"expected {FSAVERAGE_VERTICES} zeros and ones; found {len(mask)} up to {mask.max(initial=0)}")
+        scan.fault(path, f"{FSAVERAGE_VERTICES} zeros and ones", f"{len(mask)} up to {mask.max(initial=0)}")
     elif mask.sum(dtype=np.int64) != n_vertices:
-        scan.fault(path, f"expected {n_vertices} ones, the columns of the responses; found {mask.sum(dtype=np.int64)}")
+        scan.fault(path, f"{n_vertices} ones, the columns of the responses", str(mask.sum(dtype=np.int64)))
     return mask.astype(bool)
 
 
@@ -212,7 +213,7 @@ def _scan_rois(scan: _Scan, n_vertices: dict[str, int]) -> dict[str, dict[str, n
             if hemisphere in n_vertices:
                 found = _scan_class(scan, hemisphere, roi_class, mapping, n_vertices[hemisphere])
                 if twice := sorted(found.keys() & rois[hemisphere].keys()):
-                    scan.fault(folder, f"expected an ROI in one class; found {twice[0]} in {roi_class} and another")
+                    scan.fault(folder, "an ROI in one class", f"{twice[0]} in {roi_class} and another")
                 rois[hemisphere] |= found
     return rois
 
@@ -224,25 +225,31 @@ def _scan_class(
     path = folder / f"{hemisphere}.{roi_class}_challenge_space.npy"
     surface = folder / f"{hemisphere}.{roi_class}_fsaverage_space.npy"
     if surface.exists() and (labels := scan.array(surface, 1)) is not None and len(labels) != FSAVERAGE_VERTICES:
-        scan.fault(surface, f"expected {FSAVERAGE_VERTICES} labels; found {len(labels)}")
+        scan.fault(surface, f"{FSAVERAGE_VERTICES} labels", str(len(labels)))
     if (labels := scan.array(path, 1)) is None:
         return {}
     if len(labels) != n_vertices:
-        scan.fault(path, f"expected a label for each of {n_vertices} vertices; found {len(labels)}")
+        scan.fault(path, f"a label for each of {n_vertices} vertices", str(len(labels)))
         return {}
     if unknown := sorted(set(np.unique(labels).tolist()) - set(mapping) - {0}):
-        scan.fault(path, f"expected labels named in mapping_{roi_class}.npy; found {unknown[0]}")
+        scan.fault(path, f"labels named in mapping_{roi_class}.npy", str(unknown[0]))
     return {name: np.asarray(labels == label) for label, name in sorted(mapping.items()) if label != 0}
 
 
 def _ceiling_folder(root: Path, noise_ceiling: Path | None) -> Path | None:
     if noise_ceiling is not None and not noise_ceiling.is_dir():
         raise ChallengeError(
-            f"--noise-ceiling: expected a folder of subj01/lh.npy and so on; found none at {noise_ceiling}; correct it"
+            "--noise-ceiling",
+            expected="a folder of subj01/lh.npy and so on",
+            found=f"none at {noise_ceiling}",
+            remedy="correct it",
         )
     if noise_ceiling is not None and not any(noise_ceiling.glob("subj*/?h.npy")):
         raise ChallengeError(
-            f"--noise-ceiling: expected subj01/lh.npy and so on; found none in {noise_ceiling}; name their folder"
+            "--noise-ceiling",
+            expected="subj01/lh.npy and so on",
+            found=f"none in {noise_ceiling}",
+            remedy="name their folder",
         )
     beside = root / "noise_ceiling"
     return noise_ceiling or (beside if beside.is_dir() else None)
@@ -276,13 +283,11 @@ def _read_ceilings(scans: list[_Scan], subjects: list[Subject], folder: Path | N
 def _check_ceiling(scan: _Scan, path: Path, ceiling: np.ndarray, n_vertices: int | None, unit: int) -> bool:
     bad = np.flatnonzero(~((ceiling >= 0) & (ceiling <= unit)))  # NaN is bad too
     if n_vertices is not None and len(ceiling) != n_vertices:
-        scan.fault(path, f"expected a ceiling for each of {n_vertices} vertices; found {len(ceiling)}")
+        scan.fault(path, f"a ceiling for each of {n_vertices} vertices", str(len(ceiling)))
     elif unit > 1 and 0 < np.nanmax(ceiling, initial=0) <= 1:
-        scan.fault(
-            path, f"expected percent, as other ceilings of the folder; found fractions up to {ceiling.max():.4g}"
-        )
+        scan.fault(path, "percent, as other ceilings of the folder", f"fractions up to {ceiling.max():.4g}")
     elif len(bad):
-        scan.fault(path, f"expected ceilings from 0 to {unit}; found {ceiling[bad[0]]} at vertex {bad[0]}")
+        scan.fault(path, f"ceilings from 0 to {unit}", f"{ceiling[bad[0]]} at vertex {bad[0]}")
     else:
         return True
     return False

@@ -19,10 +19,11 @@ class Fault:
     """One thing that is wrong with a tree."""
 
     path: Path
-    problem: str  # what was expected and what was found
+    expected: str
+    found: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.problem}"
+        return f"{self.path}: expected {self.expected}; found {self.found}"
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,16 @@ class ImageFiles:
 def list_images(folder: Path, split: str) -> tuple[ImageFiles, list[Fault]]:
     """The images of a folder by their number, and what is wrong with the folder's file names."""
     found: dict[int, tuple[Path, int]] = {}
-    faults = [] if folder.is_dir() else [Fault(folder, "expected a folder of images; found none")]
+    faults = [] if folder.is_dir() else [Fault(folder, "a folder of images", "none")]
     for entry in sorted(os.scandir(folder), key=lambda e: e.name) if folder.is_dir() else ():
         match = _NAME.fullmatch(entry.name)
         path = folder / entry.name
         if entry.name.startswith(".") or entry.name in ("Thumbs.db", "desktop.ini"):
             continue  # what file managers leave behind
         if match is None or match["split"].lower() != split:
-            faults.append(Fault(path, f"expected a name such as {split}-0001_nsd-00013.png; found another"))
+            faults.append(Fault(path, f"a name such as {split}-0001_nsd-00013.png", "another"))
         elif (number := int(match["number"])) in found:
-            faults.append(Fault(path, f"expected one image a number; found number {number} in {found[number][0].name}"))
+            faults.append(Fault(path, "one image a number", f"number {number} in {found[number][0].name}"))
         else:
             found[number] = (path, int(match["id"]))
     numbers = sorted(found)
@@ -64,11 +65,11 @@ def list_images(folder: Path, split: str) -> tuple[ImageFiles, list[Fault]]:
 def _gaps(folder: Path, numbers: list[int]) -> list[Fault]:
     missing = sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers))
     if numbers and numbers[0] == 0:
-        return [Fault(folder, "expected images numbered from 1; found number 0")]
+        return [Fault(folder, "images numbered from 1", "number 0")]
     if not missing:
         return []
     shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-    return [Fault(folder, f"expected images numbered 1 to {numbers[-1]}; found {len(missing)} missing: {shown}")]
+    return [Fault(folder, f"images numbered 1 to {numbers[-1]}", f"{len(missing)} missing: {shown}")]
 
 
 def load_image(path: Path) -> Image.Image:
@@ -83,8 +84,10 @@ def load_image(path: Path) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except _UNREADABLE as error:
         raise ChallengeError(
-            f"{path}: expected a whole PNG or JPEG image; found one that cannot be decoded ({_first_line(error)}); "
-            "copy the file again"
+            path,
+            expected="a whole PNG or JPEG image",
+            found=f"one that cannot be decoded ({_first_line(error)})",
+            remedy="copy the file again",
         ) from error
 
 
@@ -102,7 +105,7 @@ def image_fault(path: Path) -> Fault | None:
     try:
         load_image(path)
     except ChallengeError as error:
-        return Fault(path, str(error).removeprefix(f"{path}: ").rpartition(";")[0])
+        return Fault(path, error.expected, error.found)
     return None
 
 

@@ -97,11 +97,15 @@ def read_mapping(path: Path) -> dict[int, str]:
             mapping = _MappingUnpickler(file).load().items[0]
             return {_label(label): _name(name) for label, name in mapping.items()}
     except FileNotFoundError as error:
-        raise ChallengeError(f"{path}: expected the names of the labels; found no file; copy it again") from error
+        raise ChallengeError(
+            path, expected="the names of the labels", found="no file", remedy="copy it again"
+        ) from error
     except _NOT_A_MAPPING as error:
         raise ChallengeError(
-            f"{path}: expected a pickled dict of labels and ROI names; found something else ({error}); "
-            "nothing in it was run; get the file from the challenge again"
+            path,
+            expected="a pickled dict of labels and ROI names",
+            found=f"something else ({error})",
+            remedy="nothing in it was run; get the file from the challenge again",
         ) from error
 
 

@@ -38,7 +38,7 @@ def assign_folds(image_ids: ArrayLike, n_folds: int, seed: int) -> NDArray[np.in
     Source: splitmix64 is the finaliser of Steele, Lea and Flood, Fast splittable pseudorandom number generators (2014).
     """
     if n_folds < 2:
-        raise ConfigError(f"the number of folds must be at least 2, but got {n_folds}; raise --folds")
+        raise ConfigError("--folds", expected="2 or more", found=n_folds, remedy="raise it")
     ids = _checked_ids(image_ids)
     # An array and not a scalar: NumPy warns when a scalar wraps around, and wrapping is what the hash is made of.
     key = _splitmix64(np.array([seed % 2**64], dtype=np.uint64))
@@ -51,8 +51,10 @@ def check_folds(folds: ArrayLike, n_folds: int) -> None:
     empty = np.setdiff1d(np.arange(n_folds), folds)
     if empty.size:
         raise ConfigError(
-            f"each of the {n_folds} folds must hold an image, but {folds.size} images leave fold {_shown(empty)} "
-            "empty; ask for fewer --folds"
+            "--folds",
+            expected=f"an image in each of the {n_folds} folds",
+            found=f"none of {folds.size} images in fold {_shown(empty)}",
+            remedy="ask for fewer",
         )
 
 
@@ -67,20 +69,25 @@ def refuse_leak(trained_ids: ArrayLike, scored_ids: ArrayLike, what: str) -> Non
     shared = np.intersect1d(_checked_ids(trained_ids), _checked_ids(scored_ids))
     if shared.size:
         raise LeakError(
-            f"{what} must be scored on images that it was not trained on, but {shared.size} "
-            f"{'image is' if shared.size == 1 else 'images are'} on both sides (id {_shown(shared)}); "
-            "split both by the same image ids, --folds and seed, and train it again"
+            what,
+            expected="images that it was not trained on",
+            found=f"{shared.size} on both sides of the split (id {_shown(shared)})",
+            remedy="split both by the same image ids, --folds and seed, and train it again",
         )
 
 
 def _checked_ids(image_ids: ArrayLike) -> NDArray[np.uint64]:
     ids = np.asarray(image_ids)
     if ids.ndim != 1:
-        raise FeatcacheError(f"image ids must be (n_images,), but got the shape {ids.shape}; pass one list of ids")
+        raise FeatcacheError(
+            "image ids", expected="one list, (n_images,)", found=f"the shape {ids.shape}", remedy="pass one list of ids"
+        )
     integers = ids.dtype.kind in "iu" or not ids.size  # an empty list has no dtype of its own
     if not integers or (ids < 0).any():
         found = f"{ids.min()}" if integers else f"values of type {ids.dtype}"
-        raise FeatcacheError(f"image ids must be integers >= 0, but got {found}; use the ids in the images' file names")
+        raise FeatcacheError(
+            "image ids", expected="integers >= 0", found=found, remedy="use the ids in the images' file names"
+        )
     return ids.astype(np.uint64)
 
 

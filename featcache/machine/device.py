@@ -16,7 +16,9 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: expected a CUDA device; found none that torch can use; use --device cpu")
+        raise ConfigError(
+            "--device cuda", expected="a CUDA device", found="none that torch can use", remedy="use --device cpu"
+        )
     return device
 
 
@@ -49,7 +51,9 @@ def _cpu_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
 def check_products(option: str, products: str, device: str) -> None:
     """Raises ConfigError for TF32 on what has no such units."""
     if products == "tf32" and resolve_device(device) != "cuda":
-        raise ConfigError(f"--{option} tf32: expected a CUDA device; found {resolve_device(device)}; use float32")
+        raise ConfigError(
+            f"--{option} tf32", expected="a CUDA device", found=resolve_device(device), remedy="use float32"
+        )
 
 
 @contextmanager

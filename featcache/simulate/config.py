@@ -112,8 +112,10 @@ class SimulateConfig:
             return (counts,) * self.n_subjects
         if len(counts) != self.n_subjects:
             raise ConfigError(
-                f"expected {name} to be one count or {self.n_subjects} (one per subject), found {len(counts)}; "
-                f"give one integer, or change n_subjects"
+                name,
+                expected=f"one count, or {self.n_subjects} of them, one for each subject",
+                found=len(counts),
+                remedy="give one integer, or change n_subjects",
             )
         return counts
 
@@ -136,13 +138,15 @@ def blocks(n_rows: int, size: int) -> Iterator[slice]:
 def _check_range(name: str, value: int, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ConfigError(
-            f"expected {name} to be a whole number from {low} to {high}, found {value!r}; change {name} "
-            f"or the counts that bound it"
+            name,
+            expected=f"a whole number from {low} to {high}",
+            found=repr(value),
+            remedy=f"change {name}, or the counts that bound it",
         )
 
 
 def _check_vertices(n_vertices: tuple[int, int]) -> None:
     if not isinstance(n_vertices, tuple) or len(n_vertices) != 2:
-        raise ConfigError(f"expected n_vertices to be (left, right), found {n_vertices!r}; give two counts")
+        raise ConfigError("n_vertices", expected="two counts, (left, right)", found=repr(n_vertices), remedy="give two")
     for count in n_vertices:
         _check_range("n_vertices", count, 40, FSAVERAGE_VERTICES)

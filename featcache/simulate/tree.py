@@ -103,7 +103,9 @@ def image_ids(config: SimulateConfig) -> dict[int, ImageIds]:
 
 def _check_free(root: Path) -> None:
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise ConfigError(f"{root}: expected a new or empty folder; found something in it; remove it or name another")
+        raise ConfigError(
+            root, expected="a new or empty folder", found="something in it", remedy="remove it or name another"
+        )
 
 
 @contextmanager

@@ -95,8 +95,10 @@ def split(subjects: Sequence[Subject], fold: dict[str, int]) -> tuple[list[np.nd
     for subject, mask in zip(subjects, held_out, strict=True):
         if mask.sum() < 2:
             raise ConfigError(
-                f"fold {fold['fold']} of {subject.name}: expected 2 or more held-out images to score; "
-                f"found {mask.sum()}; add images, or ask for fewer --folds"
+                f"fold {fold['fold']} of {subject.name}",
+                expected="2 or more held-out images to score",
+                found=mask.sum(),
+                remedy="add images, or ask for fewer --folds",
             )
     shown = [~mask & ~np.isin(s.train.ids, tested) for s, mask in zip(subjects, held_out, strict=True)]
     return [np.flatnonzero(mask) for mask in shown], [np.flatnonzero(mask) for mask in held_out]
@@ -140,15 +142,20 @@ def plan_steps(config: TrainConfig, devices: int, n_images: int) -> Steps:
     if correlation not in (0, batch):
         if correlation % together or (config.accumulate > 1 and config.accumulate % (correlation // together)):
             raise ConfigError(
-                f"--correlation-batch: expected a multiple of {together} (--batch-size times processes), and "
-                f"--accumulate {config.accumulate} to be a multiple of the passes in it; found {correlation}; "
-                "choose another"
+                "--correlation-batch",
+                expected=f"a multiple of {together} (--batch-size times processes), and --accumulate {config.accumulate} "
+                "to be a multiple of the passes in it",
+                found=correlation,
+                remedy="choose another",
             )
         group = correlation // together
         passes = max(passes, group)
     steps = Steps(batch, passes, group, devices)
     if steps.images > n_images:
         raise ConfigError(
-            f"--batch-size: expected at least {steps.images} training images for one step; found {n_images}; lower it"
+            "--batch-size",
+            expected=f"at least {steps.images} training images for one step",
+            found=n_images,
+            remedy="lower it",
         )
     return steps

@@ -43,7 +43,9 @@ def make_accelerator(precision: str, device: str, every_weight: bool = True) -> 
     every_weight : whether each pass uses all weights; where not, processes look for those that wait for no gradient
     """
     if precision == "float16" and device == "cpu":
-        raise ConfigError("--precision float16: expected a CUDA device; found the CPU; use bfloat16 or float32")
+        raise ConfigError(
+            "--precision float16", expected="a CUDA device", found="the CPU", remedy="use bfloat16 or float32"
+        )
     AcceleratorState._reset_state()  # it is one for the whole process, and refuses another precision in a later run
     # the others wait while one of them decodes every image, or fits the heads to start from
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
@@ -333,8 +335,10 @@ class EncoderTraining:
         kept = f"epoch {facts['epoch']} is kept in {path}" if facts.get("weights") else "none was saved"
         epoch, step = divmod(number, self._per_epoch)
         return CheckpointError(
-            f"{facts['label']}: expected a finite {what}; found {found} at epoch {epoch + 1}, step {step + 1} of "
-            f"{self._per_epoch}; {kept}; lower --learning-rate, or use --precision float32 or --clip-norm 1"
+            facts["label"],
+            expected=f"a finite {what}",
+            found=f"{found} at epoch {epoch + 1}, step {step + 1} of {self._per_epoch}",
+            remedy=f"{kept}; lower --learning-rate, or use --precision float32 or --clip-norm 1",
         )
 
 

@@ -89,8 +89,10 @@ def make_soups(subjects: Sequence[Subject], config: SoupConfig, work: Path) -> l
     groups = [group for family in _families(known) for group in _groups(family)]
     if not groups:
         raise CheckpointError(
-            f"{work / FOLDER}: expected two or more finished {config.stage} checkpoints that differ in settings alone; "
-            f"found {len(known)} and none beside another; train again with another --loss or --seed"
+            work / FOLDER,
+            expected=f"two or more finished {config.stage} checkpoints that differ in settings alone",
+            found=f"{len(known)} and none beside another",
+            remedy="train again with another --loss or --seed",
         )
     return [_soup([by_name[name] for name in group[0].recipe["subjects"]], group, config, work) for group in groups]
 
@@ -110,7 +112,10 @@ def mean_weights(named: Iterable[tuple[str, Mapping[str, torch.Tensor]]]) -> dic
     for name, tensors in every:
         if fault := _fault(first, tensors):
             raise CheckpointError(
-                f"{name}: expected the same tensors as in {first_name}; found {fault}; leave one out with --models"
+                name,
+                expected=f"the same tensors as in {first_name}",
+                found=fault,
+                remedy="leave one out with --models",
             )
         for key, total in sums.items():
             total += tensors[key]
@@ -158,14 +163,18 @@ def _matching(known: list[Checkpoint], config: SoupConfig, work: Path) -> list[C
     """Those that --models names, by their folder or by the training that is one over all folds."""
     if not known:
         raise CheckpointError(
-            f"{work / FOLDER}: expected finished {config.stage} checkpoints of this tree; found none; "
-            f"run '{config.stage}' twice, with another --loss or --seed"
+            work / FOLDER,
+            expected=f"finished {config.stage} checkpoints of this tree",
+            found="none",
+            remedy=f"run '{config.stage}' twice, with another --loss or --seed",
         )
     chosen = [one for one in known if any(fnmatchcase(n, p) for n in (one.name, one.training) for p in config.patterns)]
     if not chosen:
         raise ConfigError(
-            f"--models: expected patterns that match one of: {', '.join(one.name for one in known)}; "
-            f"found {config.models!r}; correct it"
+            "--models",
+            expected=f"patterns that match one of: {', '.join((one.name for one in known))}",
+            found=f"{config.models!r}",
+            remedy="correct it",
         )
     return chosen
 

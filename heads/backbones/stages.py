@@ -266,8 +266,10 @@ class _Starts:
         if len(trainings) > 1:
             names = ", ".join(min(one.name for one in ours if one.training == t) for t in trainings)
             raise CheckpointError(
-                f"--init stage1: expected one stage-1 training in {self._work / FOLDER}; found {len(trainings)} "
-                f"({names}); name the folder of one with --init"
+                "--init stage1",
+                expected=f"one stage-1 training in {self._work / FOLDER}",
+                found=f"{len(trainings)} ({names})",
+                remedy="name the folder of one with --init",
             )
         return self._sibling(ours, fold, f"of {subject.name} in {self._work / FOLDER}")
 
@@ -281,8 +283,10 @@ class _Starts:
         trained = given.recipe["backbone"]["name"]
         if not self._config.any_backbone and trained != self._config.backbone.name:
             raise CheckpointError(
-                f"--init {given.path}: expected a checkpoint of {self._config.backbone.name}; found one of {trained}; "
-                f"name --backbone {trained}, or another checkpoint"
+                f"--init {given.path}",
+                expected=f"a checkpoint of {self._config.backbone.name}",
+                found=f"one of {trained}",
+                remedy=f"name --backbone {trained}, or another checkpoint",
             )
         given.refuse_other_tree({subject.name: self._digests(subject)})
         ours = usable(subject, siblings(given), self._digests(subject))
@@ -300,12 +304,13 @@ class _Starts:
                 return one.path
         if any((one.fold["n_folds"], one.fold["seed"]) != (fold["n_folds"], fold["seed"]) for one in checkpoints):
             raise LeakError(
-                f"expected a stage-1 checkpoint of the same folds ({fold['n_folds']}, seed {fold['seed']}) {where}; "
-                "found one of others, which saw images that are held out here; give its --folds and --fold-seed"
+                expected=f"a stage-1 checkpoint of the same folds ({fold['n_folds']}, seed {fold['seed']}) {where}",
+                found="one of others, which saw images that are held out here",
+                remedy="give its --folds and --fold-seed",
             )
         folds = sorted(one.fold["fold"] for one in checkpoints if one.finished)
         raise CheckpointError(
-            f"expected a stage-1 checkpoint of fold {fold['fold']} {where}; found "
-            + (f"only folds {', '.join(map(str, folds))}" if folds else "none")
-            + f"; run pretrain --fold {fold['fold']}, or start without stage 1: --init hub"
+            expected=f"a stage-1 checkpoint of fold {fold['fold']} {where}",
+            found=(f"only folds {', '.join(map(str, folds))}" if folds else "none"),
+            remedy=f"run pretrain --fold {fold['fold']}, or start without stage 1: --init hub",
         )

@@ -29,7 +29,10 @@ def members_of(subjects: Sequence[Subject], work: Path, models: str = "*", exclu
     there = {subject: stores for subject in subjects if (stores := prediction_stores(subject, work))}
     if not there:
         raise StoreError(
-            f"{work / FOLDER}: expected predictions for this tree; found none; run 'extract' and 'fit-heads' first"
+            work / FOLDER,
+            expected="predictions for this tree",
+            found="none",
+            remedy="run 'extract' and 'fit-heads' first",
         )
     names = dict.fromkeys(store.facts["model"] for stores in there.values() for store in stores)
     wanted = chosen(list(names), models, exclude)
@@ -53,8 +56,10 @@ def chosen(names: Sequence[str], models: str, exclude: str = "") -> set[str]:
     if not left:
         option, pattern = ("--exclude", exclude) if wanted else ("--models", models)
         raise ConfigError(
-            f"{option}: expected {'a pattern that leaves' if wanted else 'one that matches'} one of: "
-            f"{', '.join(names)}; found {pattern!r}; correct it"
+            option,
+            expected=f"{('a pattern that leaves' if wanted else 'one that matches')} one of: {', '.join(names)}",
+            found=f"{pattern!r}",
+            remedy="correct it",
         )
     return left
 

@@ -123,20 +123,27 @@ def refuse_strangers(path: Path, saved: Saved, members: Members) -> None:
     for subject, stores in members.items():
         if subject.name not in saved:
             raise StoreError(
-                f"{path}: expected a blend that has {subject.name}; found {', '.join(saved)}; run 'blend' on this tree"
+                path,
+                expected=f"a blend that has {subject.name}",
+                found=", ".join(saved),
+                remedy="run 'blend' on this tree",
             )
         there = {store.facts["model"] for store in stores}
         for hemisphere, own in saved[subject.name].items():
             needed = {model for model, row in zip(own.models, own.of_models, strict=True) if row.any()}
             if missing := sorted(needed - there):
                 raise StoreError(
-                    f"{path}: expected predictions of {subject.name} by {', '.join(missing)}; found none; "
-                    "extract and fit the same models first"
+                    path,
+                    expected=f"predictions of {subject.name} by {', '.join(missing)}",
+                    found="none",
+                    remedy="extract and fit the same models first",
                 )
             if len(own.intercept) != subject.n_vertices[hemisphere]:
                 raise StoreError(
-                    f"{path}: expected {subject.n_vertices[hemisphere]} vertices of {subject.name} {hemisphere}; "
-                    f"found {len(own.intercept)}; run 'blend' on this tree"
+                    path,
+                    expected=f"{subject.n_vertices[hemisphere]} vertices of {subject.name} {hemisphere}",
+                    found=len(own.intercept),
+                    remedy="run 'blend' on this tree",
                 )
 
 

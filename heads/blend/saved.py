@@ -99,6 +99,8 @@ def load_blend(path: Path) -> Saved:
             }
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise StoreError(
-            f"{path}: expected a blend, as 'blend' writes it to submission/blend.safetensors; found none that can be "
-            f"read ({error}); run 'blend' again"
+            path,
+            expected="a blend, as 'blend' writes it to submission/blend.safetensors",
+            found=f"none that can be read ({error})",
+            remedy="run 'blend' again",
         ) from error

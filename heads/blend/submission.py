@@ -93,4 +93,4 @@ def _check_member(path: Path, archive: zipfile.ZipFile, subject: Subject, hemisp
 
 
 def _refused(path: Path, expected: str, found: str) -> FeatcacheError:
-    return FeatcacheError(f"{path}: expected {expected}; found {found}; run 'blend' again")
+    return FeatcacheError(path, expected=expected, found=found, remedy="run 'blend' again")

@@ -97,8 +97,10 @@ def _refuse_beside_apply(options: Sequence[str]) -> None:
         if name in options:
             option = "models" if name == "chosen" else name
             raise ConfigError(
-                f"--{option}: expected no --apply beside it, which takes a blend as it was saved; found both; "
-                "leave one of them out"
+                f"--{option}",
+                expected="no --apply beside it, which takes a blend as it was saved",
+                found="both",
+                remedy="leave one of them out",
             )
 
 

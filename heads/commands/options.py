@@ -65,8 +65,11 @@ def backbone_of(name: str | None, weights: str | None, size: int | None) -> Back
 def existing(data: Path) -> Path:
     if not data.is_dir():
         raise ConfigError(
-            f"--data: expected a challenge tree; found no folder {data}; get the data of the Algonauts 2023 challenge "
-            "(algonauts.csail.mit.edu/2023), or write a stand-in with 'simulate'"
+            "--data",
+            expected="a challenge tree",
+            found=f"no folder {data}",
+            remedy="get the data of the Algonauts 2023 challenge (algonauts.csail.mit.edu/2023), "
+            "or write a stand-in with 'simulate'",
         )
     return data
 

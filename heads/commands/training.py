@@ -64,7 +64,9 @@ def _training_command(stage: str) -> Callable[..., Job]:
         **settings: Any,
     ) -> Job:
         if not fold.isdecimal() and fold != "all":
-            raise ConfigError(f"--fold: expected all or a number from 0 to {folds - 1}; found {fold!r}; correct it")
+            raise ConfigError(
+                "--fold", expected=f"all or a number from 0 to {folds - 1}", found=f"{fold!r}", remedy="correct it"
+            )
         config = StageConfig(
             stage,
             replace(settings_of(recipe, stage), **given(**settings)),

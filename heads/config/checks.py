@@ -7,10 +7,12 @@ from featcache.errors import ConfigError
 
 def check_dropout(value: float) -> None:
     if not 0 <= value < 1:
-        raise ConfigError(f"--token-dropout: expected a number from 0 and below 1; found {value}; correct it")
+        raise ConfigError("--token-dropout", expected="a number from 0 and below 1", found=value, remedy="correct it")
 
 
 def refuse_given(unread: Sequence[str], wanted: str, found: str) -> None:
     if unread:
         option = unread[0].replace("_", "-")
-        raise ConfigError(f"--{option}: expected {wanted} with it; found {found}; add that, or leave this out")
+        raise ConfigError(
+            f"--{option}", expected=f"{wanted} with it", found=found, remedy="add that, or leave this out"
+        )

@@ -54,7 +54,9 @@ class RidgeConfig:
     def __post_init__(self) -> None:
         one_of("selection", self.selection, ("auto", "loo", "gcv"))
         if not self.penalties or not all(0 <= penalty < math.inf for penalty in self.penalties):
-            raise ConfigError(f"penalties: expected one or more numbers from 0; found {self.penalties}; correct them")
+            raise ConfigError(
+                "penalties", expected="one or more numbers from 0", found=self.penalties, remedy="correct them"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class MomentsConfig:
         at_least("epochs", self.steps, 1)
         at_least("learning-rate", self.learning_rate, 0)
         if not 0 <= self.momentum < 1:
-            raise ConfigError(f"momentum: expected a number from 0 and below 1; found {self.momentum}; correct it")
+            raise ConfigError(
+                "momentum", expected="a number from 0 and below 1", found=self.momentum, remedy="correct it"
+            )
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,10 @@ class FitConfig:
             terms = parse_loss(loss)
             if self.solver in ("exact", "moments") and not self._least_squares(terms):
                 raise ConfigError(
-                    f"--solver {self.solver}: expected --head linear and a loss of mse, pearson and mnnpc; "
-                    f"found --head {self.head} --loss {loss_label(terms)}; use --solver adamw"
+                    f"--solver {self.solver}",
+                    expected="--head linear and a loss of mse, pearson and mnnpc",
+                    found=f"--head {self.head} --loss {loss_label(terms)}",
+                    remedy="use --solver adamw",
                 )
 
     def variants(self) -> "list[FitConfig]":

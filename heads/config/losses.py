@@ -27,12 +27,16 @@ def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
         match = _TERM.fullmatch(part)
         if match is None or match["name"] not in LOSS_NAMES or not 0 < float(match["weight"] or 1) < math.inf:
             raise ConfigError(
-                f"--loss: expected {', '.join(LOSS_NAMES)} or a weighted sum such as smooth_l1+0.5*mnnpc; "
-                f"found {part!r} in {text!r}; correct it"
+                "--loss",
+                expected=f"{', '.join(LOSS_NAMES)} or a weighted sum such as smooth_l1+0.5*mnnpc",
+                found=f"{part!r} in {text!r}",
+                remedy="correct it",
             )
         terms.append((float(match["weight"] or 1), match["name"]))
     if len({name for _, name in terms}) < len(terms):
-        raise ConfigError(f"--loss: expected each loss once; found one twice in {text!r}; add their weights up")
+        raise ConfigError(
+            "--loss", expected="each loss once", found=f"one twice in {text!r}", remedy="add their weights up"
+        )
     return tuple(sorted(terms, key=lambda term: LOSS_NAMES.index(term[1])))
 
 

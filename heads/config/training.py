@@ -72,16 +72,24 @@ class TrainConfig:
         for name in ("correlation_batch", "weight_decay", "warmup", "clip_norm", "smoothness", "sparsity", "seed"):
             at_least(name.replace("_", "-"), getattr(self, name), 0)
             if getattr(self, name) == math.inf:
-                raise ConfigError(f"--{name.replace('_', '-')}: expected a finite number; found inf; correct it")
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}", expected="a finite number", found="inf", remedy="correct it"
+                )
         for name in ("learning_rate", "head_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(
-                    f"--{name.replace('_', '-')}: expected a number above 0; found {getattr(self, name)}; correct it"
+                    f"--{name.replace('_', '-')}",
+                    expected="a number above 0",
+                    found=getattr(self, name),
+                    remedy="correct it",
                 )
         for name in ("ema", "layer_decay"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ConfigError(
-                    f"--{name.replace('_', '-')}: expected a number from 0 to 1; found {value}; correct it"
+                    f"--{name.replace('_', '-')}",
+                    expected="a number from 0 to 1",
+                    found=value,
+                    remedy="correct it",
                 )
         check_dropout(self.token_dropout)
         self._refuse_unread()
@@ -188,5 +196,8 @@ class StageConfig:
         at_least("workers", self.workers, 1)
         if self.fold is not None and not 0 <= self.fold < self.n_folds:
             raise ConfigError(
-                f"--fold: expected all or a number from 0 to {self.n_folds - 1}; found {self.fold}; choose one of those"
+                "--fold",
+                expected=f"all or a number from 0 to {self.n_folds - 1}",
+                found=self.fold,
+                remedy="choose one of those",
             )

@@ -40,7 +40,7 @@ def taught(subjects: Sequence[Subject], work: Path) -> list[Subject]:
     """
     saved = work / SUBMISSION / SAVED
     if not saved.is_file():
-        raise StoreError(f"{saved}: expected a blend to learn from; found none; run 'blend' first")
+        raise StoreError(saved, expected="a blend to learn from", found="none", remedy="run 'blend' first")
     blend, members = load_blend(saved), members_of(subjects, work)
     refuse_strangers(saved, blend, members)
     return [_taught(subject, stores, blend[subject.name], saved, work) for subject, stores in members.items()]

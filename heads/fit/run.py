@@ -76,15 +76,18 @@ def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
     if any(sets for _, sets in there) and not any(sets for _, sets in found):
         known = dict.fromkeys(layer_of(name) for _, sets in there for one in sets for name in one.names)
         raise ConfigError(
-            f"--layers: expected joint, each, or layers that were extracted ({', '.join(known)}); found "
-            f"{config.layers!r}; choose among those, or extract with --layers {config.layers}"
+            "--layers",
+            expected=f"joint, each, or layers that were extracted ({', '.join(known)})",
+            found=f"{config.layers!r}",
+            remedy=f"choose among those, or extract with --layers {config.layers}",
         )
     if not any(sets for _, sets in found):
         trained = config.solver == "trained"
         raise StoreError(
-            f"{work / FEATURES}: expected complete features of {', '.join(s.name for s in subjects)}; "
-            f"found none for the images of this tree{' from a checkpoint with heads' if trained else ''}; "
-            + ("run 'pretrain' or 'finetune', then 'extract'" if trained else "run 'extract' first")
+            work / FEATURES,
+            expected=f"complete features of {', '.join((s.name for s in subjects))}",
+            found=f"none for the images of this tree{(' from a checkpoint with heads' if trained else '')}",
+            remedy=("run 'pretrain' or 'finetune', then 'extract'" if trained else "run 'extract' first"),
         )
     pairs = [(subject, one) for subject, sets in found for one in sets]
     if config.solver == "trained":

@@ -98,7 +98,7 @@ def read_maps(store: Store, work: Path) -> dict[str, VertexMaps] | None:
 
 
 def _unreadable(path: Path, found: str, to_do: str = "delete it and run 'fit-heads' again") -> StoreError:
-    return StoreError(f"{path}: expected the weights that made {path.stem}; found {found}; {to_do}")
+    return StoreError(path, expected=f"the weights that made {path.stem}", found=found, remedy=str(to_do))
 
 
 def _maps_of(file: Any, rows: Sequence[LayerRows], store: Store) -> dict[str, VertexMaps] | None:
@@ -216,7 +216,7 @@ def export_maps(subjects: Sequence[Subject], pattern: str, work: Path) -> tuple[
 def _models(subjects: Sequence[Subject], pattern: str, work: Path) -> Iterator[tuple[Subject, Store]]:
     pairs = [(subject, store) for subject in subjects for store in own_stores(subject, work / PREDICTIONS, "fit-heads")]
     if not pairs:
-        raise StoreError(f"{work / PREDICTIONS}: expected fitted heads; found none; run 'fit-heads' first")
+        raise StoreError(work / PREDICTIONS, expected="fitted heads", found="none", remedy="run 'fit-heads' first")
     wanted = chosen(list(dict.fromkeys(store.facts["model"] for _, store in pairs)), pattern)
     yield from ((subject, store) for subject, store in pairs if store.facts["model"] in wanted)
 

@@ -74,7 +74,10 @@ def _subjects(one: Ready, trees: dict[Any, Challenge]) -> tuple[Subject, ...]:
         return ()
     if data not in trees and not data.is_dir():
         raise ConfigError(
-            f"--data: expected a challenge tree; found no folder {data}; name one, or add a step that simulates it"
+            "--data",
+            expected="a challenge tree",
+            found=f"no folder {data}",
+            remedy="name one, or add a step that simulates it",
         )
     if one.step.command == "check":  # which lists faults, where opening would end at the first
         return ()

@@ -95,16 +95,18 @@ def read_recipe(path: Path, commands: Commands, given: Mapping[str, Any]) -> lis
     recipe = _load(path)
     options, steps = recipe.get("options", {}), recipe.get("steps", [])
     if not isinstance(options, dict):
-        raise ConfigError(f"{path}: expected a table [options]; found options = {options!r}; correct it")
+        raise ConfigError(path, expected="a table [options]", found=f"options = {options!r}", remedy="correct it")
     if not isinstance(steps, list) or not steps or not all(isinstance(step, dict) for step in steps):
-        raise ConfigError(f"{path}: expected one or more [[steps]]; found none; add them (docs/recipes.md)")
+        raise ConfigError(path, expected="one or more [[steps]]", found="none", remedy="add them (docs/recipes.md)")
     for number, step in enumerate(steps, 1):
         _check_step(path, number, step, commands)
     known = dict.fromkeys(name for step in steps for name in commands[step["run"]])
     for name, value in options.items():
         _refuse_unknown(name, known, f"{path}, [options]", "an option of one of the steps")
         if isinstance(value, list):
-            raise ConfigError(f"{path}, [options]: expected one value of {name}; found a list; put lists into steps")
+            raise ConfigError(
+                f"{path}, [options]", expected=f"one value of {name}", found="a list", remedy="put lists into steps"
+            )
     return [
         one
         for number, step in enumerate(steps, 1)
@@ -117,12 +119,12 @@ def _load(path: Path) -> dict[str, Any]:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{path}: expected a recipe; found no such file; name one, such as recipes/demo.toml"
+            path, expected="a recipe", found="no such file", remedy="name one, such as recipes/demo.toml"
         ) from error
     except IsADirectoryError as error:
-        raise ConfigError(f"{path}: expected a recipe; found a folder; name a .toml file in it") from error
+        raise ConfigError(path, expected="a recipe", found="a folder", remedy="name a .toml file in it") from error
     except ValueError as error:  # of TOML, or of the bytes before it
-        raise ConfigError(f"{path}: expected TOML; found a mistake in it: {error}; correct it") from error
+        raise ConfigError(path, expected="TOML", found=f"a mistake in it: {error}", remedy="correct it") from error
     for name in recipe:
         _refuse_unknown(name, _PARTS, str(path), "title, [options] and [[steps]]")
     return recipe
@@ -131,7 +133,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _check_step(path: Path, number: int, step: Mapping[str, Any], commands: Commands) -> None:
     if not isinstance(command := step.get("run"), str):
         found = "nothing" if command is None else repr(command)
-        raise ConfigError(f"{path}, step {number}: expected run = and a command; found {found}; add it")
+        raise ConfigError(f"{path}, step {number}", expected="run = and a command", found=found, remedy="add it")
     _refuse_unknown(command, commands, f"{path}, step {number}", f"one of {', '.join(commands)}")
     for name in step:
         if name != "run":
@@ -143,7 +145,7 @@ def _refuse_unknown(name: str, known: Mapping[str, Any] | Sequence[str], where: 
     if name not in known:
         near = difflib.get_close_matches(name, list(known), n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(known)}"
-        raise ConfigError(f"{where}: expected {expected}; found {name!r}; {hint}")
+        raise ConfigError(where, expected=expected, found=f"{name!r}", remedy=str(hint))
 
 
 def _expanded(
@@ -164,14 +166,14 @@ def _expanded(
         yield Step(path, number, step["run"], tuple(one for one in arguments if one), chosen)
     if empty := [name for name, values in own.items() if not values]:
         where = Step(path, number, step["run"]).where
-        raise ConfigError(f"{where}: expected one or more values of {empty[0]}; found []; leave it out")
+        raise ConfigError(where, expected=f"one or more values of {empty[0]}", found="[]", remedy="leave it out")
 
 
 def _argument(name: str, value: Any, option: Option, where: str) -> str:
     """As on the command line; '' for a flag that is not given. Raises ConfigError for a value of another kind."""
     expected, kinds = _KINDS[option.kind]
     if not isinstance(value, kinds) or isinstance(value, bool) != (option.kind is bool):
-        raise ConfigError(f"{where}: --{name}: expected {expected}; found {value!r}; correct it")
+        raise ConfigError(f"{where}: --{name}", expected=expected, found=f"{value!r}", remedy="correct it")
     if option.kind is bool:
         return option.on if value else option.off
     return f"{option.on}={value}"
@@ -216,12 +218,15 @@ def ready(group: TyperGroup, step: Step) -> Ready:
         raise located(error, step) from error
     except UsageError as error:
         message = getattr(error, "format_message", error.__str__)()
-        raise ConfigError(f"{step.where}: {message} correct it, or the environment") from error
+        expected = f"options of {step.command}"
+        raise ConfigError(
+            step.where, expected=expected, found=message, remedy="correct it, or the environment"
+        ) from error
 
 
 def located(error: FeatcacheError, step: Step) -> FeatcacheError:
     """The same mistake, with the step that it is in."""
-    return type(error)(f"{step.where}: {error}")
+    return error.inside(step.where)
 
 
 def run_steps(steps: Sequence[Ready], say: Callable[[str], None]) -> tuple[list[dict[str, Any]], int]:

@@ -104,13 +104,15 @@ def weighted_sum(terms: Sequence[tuple[float, str]]) -> Loss:
     """
     terms = tuple(terms)
     if not terms:
-        raise ConfigError(f"a loss must have at least one term, but got none; choose from {', '.join(LOSSES)}")
+        raise ConfigError(
+            "--loss", expected="one term or more", found="none", remedy=f"choose from {', '.join(LOSSES)}"
+        )
     for weight, name in terms:
         if name not in LOSSES:
-            raise ConfigError(f"a loss must be one of {', '.join(LOSSES)}, but got {name!r}; correct --loss")
+            raise ConfigError("--loss", expected=f"one of {', '.join(LOSSES)}", found=repr(name), remedy="correct it")
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(
-                f"a loss's weight must be finite and above 0, but got {weight} for {name}; correct --loss"
+                f"--loss, weight of {name}", expected="a finite number above 0", found=weight, remedy="correct it"
             )
 
     def loss(predictions: Matrix, responses: Matrix, noise_ceiling: Matrix | None = None) -> Tensor:
@@ -128,8 +130,10 @@ def _checked(
     responses = torch.as_tensor(responses, device=predictions.device)
     if predictions.ndim != 2 or predictions.shape != responses.shape or not predictions.numel():
         raise FeatcacheError(
-            "predictions and responses must both be (n_images, n_vertices) and not empty, "
-            f"but got {tuple(predictions.shape)} and {tuple(responses.shape)}; pass the same images and vertices"
+            "predictions and responses",
+            expected="(n_images, n_vertices) both, and not empty",
+            found=f"{tuple(predictions.shape)} and {tuple(responses.shape)}",
+            remedy="pass the same images and vertices",
         )
     # Half precision has too few digits to sum squares over a batch.
     dtype = torch.promote_types(torch.promote_types(predictions.dtype, responses.dtype), torch.float32)
@@ -143,13 +147,17 @@ def _checked_ceiling(noise_ceiling: Matrix, predictions: Tensor) -> Tensor:
     n_vertices = predictions.shape[1]
     if noise_ceiling.shape != (n_vertices,):
         raise FeatcacheError(
-            f"the noise ceiling must be (n_vertices,), here ({n_vertices},), but got {tuple(noise_ceiling.shape)}; "
-            "pass one value per vertex"
+            "the noise ceiling",
+            expected=f"({n_vertices},)",
+            found=tuple(noise_ceiling.shape),
+            remedy="pass one value per vertex",
         )
     if not bool(((noise_ceiling >= 0) & (noise_ceiling <= 1)).all()):  # in this form NaN is refused too
         raise FeatcacheError(
-            "the noise ceiling must be a fraction of variance in [0, 1], but got values from "
-            f"{noise_ceiling.min():.4g} to {noise_ceiling.max():.4g}; divide percent by 100"
+            "the noise ceiling",
+            expected="fractions of variance in [0, 1]",
+            found=f"values from {noise_ceiling.min():.4g} to {noise_ceiling.max():.4g}",
+            remedy="divide percent by 100",
         )
     return noise_ceiling
 
@@ -157,7 +165,9 @@ def _checked_ceiling(noise_ceiling: Matrix, predictions: Tensor) -> Tensor:
 def _distance(predictions: Tensor, responses: Tensor) -> Tensor:
     """``(1 - r_v) / 2``, (n_vertices,) in [0, 1]."""
     if len(predictions) < 2:
-        raise FeatcacheError("a correlation must be over at least 2 images, but the batch has 1; use a larger batch")
+        raise FeatcacheError(
+            "a correlation", expected="2 images or more in a batch", found="1", remedy="use a larger batch"
+        )
     return (1 - _Correlation.apply(predictions, responses)) / 2  # type: ignore[no-untyped-call]
 
 

@@ -105,7 +105,9 @@ def accuracy_from_r(r: ArrayLike, noise_ceiling: ArrayLike, zero_ceiling: ZeroCe
     (2023).
     """
     if zero_ceiling not in ("exclude", "epsilon"):
-        raise FeatcacheError(f"zero_ceiling must be 'exclude' or 'epsilon', but got {zero_ceiling!r}; use 'exclude'")
+        raise FeatcacheError(
+            "zero_ceiling", expected="'exclude' or 'epsilon'", found=repr(zero_ceiling), remedy="use 'exclude'"
+        )
     r = _checked_r(r)
     noise_ceiling = _checked_ceiling(noise_ceiling, len(r))
     ceiling = np.where(noise_ceiling == 0, np.nan if zero_ceiling == "exclude" else _EPSILON_CEILING, noise_ceiling)
@@ -126,15 +128,19 @@ class VertexScores:
 
     def __post_init__(self) -> None:
         if self.hemisphere not in ("lh", "rh"):
-            raise FeatcacheError(f"a hemisphere must be 'lh' or 'rh', but got {self.hemisphere!r}; score one at a time")
+            raise FeatcacheError(
+                "a hemisphere", expected="'lh' or 'rh'", found=repr(self.hemisphere), remedy="score one at a time"
+            )
         n_vertices = len(_checked_r(self.r))
         if self.noise_ceiling is not None:
             _checked_ceiling(self.noise_ceiling, n_vertices)
         for roi, mask in self.rois.items():
             if np.shape(mask) != (n_vertices,) or np.asarray(mask).dtype != bool:
                 raise FeatcacheError(
-                    f"the mask of ROI {roi} must be ({n_vertices},) bool, but got {np.shape(mask)} "
-                    f"{np.asarray(mask).dtype} for {self.subject} {self.hemisphere}; pass labels != 0"
+                    f"the mask of ROI {roi} of {self.subject} {self.hemisphere}",
+                    expected=f"({n_vertices},) bool",
+                    found=f"{np.shape(mask)} {np.asarray(mask).dtype}",
+                    remedy="pass labels != 0",
                 )
 
 
@@ -222,12 +228,16 @@ def _in_roi(score: VertexScores, roi: str, zero_ceiling: ZeroCeiling) -> tuple[F
 
 def _check_distinct(scores: Sequence[VertexScores]) -> None:
     if not scores:
-        raise FeatcacheError("a summary must be of at least one hemisphere, but got no scores; score a subject first")
+        raise FeatcacheError(
+            "a summary", expected="scores of a hemisphere or more", found="none", remedy="score a subject first"
+        )
     seen: set[tuple[str, str]] = set()
     for score in scores:
         key = (score.subject, score.hemisphere)
         if key in seen:
-            raise FeatcacheError(f"a hemisphere must be scored once, but {' '.join(key)} is there twice; leave one out")
+            raise FeatcacheError(
+                "a summary", expected="each hemisphere once", found=f"{' '.join(key)} twice", remedy="leave one out"
+            )
         seen.add(key)
 
 
@@ -235,21 +245,25 @@ def _checked_matrices(predictions: ArrayLike, responses: ArrayLike) -> tuple[NDA
     predictions, responses = np.asarray(predictions), np.asarray(responses)
     if predictions.ndim != 2 or predictions.shape != responses.shape:
         raise FeatcacheError(
-            "predictions and responses must both be (n_images, n_vertices), "
-            f"but got {predictions.shape} and {responses.shape}; pass the same images and vertices"
+            "predictions and responses",
+            expected="(n_images, n_vertices) both",
+            found=f"{predictions.shape} and {responses.shape}",
+            remedy="pass the same images and vertices",
         )
     if len(predictions) < 2:
-        raise FeatcacheError(f"a correlation must be over at least 2 images, but got {len(predictions)}; score more")
+        raise FeatcacheError("a correlation", expected="2 images or more", found=len(predictions), remedy="score more")
     for name, matrix in (("predictions", predictions), ("responses", responses)):
         if matrix.dtype.kind not in "fiub":
-            raise FeatcacheError(f"{name} must be real numbers, but got {matrix.dtype}; convert them to float32")
+            raise FeatcacheError(name, expected="real numbers", found=matrix.dtype, remedy="convert them to float32")
     return predictions, responses
 
 
 def _checked_r(r: ArrayLike) -> Float64s:
     r = np.asarray(r, dtype=np.float64)
     if r.ndim != 1 or not (np.abs(r) <= 1).all():  # in this form NaN is refused too
-        raise FeatcacheError(f"r must be (n_vertices,) in [-1, 1], but got {_range(r)}; compute it with pearson_r")
+        raise FeatcacheError(
+            "r", expected="(n_vertices,) in [-1, 1]", found=_range(r), remedy="compute it with pearson_r"
+        )
     return r
 
 
@@ -257,8 +271,10 @@ def _checked_ceiling(noise_ceiling: ArrayLike, n_vertices: int) -> Float64s:
     noise_ceiling = np.asarray(noise_ceiling, dtype=np.float64)
     if noise_ceiling.shape != (n_vertices,) or not ((noise_ceiling >= 0) & (noise_ceiling <= 1)).all():
         raise FeatcacheError(
-            f"the noise ceiling must be ({n_vertices},), fraction of variance in [0, 1], but got "
-            f"{_range(noise_ceiling)}; pass one value per vertex, and divide percent by 100"
+            "the noise ceiling",
+            expected=f"({n_vertices},), fractions of variance in [0, 1]",
+            found=_range(noise_ceiling),
+            remedy="pass one value per vertex, and divide percent by 100",
         )
     return noise_ceiling
 
@@ -281,8 +297,10 @@ def _block_r(predictions: NDArray, responses: NDArray) -> Float64s:
     spreads = squares - sums * means
     if not np.isfinite(spreads).all():
         raise FeatcacheError(
-            "predictions and responses must be finite, but some are NaN, infinite or too large to square; "
-            "look for a diverged fit or a damaged file"
+            "predictions and responses",
+            expected="finite numbers",
+            found="some that are NaN, infinite or too large to square",
+            remedy="look for a diverged fit or a damaged file",
         )
     constant = spreads <= n_images * (_CONSTANT_SD_TO_MEAN * (shifts + means)) ** 2
     norms = np.sqrt(np.where(constant, 1, spreads))

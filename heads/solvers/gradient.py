@@ -80,8 +80,10 @@ def stop_split(image_ids: np.ndarray, folds: np.ndarray, fold: int, config: FitC
     outside = np.flatnonzero(folds != fold)
     if len(outside) < 4:
         raise ConfigError(
-            f"fold {fold}: expected 4 or more images outside it, to train on and to decide when to stop; "
-            f"found {len(outside)}; add images, or give other --folds"
+            f"fold {fold}",
+            expected="4 or more images outside it, to train on and to decide when to stop",
+            found=len(outside),
+            remedy="add images, or give other --folds",
         )
     stop = assign_folds(image_ids[outside], config.adamw.validation, config.seed + 1) == 0
     if not 2 <= stop.sum() <= len(outside) - 2:  # so few images that the draw left none for r: every tenth, by id

@@ -169,8 +169,10 @@ def clean_parts(image_ids: np.ndarray, held_out: np.ndarray, fold: int) -> list[
     parts = [part for part in parts if len(part)]
     if len(parts) < 2 or max(map(len, parts)) > len(held_out) - 2:
         raise ConfigError(
-            f"fold {fold}: expected enough held-out images to choose by and to score; found {len(held_out)}; "
-            "add images, or train with fewer --folds"
+            f"fold {fold}",
+            expected="enough held-out images to choose by and to score",
+            found=len(held_out),
+            remedy="add images, or train with fewer --folds",
         )
     for part in parts:
         refuse_leak(image_ids[np.setdiff1d(held_out, part)], image_ids[part], f"what is chosen on fold {fold}")

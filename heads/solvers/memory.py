@@ -25,8 +25,10 @@ def refuse_above(most: float, peak: float) -> None:
     """Raise ConfigError where a process is expected to take more than --max-memory, 10^9 bytes; 0: no cap."""
     if most and peak > most * 1e9:
         raise ConfigError(
-            f"--max-memory: expected {math.ceil(peak / 1e7) / 100:g} GB or more for these images, features and "
-            f"vertices; found {most:g}; give more, or extract fewer features"
+            "--max-memory",
+            expected=f"{math.ceil(peak / 10000000.0) / 100:g} GB or more for these images, features and vertices",
+            found=f"{most:g}",
+            remedy="give more, or extract fewer features",
         )
 
 

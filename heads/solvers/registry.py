@@ -118,8 +118,10 @@ def _moments(
 ) -> MomentFits:
     if of.trained:
         raise ConfigError(
-            f"--solver moments: expected features of a frozen backbone; found those of a checkpoint, {of.name}; "
-            "use --solver exact or adamw"
+            "--solver moments",
+            expected="features of a frozen backbone",
+            found=f"those of a checkpoint, {of.name}",
+            remedy="use --solver exact or adamw",
         )
     (rows,) = of.read(device, 0)
     block, keep = _block(subject, rows.n_features, folds, config, n_losses)
@@ -215,9 +217,11 @@ def trained_heads(
     if missing := [name for name, shape in shapes.items() if there.get(name) != shape]:
         grids = sorted({shape[0] for shape in shapes.values() if len(shape) > 1})
         raise ConfigError(
-            f"--solver trained: expected the arrays that those heads read, {', '.join(shapes)}; found no "
-            f"{', '.join(missing)} of their shape; extract with the --layers and --grid of the training"
-            + (f" ({', '.join(map(str, grids))} places a side)" if grids else "")
+            "--solver trained",
+            expected=f"the arrays that those heads read, {', '.join(shapes)}",
+            found=f"no {', '.join(missing)} of their shape",
+            remedy="extract with the --layers and --grid of the training"
+            + (f" ({', '.join(map(str, grids))} places a side)" if grids else ""),
         )
     rows = replace(of, arrays=tuple(shapes)).read(device, spare_memory(max_memory) * FEATURE_SHARE / len(of.stores))
     if not maps:

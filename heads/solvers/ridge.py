@@ -224,7 +224,10 @@ class RidgeHead(RegressorMixin, BaseEstimator):
         y = _matrix("responses", responses).to(x.device)
         if len(x) != len(y) or len(x) < 3 or not x.numel():
             raise ConfigError(
-                f"expected 3 or more images, as many features as responses; found {len(x)} and {len(y)} rows"
+                "features and responses",
+                expected="the same 3 or more images",
+                found=f"{len(x)} and {len(y)} rows",
+                remedy="pass the rows of the same images",
             )
         basis = eigenbasis(x)
         level, penalties = y.new_empty(2, y.shape[1])
@@ -268,7 +271,12 @@ class RidgeHead(RegressorMixin, BaseEstimator):
         check_is_fitted(self)
         x = _matrix("features", features)
         if x.shape[1] != self.n_features_in_:
-            raise ConfigError(f"expected {self.n_features_in_} features, as in fit; found {x.shape[1]}")
+            raise ConfigError(
+                "features",
+                expected=f"{self.n_features_in_} columns, as in fit",
+                found=x.shape[1],
+                remedy="read the same layers",
+            )
         given, x = x.device, x.to(self._level.device)
         if self._map is None:
             predictions = torch.addmm(self._level, self._basis.scores(x), self._on_axes)
@@ -285,10 +293,12 @@ def _matrix(name: str, values: Any) -> torch.Tensor:
     matrix = torch.as_tensor(np.asarray(values) if not isinstance(values, torch.Tensor) else values)
     if matrix.ndim != 2:
         raise ConfigError(
-            f"expected a matrix of {name}, (n_images, columns); found shape {tuple(matrix.shape)}; reshape it"
+            expected=f"a matrix of {name}, (n_images, columns)",
+            found=f"shape {tuple(matrix.shape)}",
+            remedy="reshape it",
         )
     matrix = matrix.to(torch.float32)
     # a sum is a fraction of the time of looking at every number, and finite only if all are
     if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():
-        raise ConfigError(f"expected finite {name}; found NaN or infinity; remove those rows or columns")
+        raise ConfigError(expected=f"finite {name}", found="NaN or infinity", remedy="remove those rows or columns")
     return matrix
