@@ -207,7 +207,7 @@ def _scan_rois(scan: _Scan, n_vertices: dict[str, int]) -> dict[str, dict[str, n
         try:
             mapping = read_mapping(folder / f"mapping_{roi_class}.npy")
         except ChallengeError as error:
-            scan.fault(folder / f"mapping_{roi_class}.npy", str(error).partition(": ")[2])
+            scan.fault(folder / f"mapping_{roi_class}.npy", error.expected, error.found)
             continue
         for hemisphere in HEMISPHERES:
             if hemisphere in n_vertices:
