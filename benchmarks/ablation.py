@@ -17,10 +17,12 @@ import numpy as np
 from scipy.stats import t as student
 
 from featcache.cache.extract import extract
-from featcache.cache.store import open_store, replace_json
+from featcache.cache.store import open_store
 from featcache.config import POOLED, BackboneConfig, ExtractConfig, LayerConfig
-from featcache.dataset.algonauts import Subject, open_challenge
+from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.splits import assign_folds
+from featcache.dataset.subject import Subject
+from featcache.machine.files import replace_json
 from featcache.simulate import SimulateConfig, simulate
 from heads.backbones.stages import train_stage
 from heads.config import FitConfig, StageConfig, recipe

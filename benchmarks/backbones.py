@@ -30,9 +30,10 @@ from featcache.backbone.network import load_backbone
 from featcache.cache.extract import extract
 from featcache.cache.store import open_store
 from featcache.config import POOLED, BackboneConfig, ExtractConfig, LayerConfig
-from featcache.dataset.algonauts import Subject, open_challenge
+from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds
+from featcache.dataset.subject import Subject
 from featcache.simulate import SimulateConfig, simulate
 from heads.backbones.stages import train_stage
 from heads.config import FitConfig, StageConfig, recipe

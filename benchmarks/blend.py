@@ -16,9 +16,9 @@ import numpy as np
 from measure import Figure, options, paired, peak_gb, report
 
 from featcache.cache.store import create_store, open_store
-from featcache.dataset.algonauts import Subject
-from featcache.dataset.images import ImageFiles
-from featcache.machine.device import keep_freed_memory
+from featcache.dataset.algonauts import response_files
+from featcache.dataset.subject import ImageFiles, Subject
+from featcache.machine.memory import keep_freed_memory
 from heads.blend.run import blend_subject
 from heads.config import BlendConfig
 
@@ -74,7 +74,7 @@ def main() -> None:
         test = ImageFiles((folder,) * _N_TEST, np.arange(sizes.images, sizes.images + _N_TEST))
         widths = {h: columns.stop - columns.start for h, columns in hemispheres(sizes.vertices).items()}
         ceiling = {h: np.full(n, 0.5) for h, n in widths.items()}
-        subject = Subject("subj01", folder, train, test, widths, {h: {} for h in widths}, ceiling, {})
+        subject = Subject("subj01", train, test, response_files(folder), widths, {h: {} for h in widths}, ceiling, {})
         step = 2 * stores[0].chunk_rows("lh")
 
         def read() -> None:

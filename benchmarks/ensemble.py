@@ -22,9 +22,10 @@ from measure import peak_gb, seconds
 
 import cli
 from featcache.cache.store import Store
-from featcache.dataset.algonauts import Subject, open_challenge
+from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import HEMISPHERES
-from featcache.machine.device import keep_freed_memory
+from featcache.dataset.subject import Subject
+from featcache.machine.memory import keep_freed_memory
 from heads.blend.learn import judge_of, levels_of
 from heads.blend.models import Members, has_ceilings, members_of
 from heads.blend.products import gather

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from measure import Figure, options, paired, peak_gb, report
 
-from featcache.dataset.algonauts import Subject
-from featcache.dataset.images import ImageFiles
+from featcache.dataset.algonauts import response_files
 from featcache.dataset.splits import assign_folds
-from featcache.machine.device import keep_freed_memory
+from featcache.dataset.subject import ImageFiles, Subject
+from featcache.machine.memory import keep_freed_memory
 from heads.config import RidgeConfig
 from heads.solvers.base import cross_validate
 from heads.solvers.ridge import VERTEX_BLOCK, RidgeHead
@@ -40,7 +40,7 @@ def make_subject(
     test = ImageFiles((folder,) * n_test, np.arange(n_train, n_train + n_test))
     none = dict.fromkeys(halves)
     n_vertices = {hemisphere: values.shape[1] for hemisphere, values in halves.items()}
-    return Subject("subj01", folder, train, test, n_vertices, {h: {} for h in halves}, none, none)
+    return Subject("subj01", train, test, response_files(folder), n_vertices, {h: {} for h in halves}, none, none)
 
 
 def planted(features: torch.Tensor, n_train: int, n_vertices: int) -> torch.Tensor:

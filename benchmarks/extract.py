@@ -26,9 +26,10 @@ from featcache.backbone.network import Backbone, load_backbone
 from featcache.cache.extract import extract
 from featcache.cache.store import open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
-from featcache.dataset.algonauts import Subject
-from featcache.dataset.images import ImageFiles, load_image
-from featcache.machine.device import keep_freed_memory
+from featcache.dataset.algonauts import response_files
+from featcache.dataset.images import load_image
+from featcache.dataset.subject import ImageFiles, Subject
+from featcache.machine.memory import keep_freed_memory
 
 _SIDE = 425
 
@@ -45,7 +46,7 @@ def write_images(folder: Path, n_images: int) -> Subject:
     half = n_images - n_images // 10
     train = ImageFiles(tuple(paths[:half]), np.arange(half))
     test = ImageFiles(tuple(paths[half:]), np.arange(half, n_images))
-    return Subject("subj01", folder, train, test, {"lh": 1}, {"lh": {}}, {"lh": None}, {"lh": None})
+    return Subject("subj01", train, test, response_files(folder), {"lh": 1}, {"lh": {}}, {"lh": None}, {"lh": None})
 
 
 class _Pictures(torch.utils.data.Dataset):

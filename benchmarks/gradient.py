@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from measure import Figure, options, paired, report, seconds
 
-from featcache.machine.device import keep_freed_memory
+from featcache.machine.memory import keep_freed_memory
 from heads.config import AdamWConfig, FitConfig
 from heads.modules.linear import LinearHead
 from heads.scores.losses import weighted_sum

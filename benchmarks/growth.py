@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from measure import Figure, options, report, seconds
 
-from featcache.machine.device import keep_freed_memory
+from featcache.machine.memory import keep_freed_memory
 from heads.blend.products import Moments
 from heads.blend.weights import Groups, Judge, stacked
 from heads.solvers.ridge import RidgeHead

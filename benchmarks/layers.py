@@ -38,10 +38,10 @@ from threadpoolctl import threadpool_limits
 
 from featcache.cache.store import Row, Store, create_store
 from featcache.config import POOLED
-from featcache.dataset.algonauts import Subject, open_challenge
-from featcache.dataset.images import ImageFiles
+from featcache.dataset.algonauts import open_challenge, response_files
 from featcache.dataset.splits import assign_folds
-from featcache.machine.device import free_memory, keep_freed_memory
+from featcache.dataset.subject import ImageFiles, Subject
+from featcache.machine.memory import free_memory, keep_freed_memory
 from heads.config import RidgeConfig
 from heads.features.rows import LayerRows
 from heads.features.sets import feature_sets
@@ -110,7 +110,9 @@ def synthetic_case(folder: Path, n_images: int, n_layers: int, side: int, n_chan
     np.save(path, (signal / signal.std(0) + 2 * noise).astype(np.float32))
     train = ImageFiles((folder,) * n_images, np.arange(n_images))
     test = ImageFiles((folder,) * (n_all - n_images), np.arange(n_images, n_all))
-    subject = Subject("subj01", folder, train, test, {"lh": n_vertices}, {"lh": {}}, {"lh": None}, {"lh": None})
+    subject = Subject(
+        "subj01", train, test, response_files(folder), {"lh": n_vertices}, {"lh": {}}, {"lh": None}, {"lh": None}
+    )
     return case_of(subject, store, tuple(values))
 
 

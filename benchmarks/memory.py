@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from measure import Figure, options, peak_gb, report
 
-from featcache.dataset.algonauts import Subject
-from featcache.dataset.images import ImageFiles
+from featcache.dataset.algonauts import response_files
 from featcache.dataset.splits import assign_folds
-from featcache.machine.device import give_back_memory, keep_freed_memory
+from featcache.dataset.subject import ImageFiles, Subject
+from featcache.machine.memory import give_back_memory, keep_freed_memory
 from heads.config import RidgeConfig
 from heads.solvers.base import cross_validate
 from heads.solvers.ridge_folds import RidgeFits
@@ -38,7 +38,9 @@ def fit(folder: Path, n_images: int, n_test: int, n_features: int, n_vertices: d
     train = ImageFiles((folder,) * n_images, np.arange(n_images))
     test = ImageFiles((folder,) * n_test, np.arange(n_images, n_images + n_test))
     nothing = dict.fromkeys(n_vertices)
-    subject = Subject("subj01", folder, train, test, n_vertices, {h: {} for h in n_vertices}, nothing, nothing)
+    subject = Subject(
+        "subj01", train, test, response_files(folder), n_vertices, {h: {} for h in n_vertices}, nothing, nothing
+    )
     features = torch.randn(n_images + n_test, n_features)
     heads = RidgeFits(features, assign_folds(train.ids, 5, 0), RidgeConfig())
     saved = {h: cross_validate(heads, subject, h, lambda n: None)[1] for h in n_vertices}

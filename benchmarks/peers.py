@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from measure import Figure, options, report
 
-from featcache.machine.device import keep_freed_memory
+from featcache.machine.memory import keep_freed_memory
 from heads.scores.metrics import pearson_r
 from heads.solvers.ridge import RidgeHead, eigenbasis
 

@@ -11,7 +11,7 @@ import torch
 from measure import Figure, options, paired, report
 from sklearn.linear_model import LinearRegression
 
-from featcache.machine.device import keep_freed_memory
+from featcache.machine.memory import keep_freed_memory
 from heads.blend.nnls import nnls
 
 _BLOCK = 512  # vertices whose normal equations are made at a time

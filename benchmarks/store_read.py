@@ -11,7 +11,7 @@ import torch
 from measure import Figure, options, paired, report
 
 from featcache.cache.store import Row, create_store
-from featcache.machine.device import keep_freed_memory
+from featcache.machine.memory import keep_freed_memory
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from featcache.cache.pixels import cache_pixels
 from featcache.config import POOLED, BackboneConfig, LayerConfig
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import HEMISPHERES
-from featcache.machine.device import keep_freed_memory
+from featcache.machine.memory import keep_freed_memory
 from featcache.simulate import SimulateConfig, simulate
 from heads.backbones.batches import Images
 from heads.backbones.encoder import Encoder, OneSubject

@@ -15,9 +15,9 @@ import torch
 from exact_heads import make_subject, planted
 from measure import Figure, options, paired, peak_gb, report
 
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.splits import assign_folds
-from featcache.machine.device import keep_freed_memory
+from featcache.dataset.subject import Subject
+from featcache.machine.memory import keep_freed_memory
 from heads.config import FitConfig
 from heads.solvers.base import FoldPredictor, cross_validate
 from heads.solvers.moments import MomentFits

@@ -22,12 +22,13 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from featcache.backbone.network import Backbone, first_line, load_backbone
-from featcache.cache.store import replace_json
+from featcache.backbone.network import Backbone, load_backbone
+from featcache.backbone.weights import first_line
 from featcache.config import BackboneConfig, fingerprint
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.digests import file_digest
+from featcache.dataset.subject import Subject
 from featcache.errors import CheckpointError
+from featcache.machine.files import replace_json
 from featcache.machine.progress import say
 
 FOLDER = "checkpoints"

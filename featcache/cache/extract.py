@@ -16,29 +16,15 @@ from featcache.backbone.fuse import fold_batch_norms
 from featcache.backbone.network import Backbone, load_backbone
 from featcache.backbone.taps import Taps
 from featcache.cache.pixels import find_pixels
-from featcache.cache.store import (
-    Row,
-    Store,
-    create_store,
-    list_stores,
-    nearest,
-    open_store,
-    refuse_full_disk,
-    store_path,
-)
+from featcache.cache.store import Row, Store, create_store, list_stores, nearest, open_store, store_path
 from featcache.config import ExtractConfig
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.digests import digests, id_digest, image_digest
 from featcache.dataset.images import load_image
+from featcache.dataset.subject import Subject
 from featcache.errors import CheckpointError
-from featcache.machine.device import (
-    check_products,
-    is_emulated,
-    keep_freed_memory,
-    matrix_products,
-    resolve_device,
-    resolve_dtype,
-)
+from featcache.machine.device import check_products, is_emulated, matrix_products, resolve_device, resolve_dtype
+from featcache.machine.files import refuse_full_disk
+from featcache.machine.memory import keep_freed_memory
 from featcache.machine.prefetch import ahead
 from featcache.machine.progress import bar, say, size_of
 

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from featcache.backbone.network import Backbone
-from featcache.cache.store import only_writer, replace_json
 from featcache.config import fingerprint
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.digests import image_digest
 from featcache.dataset.images import load_image
+from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
+from featcache.machine.files import only_writer, replace_json
 from featcache.machine.progress import bar, say
 
 FOLDER = "pixels"

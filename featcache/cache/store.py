@@ -6,7 +6,6 @@ whatever is recorded is whole, and whatever is not recorded is written again. Ro
 and are refused.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -24,12 +23,12 @@ from zarr.codecs import Crc32cCodec
 from featcache.cache.chunks import read_rows
 from featcache.config import differences, fingerprint
 from featcache.errors import StoreError
+from featcache.machine.files import only_writer, refuse_full_disk, replace_json
 
 FORMAT = 1
 _CHUNK_BYTES = 16 << 20  # upper bound of a chunk: large enough to read at disk speed
 _CHUNK_ROWS = 256  # upper bound of what an interruption can cost, in images
 _COMMITTED = "committed.json"
-_LOCK = ".writing.lock"
 
 
 @dataclass(frozen=True)
@@ -155,23 +154,6 @@ class Store:
             yield
 
 
-@contextmanager
-def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a folder for one writer. Others wait for it, or are told to: StoreError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise StoreError(
-                folder,
-                expected="to be the only writer",
-                found="another process writing",
-                remedy="wait for it to end",
-            ) from error
-        yield
-
-
 def create_store(
     folder: Path,
     label: str,
@@ -222,19 +204,6 @@ def _chunk_rows(n_columns: int) -> int:
     return 1 << (min(max(rows, 1), _CHUNK_ROWS).bit_length() - 1)
 
 
-def refuse_full_disk(folder: Path, n_bytes: int) -> None:
-    """Raise StoreError unless a folder's disk has room for so many bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if n_bytes > free:
-        raise StoreError(
-            folder,
-            expected=f"{n_bytes / 1e9:.1f} GB of free disk",
-            found=f"{free / 1e9:.1f} GB",
-            remedy="make room or choose another --work",
-        )
-
-
 def open_store(path: Path) -> Store:
     """Open a store. Raises StoreError if it is damaged or of another format."""
     try:
@@ -273,16 +242,6 @@ def nearest(recipe: Mapping[str, Any], stores: Sequence[Store]) -> tuple[Store, 
     """Of the stores there are, the one whose recipe differs least, and in what: why a look-up missed."""
     candidates = [(store, differences(recipe, store.recipe)) for store in stores]
     return min(candidates, key=lambda pair: len(pair[1]), default=None)
-
-
-def replace_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all, and have it on the disk before returning."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _damaged(path: Path, why: str) -> StoreError:

@@ -12,70 +12,13 @@ from tokenize import TokenError
 
 import numpy as np
 
-from featcache.dataset.images import Fault, ImageFiles, image_fault, list_images
+from featcache.dataset.images import image_fault, list_images
 from featcache.dataset.rois import FSAVERAGE_VERTICES, HEMISPHERES, class_order, read_mapping
+from featcache.dataset.subject import Challenge, Fault, ImageFiles, Subject
 from featcache.errors import ChallengeError
 
 _SURELY_PERCENT = 2  # a largest ceiling just above 1 is a fraction out of range, and no whole folder ends at 2 %
 _ROWS_PER_SCAN = 256  # response rows looked at in one go: bounds the memory of a scan
-
-
-@dataclass(frozen=True, eq=False)  # one subject is one thing, and arrays have no truth value to compare by
-class Subject:
-    """One subject of the tree. Dicts are keyed by hemisphere, 'lh' and 'rh'.
-
-    n_vertices : number of vertices
-    rois : {ROI name: (n_vertices,) bool}; empty ROIs are kept; empty dict where the tree has no masks
-    noise_ceiling : (n_vertices,) float32, fraction of variance in [0, 1]; None where not given
-    fsaverage : (163842,) bool, the fsaverage vertices that the columns stand for, in order; None where not given
-    """
-
-    name: str
-    folder: Path
-    train: ImageFiles
-    test: ImageFiles
-    n_vertices: dict[str, int]
-    rois: dict[str, dict[str, np.ndarray]]
-    noise_ceiling: dict[str, np.ndarray | None]
-    fsaverage: dict[str, np.ndarray | None]
-
-    def response_path(self, hemisphere: str) -> Path:
-        return _response_path(self.folder, hemisphere)
-
-    def responses(self, hemisphere: str) -> np.ndarray:
-        """(n_train, n_vertices), memory-mapped: slice it, then cast to float32."""
-        return np.load(self.response_path(hemisphere), mmap_mode="r")
-
-    @property
-    def image_ids(self) -> np.ndarray:
-        """(n_train + n_test,) int64: training rows, then test rows. The row order of every store."""
-        return np.concatenate([self.train.ids, self.test.ids])
-
-    @property
-    def image_paths(self) -> tuple[Path, ...]:
-        return self.train.paths + self.test.paths
-
-
-@dataclass(frozen=True)
-class Challenge:
-    """A tree without faults in what can be seen cheaply; `notes` is what its user should know of it."""
-
-    root: Path
-    subjects: tuple[Subject, ...]
-    notes: tuple[str, ...] = ()
-
-    def select(self, names: str) -> tuple[Subject, ...]:
-        """The subjects of '--subject': 'all', or numbers or names separated by commas ('1,3' or 'subj01')."""
-        if names == "all":
-            return self.subjects
-        by_name = {subject.name: subject for subject in self.subjects}
-        wanted = [f"subj{int(part):02d}" if part.isdigit() else part for part in names.split(",")]
-        for name in wanted:
-            if name not in by_name:
-                raise ChallengeError(
-                    "--subject", expected=f"one of {', '.join(by_name)}", found=f"{name!r}", remedy="choose from those"
-                )
-        return tuple(by_name[name] for name in dict.fromkeys(wanted))
 
 
 @dataclass
@@ -145,7 +88,7 @@ def deep_faults(
 
 
 def _response_faults(subject: Subject, hemisphere: str) -> Iterator[Fault]:
-    path = subject.response_path(hemisphere)
+    path = subject.response_paths[hemisphere]
     if not path.exists() or hemisphere not in subject.n_vertices:
         return  # the cheap part has said so
     responses = np.load(path, mmap_mode="r")
@@ -156,6 +99,11 @@ def _response_faults(subject: Subject, hemisphere: str) -> Iterator[Fault]:
             where = f"row {start + row}, vertex {vertex}" + (f" and {len(bad) - 1} more nearby" if len(bad) > 1 else "")
             yield Fault(path, "finite responses", f"NaN or infinity at {where}")
             return
+
+
+def response_files(folder: Path) -> dict[str, Path]:
+    """{hemisphere: file of the training responses} of one subject's folder, whether or not the files exist."""
+    return {hemisphere: _response_path(folder, hemisphere) for hemisphere in HEMISPHERES}
 
 
 def _response_path(folder: Path, hemisphere: str) -> Path:
@@ -177,7 +125,16 @@ def _scan_subject(scan: _Scan) -> Subject:
                 scan.fault(path, f"a row for each of {len(train)} training images", f"{len(responses)} rows")
     fsaverage = {h: _scan_fsaverage(scan, h, n_vertices.get(h)) for h in HEMISPHERES}
     rois = _scan_rois(scan, n_vertices)
-    return Subject(scan.folder.name, scan.folder, train, test, n_vertices, rois, dict.fromkeys(HEMISPHERES), fsaverage)
+    return Subject(
+        scan.folder.name,
+        train,
+        test,
+        response_files(scan.folder),
+        n_vertices,
+        rois,
+        dict.fromkeys(HEMISPHERES),
+        fsaverage,
+    )
 
 
 def _scan_images(scan: _Scan, folder: str, split: str) -> ImageFiles:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from featcache.config import fingerprint
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.rois import HEMISPHERES
+from featcache.dataset.subject import Subject
 
 
 def image_digest(subject: Subject, work: Path) -> str:
@@ -28,7 +28,7 @@ def id_digest(subject: Subject) -> str:
 def response_digest(subject: Subject, work: Path) -> str:
     """One digest of a subject's response files."""
     index = ContentIndex(work / "index" / f"{subject.name}-responses.json")
-    return index.digest([subject.response_path(hemisphere) for hemisphere in HEMISPHERES])
+    return index.digest([subject.response_paths[hemisphere] for hemisphere in HEMISPHERES])
 
 
 def digests(subject: Subject, work: Path) -> dict[str, str]:

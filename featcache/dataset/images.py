@@ -2,43 +2,16 @@
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
+from featcache.dataset.subject import Fault, ImageFiles
 from featcache.errors import ChallengeError
 
 _NAME = re.compile(r"(?P<split>train|test)-(?P<number>\d+)_nsd-(?P<id>\d+)\.(png|jpg|jpeg)", re.IGNORECASE)
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on bad files
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong with a tree."""
-
-    path: Path
-    expected: str
-    found: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: expected {self.expected}; found {self.found}"
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """The images of one split, in the order of the response rows.
-
-    paths : (n_images,) files
-    ids : (n_images,) int64, ids of the pictures, the same for every subject that saw them
-    """
-
-    paths: tuple[Path, ...]
-    ids: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
 
 def list_images(folder: Path, split: str) -> tuple[ImageFiles, list[Fault]]:

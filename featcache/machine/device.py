@@ -1,7 +1,5 @@
 """Where tensors live."""
 
-import ctypes
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,69 +68,3 @@ def matrix_products(products: str) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def free_memory() -> int:
-    """Bytes of main memory that this process can still take; a container's limit counts."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for path, read in _LIMITS.items():
-        with suppress(OSError, ValueError, LookupError, StopIteration):
-            free = min(free, read(Path(path)))
-    return free
-
-
-def used_memory() -> int:
-    """Bytes of main memory that this process has; 0 where the system does not say."""
-    with suppress(OSError, ValueError, LookupError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
-
-
-def _available(path: Path) -> int:
-    return 1024 * next(
-        int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("MemAvailable")
-    )
-
-
-def _below_limit(path: Path) -> int:
-    limit = int(path.read_text())  # 'max' is no number: no limit
-    return limit - int((path.parent / "memory.current").read_text()) + _given_up(path.parent / "memory.stat")
-
-
-def _given_up(path: Path) -> int:
-    """What a container counts as used, but gives up when memory is asked for: files that were read."""
-    with suppress(OSError, ValueError, LookupError):
-        return int(dict(line.split() for line in path.read_text().splitlines())["inactive_file"])
-    return 0
-
-
-_LIMITS = {"/proc/meminfo": _available, "/sys/fs/cgroup/memory.max": _below_limit}
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's names for mallopt(3)
-_LARGEST_INT = 2**31 - 1
-
-
-def keep_freed_memory() -> bool:
-    """Have glibc keep what a forward pass frees, for the next one; False where the C library has no such setting.
-
-    A network on a CPU frees and asks for the same large blocks in every batch. By default they go back to the kernel,
-    which clears their pages again each time: a third of the time and more (docs/log.md). The process keeps its peak
-    memory for as long as it lives.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT))
-
-
-def give_back_memory() -> bool:
-    """Return to the kernel what is free; False where the C library has no such call.
-
-    Kept memory falls into holes as blocks of other sizes come and go: without this, eight subjects one after the other
-    took 18 % more than one (docs/log.md).
-    """
-    try:
-        return bool(ctypes.CDLL(None).malloc_trim(0))
-    except (AttributeError, OSError, TypeError):
-        return False

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from featcache.cache.pixels import Pixels
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds
+from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError
 from heads.config import TrainConfig
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from featcache.backbone.taps import Taps
 from featcache.config import POOLED
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.rois import HEMISPHERES
+from featcache.dataset.subject import Subject
 from heads.backbones.batches import Targets
 from heads.config import CORRELATIONS, SpatialConfig, TrainConfig
 from heads.modules.linear import SMALL, RoiHead, linear_layer

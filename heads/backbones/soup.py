@@ -27,13 +27,14 @@ from featcache.backbone.checkpoint import (
     save_weights,
 )
 from featcache.cache.pixels import cache_pixels
-from featcache.cache.store import only_writer
 from featcache.config import fingerprint
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.digests import digests, subject_digests
 from featcache.dataset.splits import refuse_leak
+from featcache.dataset.subject import Subject
 from featcache.errors import CheckpointError, ConfigError
-from featcache.machine.device import keep_freed_memory, resolve_device
+from featcache.machine.device import resolve_device
+from featcache.machine.files import only_writer
+from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import say
 from heads.backbones.batches import Images
 from heads.backbones.encoder import Encoder, SavedHeads
@@ -172,7 +173,7 @@ def _matching(known: list[Checkpoint], config: SoupConfig, work: Path) -> list[C
     if not chosen:
         raise ConfigError(
             "--models",
-            expected=f"patterns that match one of: {', '.join((one.name for one in known))}",
+            expected=f"patterns that match one of: {', '.join(one.name for one in known)}",
             found=f"{config.models!r}",
             remedy="correct it",
         )

@@ -36,14 +36,15 @@ from featcache.backbone.checkpoint import (
 )
 from featcache.backbone.network import Backbone, load_backbone
 from featcache.cache.pixels import Pixels, cache_pixels
-from featcache.cache.store import only_writer
 from featcache.config import POOLED, BackboneConfig
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.digests import digests, subject_digests
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds, check_folds, refuse_leak
+from featcache.dataset.subject import Subject
 from featcache.errors import CheckpointError, LeakError
-from featcache.machine.device import keep_freed_memory, resolve_device
+from featcache.machine.device import resolve_device
+from featcache.machine.files import only_writer
+from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import say
 from heads.backbones.batches import Images, plan_steps, split
 from heads.backbones.encoder import (

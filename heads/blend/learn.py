@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.rois import HEMISPHERES
+from featcache.dataset.subject import Subject
 from heads.blend.products import N_FOLDS, Moments
 from heads.blend.weights import Groups, Judge, Learner, blended_sums, learners, r_from, single, times_blend
 from heads.config import LEVELS, BlendConfig

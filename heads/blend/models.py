@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from featcache.cache.store import Store
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.digests import image_digest, response_digest, subject_digests
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds, refuse_leak
+from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError
 from heads.features.sets import keep, newer_fault, own_stores
 from heads.fit.run import FOLDER, model_name

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from featcache.dataset.algonauts import Subject
-from featcache.machine.device import keep_freed_memory
+from featcache.dataset.subject import Subject
+from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import bar
 from heads.blend.learn import judge_of
 from heads.blend.models import has_ceilings, members_of

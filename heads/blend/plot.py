@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from featcache.dataset.algonauts import Subject
+from featcache.dataset.subject import Subject
 from featcache.machine.progress import say
 
 _MOST = 12  # models with a colour of their own; the others share one

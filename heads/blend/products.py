@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from featcache.cache.store import Store
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds
+from featcache.dataset.subject import Subject
 
 N_FOLDS, SEED = 5, 0  # on which weights are learnt and scored; any split by image id serves
 _BATCH_ROWS, _BATCH_VERTICES = 512, 256  # read at a time, and worked on: these stay in a cache

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 import zarr
 
-from featcache.cache.store import Store, replace_json
-from featcache.dataset.algonauts import Challenge, Subject
+from featcache.cache.store import Store
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds, refuse_leak
+from featcache.dataset.subject import Challenge, Subject
 from featcache.errors import StoreError
-from featcache.machine.device import keep_freed_memory
+from featcache.machine.files import replace_json
+from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import bar, say
 from heads.blend.learn import Choice, Learnt, judge_of, learn, levels_of, nested_r
 from heads.blend.models import Members, folds_of, has_ceilings, members_of

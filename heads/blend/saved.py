@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from featcache.cache.store import Store
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.rois import HEMISPHERES
+from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
 from heads.blend.products import Gathered
 from heads.blend.weights import r_of

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.rois import HEMISPHERES
+from featcache.dataset.subject import Subject
 from featcache.errors import FeatcacheError
 
 MAX_BYTES = 300_000_000  # what the challenge takes

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds
+from featcache.dataset.subject import Subject
 from heads.blend.learn import Learnt, nested_r
 from heads.blend.products import N_FOLDS, SEED, Gathered, Moments, Sample
 from heads.blend.weights import Judge, r_from, r_of

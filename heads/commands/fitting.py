@@ -25,7 +25,7 @@ from heads.config import HEADS, LOSS_NAMES, SOLVERS, FitConfig, MomentsConfig, S
 from heads.recipes.steps import Job, Outcome
 
 if TYPE_CHECKING:
-    from featcache.dataset.algonauts import Subject
+    from featcache.dataset.subject import Subject
 
 
 def _either(name: str) -> str:

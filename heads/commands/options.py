@@ -9,7 +9,7 @@ from featcache.config import BackboneConfig
 from featcache.errors import ConfigError
 
 if TYPE_CHECKING:
-    from featcache.dataset.algonauts import Challenge
+    from featcache.dataset.subject import Challenge
 
 Data = Annotated[Path, typer.Option("--data", envvar="FEATCACHE_DATA", help="The challenge tree.")]
 Work = Annotated[Path, typer.Option("--work", envvar="FEATCACHE_WORK", help="Where stores and results go.")]

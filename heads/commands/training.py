@@ -30,7 +30,7 @@ from heads.config import recipe as settings_of
 from heads.recipes.steps import Job, Outcome
 
 if TYPE_CHECKING:
-    from featcache.dataset.algonauts import Subject
+    from featcache.dataset.subject import Subject
 
 
 def _training_command(stage: str) -> Callable[..., Job]:

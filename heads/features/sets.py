@@ -10,9 +10,9 @@ import numpy as np
 from featcache.backbone.taps import CLASS_TOKEN
 from featcache.cache.extract import FOLDER
 from featcache.cache.store import Store, list_stores
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.digests import image_digest
 from featcache.dataset.splits import assign_folds
+from featcache.dataset.subject import Subject
 from featcache.machine.progress import say
 from heads.features.rows import LayerRows
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from featcache.cache.store import Store, open_store
 from featcache.config import fingerprint
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.digests import file_digest
 from featcache.dataset.rois import HEMISPHERES
+from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
 from heads.blend.models import members_of
 from heads.blend.run import FOLDER as SUBMISSION

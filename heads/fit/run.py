@@ -14,25 +14,19 @@ from safetensors.torch import save
 from featcache.cache.extract import FOLDER as FEATURES
 from featcache.cache.store import Store, create_store, open_store, store_path
 from featcache.config import LayerConfig, fingerprint
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.digests import response_digest, subject_digests
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import check_folds, refuse_leak
+from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError
-from featcache.machine.device import (
-    check_products,
-    give_back_memory,
-    keep_freed_memory,
-    matrix_products,
-    resolve_device,
-)
+from featcache.machine.device import check_products, matrix_products, resolve_device
+from featcache.machine.memory import give_back_memory, keep_freed_memory, memory_at_start, spare_memory
 from featcache.machine.progress import bar, say
 from heads.config import FitConfig, MomentsConfig, SpatialConfig, adamw_of
 from heads.features.sets import FeatureSet, feature_sets, layer_of
 from heads.scores.metrics import VertexScores, pearson_r
 from heads.solvers.base import FoldPredictor, cross_validate
 from heads.solvers.layers.ridge import METHOD
-from heads.solvers.memory import memory_at_start, spare_memory
 from heads.solvers.registry import FEATURE_SHARE, Shared, predictor_of, read_by_its_heads, under_priors
 from heads.solvers.spatial import Member, SpatialFolds
 
@@ -85,7 +79,7 @@ def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
         trained = config.solver == "trained"
         raise StoreError(
             work / FEATURES,
-            expected=f"complete features of {', '.join((s.name for s in subjects))}",
+            expected=f"complete features of {', '.join(s.name for s in subjects)}",
             found=f"none for the images of this tree{(' from a checkpoint with heads' if trained else '')}",
             remedy=("run 'pretrain' or 'finetune', then 'extract'" if trained else "run 'extract' first"),
         )

@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
-from featcache.backbone.network import first_line
+from featcache.backbone.weights import first_line
 from featcache.cache.extract import FOLDER as FEATURES
 from featcache.cache.store import Store, open_store
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.rois import HEMISPHERES
+from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
 from featcache.machine.progress import say
 from heads.blend.models import chosen

@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from featcache.backbone.network import check_backbone
+from featcache.backbone.weights import check_backbone
 from featcache.cache.store import Row, stored_bytes
 from featcache.config import BackboneConfig, ExtractConfig
-from featcache.dataset.algonauts import Challenge, Subject, open_challenge
-from featcache.dataset.images import ImageFiles
+from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import HEMISPHERES
+from featcache.dataset.subject import Challenge, ImageFiles, Subject
 from featcache.errors import ConfigError, FeatcacheError
-from featcache.machine.device import free_memory, resolve_device, resolve_dtype
+from featcache.machine.device import resolve_device, resolve_dtype
+from featcache.machine.memory import free_memory, memory_at_start
 from featcache.simulate import SimulateConfig
 from heads.blend.products import N_FOLDS, bytes_of
 from heads.config import BlendConfig, FitConfig, StageConfig
@@ -30,7 +31,6 @@ from heads.features.sets import FeatureSet
 from heads.recipes.steps import Ready, Step, located
 from heads.recipes.timings import blend_seconds, eigh_seconds, network, product_seconds
 from heads.solvers.layers.ridge import DualFolds
-from heads.solvers.memory import memory_at_start
 from heads.solvers.registry import FEATURE_SHARE, STACK_SHARE, dual_of, under_priors, whole_bytes
 from heads.solvers.ridge import VERTEX_BLOCK
 from heads.solvers.ridge_folds import effort_of, memory_of
@@ -105,7 +105,7 @@ def simulated(config: SimulateConfig, root: Path) -> Challenge:
     for s in config.subjects:
         n_vertices = {h: n - config.n_deleted(s, h) for h, n in zip(HEMISPHERES, config.n_vertices, strict=True)}
         train, test = images(config.train_count(s)), images(config.test_count(s))
-        subjects.append(Subject(f"subj{s:02d}", root, train, test, n_vertices, {h: {} for h in none}, none, none))
+        subjects.append(Subject(f"subj{s:02d}", train, test, {}, n_vertices, {h: {} for h in none}, none, none))
     return Challenge(root, tuple(subjects))
 
 

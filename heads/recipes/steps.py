@@ -234,7 +234,7 @@ def run_steps(steps: Sequence[Ready], say: Callable[[str], None]) -> tuple[list[
 
     Every command skips what is done already, so that the same recipe run again goes on where it stopped.
     """
-    from featcache.machine.device import give_back_memory
+    from featcache.machine.memory import give_back_memory
 
     last, results = steps[-1].step.number, []
     for one in steps:

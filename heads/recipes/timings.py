@@ -19,7 +19,7 @@ from featcache.cache.extract import folded, rows_of
 from featcache.cache.store import Row
 from featcache.config import BackboneConfig, LayerConfig
 from featcache.dataset.images import load_image
-from featcache.machine.device import keep_freed_memory
+from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import say
 from heads.blend.learn import MOST_VERTICES, Level, learn
 from heads.blend.products import N_FOLDS, Moments, n_sampled

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from featcache.dataset.algonauts import Subject
+from featcache.dataset.subject import Subject
 from heads.solvers.held_out import FoldHeads, FoldSolver
 from heads.solvers.ridge import LinearMap
 

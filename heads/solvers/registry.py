@@ -9,10 +9,11 @@ import torch
 
 from featcache.backbone.checkpoint import find_checkpoint
 from featcache.config import POOLED
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import refuse_leak
+from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError
+from featcache.machine.memory import block_that_fits, memory_at_start, refuse_above, said, spare_memory
 from featcache.machine.progress import say
 from heads.backbones.encoder import linear_map_of, saved_shapes, spatial_head_of
 from heads.config import FitConfig
@@ -23,7 +24,6 @@ from heads.solvers.held_out import FoldSolver, FrozenFolds, TrainedFolds, TunedA
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import DEPTHS, prior_set
 from heads.solvers.layers.ridge import PENALTIES, DualFolds
-from heads.solvers.memory import block_that_fits, memory_at_start, refuse_above, said, spare_memory
 from heads.solvers.moments import MomentFits
 from heads.solvers.ridge import VERTEX_BLOCK
 from heads.solvers.ridge_folds import RidgeFits, memory_of

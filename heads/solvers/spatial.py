@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import refuse_leak
+from featcache.dataset.subject import Subject
 from heads.backbones.encoder import SpatialHeads, spatial_head_of
 from heads.config import FitConfig
 from heads.features.rows import LayerRows

@@ -28,8 +28,9 @@ from featcache.backbone.checkpoint import (
 )
 from featcache.backbone.network import load_backbone
 from featcache.config import BackboneConfig
-from featcache.dataset.algonauts import Subject, open_challenge
+from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.digests import digests
+from featcache.dataset.subject import Subject
 from featcache.errors import BackboneError, CheckpointError
 from support.checkpoints import HEADS, N_FOLDS, recipe_of, trained_weights, write_checkpoint
 
@@ -404,7 +405,7 @@ def test_usable_are_the_finished_ones_of_this_tree_and_the_others_are_named(tree
     known = list_checkpoints(work)
     assert usable(subjects[0], known, digests(subjects[0], work)) == [good]
     assert said == [f"subj01: left out {early.name}: its training is not finished; run the same command again"]
-    path = subjects[1].response_path("lh")
+    path = subjects[1].response_paths["lh"]
     np.save(path, np.load(path) + 1)
     said.clear()
     assert usable(subjects[1], known, digests(subjects[1], work)) == []

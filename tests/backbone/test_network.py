@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
-from featcache.backbone.network import load_backbone, rename_in_order
+from featcache.backbone.network import load_backbone
+from featcache.backbone.weights import rename_in_order
 from featcache.config import BackboneConfig, LayerConfig
 from featcache.errors import BackboneError
 
@@ -196,7 +197,7 @@ def test_an_unreachable_hub_is_one_line_that_names_the_ways_out(monkeypatch):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    monkeypatch.setattr("featcache.backbone.network._cached", lambda hub_id: None)
+    monkeypatch.setattr("featcache.backbone.weights._cached", lambda hub_id: None)
     with pytest.raises(
         BackboneError, match=r"no network.*--weights packaged .*--weights PATH .*--weights none"
     ) as found:
@@ -211,6 +212,6 @@ def test_a_backbone_without_weights_on_the_hub_names_a_substitute():
 
 def test_a_copy_from_an_earlier_download_needs_no_network(monkeypatch, tmp_path):
     save_file(random_weights("convnext_atto"), tmp_path / "model.safetensors")
-    monkeypatch.setattr("featcache.backbone.network._cached", lambda hub_id: tmp_path / "model.safetensors")
+    monkeypatch.setattr("featcache.backbone.weights._cached", lambda hub_id: tmp_path / "model.safetensors")
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
     assert load_backbone(BackboneConfig("convnext_atto", "hub")).name == "convnext_atto"

@@ -263,7 +263,7 @@ def test_what_started_elsewhere_or_is_unfinished_or_of_another_tree_is_no_member
     train(subjects[:1], work, QUICK, init=str(first.path), fold=0)
     early = next(c for c in list_checkpoints(work) if c.training in soups(subjects, work)[0].checkpoint.members)
     edit(early, facts={"finished": False})
-    path = subjects[1].response_path("lh")
+    path = subjects[1].response_paths["lh"]
     np.save(path, np.load(path) + 1)
     said.clear()
     made = soups(open_challenge(tree).subjects, work)

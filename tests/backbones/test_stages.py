@@ -282,7 +282,7 @@ def coloured(tree):
         for hemisphere, mask in subject.fsaverage.items():
             signal = (colours - 127) / 74 @ mixture[hemisphere][:, mask]
             noisy = signal + 0.1 * rng.normal(size=signal.shape)
-            np.save(subject.response_path(hemisphere), noisy.astype(np.float32))
+            np.save(subject.response_paths[hemisphere], noisy.astype(np.float32))
     return open_challenge(tree)
 
 
@@ -320,7 +320,7 @@ def test_noise_is_not_predicted_through_both_stages_and_refitted_heads(tree, tmp
     for subject in subjects:
         for hemisphere, n_vertices in subject.n_vertices.items():
             noise = rng.normal(size=(len(subject.train), n_vertices)).astype(np.float32)
-            np.save(subject.response_path(hemisphere), noise)
+            np.save(subject.response_paths[hemisphere], noise)
     settings = TrainConfig("mse", 8, 4, learning_rate=3e-3, head_learning_rate=1e-2, stop="never", embedding=8)
     stage = StageConfig("pretrain", settings, SMALL, n_folds=2, workers=1)
     train_stage(subjects, stage, tmp_path)
@@ -364,7 +364,7 @@ def test_a_checkpoint_of_another_architecture_or_tree_is_refused(work, tree, cap
     init = ["--init", str(given.path), "--folds", "2"]
     line = fails(capfd, "finetune", *init, "--backbone", "test_vit")
     assert "expected a checkpoint of test_vit; found one of test_resnet" in line
-    path = open_challenge(tree).subjects[0].response_path("lh")
+    path = open_challenge(tree).subjects[0].response_paths["lh"]
     np.save(path, np.load(path) + 1)
     monkeypatch.setenv("FEATCACHE_DATA", str(tree))
     assert "expected a checkpoint of this tree; found one of other responses of subj01" in fails(

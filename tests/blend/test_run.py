@@ -12,7 +12,8 @@ import pytest
 import cli
 import heads.blend.run
 from featcache.cache.store import open_store
-from featcache.dataset.algonauts import Challenge, open_challenge
+from featcache.dataset.algonauts import open_challenge
+from featcache.dataset.subject import Challenge
 from featcache.errors import StoreError
 from heads.blend.overview import list_models
 from heads.blend.saved import load_blend

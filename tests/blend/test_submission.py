@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import heads.blend.submission
-from featcache.dataset.algonauts import Subject
-from featcache.dataset.images import ImageFiles
+from featcache.dataset.subject import ImageFiles, Subject
 from featcache.errors import FeatcacheError
 from heads.blend.submission import check_submission, prediction_name, write_predictions, write_zip
 from heads.scores.metrics import pearson_r

@@ -20,8 +20,9 @@ from featcache.cache.extract import FOLDER, Extracted, _plan, extract
 from featcache.cache.pixels import cache_pixels
 from featcache.cache.store import Store, open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
-from featcache.dataset.algonauts import Subject, open_challenge
+from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.splits import assign_folds
+from featcache.dataset.subject import Subject
 from featcache.errors import ChallengeError, CheckpointError, ConfigError, StoreError
 from support.checkpoints import N_FOLDS, write_checkpoint
 

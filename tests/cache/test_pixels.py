@@ -14,8 +14,9 @@ from featcache.backbone.network import Backbone, load_backbone
 from featcache.cache import pixels as pixels_module
 from featcache.cache.pixels import FOLDER, Pixels, cache_pixels, find_pixels
 from featcache.config import BackboneConfig
-from featcache.dataset.algonauts import Subject, open_challenge
+from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.images import load_image
+from featcache.dataset.subject import Subject
 from featcache.errors import ChallengeError, StoreError
 
 SIZE = 48

@@ -56,7 +56,7 @@ def test_digests_of_a_subject_follow_one_pixel_file(tree, tmp_path):
 @pytest.mark.parametrize("hemisphere", HEMISPHERES)
 def test_digests_of_a_subject_follow_one_response(tree, tmp_path, hemisphere):
     before = digests_of(tree, tmp_path / "work")
-    path = open_challenge(tree).subjects[1].response_path(hemisphere)
+    path = open_challenge(tree).subjects[1].response_paths[hemisphere]
     responses = np.load(path)
     responses[3, 5] += 1
     np.save(path, responses)

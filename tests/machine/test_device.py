@@ -11,12 +11,12 @@ from featcache.machine import device
 from featcache.machine.device import (
     _cpu_flags,
     check_products,
-    free_memory,
     is_emulated,
     matrix_products,
     resolve_device,
     resolve_dtype,
 )
+from featcache.machine.memory import free_memory
 
 FAULTS = """
 import resource, sys, torch

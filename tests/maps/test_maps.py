@@ -14,10 +14,10 @@ from featcache.cache.extract import FOLDER as FEATURES
 from featcache.cache.extract import extract
 from featcache.cache.store import Row, create_store, open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
-from featcache.dataset.algonauts import Subject, open_challenge
-from featcache.dataset.images import ImageFiles
+from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds
+from featcache.dataset.subject import ImageFiles, Subject
 from featcache.errors import ConfigError, StoreError
 from heads.backbones.stages import train_stage
 from heads.config import AdamWConfig, FitConfig, RidgeConfig, SpatialConfig, StageConfig, TrainConfig
@@ -71,7 +71,7 @@ def planted_subject(folder, values, noise=0.5):
     for h, (layer, (i, j)) in PLANTED.items():
         seen = values[layer][:N_TRAIN, i, j].astype(np.float64)
         signal = seen @ rng.normal(size=(seen.shape[1], N_VERTICES[h]))
-        path = subject.response_path(h)
+        path = subject.response_paths[h]
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, (signal / signal.std(0) + noise * rng.normal(size=signal.shape)).astype(np.float32))
     return subject

@@ -13,10 +13,10 @@ import heads.features.rows
 from featcache.cache.extract import extract
 from featcache.cache.store import Row, create_store, open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
-from featcache.dataset.algonauts import Subject, open_challenge
-from featcache.dataset.images import ImageFiles
+from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds
+from featcache.dataset.subject import ImageFiles, Subject
 from featcache.errors import ConfigError, LeakError
 from heads.backbones.encoder import spatial_head_of
 from heads.backbones.stages import train_stage
@@ -98,7 +98,7 @@ def subject_of(folder, name, ids, responses, ceiling=None):
         name, folder / name, *splits, n_vertices, {h: {} for h in n_vertices}, ceiling or nothing, nothing
     )
     for hemisphere, values in responses.items():
-        path = subject.response_path(hemisphere)
+        path = subject.response_paths[hemisphere]
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, values[: len(ids)].astype(np.float32))
     return subject
@@ -387,7 +387,7 @@ def test_responses_of_a_fold_reach_its_predictions_through_no_subject(tmp_path):
     config = config_of(FEW, space=3)
     before = [fits_of(members, config, number) for number in (0, 1)]
     for member in members:
-        path = member.subject.response_path("lh")
+        path = member.subject.response_paths["lh"]
         responses = np.load(path)
         responses[member.folds == 1] *= -50
         np.save(path, responses)
@@ -584,7 +584,7 @@ def test_a_joint_store_is_another_when_another_subjects_responses_are(tree, fres
     before = fit_heads(subjects, TINY_JOINT, fresh)
     (alone,) = fit_heads(subjects[:1], TINY_JOINT, fresh)
     assert alone.new and alone.path != before[0].path
-    path = subjects[1].response_path("lh")
+    path = subjects[1].response_paths["lh"]
     np.save(path, np.load(path) * 2)
     after = fit_heads(open_challenge(tree).subjects, TINY_JOINT, fresh)
     assert all(one.new for one in after) and {a.path for a in after}.isdisjoint(b.path for b in before)

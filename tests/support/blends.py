@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from featcache.cache.store import Store, create_store
-from featcache.dataset.algonauts import Subject
-from featcache.dataset.images import ImageFiles
 from featcache.dataset.splits import assign_folds
+from featcache.dataset.subject import ImageFiles, Subject
 from heads.blend.products import Moments
 from heads.blend.weights import Groups
 from heads.config import LEVELS
@@ -105,7 +104,7 @@ def subject_of(folder: Path, responses, noise_ceiling=None, rois=ROIS, name="sub
         ImageFiles(tuple(Path(f"{image_id}.png") for image_id in ids), ids) for ids in (IDS[:N_TRAIN], IDS[N_TRAIN:])
     )
     ceilings = {h: None if noise_ceiling is None else noise_ceiling[own] for h, own in columns.items()}
-    return Subject(name, folder, train, test, WIDTHS, rois, ceilings, {"lh": None, "rh": None})
+    return Subject(name, train, test, response_files(folder), WIDTHS, rois, ceilings, {"lh": None, "rh": None})
 
 
 def stores_of(folder: Path, predictions) -> list[Store]:

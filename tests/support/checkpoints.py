@@ -11,9 +11,9 @@ import torch
 from featcache.backbone.checkpoint import Checkpoint, checkpoint_path, record, save_weights
 from featcache.backbone.network import Backbone, load_backbone
 from featcache.config import BackboneConfig
-from featcache.dataset.algonauts import Subject
 from featcache.dataset.digests import digests, subject_digests
 from featcache.dataset.splits import assign_folds
+from featcache.dataset.subject import Subject
 
 N_FOLDS = 3
 HEADS = {"linear.weight": torch.arange(6.0).reshape(2, 3), "columns.subj01.lh": torch.arange(4)}

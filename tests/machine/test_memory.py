@@ -4,7 +4,7 @@ import pytest
 
 import heads.solvers.memory
 from featcache.errors import ConfigError
-from heads.solvers.memory import block_that_fits, spare_memory
+from featcache.machine.memory import block_that_fits, spare_memory
 
 
 @pytest.fixture(autouse=True)
