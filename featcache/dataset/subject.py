@@ -39,8 +39,8 @@ class ImageFiles:
 class Subject:
     """One subject: the images that it saw, and the responses of each surface.
 
-    A surface is a set of vertices that are measured and fitted together, such as the hemispheres 'lh' and 'rh'. Every dict
-    has the surfaces as keys, in one order.
+    A surface is a set of vertices that are measured and fitted together, such as the hemispheres 'lh' and 'rh'.
+    Every dict has the surfaces as keys, in one order.
 
     Parameters
     ----------

@@ -143,8 +143,8 @@ def plan_steps(config: TrainConfig, devices: int, n_images: int) -> Steps:
         if correlation % together or (config.accumulate > 1 and config.accumulate % (correlation // together)):
             raise ConfigError(
                 "--correlation-batch",
-                expected=f"a multiple of {together} (--batch-size times processes), and --accumulate {config.accumulate} "
-                "to be a multiple of the passes in it",
+                expected=f"a multiple of {together} (--batch-size times processes), and --accumulate "
+                f"{config.accumulate} to be a multiple of the passes in it",
                 found=correlation,
                 remedy="choose another",
             )

@@ -32,9 +32,7 @@ def images(n_images):
 def subjects(tmp_path):
     nothing = {"lh": None, "rh": None}
     return [
-        Subject(
-            name, tmp_path / name, images(9), images(n_test), N_VERTICES[name], {"lh": {}, "rh": {}}, nothing, nothing
-        )
+        Subject(name, images(9), images(n_test), {}, N_VERTICES[name], {"lh": {}, "rh": {}}, nothing, nothing)
         for name, n_test in N_TEST.items()
     ]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-import heads.solvers.memory
+import featcache.machine.memory
 from featcache.errors import ConfigError
 from featcache.machine.memory import block_that_fits, spare_memory
 
@@ -10,8 +10,8 @@ from featcache.machine.memory import block_that_fits, spare_memory
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """3 GB are free, and 1 GB was taken before the first fit."""
-    monkeypatch.setattr(heads.solvers.memory, "free_memory", lambda: 3e9)
-    monkeypatch.setattr(heads.solvers.memory, "memory_at_start", lambda: 1e9)
+    monkeypatch.setattr(featcache.machine.memory, "free_memory", lambda: 3e9)
+    monkeypatch.setattr(featcache.machine.memory, "memory_at_start", lambda: 1e9)
 
 
 @pytest.mark.parametrize(("most", "spare"), [(0, 3e9), (2, 1e9), (100, 3e9)])

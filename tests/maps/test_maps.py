@@ -14,7 +14,7 @@ from featcache.cache.extract import FOLDER as FEATURES
 from featcache.cache.extract import extract
 from featcache.cache.store import Row, create_store, open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
-from featcache.dataset.algonauts import open_challenge
+from featcache.dataset.algonauts import open_challenge, response_files
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import ImageFiles, Subject
@@ -67,7 +67,7 @@ def planted_subject(folder, values, noise=0.5):
     }
     rois["rh"].pop("FFA")
     nothing = dict.fromkeys(HEMISPHERES)
-    subject = Subject("subj01", folder / "subj01", *splits, N_VERTICES, rois, nothing, nothing)
+    subject = Subject("subj01", *splits, response_files(folder / "subj01"), N_VERTICES, rois, nothing, nothing)
     for h, (layer, (i, j)) in PLANTED.items():
         seen = values[layer][:N_TRAIN, i, j].astype(np.float64)
         signal = seen @ rng.normal(size=(seen.shape[1], N_VERTICES[h]))

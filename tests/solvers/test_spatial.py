@@ -13,7 +13,7 @@ import heads.features.rows
 from featcache.cache.extract import extract
 from featcache.cache.store import Row, create_store, open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
-from featcache.dataset.algonauts import open_challenge
+from featcache.dataset.algonauts import open_challenge, response_files
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import ImageFiles, Subject
@@ -95,7 +95,13 @@ def subject_of(folder, name, ids, responses, ceiling=None):
     n_vertices = {h: one.shape[1] for h, one in responses.items()}
     nothing = dict.fromkeys(HEMISPHERES)
     subject = Subject(
-        name, folder / name, *splits, n_vertices, {h: {} for h in n_vertices}, ceiling or nothing, nothing
+        name,
+        *splits,
+        response_files(folder / name),
+        n_vertices,
+        {h: {} for h in n_vertices},
+        ceiling or nothing,
+        nothing,
     )
     for hemisphere, values in responses.items():
         path = subject.response_paths[hemisphere]

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from featcache.cache.store import Store, create_store
+from featcache.dataset.algonauts import response_files
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import ImageFiles, Subject
 from heads.blend.products import Moments
