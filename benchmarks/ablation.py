@@ -25,7 +25,7 @@ from featcache.dataset.subject import Subject
 from featcache.machine.files import replace_json
 from featcache.simulate import SimulateConfig, simulate
 from heads.backbones.stages import train_stage
-from heads.config import FitConfig, StageConfig, recipe
+from heads.config import FitConfig, StageConfig, key
 from heads.fit.run import fit_heads
 from heads.scores.metrics import pearson_r
 
@@ -67,8 +67,8 @@ def run_seed(
     """{arm: {subject: mean r over the vertices of the held-out fold}}"""
     work = options.work / f"seed{seed}"
     backbone = BackboneConfig(BACKBONE, "packaged", options.size)
-    # the default recipe, with the rates that suit a small network in stage 1 (docs/log.md)
-    second = replace(recipe("fast", "finetune"), seed=seed, stop="never", epochs=options.stage2_epochs)
+    # the default key, with the rates that suit a small network in stage 1 (docs/log.md)
+    second = replace(key("fast", "finetune"), seed=seed, stop="never", epochs=options.stage2_epochs)
     settings = replace(
         second, loss="smooth_l1", epochs=options.stage1_epochs, learning_rate=1e-3, head_learning_rate=3e-3
     )

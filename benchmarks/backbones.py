@@ -36,7 +36,7 @@ from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Subject
 from featcache.simulate import SimulateConfig, simulate
 from heads.backbones.stages import train_stage
-from heads.config import FitConfig, StageConfig, recipe
+from heads.config import FitConfig, StageConfig, key
 from heads.fit.run import Fitted, fit_heads
 
 BACKBONES = (
@@ -61,7 +61,7 @@ def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
     simulate(TREE, folder / "challenge")
     subjects, work = open_challenge(folder / "challenge").subjects, folder / "work"
     own = BackboneConfig(name, "none", size)
-    settings = replace(recipe("paper", "pretrain"), epochs=1, batch_size=BATCH)
+    settings = replace(key("paper", "pretrain"), epochs=1, batch_size=BATCH)
     ends: list[float] = []
     register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     for stage, of in (("pretrain", subjects), ("finetune", subjects[:1])):  # the second starts from the first

@@ -132,7 +132,7 @@ def _against(work: Path, plainly: np.ndarray) -> tuple[float, str]:
     (path,) = (work / "features.zarr").glob("*")
     store = open_store(path)
     error = np.linalg.norm(store.read("pooled") - plainly) / np.linalg.norm(plainly)
-    return float(error), store.recipe["dtype"]
+    return float(error), store.key["dtype"]
 
 
 def main() -> None:

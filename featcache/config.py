@@ -1,4 +1,4 @@
-"""Settings of the stages that turn images into features, and the fingerprint of any recipe."""
+"""Settings of the stages that turn images into features, and the fingerprint of any key."""
 
 import hashlib
 import json
@@ -81,17 +81,17 @@ class ExtractConfig:
         at_least("workers", self.workers, 1)
 
 
-def fingerprint(recipe: Mapping[str, Any]) -> str:
-    """12 hexadecimal digits that change whenever anything in the recipe does, and never with the order of its keys."""
-    canonical = json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=False)
+def fingerprint(key: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits that change whenever anything in the key does, and never with the order of its keys."""
+    canonical = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(key: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'a': {'b': 1}} -> {'a.b': 1}"""
     flat: dict[str, Any] = {}
-    for key, value in recipe.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    for name, value in key.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
 
 

@@ -26,7 +26,7 @@ class FeatcacheError(Exception):
         return f"{place}expected {self.expected}; found {self.found}; {self.remedy}"
 
     def inside(self, place: str) -> Self:
-        """The same mistake, with the larger place that it is in (such as a step of a recipe) before `where`."""
+        """The same mistake, with the larger place that it is in (such as a step of a key) before `where`."""
         where = f"{place}: {self.where}" if self.where else place
         return type(self)(where, expected=self.expected, found=self.found, remedy=self.remedy)
 

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `<work>/checkpoints/<label>-<fingerprint>`:
 
-- `checkpoint.json`: recipe, image ids it saw, scores, and the names of the folders that are current; replaced in one
+- `checkpoint.json`: key, image ids it saw, scores, and the names of the folders that are current; replaced in one
   step, so that whatever it names is whole;
 - `epoch-<n>/backbone.safetensors` under timm's names, `epoch-<n>/heads.safetensors`: the best epoch so far;
 - `state-<n>/`: what an interrupted run goes on from; gone when the run is finished.
@@ -41,12 +41,12 @@ _ORIGIN = "featcache checkpoint"  # in the header of its weights files
 class Checkpoint:
     """One trained backbone with its heads.
 
-    recipe : what decided it: stage, subjects and their data, backbone, start, settings, fold
+    key : what decided it: stage, subjects and their data, backbone, start, settings, fold
     facts : what came of it: ids it saw, epoch and score, digests of its files, origin of the first weights, versions
     """
 
     path: Path
-    recipe: Mapping[str, Any]
+    key: Mapping[str, Any]
     facts: Mapping[str, Any]
 
     @property
@@ -60,19 +60,19 @@ class Checkpoint:
     @property
     def fold(self) -> dict[str, int]:
         """{'fold': the one held out, 'n_folds': ..., 'seed': of the folds}"""
-        return dict(self.recipe["fold"])
+        return dict(self.key["fold"])
 
     @property
     def training(self) -> str:
         """Fingerprint of how it was trained: the same for every fold, and for every subject of the second stage."""
-        of_one = {"fold", "start"} | ({"subjects"} if self.recipe["stage"] == "finetune" else set())
-        how = {key: value for key, value in self.recipe.items() if key not in of_one}
-        return fingerprint(how | {"start": self.recipe["start"]["training"] or self.recipe["start"]["weights"]})
+        of_one = {"fold", "start"} | ({"subjects"} if self.key["stage"] == "finetune" else set())
+        how = {name: value for name, value in self.key.items() if name not in of_one}
+        return fingerprint(how | {"start": self.key["start"]["training"] or self.key["start"]["weights"]})
 
     @property
     def members(self) -> tuple[str, ...]:
         """Of a mean of several checkpoints, the trainings of these; () of a checkpoint that was trained itself."""
-        return tuple(self.recipe["settings"].get("soup", ()))
+        return tuple(self.key["settings"].get("soup", ()))
 
     @property
     def seen_ids(self) -> np.ndarray:
@@ -80,7 +80,7 @@ class Checkpoint:
         return np.array(self.facts["seen_ids"], dtype=np.int64)
 
     def concerns(self, subject: Subject) -> bool:
-        return subject.name in self.recipe["subjects"]
+        return subject.name in self.key["subjects"]
 
     def heads(self) -> dict[str, torch.Tensor]:
         """Tensors of the heads that were trained with the backbone. Raises CheckpointError."""
@@ -92,7 +92,7 @@ class Checkpoint:
 
     def backbone(self, device: str = "cpu", size: int | None = None) -> Backbone:
         """The backbone at the size it was trained at, or another. Raises CheckpointError or BackboneError."""
-        settings = self.recipe["backbone"]
+        settings = self.key["backbone"]
         path = self._weights("backbone")
         found = load_backbone(BackboneConfig(settings["name"], str(path), size or settings["size"]), device)
         return replace(found, origin=f"checkpoint {self.name}")
@@ -132,24 +132,24 @@ class Checkpoint:
     def tree_fault(self, digests: Mapping[str, Mapping[str, Any]]) -> tuple[str, str] | None:
         """Why a checkpoint cannot serve these subjects: what was expected and what was found; None if it can."""
         for name, digest in digests.items():
-            trained = self.recipe["subjects"].get(name)
+            trained = self.key["subjects"].get(name)
             if trained is None:
-                return f"a checkpoint that was trained on {name}", ", ".join(self.recipe["subjects"])
+                return f"a checkpoint that was trained on {name}", ", ".join(self.key["subjects"])
             if others := [what for what in digest if trained.get(what) != digest[what]]:
                 which = " and ".join(others).replace("_", " ")
                 return "a checkpoint of this tree", f"one of other {which} of {name}"
         return None
 
 
-def label_of(recipe: Mapping[str, Any]) -> str:
+def label_of(key: Mapping[str, Any]) -> str:
     """What the name of its folder begins with: stage, the subject of stage 2, backbone, whether it is a mean, fold."""
-    who = [recipe["stage"], *(recipe["subjects"] if recipe["stage"] == "finetune" else ())]
-    mean = ["soup"] if "soup" in recipe["settings"] else []
-    return "-".join([*who, recipe["backbone"]["name"], *mean, f"fold{recipe['fold']['fold']}"])
+    who = [key["stage"], *(key["subjects"] if key["stage"] == "finetune" else ())]
+    mean = ["soup"] if "soup" in key["settings"] else []
+    return "-".join([*who, key["backbone"]["name"], *mean, f"fold{key['fold']['fold']}"])
 
 
-def checkpoint_path(work: Path, label: str, recipe: Mapping[str, Any]) -> Path:
-    return work / FOLDER / f"{label}-{fingerprint(recipe)}"
+def checkpoint_path(work: Path, label: str, key: Mapping[str, Any]) -> Path:
+    return work / FOLDER / f"{label}-{fingerprint(key)}"
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -192,7 +192,7 @@ def find_checkpoint(work: Path, name: str) -> Checkpoint:
 def record(checkpoint: Checkpoint) -> None:
     """Put a checkpoint's description on the disk, then remove the folders that it no longer names."""
     checkpoint.path.mkdir(parents=True, exist_ok=True)
-    about = {"format": FORMAT, "recipe": checkpoint.recipe, "facts": checkpoint.facts}
+    about = {"format": FORMAT, "recipe": checkpoint.key, "facts": checkpoint.facts}
     replace_json(checkpoint.path / _ABOUT, about)
     prune(checkpoint)
 

@@ -1,4 +1,4 @@
-"""Batch normalisation folded into the convolutions before it: a pass over every map less, for a network that is not
+"""Batch norms fused into the convolutions before it: a pass over every map less, for a network that is not
 trained.
 
 In use, a batch norm multiplies each channel with one number and adds another, which its convolution can do itself. The
@@ -22,16 +22,16 @@ class _Tracer(fx.Tracer):
         return isinstance(m, nn.Conv2d | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
-def fold_batch_norms(model: nn.Module) -> nn.Module:
+def fuse_batch_norms(model: nn.Module) -> nn.Module:
     """A copy of a network in evaluation mode without the batch norms that only ever follow one convolution; the network
     itself where there are none.
     """
     if not (pairs := _pairs(model)):
         return model
-    folded = copy.deepcopy(model)
+    fused = copy.deepcopy(model)
     for convolution, norm in pairs:
-        _fold(folded, convolution, norm)
-    return folded
+        _fold(fused, convolution, norm)
+    return fused
 
 
 def _pairs(model: nn.Module) -> list[tuple[str, str]]:

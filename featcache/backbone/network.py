@@ -23,24 +23,24 @@ class Backbone:
     """A backbone, frozen and in evaluation mode as it is loaded.
 
     pixels : PIL image -> (3, height, width) uint8, resized and cropped as timm does for these weights
-    transform_recipe : what the whole transform does, in plain values
+    transform_settings : what the whole transform does, in plain values
     digest : of every tensor, so of the weights themselves whatever file they came in
     origin : where the weights came from, in words
-    folded : whether convolutions do what batch norms did; the digest is of the weights before
+    fused : whether convolutions do what batch norms did; the digest is of the weights before
     """
 
     name: str
     model: nn.Module
     pixels: Callable[[Image.Image], torch.Tensor]
-    transform_recipe: Mapping[str, Any]
+    transform_settings: Mapping[str, Any]
     digest: str
     origin: str
-    folded: bool = False
+    fused: bool = False
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """(n_images, 3, height, width) uint8 -> float32 as the weights expect them, on the device of the pixels."""
         mean, std = (
-            torch.tensor(self.transform_recipe[key], device=pixels.device)[:, None, None] for key in ("mean", "std")
+            torch.tensor(self.transform_settings[key], device=pixels.device)[:, None, None] for key in ("mean", "std")
         )
         return pixels.float().div_(255).sub_(mean).div_(std)
 
@@ -59,13 +59,13 @@ class Backbone:
     def taps(self, config: LayerConfig) -> Taps:
         """What these settings mean for this network at its size. Raises ConfigError (see `choose_taps`)."""
         with self._takes_its_size():
-            return choose_taps(self.model, config, self.transform_recipe["input_size"])
+            return choose_taps(self.model, config, self.transform_settings["input_size"])
 
     def shapes(self, taps: Taps) -> dict[str, tuple[int, ...]]:
         """{array: shape of a row}, from one empty image. Raises BackboneError if the network cannot take its size."""
         device = next(self.model.parameters()).device
         with self._takes_its_size(), torch.inference_mode():
-            outputs = self.features(torch.zeros(1, *self.transform_recipe["input_size"], device=device), taps)
+            outputs = self.features(torch.zeros(1, *self.transform_settings["input_size"], device=device), taps)
         return {name: tuple(rows.shape[1:]) for name, rows in outputs.items()}
 
     @contextmanager
@@ -76,7 +76,7 @@ class Backbone:
             raise BackboneError(
                 "--size",
                 expected=f"a size that {self.name} can take",
-                found=f"{self.transform_recipe['input_size'][-1]} ({first_line(error)[:120]})",
+                found=f"{self.transform_settings['input_size'][-1]} ({first_line(error)[:120]})",
                 remedy="choose another, such as the default",
             ) from error
 

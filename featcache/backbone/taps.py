@@ -50,7 +50,7 @@ class Taps:
             rows[layer] = pooled.permute(0, 2, 3, 1)
         return rows
 
-    def recipe(self) -> dict[str, Any]:
+    def key(self) -> dict[str, Any]:
         """What decides the rows, besides weights and pixels."""
         if not self.grids:
             return {"layers": list(self.layers)}

@@ -12,7 +12,7 @@ import torch
 
 from featcache.backbone.checkpoint import FOLDER as CHECKPOINTS
 from featcache.backbone.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, refuse_trained, usable
-from featcache.backbone.fuse import fold_batch_norms
+from featcache.backbone.fuse import fuse_batch_norms
 from featcache.backbone.network import Backbone, load_backbone
 from featcache.backbone.taps import Taps
 from featcache.cache.pixels import find_pixels
@@ -25,7 +25,7 @@ from featcache.errors import CheckpointError
 from featcache.machine.device import check_products, is_emulated, matrix_products, resolve_device, resolve_dtype
 from featcache.machine.files import refuse_full_disk
 from featcache.machine.memory import keep_freed_memory
-from featcache.machine.prefetch import ahead
+from featcache.machine.prefetch import prefetch
 from featcache.machine.progress import bar, say, size_of
 
 FOLDER = "features.zarr"
@@ -47,7 +47,7 @@ class Extracted:
 def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> list[Extracted]:
     """Fill a feature store for every subject: rows are its training images, then its test images.
 
-    A store is found again by what decides its rows (see `feature_recipe`), never by batch size, workers or paths.
+    A store is found again by what decides its rows (see `feature_key`), never by batch size, workers or paths.
     """
     device = resolve_device(config.device)
     if device == "cpu":
@@ -66,7 +66,7 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> l
     for number, (checkpoint, served) in enumerate(sources):
         backbone = _load(checkpoint, config, device)
         taps = backbone.taps(config.layers)
-        source = Source(folded(backbone, taps, device), checkpoint, taps, rows_of(backbone, taps), device)
+        source = Source(fused(backbone, taps, device), checkpoint, taps, rows_of(backbone, taps), device)
         if number == 0:  # the others have rows of the same size, unless their backbones differ
             _announce(source, [subject for _, those in sources for subject in those], work)
         with matrix_products(config.dtype):
@@ -74,16 +74,18 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> l
     return done
 
 
-def folded(backbone: Backbone, taps: Taps, device: str) -> Backbone:
+def fused(backbone: Backbone, taps: Taps, device: str) -> Backbone:
     """The backbone without the batch norms that its convolutions can take over, if every layer says the same."""
-    model = fold_batch_norms(backbone.model)
+    model = fuse_batch_norms(backbone.model)
     if model is backbone.model:
         return backbone
     with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-        images = torch.randn(2, *backbone.transform_recipe["input_size"]).to(device, memory_format=torch.channels_last)
+        images = torch.randn(2, *backbone.transform_settings["input_size"]).to(
+            device, memory_format=torch.channels_last
+        )
         pairs = zip(taps.read(backbone.model, images).values(), taps.read(model, images).values(), strict=True)
         same = all((ours - theirs).norm() <= _ROUNDING * ours.norm() for ours, theirs in pairs)
-    return replace(backbone, model=model, folded=True) if same else backbone
+    return replace(backbone, model=model, fused=True) if same else backbone
 
 
 def rows_of(backbone: Backbone, taps: Taps) -> dict[str, Row]:
@@ -98,11 +100,11 @@ def _announce(source: "Source", subjects: Sequence[Subject], work: Path) -> None
     whole = per_image * sum(len(subject.image_ids) for subject in subjects)
     grids = ", ".join(f"{name} {'x'.join(map(str, row.shape))}" for name, row in source.rows.items())
     say(f"{grids}: {per_image / 1e3:.1f} kB an image, {size_of(whole)} in all")
-    ours = source.taps.recipe() | {
+    ours = source.taps.key() | {
         "backbone": source.backbone.name,
-        "transform": dict(source.backbone.transform_recipe),
+        "transform": dict(source.backbone.transform_settings),
     }
-    there = [store for store in list_stores(folder) if ours.items() <= store.recipe.items()]
+    there = [store for store in list_stores(folder) if ours.items() <= store.key.items()]
     have = per_image * sum(min(store.committed.values()) for store in there)  # a rerun needs no room for what it left
     refuse_full_disk(folder, max(whole - have, 0))
 
@@ -123,12 +125,12 @@ class Source:
 
     @property
     def fold(self) -> dict[str, Any] | None:
-        """What the store's recipe says of the training; a backbone as its weights came saw none of the images."""
+        """What the store's key says of the training; a backbone as its weights came saw none of the images."""
         one = self.checkpoint
         if one is None:
             return None
         mean = {"soup": len(one.members)} if one.members else {}
-        return {"stage": one.recipe["stage"], "training": one.training, **mean, **one.fold}
+        return {"stage": one.key["stage"], "training": one.training, **mean, **one.fold}
 
 
 def _sources(
@@ -143,7 +145,7 @@ def _sources(
         checkpoint.refuse_other_tree({subject.name: digests(subject, work) for subject in subjects})
         return [(checkpoint, list(subjects))]
     named = None if config.any_backbone else config.backbone.name
-    known = [one for one in list_checkpoints(work) if named in (None, one.recipe["backbone"]["name"])]
+    known = [one for one in list_checkpoints(work) if named in (None, one.key["backbone"]["name"])]
     served: dict[str, tuple[Checkpoint | None, list[Subject]]] = {}
     for subject in subjects if known else ():
         for checkpoint in usable(subject, known, digests(subject, work)):
@@ -158,7 +160,7 @@ def _sources(
 
 
 def _refuse_other_backbone(checkpoint: Checkpoint, config: ExtractConfig) -> None:
-    trained = checkpoint.recipe["backbone"]["name"]
+    trained = checkpoint.key["backbone"]["name"]
     if not config.any_backbone and trained != config.backbone.name:
         raise CheckpointError(
             checkpoint.path,
@@ -177,11 +179,11 @@ def _load(checkpoint: Checkpoint | None, config: ExtractConfig, device: str) -> 
     return load_backbone(config.backbone, device)
 
 
-def feature_recipe(source: Source, config: ExtractConfig, subject: Subject, work: Path) -> dict[str, Any]:
+def feature_key(source: Source, config: ExtractConfig, subject: Subject, work: Path) -> dict[str, Any]:
     """Everything that decides the rows of a feature store."""
     backbone = source.backbone
     return (
-        source.taps.recipe()
+        source.taps.key()
         | {
             "kind": "features",
             "subject": subject.name,
@@ -190,11 +192,11 @@ def feature_recipe(source: Source, config: ExtractConfig, subject: Subject, work
             "backbone": backbone.name,
             "weights": backbone.digest,
             "timm": timm.__version__,
-            "transform": dict(backbone.transform_recipe),
+            "transform": dict(backbone.transform_settings),
             "dtype": config.dtype,
             "fold": source.fold,
         }
-        | ({"batch_norm": "folded"} if backbone.folded else {})
+        | ({"batch_norm": "folded"} if backbone.fused else {})
     )
 
 
@@ -222,21 +224,21 @@ def _label(source: Source) -> str:
 
 def _find_or_create(subject: Subject, source: Source, config: ExtractConfig, work: Path) -> Store:
     folder, label = work / FOLDER, f"{subject.name}-{_label(source)}"
-    recipe = feature_recipe(source, config, subject, work)
-    path = store_path(folder, label, recipe)
+    key = feature_key(source, config, subject, work)
+    path = store_path(folder, label, key)
     if path.is_dir():
         return open_store(path)
     # another backbone, or another fold of its training, explains itself
-    same = {key: recipe[key] for key in ("subject", "backbone", "fold")}
-    others = [store for store in list_stores(folder) if same.items() <= store.recipe.items()]
-    if miss := nearest(recipe, others):
+    same = {name: key[name] for name in ("subject", "backbone", "fold")}
+    others = [store for store in list_stores(folder) if same.items() <= store.key.items()]
+    if miss := nearest(key, others):
         changed = "; ".join(f"{name} is {ours}, was {theirs}" for name, (ours, theirs) in miss[1].items())
         say(f"{subject.name}: a new store, because nothing matches; nearest is {miss[0].name}: {changed}")
     facts = {"origin": source.backbone.origin, "torch": torch.__version__, "device": device_name(config.device)}
     if source.checkpoint is not None:
         facts["checkpoint"] = source.checkpoint.name
         facts["seen_ids"] = np.intersect1d(source.checkpoint.seen_ids, subject.image_ids).tolist()
-    return create_store(folder, label, recipe, subject.image_ids, len(subject.train), source.rows, facts)
+    return create_store(folder, label, key, subject.image_ids, len(subject.train), source.rows, facts)
 
 
 def device_name(device: str) -> str:
@@ -339,7 +341,7 @@ def _decoded(
     """
     depth = _AHEAD * config.batch_size + 2 * config.workers
     rows = (row for batch in batches for row in batch)
-    images = ahead(lambda row: _decode(paths[row], backbone), rows, depth, config.workers)
+    images = prefetch(lambda row: _decode(paths[row], backbone), rows, depth, config.workers)
     for batch in batches:
         yield torch.stack([next(images) for _ in batch])
 

@@ -74,7 +74,7 @@ def _cache(subjects: Sequence[Subject], backbone: Backbone, work: Path, limit_gb
     if missing:
         new = sum(size for path, size, _ in missing if not path.exists())
         _make_room(work / FOLDER, paths, sum(sizes), new, limit_gb)
-        size = backbone.transform_recipe["input_size"][-1]
+        size = backbone.transform_settings["input_size"][-1]
         say(f"images at {size} px, once: {sum(sizes) / 1e9:.2f} GB in {work / FOLDER} (at most {limit_gb:g} GB)")
     for path, _, subject in missing:
         _fill(path, subject, backbone, workers)
@@ -85,17 +85,17 @@ def _cache(subjects: Sequence[Subject], backbone: Backbone, work: Path, limit_gb
 
 def _path(subject: Subject, backbone: Backbone, work: Path) -> Path:
     """Named by all that decides the pixels: contents, sizes and crop, but not what is done to numbers afterwards."""
-    crop = dict(backbone.transform_recipe)
+    crop = dict(backbone.transform_settings)
     if crop["crop_mode"] != "border":  # which pads with the mean
         del crop["mean"]
     del crop["std"]
-    recipe = {"images": image_digest(subject, work), "crop": crop}
-    size = backbone.transform_recipe["input_size"][-1]
-    return work / FOLDER / f"{subject.name}-{size}-{fingerprint(recipe)}.npy"
+    key = {"images": image_digest(subject, work), "crop": crop}
+    size = backbone.transform_settings["input_size"][-1]
+    return work / FOLDER / f"{subject.name}-{size}-{fingerprint(key)}.npy"
 
 
 def _bytes_per_image(backbone: Backbone) -> int:
-    return int(np.prod(backbone.transform_recipe["input_size"]))
+    return int(np.prod(backbone.transform_settings["input_size"]))
 
 
 def _record(path: Path) -> Path:
@@ -112,7 +112,7 @@ def _committed(path: Path) -> int:
 
 
 def _fill(path: Path, subject: Subject, backbone: Backbone, workers: int) -> None:
-    channels, height, width = backbone.transform_recipe["input_size"]
+    channels, height, width = backbone.transform_settings["input_size"]
     shape = (len(subject.image_ids), height, width, channels)
     done = _committed(path)
     if not done:

@@ -47,13 +47,13 @@ class Row:
 class Store:
     """An open store. `arrays` maps a layer or hemisphere to its (n_rows, ...) Zarr array.
 
-    recipe : what decided the rows; its fingerprint is in the store's name
+    key : what decided the rows; its fingerprint is in the store's name
     image_ids : (n_rows,) int64; the first n_train rows are training images, the others test images
     facts : what else the writer recorded (origin of the weights, versions, scores)
     """
 
     path: Path
-    recipe: Mapping[str, Any]
+    key: Mapping[str, Any]
     image_ids: np.ndarray
     n_train: int
     facts: Mapping[str, Any]
@@ -157,22 +157,22 @@ class Store:
 def create_store(
     folder: Path,
     label: str,
-    recipe: Mapping[str, Any],
+    key: Mapping[str, Any],
     image_ids: np.ndarray,
     n_train: int,
     rows: Mapping[str, int | Row],
     facts: Mapping[str, Any],
 ) -> Store:
-    """Make the store for a recipe, empty: arrays {name: (len(image_ids), ...)}; a number of columns is float32 rows.
+    """Make the store for a key, empty: arrays {name: (len(image_ids), ...)}; a number of columns is float32 rows.
 
     It is built under another name and renamed, so that a store either has everything or is not there.
     """
-    path = store_path(folder, label, recipe)
+    path = store_path(folder, label, key)
     arrays = {name: Row((row,)) if isinstance(row, int) else row for name, row in rows.items()}
     refuse_full_disk(folder, len(image_ids) * sum(row.n_bytes for row in arrays.values()))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    about = {"format": FORMAT, "recipe": recipe, "facts": facts, "n_train": n_train, "image_ids": image_ids.tolist()}
+    about = {"format": FORMAT, "recipe": key, "facts": facts, "n_train": n_train, "image_ids": image_ids.tolist()}
     about["arrays"] = list(arrays)
     group = zarr.create_group(partial, zarr_format=3, attributes={"featcache": about})
     for name, row in arrays.items():
@@ -229,8 +229,8 @@ def open_store(path: Path) -> Store:
         raise _damaged(path, f"its description cannot be read ({error})") from error
 
 
-def store_path(folder: Path, label: str, recipe: Mapping[str, Any]) -> Path:
-    return folder / f"{label}-{fingerprint(recipe)}"
+def store_path(folder: Path, label: str, key: Mapping[str, Any]) -> Path:
+    return folder / f"{label}-{fingerprint(key)}"
 
 
 def list_stores(folder: Path) -> list[Store]:
@@ -238,9 +238,9 @@ def list_stores(folder: Path) -> list[Store]:
     return [open_store(path) for path in sorted(folder.glob("[!.]*")) if path.is_dir()]
 
 
-def nearest(recipe: Mapping[str, Any], stores: Sequence[Store]) -> tuple[Store, dict[str, tuple[Any, Any]]] | None:
-    """Of the stores there are, the one whose recipe differs least, and in what: why a look-up missed."""
-    candidates = [(store, differences(recipe, store.recipe)) for store in stores]
+def nearest(key: Mapping[str, Any], stores: Sequence[Store]) -> tuple[Store, dict[str, tuple[Any, Any]]] | None:
+    """Of the stores there are, the one whose key differs least, and in what: why a look-up missed."""
+    candidates = [(store, differences(key, store.key)) for store in stores]
     return min(candidates, key=lambda pair: len(pair[1]), default=None)
 
 

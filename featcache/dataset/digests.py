@@ -17,7 +17,7 @@ from featcache.dataset.subject import Subject
 
 def image_digest(subject: Subject, work: Path) -> str:
     """One digest of a subject's image contents, in row order."""
-    return ContentIndex(work / "index" / f"{subject.name}.json").digest(subject.image_paths)
+    return DigestIndex(work / "index" / f"{subject.name}.json").digest(subject.image_paths)
 
 
 def id_digest(subject: Subject) -> str:
@@ -27,7 +27,7 @@ def id_digest(subject: Subject) -> str:
 
 def response_digest(subject: Subject, work: Path) -> str:
     """One digest of a subject's response files."""
-    index = ContentIndex(work / "index" / f"{subject.name}-responses.json")
+    index = DigestIndex(work / "index" / f"{subject.name}-responses.json")
     return index.digest([subject.response_paths[hemisphere] for hemisphere in HEMISPHERES])
 
 
@@ -58,7 +58,7 @@ def _digest_arrays(arrays: dict[str, Any]) -> dict[str, str | None]:
     }
 
 
-class ContentIndex:
+class DigestIndex:
     """Digests of file contents, remembered as long as a file's size and modification time stay.
 
     What git's index does: the first run reads every file, later ones only ask the file system for its dates.

@@ -9,7 +9,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def ahead(load: Callable[[T], U], items: Iterable[T], depth: int, threads: int = 1) -> Iterator[U]:
+def prefetch(load: Callable[[T], U], items: Iterable[T], depth: int, threads: int = 1) -> Iterator[U]:
     """load(item) for each item in turn; at most `depth` of them are begun before they are asked for."""
     waiting: deque[Future[U]] = deque()
     pool = ThreadPoolExecutor(threads)

@@ -26,7 +26,7 @@ from featcache.backbone.checkpoint import Checkpoint, load_state, record, save_s
 from featcache.backbone.network import Backbone
 from featcache.dataset.rois import HEMISPHERES
 from featcache.errors import CheckpointError, ConfigError
-from featcache.machine.prefetch import ahead
+from featcache.machine.prefetch import prefetch
 from featcache.machine.progress import bar, say
 from heads.backbones.batches import Images, Targets, plan_steps
 from heads.backbones.encoder import Encoder, SpatialHeads, encoder_loss
@@ -104,7 +104,7 @@ class EncoderTraining:
     """One run: a fold of one stage. `train` returns its finished checkpoint.
 
     backbone : what the encoder's backbone was made from, for its transform
-    checkpoint : where states and weights go, with the recipe and the facts known before training
+    checkpoint : where states and weights go, with the key and the facts known before training
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class EncoderTraining:
         _train_mode(self._model, self._config.freeze_norm)
         total, number = len(plan) * self._steps.images, epoch * self._per_epoch + first
         with bar(label, total, "images", first * self._steps.images) as advance:
-            for groups in ahead(self._read, plan[first:], _AHEAD):
+            for groups in prefetch(self._read, plan[first:], _AHEAD):
                 self._step(groups, number)
                 number += 1
                 advance(self._steps.images)

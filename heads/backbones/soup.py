@@ -95,7 +95,7 @@ def make_soups(subjects: Sequence[Subject], config: SoupConfig, work: Path) -> l
             found=f"{len(known)} and none beside another",
             remedy="train again with another --loss or --seed",
         )
-    return [_soup([by_name[name] for name in group[0].recipe["subjects"]], group, config, work) for group in groups]
+    return [_soup([by_name[name] for name in group[0].key["subjects"]], group, config, work) for group in groups]
 
 
 def mean_weights(named: Iterable[tuple[str, Mapping[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
@@ -144,14 +144,14 @@ def _usable(subjects: Mapping[str, Subject], stage: str, work: Path) -> list[Che
     now = {name: digests(subject, work) | subject_digests(subject) for name, subject in subjects.items()}
 
     def fault(one: Checkpoint) -> str:
-        if others := one.recipe["subjects"].keys() - now.keys():
+        if others := one.key["subjects"].keys() - now.keys():
             return f"it was trained on {', '.join(sorted(others))} too; ask for --subject all"
-        own = {name: now[name] for name in one.recipe["subjects"]}
+        own = {name: now[name] for name in one.key["subjects"]}
         return one.tree_fault(own) or ("" if one.finished else "its training is not finished; run it again")
 
     kept = []
     for one in list_checkpoints(work):
-        if one.recipe["stage"] != stage or one.members or not one.recipe["subjects"].keys() & now.keys():
+        if one.key["stage"] != stage or one.members or not one.key["subjects"].keys() & now.keys():
             continue
         if why := fault(one):
             say(f"left out {one.name}: {why}")
@@ -196,8 +196,8 @@ def _families(checkpoints: Sequence[Checkpoint]) -> list[list[Checkpoint]]:
 
 def _family(one: Checkpoint) -> str:
     """Equal for checkpoints that settings and the fold that is held out alone tell apart."""
-    own = {key: value for key, value in one.recipe.items() if key not in ("settings", "devices", "start", "fold")}
-    start = one.recipe["start"]["training"] or one.recipe["start"]["weights"]
+    own = {name: value for name, value in one.key.items() if name not in ("settings", "devices", "start", "fold")}
+    start = one.key["start"]["training"] or one.key["start"]["weights"]
     return fingerprint(own | {"start": start, "n_folds": one.fold["n_folds"], "seed": one.fold["seed"]})
 
 
@@ -205,8 +205,8 @@ def _groups(family: Sequence[Checkpoint]) -> list[list[Checkpoint]]:
     """What to average: a checkpoint of every member, of one fold and from the same weights. What lacks one is named."""
     trainings = sorted({one.training for one in family})
     found: dict[tuple[int, str], dict[str, Checkpoint]] = {}
-    for one in family:  # a stage 1 that was trained again gives other weights to start from under the same recipe
-        found.setdefault((one.fold["fold"], one.recipe["start"]["weights"]), {})[one.training] = one
+    for one in family:  # a stage 1 that was trained again gives other weights to start from under the same key
+        found.setdefault((one.fold["fold"], one.key["start"]["weights"]), {})[one.training] = one
     for (fold, _), there in found.items():
         if missing := [training for training in trainings if training not in there]:
             names = ", ".join(min(one.name for one in family if one.training == training) for training in missing)
@@ -216,10 +216,10 @@ def _groups(family: Sequence[Checkpoint]) -> list[list[Checkpoint]]:
 
 
 def _soup(subjects: Sequence[Subject], members: Sequence[Checkpoint], config: SoupConfig, work: Path) -> Soup:
-    recipe = {**members[0].recipe, "settings": {"soup": [one.training for one in members]}}
+    key = {**members[0].key, "settings": {"soup": [one.training for one in members]}}
     about = [_about(one) for one in members]
-    label = label_of(recipe)
-    path = checkpoint_path(work, label, recipe)
+    label = label_of(key)
+    path = checkpoint_path(work, label, key)
     weights = f"soup-{fingerprint({'members': about})}"  # of other weights elsewhere: what is there stays whole
     there = open_checkpoint(path) if (path / "checkpoint.json").exists() else None
     if there is not None and there.facts["weights"] == weights:
@@ -239,13 +239,13 @@ def _soup(subjects: Sequence[Subject], members: Sequence[Checkpoint], config: So
         }
         backbone = mean_weights((one.name, one.backbone_tensors()) for one in members)
         heads = mean_weights((one.name, one.heads()) for one in members)
-        score = _score(subjects, Checkpoint(path, recipe, facts), members[0], backbone, heads, config, work)
+        score = _score(subjects, Checkpoint(path, key, facts), members[0], backbone, heads, config, work)
         facts |= {"scores": [score], "score": score, "weights": weights, "state": None, "finished": True}
         facts |= {"digests": save_weights(path / weights, backbone, heads)}
-        soup = Soup(Checkpoint(path, recipe, facts), True)
+        soup = Soup(Checkpoint(path, key, facts), True)
         record(soup.checkpoint)
     below = f", below its best member by {soup.best - score:.4f}" if score < soup.best else ""
-    say(f"{label}: scores {score:.4f} on fold {recipe['fold']['fold']}{below}")
+    say(f"{label}: scores {score:.4f} on fold {key['fold']['fold']}{below}")
     return soup
 
 
@@ -260,11 +260,11 @@ def _about(one: Checkpoint) -> dict[str, Any]:
 
 def _difference(members: Sequence[Checkpoint]) -> str:
     """The members by their trainings, and the settings that tell them apart."""
-    settings = [one.recipe["settings"] for one in members]
+    settings = [one.key["settings"] for one in members]
     names = [name for name in settings[0] if any(one.get(name) != settings[0][name] for one in settings)]
 
     def words(one: Checkpoint) -> str:
-        own = ", ".join(f"{name.replace('_', ' ')} {one.recipe['settings'].get(name)}" for name in names)
+        own = ", ".join(f"{name.replace('_', ' ')} {one.key['settings'].get(name)}" for name in names)
         return one.training + (f" ({own})" if own else "")
 
     return "mean of " + ", ".join(map(words, members))
@@ -283,7 +283,7 @@ def _score(
 
     like : a member, whose layers and batch size it has
     """
-    settings, network = TrainConfig(**like.recipe["settings"]), like.backbone(config.device)
+    settings, network = TrainConfig(**like.key["settings"]), like.backbone(config.device)
     network.model.load_state_dict(dict(backbone))
     pixels = cache_pixels(subjects, network, work, config.image_cache, config.workers)
     images = Images(subjects, pixels, soup.fold)

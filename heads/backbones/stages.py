@@ -82,7 +82,7 @@ class Start:
     checkpoint: Checkpoint | None
     settings: BackboneConfig  # of the first weights, before any training
 
-    def recipe(self) -> dict[str, str | None]:
+    def key(self) -> dict[str, str | None]:
         training = None if self.checkpoint is None else self.checkpoint.training
         return {"weights": self.backbone.digest, "training": training}
 
@@ -125,7 +125,7 @@ def _train_fold(
         pixels = cache_pixels(subjects, start.backbone, work, config.image_cache, config.workers)
     images = Images(subjects, pixels, fold)
     checkpoint = _know_ids(checkpoint, images, start)
-    checkpoint = replace(checkpoint, facts={**checkpoint.facts, "taps": taps.recipe()})
+    checkpoint = replace(checkpoint, facts={**checkpoint.facts, "taps": taps.key()})
     torch.manual_seed(config.train.seed)
     network = copy.deepcopy(start.backbone.model).to(accelerator.device)
     heads = _heads(subjects, shapes, config)
@@ -147,29 +147,29 @@ def _checkpoint(
     subjects: Sequence[Subject], fold: dict[str, int], config: StageConfig, start: Start, work: Path
 ) -> Checkpoint:
     """The checkpoint that this run fills: as an earlier run left it, or a new one."""
-    recipe = {
+    key = {
         "kind": "checkpoint",
         "stage": config.stage,
         "subjects": {s.name: digests(s, work) | subject_digests(s) for s in subjects},
         "backbone": {
             "name": start.settings.name,
             "weights": start.settings.weights if start.settings.weights in ("hub", "packaged", "none") else "file",
-            "size": start.backbone.transform_recipe["input_size"][-1],
+            "size": start.backbone.transform_settings["input_size"][-1],
         },
-        "transform": dict(start.backbone.transform_recipe),
+        "transform": dict(start.backbone.transform_settings),
         "timm": timm.__version__,
-        "start": start.recipe(),
+        "start": start.key(),
         "fold": fold,
-        "settings": config.train.recipe(),
+        "settings": config.train.key(),
         "devices": int(os.environ.get("WORLD_SIZE", "1")),  # batches are a device's
     }
-    label = label_of(recipe)
-    path = checkpoint_path(work, label, recipe)
+    label = label_of(key)
+    path = checkpoint_path(work, label, key)
     if (path / "checkpoint.json").exists():
         return open_checkpoint(path)
     versions = {"torch": torch.__version__, "accelerate": accelerate.__version__}
     facts = {"label": label, "origin": start.backbone.origin, "versions": versions, "scores": [], "finished": False}
-    return Checkpoint(path, recipe, facts)
+    return Checkpoint(path, key, facts)
 
 
 def _know_ids(checkpoint: Checkpoint, images: Images, start: Start) -> Checkpoint:
@@ -195,8 +195,8 @@ def _fitted_maps(
     subject: Subject, images: Images, pixels: Pixels, start: Start, network: nn.Module
 ) -> dict[str, LinearMap]:
     """Where stage 1's own heads ended for this subject; without such, closed form on the backbone as it is."""
-    if (one := start.checkpoint) is not None and one.recipe["stage"] == "pretrain":
-        tensors, names = one.heads(), list(one.recipe["subjects"])
+    if (one := start.checkpoint) is not None and one.key["stage"] == "pretrain":
+        tensors, names = one.heads(), list(one.key["subjects"])
         if not saved_shapes(tensors):
             return {h: linear_map_of(tensors, names, subject.name, h) for h in HEMISPHERES}
     rows = images.trained[0]
@@ -212,7 +212,7 @@ def _fitted_maps(
 def _go_on(heads: SpatialHeads, start: Start, label: str) -> None:
     """Start spatial heads where those of stage 1 ended, if they are alike; else they keep their small random start."""
     one = start.checkpoint
-    if one is None or not heads.start_from(one.heads(), list(one.recipe["subjects"])):
+    if one is None or not heads.start_from(one.heads(), list(one.key["subjects"])):
         say(f"{label}: heads start from small random maps; the start has none of the same --layers, --grid and shape")
 
 
@@ -243,7 +243,7 @@ class _Starts:
         if isinstance(found, BackboneConfig):
             return Start(load_backbone(found), None, found)
         checkpoint = open_checkpoint(found)
-        trained = checkpoint.recipe["backbone"]
+        trained = checkpoint.key["backbone"]
         settings = BackboneConfig(trained["name"], trained["weights"], trained["size"])
         return Start(checkpoint.backbone(size=self._config.backbone.size), checkpoint, settings)
 
@@ -261,7 +261,7 @@ class _Starts:
 
     def _stage1(self, subject: Subject, fold: dict[str, int]) -> Path:
         """The stage-1 checkpoint of this fold in the work folder; a mean of several is a start only by its name."""
-        known = [one for one in list_checkpoints(self._work) if one.recipe["stage"] == "pretrain" and not one.members]
+        known = [one for one in list_checkpoints(self._work) if one.key["stage"] == "pretrain" and not one.members]
         ours = usable(subject, [one for one in known if self._is_wanted(one)], self._digests(subject))
         trainings = sorted({one.training for one in ours})
         if len(trainings) > 1:
@@ -275,13 +275,13 @@ class _Starts:
         return self._sibling(ours, fold, f"of {subject.name} in {self._work / FOLDER}")
 
     def _is_wanted(self, one: Checkpoint) -> bool:
-        own, trained = self._config.backbone, one.recipe["backbone"]
+        own, trained = self._config.backbone, one.key["backbone"]
         named = self._config.any_backbone or trained["name"] == own.name
         return named and own.size in (None, trained["size"])
 
     def _given(self, given: Checkpoint, subject: Subject, fold: dict[str, int]) -> Path:
         """The checkpoint of this fold beside the one that was named."""
-        trained = given.recipe["backbone"]["name"]
+        trained = given.key["backbone"]["name"]
         if not self._config.any_backbone and trained != self._config.backbone.name:
             raise CheckpointError(
                 f"--init {given.path}",

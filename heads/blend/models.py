@@ -81,8 +81,8 @@ def prediction_stores(subject: Subject, work: Path) -> list[Store]:
     about = subject_digests(subject)
 
     def fault(store: Store) -> str:
-        then = (store.recipe["features"]["images"], store.recipe["responses"])
-        others = [name for name in about if store.recipe.get(name, about[name]) != about[name]]
+        then = (store.key["features"]["images"], store.key["responses"])
+        others = [name for name in about if store.key.get(name, about[name]) != about[name]]
         widths = [store.arrays[h].shape[1] if h in store.arrays else 0 for h in HEMISPHERES]
         if then != now:
             return "fitted to other images or responses than the tree has now"
@@ -91,7 +91,7 @@ def prediction_stores(subject: Subject, work: Path) -> list[Store]:
         return f"fitted with another {' and '.join(others)} than given now" if others else ""
 
     stores = keep(subject, stores, fault)
-    models = {store.name: model_name(store.recipe) for store in stores}
+    models = {store.name: model_name(store.key) for store in stores}
 
     def twin_fault(store: Store) -> str:  # two votes of one model would be a weight that nobody chose
         return newer_fault(store, [one for one in stores if models[one.name] == models[store.name]], "model")
@@ -100,14 +100,14 @@ def prediction_stores(subject: Subject, work: Path) -> list[Store]:
 
 
 def _unknown_past(store: Store) -> str:
-    if store.recipe["features"]["fold"] is None or "seen_ids" in store.facts:
+    if store.key["features"]["fold"] is None or "seen_ids" in store.facts:
         return ""
     return "it does not say which images its backbone was trained on; delete it and run 'fit-heads' again"
 
 
 def _refuse_leaks(subject: Subject, store: Store) -> None:
     """No image may have been seen by the backbone whose features predict it, whatever became of its checkpoint."""
-    fold = store.recipe["features"]["fold"]
+    fold = store.key["features"]["fold"]
     if fold is None:
         return
     ids = subject.train.ids
@@ -125,5 +125,5 @@ def has_ceilings(members: Members) -> bool:
 
 def folds_of(store: Store) -> tuple[int, int]:
     """Number and seed of the folds that a model's predictions are out of."""
-    fold = store.recipe["features"]["fold"] or store.recipe
+    fold = store.key["features"]["fold"] or store.key
     return fold["n_folds"], fold["seed"]

@@ -52,11 +52,11 @@ def list_models(
     keep_freed_memory()
     members = members_of(subjects, work, models, exclude)
     accuracy = has_ceilings(members)
-    recipes: dict[str, Mapping[str, Any]] = {}
+    keys: dict[str, Mapping[str, Any]] = {}
     parts: list[_OfSubject] = []
     with bar("models", len(members), "subjects") as advance:
         for subject, stores in members.items():
-            recipes |= {store.facts["model"]: store.recipe for store in stores}
+            keys |= {store.facts["model"]: store.key for store in stores}
             moments = gather(subject, stores).moments
             scorer = scorer_of(subject, judge_of(subject), accuracy)
             total = moments.total()
@@ -64,7 +64,7 @@ def list_models(
             names = [store.facts["model"] for store in stores]
             parts.append(_OfSubject(subject.name, scorer.n_vertices, names, np.stack(each, 1), _agreement(total)))
             advance(1)
-    found = [_model(name, recipe, parts) for name, recipe in recipes.items()]
+    found = [_model(name, key, parts) for name, key in keys.items()]
     return sorted(found, key=lambda one: -one.score), accuracy
 
 
@@ -80,7 +80,7 @@ class _OfSubject:
         return self.models.index(model)
 
 
-def _model(name: str, recipe: Mapping[str, Any], parts: Sequence[_OfSubject]) -> Model:
+def _model(name: str, key: Mapping[str, Any], parts: Sequence[_OfSubject]) -> Model:
     own = [part for part in parts if name in part.models]
     scores = np.average(
         [part.scores[part.row(name)] for part in own], axis=0, weights=[max(part.n_vertices, 1) for part in own]
@@ -91,14 +91,14 @@ def _model(name: str, recipe: Mapping[str, Any], parts: Sequence[_OfSubject]) ->
         other: float(np.mean([part.agreement[part.row(name), part.row(other)] for part in shared]))
         for other, shared in both.items()
     }
-    features = recipe["features"]
+    features = key["features"]
     return Model(
         name,
         features["backbone"],
         features["fold"]["stage"] if features["fold"] else "frozen",
         tuple(features.get("read", features["layers"])),
-        recipe["head"],
-        recipe["objective"],
+        key["head"],
+        key["objective"],
         tuple(part.name for part in own),
         float(scores[0]),
         tuple(float(score) for score in scores[1:]),

@@ -171,7 +171,7 @@ def blend_subject(subject: Subject, stores: Sequence[Store], config: BlendConfig
 
 def _parts(stores: Sequence[Store]) -> np.ndarray:
     """(n_backbones, n_models) the average of each backbone's models."""
-    names = [store.recipe["features"]["backbone"] for store in stores]
+    names = [store.key["features"]["backbone"] for store in stores]
     groups = np.array([[name == one for name in names] for one in dict.fromkeys(names)], dtype=np.float64)
     return groups / groups.sum(1, keepdims=True)
 

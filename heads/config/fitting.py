@@ -169,9 +169,9 @@ class FitConfig:
         """What the heads optimise, in a word: every loss that closed form serves has the same heads."""
         return {"exact": "ridge", "trained": "trained"}.get(self.resolved_solver, loss_label(self.terms))
 
-    def recipe(self) -> dict[str, Any]:
+    def key(self) -> dict[str, Any]:
         """What decides the heads, given features, responses and ceilings."""
-        if self.resolved_solver == "trained":  # with the backbone, whose recipe has everything
+        if self.resolved_solver == "trained":  # with the backbone, whose key has everything
             return {"head": "trained", "solver": "trained", "objective": "trained"}
         solver = {"exact": self.ridge, "moments": self.moments, "adamw": self.adamw}[self.resolved_solver]
         settings = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(solver).items()}

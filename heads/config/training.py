@@ -116,7 +116,7 @@ class TrainConfig:
     def uses_correlation(self) -> bool:
         return any(name in CORRELATIONS for _, name in self.terms)
 
-    def recipe(self) -> dict[str, Any]:
+    def key(self) -> dict[str, Any]:
         """What decides the weights that come out, given data, start and fold."""
         spatial = () if self.head == "spatial" else ("head", *_SPATIAL)  # without them pooled heads stay what they were
         settings = {name: value for name, value in vars(self).items() if name not in spatial}

@@ -30,7 +30,7 @@ class FeatureSet:
 
     @property
     def trained(self) -> bool:
-        return self.stores[0].recipe["fold"] is not None
+        return self.stores[0].key["fold"] is not None
 
     @property
     def name(self) -> str:
@@ -38,29 +38,29 @@ class FeatureSet:
 
     def label(self) -> str:
         """Backbone, stage, and whether it is a mean of several trainings, for a person."""
-        first = self.stores[0].recipe
+        first = self.stores[0].key
         if not self.trained:
             return first["backbone"]
         return f"{first['backbone']}-{first['fold']['stage']}{'-soup' if 'soup' in first['fold'] else ''}"
 
-    def recipe(self) -> dict[str, Any]:
+    def key(self) -> dict[str, Any]:
         """What decides the features; of a trained backbone, those of all folds together."""
-        first = dict(self.stores[0].recipe)
+        first = dict(self.stores[0].key)
         if self.arrays is not None:
             first["read"] = list(self.arrays)
         if not self.trained:
             return first
-        weights = [store.recipe["weights"] for store in self.stores]
+        weights = [store.key["weights"] for store in self.stores]
         fold = {key: value for key, value in first["fold"].items() if key != "fold"}
         return first | {"weights": weights, "fold": fold | {"held_out": self.held_out()}}
 
     def held_out(self) -> list[int]:
         """The fold that each store's backbone did not see."""
-        return [store.recipe["fold"]["fold"] for store in self.stores]
+        return [store.key["fold"]["fold"] for store in self.stores]
 
     def folds(self, subject: Subject, n_folds: int = 0, seed: int = 0) -> np.ndarray:
         """(n_train,) fold of each training image: those of the training, or as asked for where there was none."""
-        fold = self.stores[0].recipe["fold"] or {"n_folds": n_folds, "seed": seed}
+        fold = self.stores[0].key["fold"] or {"n_folds": n_folds, "seed": seed}
         return assign_folds(subject.train.ids, fold["n_folds"], fold["seed"])
 
     @property
@@ -107,14 +107,14 @@ def feature_sets(subject: Subject, work: Path) -> list[FeatureSet]:
     """The complete features of the subject's images as they are now; what is left out is named."""
     stores = own_stores(subject, work / FOLDER, "extract")
     digest = image_digest(subject, work) if stores else ""
-    stores = keep(subject, stores, lambda store: "" if store.recipe["images"] == digest else "made from other images")
+    stores = keep(subject, stores, lambda store: "" if store.key["images"] == digest else "made from other images")
     stores = keep(subject, stores, lambda store: _older_fault(store, stores))
     families: dict[str, list[Store]] = {}
     for store in stores:
         families.setdefault(_family(store), []).append(store)
     sets = [FeatureSet(tuple(sorted(family, key=_fold))) for family in families.values()]
     for one in sets:
-        if one.trained and len(one.stores) < (n_folds := one.stores[0].recipe["fold"]["n_folds"]):
+        if one.trained and len(one.stores) < (n_folds := one.stores[0].key["fold"]["n_folds"]):
             which = ", ".join(map(str, one.held_out()))
             say(f"{subject.name}: {one.label()} has fold {which} of {n_folds}; only their images are predicted")
     return sets
@@ -134,19 +134,19 @@ def newer_fault(store: Store, alike: Sequence[Store], what: str) -> str:
 
 def _family(store: Store) -> str:
     """Equal for the folds of one training, and for nothing else."""
-    if store.recipe["fold"] is None:
+    if store.key["fold"] is None:
         return store.name
-    alike = {key: value for key, value in store.recipe.items() if key not in ("weights", "fold")}
-    return repr(alike | {key: value for key, value in store.recipe["fold"].items() if key != "fold"})
+    alike = {name: value for name, value in store.key.items() if name not in ("weights", "fold")}
+    return repr(alike | {name: value for name, value in store.key["fold"].items() if name != "fold"})
 
 
 def _fold(store: Store) -> int:
-    return store.recipe["fold"]["fold"] if store.recipe["fold"] else 0
+    return store.key["fold"]["fold"] if store.key["fold"] else 0
 
 
 def own_stores(subject: Subject, folder: Path, command: str) -> list[Store]:
     """The subject's stores in a folder that are complete and have the rows of its images, in their order."""
-    own = [store for store in list_stores(folder) if store.recipe["subject"] == subject.name]
+    own = [store for store in list_stores(folder) if store.key["subject"] == subject.name]
     if not own:
         say(f"{subject.name}: nothing in {folder}; run '{command}'")
     complete = keep(subject, own, lambda store: "" if store.complete else f"not complete, run '{command}' again")

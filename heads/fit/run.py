@@ -34,7 +34,7 @@ FOLDER = "predictions.zarr"
 _FOLDERS = {"responses": FOLDER, "blend": "distilled.zarr"}  # what learnt from a blend is no member of the next
 WEIGHTS = "heads"
 
-# What belongs to a subject and not to a model: without these, recipes of one model agree across subjects.
+# What belongs to a subject and not to a model: without these, keys of one model agree across subjects.
 _OF_A_SUBJECT = ("subject", "images", "image_ids", "responses", "noise_ceiling", "rois", "joint")
 
 
@@ -119,9 +119,7 @@ class _Trainings:
         self._groups: dict[str, list[tuple[Subject, FeatureSet]]] = {}
         for subject, one in pairs:
             together = config.head == "spatial" and config.spatial.space > 0 and config.solver != "trained"
-            key = (
-                model_name(prediction_recipe(subject, one, config, work)) if together else f"{subject.name} {one.name}"
-            )
+            key = model_name(prediction_key(subject, one, config, work)) if together else f"{subject.name} {one.name}"
             self._groups.setdefault(f"{key} {one.names}", []).append((subject, one))
 
     def groups(self) -> list[list[tuple[Subject, FeatureSet]]]:
@@ -160,35 +158,35 @@ def _suitable(sets: Sequence[FeatureSet], subject: Subject, config: FitConfig) -
     return [one for one in sets if one.trained]
 
 
-def prediction_recipe(subject: Subject, features: FeatureSet, config: FitConfig, work: Path) -> dict[str, Any]:
+def prediction_key(subject: Subject, features: FeatureSet, config: FitConfig, work: Path) -> dict[str, Any]:
     """Everything that decides the rows of a prediction store."""
-    recipe: dict[str, Any] = {"kind": "predictions", "subject": subject.name, "features": features.recipe()}
-    recipe["responses"] = response_digest(subject, work)
+    key: dict[str, Any] = {"kind": "predictions", "subject": subject.name, "features": features.key()}
+    key["responses"] = response_digest(subject, work)
     if config.resolved_solver in ("adamw", "moments"):  # the closed form needs neither
         about = subject_digests(subject)
-        recipe["noise_ceiling"] = about["noise_ceiling"]
+        key["noise_ceiling"] = about["noise_ceiling"]
         if config.head == "roi":
-            recipe["rois"] = about["rois"]
+            key["rois"] = about["rois"]
     if under_priors(features, config):
-        recipe["kernels"] = METHOD
-    recipe |= config.recipe()
-    if features.trained and "n_folds" in recipe:  # its training chose the folds; a seed is of the loop alone
-        fold = features.recipe()["fold"]
-        recipe |= {"n_folds": fold["n_folds"]} | ({"seed": fold["seed"]} if recipe["solver"] == "exact" else {})
-    return recipe
+        key["kernels"] = METHOD
+    key |= config.key()
+    if features.trained and "n_folds" in key:  # its training chose the folds; a seed is of the loop alone
+        fold = features.key()["fold"]
+        key |= {"n_folds": fold["n_folds"]} | ({"seed": fold["seed"]} if key["solver"] == "exact" else {})
+    return key
 
 
-def model_name(recipe: Mapping[str, Any]) -> str:
+def model_name(key: Mapping[str, Any]) -> str:
     """The same for every subject: what tells models of one run apart in words, and a fingerprint of everything.
 
     Backbone, size, stage, layers and their grid, head and objective always, other settings where they are not the
     default.
     """
-    fold = recipe["features"]["fold"]
+    fold = key["features"]["fold"]
     # a backbone that was trained has other weights for every fold and, in stage 2, for every subject
     own = (*_OF_A_SUBJECT, "weights") if fold else _OF_A_SUBJECT
-    features = {key: value for key, value in recipe["features"].items() if key not in own}
-    model = {key: value for key, value in recipe.items() if key not in _OF_A_SUBJECT} | {"features": features}
+    features = {name: value for name, value in key["features"].items() if name not in own}
+    model = {name: value for name, value in key.items() if name not in _OF_A_SUBJECT} | {"features": features}
     read = features.get("read", features["layers"])
     layers, size = "+".join(read) if len(read) < 3 else f"{len(read)} layers", features["transform"]["input_size"][-1]
     stage = f" {fold['stage']}" if fold else ""
@@ -197,7 +195,7 @@ def model_name(recipe: Mapping[str, Any]) -> str:
     if fold and len(fold["held_out"]) < fold["n_folds"]:  # its score is over other images than a whole model's
         stage += f" fold {','.join(map(str, fold['held_out']))}"
     words = [f"{features['backbone']}@{size}{stage} {layers}", *_feature_words(features, read)]
-    return " ".join([*words, *_head_words(recipe), *_setting_words(recipe), fingerprint(model)[:6]])
+    return " ".join([*words, *_head_words(key), *_setting_words(key), fingerprint(model)[:6]])
 
 
 def _feature_words(features: Mapping[str, Any], read: Sequence[str]) -> list[str]:
@@ -208,23 +206,23 @@ def _feature_words(features: Mapping[str, Any], read: Sequence[str]) -> list[str
     return words + ([features["dtype"]] if features["dtype"] != "float32" else [])
 
 
-def _setting_words(recipe: Mapping[str, Any]) -> list[str]:
+def _setting_words(key: Mapping[str, Any]) -> list[str]:
     """Settings that are not what the head is fitted with where nothing is asked for."""
     usual: dict[str, Any] = {"n_folds": FitConfig.n_folds, "seed": FitConfig.seed, "products": FitConfig.products}
-    given = {name: recipe.get(name, default) for name, default in usual.items()}
-    if recipe["solver"] in ("adamw", "moments"):  # the closed form chooses for itself
-        usual |= vars(MomentsConfig() if recipe["solver"] == "moments" else adamw_of(recipe["head"]))
+    given = {name: key.get(name, default) for name, default in usual.items()}
+    if key["solver"] in ("adamw", "moments"):  # the closed form chooses for itself
+        usual |= vars(MomentsConfig() if key["solver"] == "moments" else adamw_of(key["head"]))
         usual |= vars(SpatialConfig())
-        given |= recipe["settings"]
+        given |= key["settings"]
     changed = {name: value for name, value in given.items() if value != usual.get(name, value)}
     return [f"{name.removeprefix('n_').replace('_', ' ')} {value}" for name, value in changed.items()]
 
 
-def _head_words(recipe: Mapping[str, Any]) -> list[str]:
+def _head_words(key: Mapping[str, Any]) -> list[str]:
     """Head and objective; once where they are one word, as of the heads that a checkpoint brought with it."""
-    solver = ["moments"] if recipe["solver"] == "moments" else []  # adamw has the same objectives
-    target = ["distilled"] if "target" in recipe else []
-    return list(dict.fromkeys([recipe["head"], *solver, recipe["objective"], *target]))
+    solver = ["moments"] if key["solver"] == "moments" else []  # adamw has the same objectives
+    target = ["distilled"] if "target" in key else []
+    return list(dict.fromkeys([key["head"], *solver, key["objective"], *target]))
 
 
 def _fit_set(
@@ -234,12 +232,12 @@ def _fit_set(
     device = resolve_device(config.device)  # what cannot work is refused before a store is made for it
     folds = features.folds(subject, config.n_folds, config.seed)
     check_folds(folds, folds.max() + 1)
-    recipe = prediction_recipe(subject, features, config, work)
+    key = prediction_key(subject, features, config, work)
     if len(group := trainings.group(subject, features)) > 1:
-        recipe["joint"] = {s.name: prediction_recipe(s, one, config, work) for s, one in group if s is not subject}
-    # of the recipe and not of the options: those that a solver does not read must not make another store
-    label = "-".join([subject.name, features.label(), *_head_words(recipe)])
-    path, name = store_path(folder_of(config, work), label, recipe), model_name(recipe)
+        key["joint"] = {s.name: prediction_key(s, one, config, work) for s, one in group if s is not subject}
+    # of the key and not of the options: those that a solver does not read must not make another store
+    label = "-".join([subject.name, features.label(), *_head_words(key)])
+    path, name = store_path(folder_of(config, work), label, key), model_name(key)
     weights = work / WEIGHTS / f"{path.name}.safetensors"
     rows = np.flatnonzero(np.isin(folds, features.held_out())) if features.trained else np.arange(len(folds))
     store = open_store(path) if path.is_dir() else None
@@ -257,7 +255,7 @@ def _fit_set(
             facts: dict[str, Any] = {"model": name, "features": features.name, "torch": torch.__version__}
             if features.trained:  # for whoever blends, when features and checkpoints may be gone
                 facts["seen_ids"] = [seen.tolist() for seen in features.seen_ids()]
-            store = create_store(folder_of(config, work), label, recipe, ids, len(rows), subject.n_vertices, facts)
+            store = create_store(folder_of(config, work), label, key, ids, len(rows), subject.n_vertices, facts)
         with matrix_products(config.products):
             _fit(subject, predictor, rows, store, weights, device)
     return Fitted(subject.name, name, path, weights, not done, time.perf_counter() - began)
@@ -270,7 +268,7 @@ def _refuse_leaks(subject: Subject, features: FeatureSet, folds: np.ndarray) -> 
     for fold in np.unique(folds):
         refuse_leak(ids[folds != fold], ids[folds == fold], f"fold {fold} of {subject.name}")
     for store, seen in zip(features.stores, features.seen_ids(), strict=True):
-        held_out = folds == store.recipe["fold"]["fold"] if features.trained else np.full(len(folds), True)
+        held_out = folds == store.key["fold"]["fold"] if features.trained else np.full(len(folds), True)
         refuse_leak(seen, ids[held_out], f"{store.name} of {subject.name}")
         refuse_leak(seen, subject.test.ids, f"the test split of {subject.name}")
 

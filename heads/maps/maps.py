@@ -80,7 +80,7 @@ def read_maps(store: Store, work: Path) -> dict[str, VertexMaps] | None:
     Raises StoreError for a file of weights that is missing, damaged or of other heads.
     """
     features = [open_store(work / FEATURES / name) for name in store.facts["features"].split("+")]
-    arrays = tuple(store.recipe["features"].get("read") or features[0].arrays)
+    arrays = tuple(store.key["features"].get("read") or features[0].arrays)
     rows = [LayerRows(one, arrays, "cpu", 0) for one in features]
     if all(np.prod(grid) == 1 for grid in rows[0].grids.values()):
         return None

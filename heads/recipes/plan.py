@@ -241,7 +241,7 @@ class _Work:
             for key, of in self.features[subject.name].items():
                 for read in of.reading(config.layers) if of.trained or config.solver != "trained" else ():
                     for one in config.variants():
-                        model = (key, read.names, repr(one.recipe()))
+                        model = (key, read.names, repr(one.key()))
                         if model not in self.models[subject.name]:
                             self.models[subject.name].add(model)
                             parts.append(_fit_costs(subject, read, one))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from featcache.backbone.network import Backbone, load_backbone
-from featcache.cache.extract import folded, rows_of
+from featcache.cache.extract import fused, rows_of
 from featcache.cache.store import Row
 from featcache.config import BackboneConfig, LayerConfig
 from featcache.dataset.images import load_image
@@ -77,8 +77,8 @@ def network(config: BackboneConfig, layers: LayerConfig, dtype: str, device: str
     load = time.perf_counter() - began
     taps = backbone.taps(layers)
     rows = rows_of(backbone, taps)
-    read = folded(backbone, taps, device) if fold else backbone
-    size, half = backbone.transform_recipe["input_size"], getattr(torch, dtype, torch.float32)
+    read = fused(backbone, taps, device) if fold else backbone
+    size, half = backbone.transform_settings["input_size"], getattr(torch, dtype, torch.float32)
 
     def forward(n: int) -> None:
         with torch.inference_mode(), torch.autocast(device, half, enabled=half != torch.float32):

@@ -175,9 +175,7 @@ def soup_table(soups: "Sequence[Soup]") -> Table:
         table.add_column(column, justify="right")
     for soup in soups:
         numbers = [f"{value:.4f}" for value in (soup.score, soup.best, soup.mean)]
-        table.add_row(
-            _where(soup.checkpoint.recipe), str(len(soup.members)), *numbers, f"{soup.score - soup.best:+.4f}"
-        )
+        table.add_row(_where(soup.checkpoint.key), str(len(soup.members)), *numbers, f"{soup.score - soup.best:+.4f}")
     return table
 
 
@@ -221,10 +219,10 @@ def plan_as_json(estimates: "Sequence[Estimate]") -> dict[str, Any]:
     return {"plan": [step | cost for step, cost in zip(steps, costs, strict=False)], "total": costs[-1]}
 
 
-def _where(recipe: Mapping[str, Any]) -> str:
+def _where(key: Mapping[str, Any]) -> str:
     """Stage or, in the second, subject; backbone and fold."""
-    who = recipe["subjects"] if recipe["stage"] == "finetune" else [recipe["stage"]]
-    return " ".join([*who, recipe["backbone"]["name"], f"fold {recipe['fold']['fold']}"])
+    who = key["subjects"] if key["stage"] == "finetune" else [key["stage"]]
+    return " ".join([*who, key["backbone"]["name"], f"fold {key['fold']['fold']}"])
 
 
 def soups_as_json(soups: "Sequence[Soup]") -> list[dict[str, Any]]:
@@ -232,8 +230,8 @@ def soups_as_json(soups: "Sequence[Soup]") -> list[dict[str, Any]]:
     return [
         {
             "path": str(soup.checkpoint.path),
-            "stage": soup.checkpoint.recipe["stage"],
-            "subjects": list(soup.checkpoint.recipe["subjects"]),
+            "stage": soup.checkpoint.key["stage"],
+            "subjects": list(soup.checkpoint.key["subjects"]),
             "fold": soup.checkpoint.fold["fold"],
             "score": soup.score,
             "best": soup.best,

@@ -207,7 +207,7 @@ def trained_heads(
     for checkpoint, fold in zip(checkpoints, of.held_out(), strict=True):
         refuse_leak(checkpoint.seen_ids, subject.train.ids[folds == fold], f"the heads of {checkpoint.name}")
     tensors = [checkpoint.heads() for checkpoint in checkpoints]
-    names = [list(checkpoint.recipe["subjects"]) for checkpoint in checkpoints]
+    names = [list(checkpoint.key["subjects"]) for checkpoint in checkpoints]
     pairs = list(zip(tensors, names, strict=True))
     maps, shapes = {}, dict(saved_shapes(tensors[0]))
     if not shapes:

@@ -32,7 +32,7 @@ from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.digests import digests
 from featcache.dataset.subject import Subject
 from featcache.errors import BackboneError, CheckpointError
-from support.checkpoints import HEADS, N_FOLDS, recipe_of, trained_weights, write_checkpoint
+from support.checkpoints import HEADS, N_FOLDS, key_of, trained_weights, write_checkpoint
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -89,7 +89,7 @@ def test_the_backbone_comes_back_with_its_weights(subjects, tmp_path, name):
     again = made.backbone()
     assert torch.equal(again.pooled(images(48)), expected)
     assert not torch.allclose(expected, untrained)
-    assert again.transform_recipe == trained.transform_recipe and again.origin == f"checkpoint {made.name}"
+    assert again.transform_settings == trained.transform_settings and again.origin == f"checkpoint {made.name}"
 
 
 def test_the_heads_come_back_as_they_were(made):
@@ -100,7 +100,7 @@ def test_the_heads_come_back_as_they_were(made):
 
 def test_the_backbone_loads_at_another_size(made):
     here, there = made.backbone(), made.backbone(size=64)
-    assert (here.transform_recipe["input_size"], there.transform_recipe["input_size"]) == ([3, 48, 48], [3, 64, 64])
+    assert (here.transform_settings["input_size"], there.transform_settings["input_size"]) == ([3, 48, 48], [3, 64, 64])
     assert here.digest == there.digest and there.pixels(Image.new("RGB", (32, 32))).shape == (3, 64, 64)
     batch = images(64)
     assert torch.equal(*(one.pooled(batch) for one in (here, there)))
@@ -341,7 +341,7 @@ def test_a_training_is_one_over_its_folds(subjects, tmp_path):
     [{"settings": {"epochs": 3, "loss": "mse"}}, {"size": 64}, {"name": "test_convnext"}, {"stage": "finetune"}],
 )
 def test_another_training_has_another_fingerprint(subjects, tmp_path, about):
-    one, other = recipe_of(subjects, tmp_path), recipe_of(subjects, tmp_path, **about)
+    one, other = key_of(subjects, tmp_path), key_of(subjects, tmp_path, **about)
     assert Checkpoint(tmp_path, one, {}).training != Checkpoint(tmp_path, other, {}).training
 
 
@@ -349,20 +349,20 @@ def test_a_second_stage_is_one_training_over_folds_and_subjects(subjects, tmp_pa
     """Weights differ from fold to fold where it starts; the training that they came from does not."""
     starts = [write_checkpoint(subjects, tmp_path, fold=fold) for fold in range(2)]
     recipes = [
-        recipe_of([subject], tmp_path, fold=fold, stage="finetune", start=start)
+        key_of([subject], tmp_path, fold=fold, stage="finetune", start=start)
         for fold, start in enumerate(starts)
         for subject in subjects
     ]
-    assert len({recipe["start"]["weights"] for recipe in recipes}) == 2
-    assert len({Checkpoint(tmp_path, recipe, {}).training for recipe in recipes}) == 1
-    directly = recipe_of(subjects[:1], tmp_path, stage="finetune")
+    assert len({key["start"]["weights"] for key in recipes}) == 2
+    assert len({Checkpoint(tmp_path, key, {}).training for key in recipes}) == 1
+    directly = key_of(subjects[:1], tmp_path, stage="finetune")
     other = write_checkpoint(subjects, tmp_path, settings={"epochs": 3})
-    elsewhere = recipe_of(subjects[:1], tmp_path, stage="finetune", start=other)
-    assert len({Checkpoint(tmp_path, recipe, {}).training for recipe in (recipes[0], directly, elsewhere)}) == 3
+    elsewhere = key_of(subjects[:1], tmp_path, stage="finetune", start=other)
+    assert len({Checkpoint(tmp_path, key, {}).training for key in (recipes[0], directly, elsewhere)}) == 3
 
 
 def test_a_first_stage_on_other_subjects_is_another_training(subjects, tmp_path):
-    both, first = recipe_of(subjects, tmp_path), recipe_of(subjects[:1], tmp_path)
+    both, first = key_of(subjects, tmp_path), key_of(subjects[:1], tmp_path)
     assert Checkpoint(tmp_path, both, {}).training != Checkpoint(tmp_path, first, {}).training
 
 
@@ -417,4 +417,4 @@ def test_usable_are_the_finished_ones_of_this_tree_and_the_others_are_named(tree
 
 def test_a_record_is_json_that_anyone_can_read(made):
     about = json.loads((made.path / "checkpoint.json").read_text())
-    assert about == {"format": 1, "recipe": made.recipe, "facts": made.facts}
+    assert about == {"format": 1, "recipe": made.key, "facts": made.facts}

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from featcache.backbone.fuse import fold_batch_norms
+from featcache.backbone.fuse import fuse_batch_norms
 
 
 def with_statistics(model):
@@ -40,12 +40,12 @@ def norms(model):
 def test_features_stay_the_same(name, left):
     model = with_statistics(timm.create_model(name, num_classes=0))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    folded = fold_batch_norms(model)
-    assert norms(folded) == left
+    fused = fuse_batch_norms(model)
+    assert norms(fused) == left
     images = torch.randn(2, 3, 64, 64)
-    expected, found = model(images), folded(images)
+    expected, found = model(images), fused(images)
     assert ((found - expected).norm() / expected.norm()).item() < 1e-5
-    for one, other in zip(model.forward_intermediates(images)[1], folded.forward_intermediates(images)[1], strict=True):
+    for one, other in zip(model.forward_intermediates(images)[1], fused.forward_intermediates(images)[1], strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -83,6 +83,6 @@ class _Branches(nn.Module):
 def test_what_cannot_be_folded_stays(kind):
     model = with_statistics(kind())
     images = torch.randn(2, 3, 8, 8)
-    folded = fold_batch_norms(model)
-    assert norms(folded) == norms(model)
-    torch.testing.assert_close(folded(images), model(images), rtol=0, atol=0)
+    fused = fuse_batch_norms(model)
+    assert norms(fused) == norms(model)
+    torch.testing.assert_close(fused(images), model(images), rtol=0, atol=0)

@@ -121,7 +121,7 @@ def test_a_transformer_takes_another_size():
 def test_size_reaches_the_transform():
     backbone = load_backbone(BackboneConfig(SMALL, "none", 96))
     assert backbone.transform(Image.new("RGB", (425, 425))).shape == (3, 96, 96)
-    assert backbone.transform_recipe["input_size"] == [3, 96, 96]
+    assert backbone.transform_settings["input_size"] == [3, 96, 96]
 
 
 def test_the_transform_is_the_one_of_the_weights():
@@ -130,7 +130,7 @@ def test_the_transform_is_the_one_of_the_weights():
     lite = load_backbone(BackboneConfig(LITE[0], "none")).transform(grey)
     assert lite.shape == (3, 224, 224) and torch.allclose(lite, torch.ones(()))
     convnext = load_backbone(BackboneConfig("test_convnext", "none"))
-    mean, std = (torch.tensor(convnext.transform_recipe[key])[:, None, None] for key in ("mean", "std"))
+    mean, std = (torch.tensor(convnext.transform_settings[key])[:, None, None] for key in ("mean", "std"))
     assert torch.allclose(convnext.transform(grey), (1 - mean) / std, atol=1e-5)
 
 

@@ -23,7 +23,7 @@ def network(name: str, size: int | None = 96) -> Backbone:
 
 
 def pictures(backbone: Backbone, n: int = 2) -> torch.Tensor:
-    return torch.randn(n, *backbone.transform_recipe["input_size"], generator=torch.Generator().manual_seed(0))
+    return torch.randn(n, *backbone.transform_settings["input_size"], generator=torch.Generator().manual_seed(0))
 
 
 def hooked(model: nn.Module, images: torch.Tensor, layers) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -177,16 +177,16 @@ def test_maps_need_not_be_square():
         choose_taps(model, LayerConfig(("layer4",), "3"), size)
 
 
-def test_the_recipe_of_the_pooled_layer_alone_is_what_older_caches_have():
+def test_the_key_of_the_pooled_layer_alone_is_what_older_caches_have():
     for config in (LayerConfig(("pooled",)), LayerConfig(("pooled",), "3", "max")):
-        assert network("test_resnet").taps(config).recipe() == {"layers": ["pooled"]}
+        assert network("test_resnet").taps(config).key() == {"layers": ["pooled"]}
 
 
 def test_the_recipe_tells_layers_grids_and_pools_apart_and_nothing_else():
     backbone = network("test_resnet")
 
     def key(*settings):
-        return fingerprint(backbone.taps(LayerConfig(*settings)).recipe())
+        return fingerprint(backbone.taps(LayerConfig(*settings)).key())
 
     different = [
         key(("all",)),
@@ -214,7 +214,7 @@ def test_described_layers_are_those_of_the_real_network(name, size):
 def test_layers_are_described_at_the_size_of_the_weights_where_none_is_asked_for():
     backbone = network("test_resnet", None)
     assert described_layers(BackboneConfig("test_resnet")) == map_shapes(
-        backbone.model, backbone.transform_recipe["input_size"]
+        backbone.model, backbone.transform_settings["input_size"]
     )
 
 

@@ -83,7 +83,7 @@ def files(folder):
 def test_a_soup_a_fold_and_subject_and_its_weights_are_the_mean(work, subjects):
     before = list_checkpoints(work)
     made = soups(subjects, work)
-    assert sorted((*one.checkpoint.recipe["subjects"], one.checkpoint.fold["fold"]) for one in made) == [
+    assert sorted((*one.checkpoint.key["subjects"], one.checkpoint.fold["fold"]) for one in made) == [
         (f"subj0{n}", k) for n in (1, 2) for k in (0, 1)
     ]
     for soup in made:
@@ -107,7 +107,7 @@ def test_a_soup_is_one_training_over_folds_and_subjects_and_none_of_its_members(
     assert {one.members for one in made} == {tuple(sorted(members))}
     for one in made:
         like = next(m for m in list_checkpoints(work) if m.name == one.facts["members"][0]["name"])
-        assert one.recipe == {**like.recipe, "settings": {"soup": sorted(members)}}
+        assert one.key == {**like.key, "settings": {"soup": sorted(members)}}
         assert one.finished and open_checkpoint(one.path) == one and "-soup-fold" in one.name
 
 
@@ -115,7 +115,7 @@ def test_identical_members_give_their_own_weights_and_score(work, subjects):
     """Twins: one checkpoint under two trainings."""
     one = next(c for c in list_checkpoints(work) if "subj01" in c.name and c.fold["fold"] == 0)
     twin = Path(shutil.copytree(one.path, one.path.with_name(one.path.name.replace("fold0", "fold0-twin"))))
-    edit(open_checkpoint(twin), recipe={"settings": one.recipe["settings"] | {"seed": 77}})
+    edit(open_checkpoint(twin), key={"settings": one.key["settings"] | {"seed": 77}})
     (soup,) = soups(subjects[:1], work, models=f"{one.name},{twin.name}")
     for part in ("backbone", "heads"):
         own, theirs = tensors(soup.checkpoint, part), tensors(one, part)
@@ -132,7 +132,7 @@ def test_saved_heads_score_as_training_did_in_every_form(subjects, tmp_path, sta
     chosen = subjects if stage == "pretrain" else subjects[:1]
     (one,) = train(chosen, tmp_path, settings, stage, fold=0)
     twin = Path(shutil.copytree(one.path, one.path.with_name(f"{one.path.name}-twin")))
-    edit(open_checkpoint(twin), recipe={"settings": one.recipe["settings"] | {"seed": 77}})
+    edit(open_checkpoint(twin), key={"settings": one.key["settings"] | {"seed": 77}})
     (soup,) = soups(chosen, tmp_path, stage=stage)
     assert soup.score == pytest.approx(one.facts["score"], abs=1e-5)
     assert soup.checkpoint.facts["taps"] == one.facts["taps"]
@@ -156,7 +156,7 @@ def test_it_saw_what_any_member_saw(work, subjects):
     before = [one for one in list_checkpoints(work) if one.fold["fold"] == 0 and "subj02" in one.name]
     foreign = 900_001  # an image of nobody here, as of a stage 1 with other subjects
     edit(before[1], facts={"seen_ids": [*before[1].facts["seen_ids"], foreign]})
-    made = {(*s.checkpoint.recipe["subjects"], s.checkpoint.fold["fold"]): s.checkpoint for s in soups(subjects, work)}
+    made = {(*s.checkpoint.key["subjects"], s.checkpoint.fold["fold"]): s.checkpoint for s in soups(subjects, work)}
     union = set().union(*(set(one.facts["seen_ids"]) for one in before)) | {foreign}
     assert set(made["subj02", 0].seen_ids.tolist()) == union
     assert foreign not in made["subj02", 1].seen_ids
@@ -191,7 +191,7 @@ def test_a_second_run_makes_nothing_and_an_interrupted_one_leaves_nothing_half_w
 
 
 def test_a_soup_is_made_again_when_a_member_has_other_weights(work, subjects, said, monkeypatch):
-    """A member that was deleted and trained anew on other hardware: the same recipe, other bits."""
+    """A member that was deleted and trained anew on other hardware: the same key, other bits."""
     first = {one.checkpoint.name: one.checkpoint for one in soups(subjects[:1], work)}
     member = next(c for c in list_checkpoints(work) if "subj01" in c.name and c.fold["fold"] == 0 and not c.members)
     folder, moved = member.path / "epoch-009", {k: v + 1 for k, v in tensors(member, "heads").items()}
@@ -235,7 +235,7 @@ def test_only_folds_that_all_members_have(work, subjects, said):
     gone = next(c for c in list_checkpoints(work) if "subj01" in c.name and c.fold["fold"] == 1)
     shutil.rmtree(gone.path)
     made = soups(subjects, work)
-    assert sorted((*one.checkpoint.recipe["subjects"], one.checkpoint.fold["fold"]) for one in made) == [
+    assert sorted((*one.checkpoint.key["subjects"], one.checkpoint.fold["fold"]) for one in made) == [
         ("subj01", 0),
         ("subj02", 0),
         ("subj02", 1),
@@ -267,7 +267,7 @@ def test_what_started_elsewhere_or_is_unfinished_or_of_another_tree_is_no_member
     np.save(path, np.load(path) + 1)
     said.clear()
     made = soups(open_challenge(tree).subjects, work)
-    assert all(list(one.checkpoint.recipe["subjects"]) == ["subj01"] for one in made)
+    assert all(list(one.checkpoint.key["subjects"]) == ["subj01"] for one in made)
     assert all(early.name not in [member["name"] for member in one.members] for one in made)
     assert any(f"left out {early.name}: its training is not finished" in line for line in said)
     assert any("found one of other responses of subj02" in line for line in said)
@@ -334,8 +334,8 @@ def test_the_whole_pipeline_takes_it_through_the_commands(work, tiny, capfd, mon
         assert len(scores) == 3 and (one["best"], one["mean"]) == (max(scores), pytest.approx(np.mean(scores)))
     extracted, _ = run("extract", "--layers", "pooled")
     assert len(extracted["stores"]) == 16 and sum("-soup-" in one["path"] for one in extracted["stores"]) == 4
-    of_soup = [store for store in list_stores(work / "features.zarr") if "soup" in store.recipe["fold"]]
-    assert {store.recipe["fold"]["soup"] for store in of_soup} == {3} and all(s.facts["seen_ids"] for s in of_soup)
+    of_soup = [store for store in list_stores(work / "features.zarr") if "soup" in store.key["fold"]]
+    assert {store.key["fold"]["soup"] for store in of_soup} == {3} and all(s.facts["seen_ids"] for s in of_soup)
     for options in (["--loss", "mnnpc"], ["--solver", "trained"]):
         fitted, _ = run("fit-heads", *options)
         models = {store["model"] for store in fitted["stores"]}
@@ -355,11 +355,11 @@ def test_stage_1_soups_do_not_confuse_stage_2_and_are_a_start_by_name(subjects, 
         if one.training == both[1].training:
             shutil.rmtree(one.path)
     plain = train(subjects[:1], tmp_path, QUICK, init="stage1")
-    assert {one.recipe["start"]["training"] for one in plain} == {both[0].training}
+    assert {one.key["start"]["training"] for one in plain} == {both[0].training}
     named = train(subjects[:1], tmp_path, QUICK, init=str(made[1].checkpoint.path))
-    assert {one.recipe["start"]["training"] for one in named} == {made[0].checkpoint.training}
+    assert {one.key["start"]["training"] for one in named} == {made[0].checkpoint.training}
     for one, soup in zip(named, made, strict=True):
-        assert one.recipe["start"]["weights"] == soup.checkpoint.backbone().digest
+        assert one.key["start"]["weights"] == soup.checkpoint.backbone().digest
         assert set(soup.checkpoint.seen_ids) <= set(one.seen_ids)
 
 

@@ -25,7 +25,7 @@ from heads.backbones.encoder import linear_map_of
 from heads.backbones.stages import train_stage
 from heads.config import AdamWConfig, FitConfig, StageConfig, TrainConfig
 from heads.features.sets import feature_sets
-from heads.fit.run import fit_heads, prediction_recipe, scores_by_model
+from heads.fit.run import fit_heads, prediction_key, scores_by_model
 from heads.scores.metrics import pearson_r
 from heads.solvers.registry import trained_heads
 
@@ -68,7 +68,7 @@ def fails(capfd, *arguments):
 
 
 def test_a_checkpoint_a_fold_for_all_subjects_and_one_a_fold_and_subject(trained):
-    found = [(one.recipe["stage"], *one.recipe["subjects"], one.fold["fold"]) for one in list_checkpoints(trained)]
+    found = [(one.key["stage"], *one.key["subjects"], one.fold["fold"]) for one in list_checkpoints(trained)]
     both = [("pretrain", "subj01", "subj02", k) for k in (0, 1)]
     assert sorted(found) == sorted(both + [("finetune", f"subj0{n}", k) for n in (1, 2) for k in (0, 1)])
 
@@ -76,14 +76,12 @@ def test_a_checkpoint_a_fold_for_all_subjects_and_one_a_fold_and_subject(trained
 def test_out_of_fold_stays_out_of_fold_through_both_stages(trained, tiny):
     """No checkpoint, nor the one it started from, saw an image of its fold, of any subject."""
     subjects = open_challenge(tiny).subjects
-    by_stage = {
-        (one.recipe["stage"], *one.recipe["subjects"], one.fold["fold"]): one for one in list_checkpoints(trained)
-    }
+    by_stage = {(one.key["stage"], *one.key["subjects"], one.fold["fold"]): one for one in list_checkpoints(trained)}
     for (stage, *names, fold), one in by_stage.items():
         assert (assign_folds(one.seen_ids, 2, 0) != fold).all()
         if stage == "finetune":
             first = by_stage["pretrain", "subj01", "subj02", fold]
-            assert one.recipe["start"] == {"weights": first.backbone().digest, "training": first.training}
+            assert one.key["start"] == {"weights": first.backbone().digest, "training": first.training}
             assert set(first.seen_ids) <= set(one.seen_ids)
         expected = [s.train.ids[assign_folds(s.train.ids, 2, 0) != fold] for s in subjects]
         assert set(one.seen_ids) == set(np.concatenate(expected).tolist()), names
@@ -109,9 +107,9 @@ def test_trained_heads_predict_what_the_network_did(work, tiny):
     fitted = fit_heads([subject], FitConfig(solver="trained"), work)
     for one in fitted:
         store = open_store(one.path)
-        stage, folds = store.recipe["features"]["fold"]["stage"], assign_folds(subject.train.ids, 2, 0)
+        stage, folds = store.key["features"]["fold"]["stage"], assign_folds(subject.train.ids, 2, 0)
         for checkpoint in list_checkpoints(work):
-            if checkpoint.recipe["stage"] == stage and checkpoint.concerns(subject):
+            if checkpoint.key["stage"] == stage and checkpoint.concerns(subject):
                 rows = np.flatnonzero(folds == checkpoint.fold["fold"])
                 predicted = [store.read(h, 0, store.n_train)[rows] for h in HEMISPHERES]
                 r = [pearson_r(p, subject.responses(h)[rows]) for p, h in zip(predicted, HEMISPHERES, strict=True)]
@@ -134,7 +132,7 @@ def test_heads_of_a_checkpoint_are_one_model_whatever_heads_are_asked_for(work, 
 
 
 def test_of_two_stores_of_one_model_the_newer_is_blended_and_the_other_named(work, tiny, capfd):
-    """As they were left behind when a store's name told more than its recipe."""
+    """As they were left behind when a store's name told more than its key."""
     fitted, _ = run(capfd, "fit-heads", "--solver", "trained", "--subject", "1")
     made = Path(fitted["stores"][0]["path"])
     older = Path(shutil.copytree(made, made.with_name(made.name.replace("trained", "roi-trained"))))
@@ -173,7 +171,7 @@ def test_a_blend_refuses_images_that_a_backbone_saw_when_features_and_checkpoint
 
 
 def test_heads_refuse_images_that_the_backbone_saw(work, tiny):
-    """Its ids tell, whatever the recipe says: one id of the held-out fold among those it saw is enough."""
+    """Its ids tell, whatever the key says: one id of the held-out fold among those it saw is enough."""
     subject = open_challenge(tiny).subjects[0]
     path = next(path for path in (work / "features.zarr").iterdir() if "subj01" in path.name and "fold0" in path.name)
     held_out = subject.train.ids[assign_folds(subject.train.ids, 2, 0) == 0]
@@ -190,12 +188,12 @@ def test_folds_of_a_training_are_in_the_recipe_and_not_those_asked_for(work, tin
     subject = open_challenge(tiny).subjects[0]
     one = feature_sets(subject, work)[0]
 
-    def recipe(**asked):
-        return prediction_recipe(subject, one, FitConfig(**asked), work)
+    def key(**asked):
+        return prediction_key(subject, one, FitConfig(**asked), work)
 
-    assert recipe()["n_folds"] == 2 and recipe(n_folds=7, seed=3) == recipe()
+    assert key()["n_folds"] == 2 and key(n_folds=7, seed=3) == key()
     adamw = {"loss": "smooth_l1"}
-    assert recipe(**adamw, n_folds=7) == recipe(**adamw) != recipe(**adamw, seed=3)
+    assert key(**adamw, n_folds=7) == key(**adamw) != key(**adamw, seed=3)
 
 
 @pytest.mark.parametrize("backbone", ["trained", "frozen"])
@@ -229,7 +227,7 @@ def test_trained_heads_come_with_the_features_they_read(tiny, tmp_path):
         train_stage(subjects, stage, tmp_path)
     extract(subjects, ExtractConfig(SMALL, checkpoint="auto"), tmp_path)
     for one in feature_sets(subjects[0], tmp_path):
-        fold = one.stores[0].recipe["fold"]
+        fold = one.stores[0].key["fold"]
         (checkpoint,) = [c for c in list_checkpoints(tmp_path) if c.fold["n_folds"] == fold["n_folds"]]
         expected = linear_map_of(checkpoint.heads(), ["subj01"], "subj01", "lh")
         predictor = trained_heads(subjects[0], one, one.folds(subjects[0]), "cpu", tmp_path)
@@ -304,7 +302,7 @@ def test_both_stages_learn_what_was_planted(coloured, tmp_path, loss):
     second = replace(stage, stage="finetune", train=replace(settings, epochs=10))
     best = [one.checkpoint for one in train_stage(coloured.subjects, second, tmp_path)]
     for checkpoint, subjects in [(first.checkpoint, coloured.subjects)] + [
-        (one, coloured.select(next(iter(one.recipe["subjects"])))) for one in best
+        (one, coloured.select(next(iter(one.key["subjects"])))) for one in best
     ]:
         extract(subjects, ExtractConfig(SMALL, checkpoint=str(checkpoint.path)), tmp_path)
     scores = scores_by_model(coloured.subjects, fit_heads(coloured.subjects, FitConfig(solver="trained"), tmp_path))
@@ -360,7 +358,7 @@ def test_mistakes_are_one_line(work, capfd, arguments, message):
 
 
 def test_a_checkpoint_of_another_architecture_or_tree_is_refused(work, tree, capfd, monkeypatch):
-    given = next(one for one in list_checkpoints(work) if one.recipe["stage"] == "pretrain")
+    given = next(one for one in list_checkpoints(work) if one.key["stage"] == "pretrain")
     init = ["--init", str(given.path), "--folds", "2"]
     line = fails(capfd, "finetune", *init, "--backbone", "test_vit")
     assert "expected a checkpoint of test_vit; found one of test_resnet" in line
@@ -375,22 +373,22 @@ def test_a_checkpoint_of_another_architecture_or_tree_is_refused(work, tree, cap
 
 def test_stage_2_starts_from_a_checkpoint_of_another_folder(work, tiny, tmp_path, capfd):
     """Its fold is found beside the one that was named."""
-    given = next(one for one in list_checkpoints(work) if one.recipe["stage"] == "pretrain")
+    given = next(one for one in list_checkpoints(work) if one.key["stage"] == "pretrain")
     done, _ = run(capfd, "finetune", "--init", str(given.path), *QUICK, "--work", str(tmp_path / "other"))
-    starts = {one.recipe["start"]["training"] for one in list_checkpoints(tmp_path / "other")}
+    starts = {one.key["start"]["training"] for one in list_checkpoints(tmp_path / "other")}
     assert len(done["checkpoints"]) == 4 and starts == {given.training}
 
 
 def test_a_second_stage_2_goes_on_from_the_same_subject(work, tiny, tmp_path, capfd):
     given = {
-        next(iter(one.recipe["subjects"])): one
+        next(iter(one.key["subjects"])): one
         for one in list_checkpoints(work)
-        if one.recipe["stage"] == "finetune" and one.fold["fold"] == 0
+        if one.key["stage"] == "finetune" and one.fold["fold"] == 0
     }
     options = ["--fold", "0", "--subject", "2", *QUICK, "--work", str(tmp_path / "other")]
     run(capfd, "finetune", "--init", str(given["subj02"].path), *options)
     (again,) = list_checkpoints(tmp_path / "other")
-    assert again.recipe["start"]["weights"] == given["subj02"].backbone().digest
+    assert again.key["start"]["weights"] == given["subj02"].backbone().digest
     assert "subj02; found subj01" in fails(capfd, "finetune", "--init", str(given["subj01"].path), *options)
 
 
@@ -412,10 +410,8 @@ def test_two_stage_1_trainings_must_be_told_apart(work, capfd):
 
 
 def test_a_start_that_saw_the_held_out_fold_is_refused(work, tiny):
-    """Even where its recipe claims that fold: the ids count."""
-    path = next(
-        one for one in list_checkpoints(work) if one.recipe["stage"] == "pretrain" and one.fold["fold"] == 0
-    ).path
+    """Even where its key claims that fold: the ids count."""
+    path = next(one for one in list_checkpoints(work) if one.key["stage"] == "pretrain" and one.fold["fold"] == 0).path
     about = json.loads((path / "checkpoint.json").read_text())
     subject = open_challenge(tiny).subjects[0]
     about["facts"]["seen_ids"] = subject.train.ids.tolist()
@@ -426,9 +422,7 @@ def test_a_start_that_saw_the_held_out_fold_is_refused(work, tiny):
 
 
 def test_an_unfinished_stage_1_is_not_started_from(work, tiny, capfd):
-    path = next(
-        one for one in list_checkpoints(work) if one.recipe["stage"] == "pretrain" and one.fold["fold"] == 0
-    ).path
+    path = next(one for one in list_checkpoints(work) if one.key["stage"] == "pretrain" and one.fold["fold"] == 0).path
     about = json.loads((path / "checkpoint.json").read_text())
     about["facts"]["finished"] = False
     (path / "checkpoint.json").write_text(json.dumps(about))
@@ -445,7 +439,7 @@ def test_every_family_of_the_paper_trains_and_extracts(tiny, tmp_path, name):
     subjects, backbone = open_challenge(tiny).subjects[:1], BackboneConfig(name, "none", 64)
     stage = StageConfig("finetune", TrainConfig(epochs=1, batch_size=4), backbone, "none", fold=0, n_folds=2, workers=1)
     (one,) = train_stage(subjects, stage, tmp_path)
-    assert one.checkpoint.backbone().digest != one.checkpoint.recipe["start"]["weights"]
+    assert one.checkpoint.backbone().digest != one.checkpoint.key["start"]["weights"]
     (stored,) = extract(subjects, ExtractConfig(backbone, checkpoint="auto"), tmp_path)
     assert np.isfinite(open_store(stored.path).read("pooled")).all()
     with pytest.raises(CheckpointError, match=f"expected a checkpoint of test_byobnet; found one of {name}"):

@@ -234,7 +234,7 @@ def test_what_is_handed_in_is_what_the_saved_blend_gives(filled, tiny, capfd, op
     saved = load_blend(filled / "submission/blend.safetensors")
     stores = [open_store(path) for path in (filled / "predictions.zarr").iterdir()]
     for subject in open_challenge(tiny).subjects:
-        own = {s.facts["model"]: s for s in stores if s.recipe["subject"] == subject.name}
+        own = {s.facts["model"]: s for s in stores if s.key["subject"] == subject.name}
         n_train, n = len(subject.train), len(subject.image_ids)
         for hemisphere, coefficients in saved[subject.name].items():
             test = coefficients.apply(hemisphere, own, n_train, n)

@@ -196,7 +196,7 @@ def test_auto_is_bfloat16_where_the_processor_multiplies_it(tiny, tmp_path, monk
     monkeypatch.setattr("featcache.machine.device._cpu_flags", lambda: flags)
     found = run(tiny, tmp_path / "auto", replace(CONFIG, device="cpu"))
     assert any(line.startswith(f"arithmetic in {dtype}") for line in said)
-    assert open_store(found[0].path).recipe["dtype"] == dtype
+    assert open_store(found[0].path).key["dtype"] == dtype
     named = rows(run(tiny, tmp_path / "named", replace(CONFIG, dtype=dtype)))
     assert [a.tobytes() for a in rows(found)] == [b.tobytes() for b in named]
     assert run(tiny, tmp_path / "named", replace(CONFIG, device="cpu"))[0].n_new == 0  # auto is a name, not a setting
@@ -274,8 +274,8 @@ def stores(results: list[Extracted]) -> list[Store]:
 
 
 def folds(results: list[Extracted]) -> list[tuple[str, int | None]]:
-    recipes = [store.recipe for store in stores(results)]
-    return [(recipe["subject"], recipe["fold"] and recipe["fold"]["fold"]) for recipe in recipes]
+    recipes = [store.key for store in stores(results)]
+    return [(key["subject"], key["fold"] and key["fold"]["fold"]) for key in recipes]
 
 
 FROZEN = [("subj01", None), ("subj02", None)]
@@ -307,7 +307,7 @@ def test_a_store_of_a_checkpoint_says_how_it_was_trained_and_on_which_of_its_ima
     made = [write_checkpoint(subjects, tmp_path, fold=fold) for fold in range(2)]
     for k, store in enumerate(stores(run(tiny, tmp_path, AUTO))):
         checkpoint, subject = made[k // 2], subjects[k % 2]
-        assert store.recipe["fold"] == {
+        assert store.key["fold"] == {
             "stage": "pretrain",
             "training": checkpoint.training,
             "fold": k // 2,
@@ -318,7 +318,7 @@ def test_a_store_of_a_checkpoint_says_how_it_was_trained_and_on_which_of_its_ima
         trained_here = set(ids[assign_folds(ids, N_FOLDS, 0) != k // 2].tolist())
         assert trained_here <= set(store.facts["seen_ids"])
         assert set(store.facts["seen_ids"]) == set(checkpoint.facts["seen_ids"]) & set(subject.image_ids.tolist())
-        assert store.recipe["weights"] == checkpoint.backbone().digest
+        assert store.key["weights"] == checkpoint.backbone().digest
         assert store.facts["origin"] == f"checkpoint {checkpoint.name}"
 
 
@@ -340,7 +340,7 @@ def test_without_checkpoints_the_backbone_reads_as_its_weights_came(tiny, tmp_pa
     results = run(tiny, tmp_path, replace(CONFIG, checkpoint=checkpoint))
     assert folds(results) == FROZEN
     for store in stores(results):
-        assert store.recipe["weights"] == load_backbone(BACKBONE).digest and "seen_ids" not in store.facts
+        assert store.key["weights"] == load_backbone(BACKBONE).digest and "seen_ids" not in store.facts
 
 
 def test_none_ignores_checkpoints_and_finds_the_frozen_store_again(tiny, tmp_path):
@@ -364,11 +364,9 @@ def test_auto_gives_each_subject_the_checkpoints_that_were_trained_on_it(tiny, t
         write_checkpoint([subject], tmp_path, stage="finetune")
     results = run(tiny, tmp_path, AUTO)
     assert sorted(folds(results)) == [("subj01", 0), ("subj02", 0)]
-    for store, subject in zip(
-        sorted(stores(results), key=lambda s: s.recipe["subject"]), subjects_of(tiny), strict=True
-    ):
+    for store, subject in zip(sorted(stores(results), key=lambda s: s.key["subject"]), subjects_of(tiny), strict=True):
         assert set(store.facts["seen_ids"]) <= set(subject.train.ids.tolist())
-        assert store.recipe["fold"]["stage"] == "finetune"
+        assert store.key["fold"]["stage"] == "finetune"
 
 
 def test_auto_falls_back_where_no_checkpoint_is_of_the_backbone_that_is_asked_for(tiny, tmp_path):
@@ -376,7 +374,7 @@ def test_auto_falls_back_where_no_checkpoint_is_of_the_backbone_that_is_asked_fo
     assert folds(run(tiny, tmp_path, AUTO)) == FROZEN
     results = run(tiny, tmp_path, replace(AUTO, any_backbone=True))
     assert folds(results) == [("subj01", 0), ("subj02", 0)]
-    assert {store.recipe["backbone"] for store in stores(results)} == {"test_convnext"}
+    assert {store.key["backbone"] for store in stores(results)} == {"test_convnext"}
 
 
 def test_naming_a_backbone_finds_its_trainings_whatever_they_began_with(tiny, tmp_path):
@@ -416,7 +414,7 @@ def test_a_checkpoint_reads_at_its_own_size_unless_another_is_asked_for(tiny, tm
     for size, expected in ((None, 64), (48, 48)):
         results = run(tiny, tmp_path, replace(AUTO, backbone=replace(BACKBONE, size=size)))
         assert folds(results) == [("subj01", 0), ("subj02", 0)]
-        assert {store.recipe["transform"]["input_size"][-1] for store in stores(results)} == {expected}
+        assert {store.key["transform"]["input_size"][-1] for store in stores(results)} == {expected}
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tiny, tmp_path):

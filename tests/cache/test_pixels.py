@@ -163,7 +163,7 @@ def test_an_image_that_cannot_be_decoded_is_named_and_keeps_what_was_committed(t
 
 def test_backbones_that_differ_in_mean_and_deviation_share_a_file(subjects, tmp_path, monkeypatch):
     one, other = backbone_of("test_convnext"), backbone_of("test_efficientnet")
-    assert one.transform_recipe["mean"] != other.transform_recipe["mean"]
+    assert one.transform_settings["mean"] != other.transform_settings["mean"]
     first = cache(subjects, one, tmp_path)
     no_decoding(monkeypatch)
     second = cache(subjects, other, tmp_path)

@@ -37,7 +37,7 @@ def test_what_was_appended_is_read_after_reopening(filled):
     again = open_store(filled.path)
     assert np.array_equal(again.read("pooled"), ROWS) and np.array_equal(again.read("stem", 3, 9), ROWS[3:9, :2])
     assert again.image_ids.tolist() == IDS.tolist() and again.n_train == 7
-    assert again.recipe == RECIPE and again.facts == {"origin": "test"} and again.complete
+    assert again.key == RECIPE and again.facts == {"origin": "test"} and again.complete
     assert list(again.arrays) == ["pooled", "stem"]
 
 

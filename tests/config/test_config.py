@@ -5,10 +5,10 @@ from featcache.errors import ConfigError
 
 
 def test_fingerprint_ignores_the_order_of_keys_and_nothing_else():
-    recipe = {"a": 1, "b": {"c": [1, 2], "d": None}}
-    assert fingerprint(recipe) == fingerprint({"b": {"d": None, "c": [1, 2]}, "a": 1})
-    for changed in ({"a": 1.5, "b": recipe["b"]}, {"a": 1, "b": {"c": [2, 1], "d": None}}, {"a": 1}):
-        assert fingerprint(changed) != fingerprint(recipe)
+    key = {"a": 1, "b": {"c": [1, 2], "d": None}}
+    assert fingerprint(key) == fingerprint({"b": {"d": None, "c": [1, 2]}, "a": 1})
+    for changed in ({"a": 1.5, "b": key["b"]}, {"a": 1, "b": {"c": [2, 1], "d": None}}, {"a": 1}):
+        assert fingerprint(changed) != fingerprint(key)
 
 
 def test_fingerprint_refuses_what_json_cannot_say():

@@ -8,14 +8,14 @@ from PIL import Image
 
 from featcache.config import differences
 from featcache.dataset.algonauts import open_challenge
-from featcache.dataset.digests import ContentIndex, digests, id_digest, image_digest, response_digest, subject_digests
+from featcache.dataset.digests import DigestIndex, digests, id_digest, image_digest, response_digest, subject_digests
 from featcache.dataset.rois import HEMISPHERES, read_mapping
 
 
 def test_digest_follows_content_and_order_but_not_names_or_dates(tmp_path):
     a, b, c = (tmp_path / name for name in "abc")
     a.write_bytes(b"one"), b.write_bytes(b"two"), c.write_bytes(b"one")
-    digest = ContentIndex(tmp_path / "index.json").digest
+    digest = DigestIndex(tmp_path / "index.json").digest
     assert digest([a, b]) == digest([c, b]) != digest([b, a])
     before = digest([a, b])
     os.utime(a, (1, 1))
@@ -27,17 +27,17 @@ def test_digest_follows_content_and_order_but_not_names_or_dates(tmp_path):
 def test_digest_reads_a_file_once(tmp_path, monkeypatch):
     file = tmp_path / "a"
     file.write_bytes(b"one")
-    first = ContentIndex(tmp_path / "index.json").digest([file])
+    first = DigestIndex(tmp_path / "index.json").digest([file])
     monkeypatch.setattr("featcache.dataset.digests.file_digest", lambda path: pytest.fail("the file was read again"))
-    assert ContentIndex(tmp_path / "index.json").digest([file]) == first
+    assert DigestIndex(tmp_path / "index.json").digest([file]) == first
 
 
 def test_a_broken_index_costs_a_reading_and_changes_nothing(tmp_path):
     file, index = tmp_path / "a", tmp_path / "index.json"
     file.write_bytes(b"one")
-    first = ContentIndex(index).digest([file])
+    first = DigestIndex(index).digest([file])
     index.write_text("{")
-    assert ContentIndex(index).digest([file]) == first
+    assert DigestIndex(index).digest([file]) == first
 
 
 def digests_of(tree: Path, work: Path) -> list[dict[str, str]]:

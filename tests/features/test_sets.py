@@ -18,12 +18,12 @@ def subject(tiny, monkeypatch):
 
 
 def store(subject, work, fold=None, weights="w", training="t", images="these", age=0.0, **about):
-    recipe = {"subject": subject.name, "images": images, "backbone": "b", "weights": weights, "layers": ["pooled"]}
-    recipe["fold"] = None if fold is None else {"stage": "pretrain", "training": training, "fold": fold}
+    key = {"subject": subject.name, "images": images, "backbone": "b", "weights": weights, "layers": ["pooled"]}
+    key["fold"] = None if fold is None else {"stage": "pretrain", "training": training, "fold": fold}
     if fold is not None:
-        recipe["fold"] |= {"n_folds": 3, "seed": 7}
+        key["fold"] |= {"n_folds": 3, "seed": 7}
     made = create_store(
-        work / "features.zarr", "f", recipe | about, subject.image_ids, len(subject.train), {"pooled": 4}, {}
+        work / "features.zarr", "f", key | about, subject.image_ids, len(subject.train), {"pooled": 4}, {}
     )
     made.append({"pooled": np.full((len(subject.image_ids), 4), fold or 0, dtype=np.float32)})
     when = 1_000_000_000 - age
@@ -35,7 +35,7 @@ def test_folds_of_one_training_are_one_model_in_order(subject, tmp_path):
     for fold in (2, 0, 1):
         store(subject, tmp_path, fold, weights=f"w{fold}")
     (one,) = feature_sets(subject, tmp_path)
-    assert one.held_out() == [0, 1, 2] and one.recipe()["weights"] == ["w0", "w1", "w2"]
+    assert one.held_out() == [0, 1, 2] and one.key()["weights"] == ["w0", "w1", "w2"]
     assert [float(rows.dense()[0, 0]) for rows in one.read("cpu", 0)] == [0, 1, 2]
     expected = assign_folds(subject.train.ids, 3, 7)
     np.testing.assert_array_equal(one.folds(subject, 5, 0), expected)
@@ -57,7 +57,7 @@ def test_of_two_stores_of_one_fold_the_later_counts_and_the_other_is_named(subje
     old = store(subject, tmp_path, 0, weights="unfinished", age=50)
     store(subject, tmp_path, 0, weights="finished")
     (one,) = feature_sets(subject, tmp_path)
-    assert one.recipe()["weights"] == ["finished"]
+    assert one.key()["weights"] == ["finished"]
     assert any(old.name in line and "newer" in line for line in said)
     assert any("has fold 0 of 3; only their images are predicted" in line for line in said)
 
@@ -73,26 +73,26 @@ LAYERED = {"pooled": Row((4,)), "a.cls": Row((3,)), "a": Row((2, 2, 3), "float16
 
 @pytest.fixture
 def layered(subject, tmp_path):
-    recipe = {"subject": subject.name, "images": "these", "backbone": "b", "weights": "w", "fold": None}
-    recipe["layers"] = ["pooled", "a", "b"]
+    key = {"subject": subject.name, "images": "these", "backbone": "b", "weights": "w", "fold": None}
+    key["layers"] = ["pooled", "a", "b"]
     n = len(subject.image_ids)
-    made = create_store(tmp_path / "features.zarr", "f", recipe, subject.image_ids, len(subject.train), LAYERED, {})
+    made = create_store(tmp_path / "features.zarr", "f", key, subject.image_ids, len(subject.train), LAYERED, {})
     made.append({name: np.full((n, *row.shape), k) for k, (name, row) in enumerate(LAYERED.items())})
     (one,) = feature_sets(subject, tmp_path)
     return one
 
 
-def test_joint_is_all_layers_and_the_recipe_of_the_store(layered):
+def test_joint_is_all_layers_and_the_key_of_the_store(layered):
     (one,) = layered.reading("joint")
-    assert one.names == tuple(LAYERED) and one.has_places and "read" not in one.recipe()
-    assert one.recipe() == layered.recipe()
+    assert one.names == tuple(LAYERED) and one.has_places and "read" not in one.key()
+    assert one.key() == layered.key()
 
 
 def test_each_is_every_layer_alone_with_its_class_token(layered):
     sets = layered.reading("each")
     assert [one.names for one in sets] == [("pooled",), ("a.cls", "a"), ("b",)]
     assert [one.has_places for one in sets] == [False, True, True]
-    assert [one.recipe()["read"] for one in sets] == [["pooled"], ["a.cls", "a"], ["b"]]
+    assert [one.key()["read"] for one in sets] == [["pooled"], ["a.cls", "a"], ["b"]]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_named_layers_are_read_in_the_order_of_the_network(layered, layers, name
 
 
 def test_naming_every_layer_is_joint(layered):
-    assert layered.reading("b,a,pooled")[0].recipe() == layered.recipe()
+    assert layered.reading("b,a,pooled")[0].key() == layered.key()
 
 
 @pytest.mark.parametrize("layers", ["c", "a,c", "", "Joint", "a.b"])
@@ -126,4 +126,4 @@ def test_layers_that_features_lack_leave_nothing_to_read(layered, layers):
 def test_each_of_features_with_one_layer_is_those_features(subject, tmp_path):
     store(subject, tmp_path)
     (one,) = feature_sets(subject, tmp_path)
-    assert [other.recipe() for other in one.reading("each")] == [one.recipe()] and not one.has_places
+    assert [other.key() for other in one.reading("each")] == [one.key()] and not one.has_places

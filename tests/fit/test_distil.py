@@ -24,7 +24,7 @@ def run(capfd, *arguments):
 
 def stores_of(filled, subject):
     stores = [open_store(path) for path in (filled / "predictions.zarr").iterdir()]
-    return {store.facts["model"]: store for store in stores if store.recipe["subject"] == subject.name}
+    return {store.facts["model"]: store for store in stores if store.key["subject"] == subject.name}
 
 
 def test_targets_are_the_blend_out_of_fold(filled, tiny, capfd):
@@ -65,7 +65,7 @@ def test_agreement_is_with_the_blend_on_images_that_neither_saw(filled, tiny, ca
         r = []
         for subject in open_challenge(tiny).subjects:
             stores = [open_store(path) for path in (filled / "distilled.zarr").iterdir()]
-            (store,) = [s for s in stores if s.facts["model"] == model and s.recipe["subject"] == subject.name]
+            (store,) = [s for s in stores if s.facts["model"] == model and s.key["subject"] == subject.name]
             for hemisphere in HEMISPHERES:
                 blend = np.load(filled / f"submission/{subject.name}/{hemisphere}_pred_test.npy")
                 r.append(pearson_r(store.read(hemisphere, store.n_train), blend))

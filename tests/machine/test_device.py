@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from featcache.errors import ConfigError
-from featcache.machine import device
+from featcache.machine import device, memory
 from featcache.machine.device import (
     _cpu_flags,
     check_products,
@@ -20,7 +20,7 @@ from featcache.machine.memory import free_memory
 
 FAULTS = """
 import resource, sys, torch
-from featcache.machine.device import keep_freed_memory
+from featcache.machine.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for _ in range(10):
@@ -33,7 +33,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 HELD = """
 import numpy as np
-from featcache.machine.device import used_memory
+from featcache.machine.memory import used_memory
 before = used_memory()
 held = np.ones(40_000_000, dtype=np.uint8)  # written, so that its pages are there
 print(used_memory() - before)
@@ -72,8 +72,8 @@ def limits(monkeypatch, tmp_path, available: str, limit: str | None, current: st
     if limit is not None:
         (tmp_path / "memory.max").write_text(limit)
         (tmp_path / "memory.current").write_text(current)
-    found = {str(tmp_path / "meminfo"): device._available, str(tmp_path / "memory.max"): device._below_limit}
-    monkeypatch.setattr(device, "_LIMITS", found)
+    found = {str(tmp_path / "meminfo"): memory._available, str(tmp_path / "memory.max"): memory._below_limit}
+    monkeypatch.setattr(memory, "_LIMITS", found)
     return free_memory()
 
 
@@ -110,7 +110,7 @@ def test_used_memory_grows_with_what_is_held():
 
 GIVEN_BACK = """
 import numpy as np
-from featcache.machine.device import give_back_memory, keep_freed_memory, used_memory
+from featcache.machine.memory import give_back_memory, keep_freed_memory, used_memory
 keep_freed_memory()
 blocks = [np.ones(1_000_000, dtype=np.uint8) for _ in range(100)]
 held = used_memory()

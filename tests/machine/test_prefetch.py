@@ -4,15 +4,15 @@ from itertools import count, islice
 
 import pytest
 
-from featcache.machine.prefetch import ahead
+from featcache.machine.prefetch import prefetch
 
 PATIENCE = 60  # seconds that a thread may take to come to what is expected of it
 
 
 @pytest.mark.parametrize(("depth", "threads"), [(0, 1), (1, 1), (2, 1), (3, 2), (50, 4)])
 def test_every_result_comes_once_and_in_turn(depth, threads):
-    assert list(ahead(lambda n: n * n, range(20), depth, threads)) == [n * n for n in range(20)]
-    assert list(ahead(lambda n: n, [], depth, threads)) == []
+    assert list(prefetch(lambda n: n * n, range(20), depth, threads)) == [n * n for n in range(20)]
+    assert list(prefetch(lambda n: n, [], depth, threads)) == []
 
 
 def test_results_that_are_ready_early_wait_for_their_turn():
@@ -25,12 +25,12 @@ def test_results_that_are_ready_early_wait_for_their_turn():
             last.set()
         return n
 
-    assert list(ahead(load, range(4), depth=3, threads=2)) == [0, 1, 2, 3]
+    assert list(prefetch(load, range(4), depth=3, threads=2)) == [0, 1, 2, 3]
 
 
 def test_the_next_ones_are_loaded_while_one_is_used():
     began = [threading.Event() for _ in range(6)]
-    results = ahead(lambda n: began[n].set(), range(6), depth=2)
+    results = prefetch(lambda n: began[n].set(), range(6), depth=2)
     next(results)
     assert began[1].wait(PATIENCE) and began[2].wait(PATIENCE)
     results.close()
@@ -39,13 +39,13 @@ def test_the_next_ones_are_loaded_while_one_is_used():
 @pytest.mark.parametrize(("depth", "threads"), [(0, 1), (1, 2), (3, 2)])
 def test_no_more_are_begun_than_asked_for(depth, threads):
     begun: list[int] = []
-    for taken, _ in enumerate(ahead(begun.append, range(12), depth, threads), start=1):
+    for taken, _ in enumerate(prefetch(begun.append, range(12), depth, threads), start=1):
         assert len(begun) <= taken + depth
     assert sorted(begun) == list(range(12))
 
 
 def test_items_are_taken_as_they_are_needed():
-    assert list(islice(ahead(str, count(), depth=3, threads=2), 5)) == list("01234")
+    assert list(islice(prefetch(str, count(), depth=3, threads=2), 5)) == list("01234")
 
 
 def test_an_error_comes_at_its_place_and_ends_it():
@@ -55,7 +55,7 @@ def test_an_error_comes_at_its_place_and_ends_it():
         begun.append(n)
         return 1 / (n - 2)
 
-    results = ahead(load, range(100), depth=3, threads=2)
+    results = prefetch(load, range(100), depth=3, threads=2)
     assert [next(results), next(results)] == [-0.5, -1]
     with pytest.raises(ZeroDivisionError):
         next(results)
@@ -67,7 +67,7 @@ def test_an_interruption_inside_a_thread_reaches_whoever_waits():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(ahead(load, range(3), depth=1))
+        list(prefetch(load, range(3), depth=1))
 
 
 def test_leaving_early_begins_nothing_more_and_leaves_no_thread(monkeypatch):
@@ -85,7 +85,7 @@ def test_leaving_early_begins_nothing_more_and_leaves_no_thread(monkeypatch):
         assert n == 0 or given_up.wait(PATIENCE)
 
     monkeypatch.setattr("featcache.machine.prefetch.ThreadPoolExecutor", Pool)
-    results = ahead(load, range(100), depth=4)
+    results = prefetch(load, range(100), depth=4)
     next(results)
     results.close()
     assert threading.active_count() == before and begun in ([0], [0, 1])

@@ -48,11 +48,11 @@ def said(said, monkeypatch):
 # --- from heads to maps
 
 
-def create(folder, recipe, ids, arrays, facts=None):
+def create(folder, key, ids, arrays, facts=None):
     """A whole store of arrays."""
     rows = {name: Row(one.shape[1:], str(one.dtype)) for name, one in arrays.items()}
     number = len(list(folder.iterdir())) if folder.is_dir() else 0
-    store = create_store(folder, f"s{number}", {"number": number} | recipe, ids, N_TRAIN, rows, facts or {})
+    store = create_store(folder, f"s{number}", {"number": number} | key, ids, N_TRAIN, rows, facts or {})
     store.append(arrays)
     return store
 
@@ -120,8 +120,8 @@ def fitted(work, maker, model="planted"):
     for h in HEMISPHERES:
         arrays[h], saved = cross_validate(predictor, subject, h, lambda _: None)
         tensors |= {f"{prefix}{h}.{part}": value for (prefix, part), value in saved.items()}
-    recipe = {"subject": "subj01", "features": {"fold": None}}
-    store = create(work / PREDICTIONS, recipe, subject.image_ids, arrays, {"model": model, "features": features.name})
+    key = {"subject": "subj01", "features": {"fold": None}}
+    store = create(work / PREDICTIONS, key, subject.image_ids, arrays, {"model": model, "features": features.name})
     _save_weights(tensors, work / WEIGHTS / f"{store.name}.safetensors", store)
     return subject, store
 
@@ -187,9 +187,9 @@ def crafted(work, heads, n_channels=4, grids=None, prefix="fold0."):
     values = {name: rng.normal(size=(N_TRAIN + N_TEST, *shape)).astype(np.float16) for name, shape in shapes.items()}
     ids = np.arange(N_TRAIN + N_TEST)
     features = create(work / FEATURES, {"subject": "subj01"}, ids, values)
-    recipe = {"subject": "subj01", "features": {"fold": None}}
+    key = {"subject": "subj01", "features": {"fold": None}}
     arrays = {h: np.zeros((len(ids), 3), np.float32) for h in HEMISPHERES}
-    store = create(work / PREDICTIONS, recipe, ids, arrays, {"model": "crafted", "features": features.name})
+    store = create(work / PREDICTIONS, key, ids, arrays, {"model": "crafted", "features": features.name})
     tensors = {}
     for h in HEMISPHERES:
         for k, head in enumerate(heads(shapes)):

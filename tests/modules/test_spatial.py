@@ -215,7 +215,7 @@ def test_both_stages_and_their_heads_read_what_a_network_says(tiny, tmp_path, ne
     (subject,) = open_challenge(tiny).select("2")
     backbone = second.backbone()
     taps = backbone.taps(settings.tapped)
-    assert second.facts["taps"] == taps.recipe() and ("cls" in str(backbone.shapes(taps))) == (network == "test_vit")
+    assert second.facts["taps"] == taps.key() and ("cls" in str(backbone.shapes(taps))) == (network == "test_vit")
     (pixels,) = cache_pixels([subject], backbone, tmp_path, 1.0, 1)
     held_out = np.flatnonzero(np.isin(subject.train.ids, second.seen_ids, invert=True))
     with torch.inference_mode():
@@ -291,9 +291,9 @@ def test_a_layer_that_the_network_lacks_is_one_line(tiny, tmp_path):
 
 
 def test_pooled_heads_keep_their_recipe_and_spatial_settings_are_in_theirs():
-    assert "layers" not in TrainConfig().recipe() and "head" not in TrainConfig().recipe()
+    assert "layers" not in TrainConfig().key() and "head" not in TrainConfig().key()
     changed = {"layers": "all", "grid": "5", "space": 4, "rank": 2, "token_dropout": 0.3, "smoothness": 1.0}
     changed |= {"sparsity": 1.0}
-    recipes = [SPATIAL.recipe(), *(replace(SPATIAL, **{key: value}).recipe() for key, value in changed.items())]
-    assert len({str(recipe) for recipe in recipes}) == len(recipes)
-    assert replace(SPATIAL, layers="0, pooled").recipe() == replace(SPATIAL, layers="0,pooled").recipe()
+    recipes = [SPATIAL.key(), *(replace(SPATIAL, **{key: value}).key() for key, value in changed.items())]
+    assert len({str(key) for key in recipes}) == len(recipes)
+    assert replace(SPATIAL, layers="0, pooled").key() == replace(SPATIAL, layers="0,pooled").key()

@@ -555,7 +555,7 @@ def test_spatial_heads_are_fitted_once_and_stored_whole(tiny, fresh, said, monke
         assert store.complete and one.weights.is_file()
         assert np.array_equal(store.image_ids, subject.image_ids) and " spatial mse " in one.model
         others = [other.name for other in subjects if other is not subject]
-        assert list(store.recipe.get("joint", {})) == (others if config is TINY_JOINT else [])
+        assert list(store.key.get("joint", {})) == (others if config is TINY_JOINT else [])
     again = fit_heads(subjects, config, fresh)
     assert [one.new for one in again] == [False, False] and [a.path for a in again] == [b.path for b in fitted]
     assert sum("already fitted" in line for line in said) == 2 and len(calls) <= 2 * N_FOLDS

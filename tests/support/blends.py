@@ -113,9 +113,9 @@ def stores_of(folder: Path, predictions) -> list[Store]:
     for model, of_model in enumerate(predictions):
         features = {"backbone": f"net{model // 2}", "layers": ["pooled"], "fold": None}
         fit = {"head": "linear", "objective": "ridge", "n_folds": 5, "seed": 0}
-        recipe = {"model": model, "features": features} | fit
+        key = {"model": model, "features": features} | fit
         facts = {"model": f"model {model}", "features": f"features {model // 2}"}
-        store = create_store(folder, f"model{model}", recipe, IDS, N_TRAIN, WIDTHS, facts)
+        store = create_store(folder, f"model{model}", key, IDS, N_TRAIN, WIDTHS, facts)
         store.append({"lh": of_model[:, :4], "rh": of_model[:, 4:]})
         stores.append(store)
     return stores

@@ -28,7 +28,7 @@ def trained_weights(backbone: Backbone, seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def recipe_of(
+def key_of(
     subjects: Sequence[Subject],
     work: Path,
     fold: int = 0,
@@ -45,7 +45,7 @@ def recipe_of(
         "stage": stage,
         "subjects": {s.name: digests(s, work) | subject_digests(s) for s in subjects},
         "backbone": {"name": name, "weights": "none", "size": size},
-        "transform": dict(backbone.transform_recipe),
+        "transform": dict(backbone.transform_settings),
         "timm": timm.__version__,
         "start": {"weights": backbone.digest, "training": None if start is None else start.training},
         "fold": {"fold": fold, "n_folds": N_FOLDS, "seed": 0},
@@ -57,9 +57,9 @@ def write_checkpoint(
     subjects: Sequence[Subject], work: Path, fold: int = 0, finished: bool = True, **about: Any
 ) -> Checkpoint:
     """A checkpoint that saw every training image but those of its fold, and whose weights are its fold's own."""
-    recipe = recipe_of(subjects, work, fold, **about)
-    settings = recipe["backbone"]
-    label = f"{recipe['stage']}-{settings['name']}-fold{fold}"
+    key = key_of(subjects, work, fold, **about)
+    settings = key["backbone"]
+    label = f"{key['stage']}-{settings['name']}-fold{fold}"
     seen = [s.train.ids[assign_folds(s.train.ids, N_FOLDS, 0) != fold] for s in subjects]
     facts = {
         "label": label,
@@ -72,9 +72,9 @@ def write_checkpoint(
         "finished": finished,
         "seen_ids": np.unique(np.concatenate(seen)).tolist(),
     }
-    path = checkpoint_path(work, label, recipe)
+    path = checkpoint_path(work, label, key)
     backbone = load_backbone(BackboneConfig(settings["name"], "none", settings["size"]))
     facts["digests"] = save_weights(path / "epoch-001", trained_weights(backbone, seed=fold), HEADS)
-    checkpoint = Checkpoint(path, recipe, facts)
+    checkpoint = Checkpoint(path, key, facts)
     record(checkpoint)
     return checkpoint

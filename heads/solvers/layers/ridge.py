@@ -43,7 +43,7 @@ _WEIGHTS_BYTES = 2e9  # of a hemisphere's weights that are saved; larger ones ar
 # One a decade: the mean over priors fills in what lies between, and each costs a product as large as a prediction.
 PENALTIES = tuple(10.0**k for k in range(-4, 5))
 
-# what decides the heads besides features and responses; part of every prediction store's recipe
+# what decides the heads besides features and responses; part of every prediction store's key
 METHOD = {
     "blur": BLUR,
     "centres": list(CENTRES),
