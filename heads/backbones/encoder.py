@@ -18,10 +18,9 @@ from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.subject import Subject
 from heads.backbones.batches import Targets
 from heads.config import CORRELATIONS, SpatialConfig, TrainConfig
-from heads.modules.linear import SMALL, RoiHead, linear_layer
+from heads.modules.linear import SMALL, LinearMap, RoiHead, linear_layer
 from heads.modules.spatial import Rows, Shapes, SpatialReadout, Standardise
 from heads.scores.losses import LOSSES
-from heads.solvers.ridge import LinearMap
 
 Columns = dict[tuple[str, str], torch.Tensor]  # (subject, hemisphere) -> (n_vertices,) int64, which outputs they are
 

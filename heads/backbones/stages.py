@@ -58,9 +58,9 @@ from heads.backbones.encoder import (
 )
 from heads.backbones.loop import EncoderTraining, make_accelerator
 from heads.config import StageConfig
-from heads.modules.linear import SMALL
+from heads.modules.linear import SMALL, LinearMap
 from heads.modules.spatial import Shapes
-from heads.solvers.ridge import LinearMap, RidgeHead
+from heads.solvers.ridge import RidgeHead
 
 _FEATURE_BATCH = 64  # images a pass where only features are asked for
 

@@ -10,7 +10,7 @@ from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import FSAVERAGE_VERTICES, HEMISPHERES
 from heads.backbones.encoder import AllSubjects, OneSubject, linear_map_of, output_columns
 from heads.modules.linear import SMALL
-from heads.solvers.ridge import LinearMap
+from heads.modules.linear import LinearMap
 
 N_FEATURES = 7
 

@@ -14,7 +14,7 @@ from heads.solvers.held_out import TrainedFolds, TunedRidge
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import prior_set
 from heads.solvers.layers.ridge import DualFolds
-from heads.solvers.ridge import LinearMap
+from heads.modules.linear import LinearMap
 
 N_FOLDS, N_TRAIN, N_TEST, N_FEATURES, N_VERTICES = 3, 90, 8, 10, 4
 IDS = np.random.default_rng(2).permutation(73_000)[:N_TRAIN]
