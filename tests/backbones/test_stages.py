@@ -208,8 +208,8 @@ def test_what_a_fit_refuses_leaves_no_store_behind(work, tiny, tmp_path, monkeyp
     subjects = open_challenge(tiny).subjects[:1]
     if backbone == "frozen":
         extract(subjects, ExtractConfig(SMALL, LayerConfig(("pooled",)), workers=1), folder)
-    for place in ("folds.clean_parts", "spatial_folds.clean_parts", "training.stop_split", "spatial_folds.stop_split"):
-        monkeypatch.setattr(f"heads.{place}", refuse)
+    for place in ("held_out.clean_parts", "spatial.clean_parts", "gradient.stop_split", "spatial.stop_split"):
+        monkeypatch.setattr(f"heads.solvers.{place}", refuse)
     if (backbone, head, loss) == ("frozen", "linear", "mse"):  # the closed form splits nothing there
         monkeypatch.setattr("heads.solvers.registry.RidgeFits", refuse)
     with pytest.raises(ConfigError, match="fold 0"):
