@@ -49,6 +49,12 @@ def plain_processor() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def few_shuffles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blends of shuffled responses take ten times as long as the blend; tests of them ask for all ten."""
+    monkeypatch.setattr("heads.blend.uncertainty.N_PERMUTATIONS", 2)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two subjects of a simulated tree, for reading."""
