@@ -25,7 +25,7 @@ from featcache.dataset.subject import Subject
 from featcache.machine.files import replace_json
 from featcache.simulate import SimulateConfig, simulate
 from heads.backbones.stages import train_stage
-from heads.config import FitConfig, StageConfig, key
+from heads.config import FitConfig, StageConfig
 from heads.fit.run import fit_heads
 from heads.scores.metrics import pearson_r
 
@@ -66,13 +66,13 @@ def run_seed(
 ) -> dict[str, dict[str, float]]:
     """{arm: {subject: mean r over the vertices of the held-out fold}}"""
     work = options.work / f"seed{seed}"
-    backbone = BackboneConfig(BACKBONE, "packaged", options.size)
-    # the default key, with the rates that suit a small network in stage 1 (docs/log.md)
-    second = replace(key("fast", "finetune"), seed=seed, stop="never", epochs=options.stage2_epochs)
+    backbone = BackboneConfig(name=BACKBONE, weights="packaged", size=options.size)
+    # the default preset, with the rates that suit a small network in stage 1 (docs/log.md)
+    second = replace(preset("fast", "finetune"), seed=seed, stop="never", epochs=options.stage2_epochs)
     settings = replace(
         second, loss="smooth_l1", epochs=options.stage1_epochs, learning_rate=1e-3, head_learning_rate=3e-3
     )
-    common = StageConfig("pretrain", settings, backbone, fold=seed % N_FOLDS, n_folds=N_FOLDS)
+    common = StageConfig(stage="pretrain", train=settings, backbone=backbone, fold=seed % N_FOLDS, n_folds=N_FOLDS)
     stages = {"stage 1": (everyone, common)}
     for arm, init, loss in (
         ("stage 2 alone", "packaged", "smooth_l1"),
@@ -80,7 +80,7 @@ def run_seed(
         ("stages 1 and 2 with PC and MNNPC", "stage1", "smooth_l1+pearson+mnnpc"),
     ):
         stages[arm] = (subjects, replace(common, stage="finetune", init=init, train=replace(second, loss=loss)))
-    frozen = ExtractConfig(backbone, LayerConfig((POOLED,)))
+    frozen = ExtractConfig(backbone=backbone, layers=LayerConfig(layers=(POOLED,)))
     extract(subjects, frozen, work / "frozen")
     scores = {"frozen, refitted": score(subjects, work / "frozen", "auto", seed)}
     for arm, (trained_on, config) in stages.items():

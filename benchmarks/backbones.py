@@ -36,7 +36,7 @@ from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Subject
 from featcache.simulate import SimulateConfig, simulate
 from heads.backbones.stages import train_stage
-from heads.config import FitConfig, StageConfig, key
+from heads.config import FitConfig, StageConfig
 from heads.fit.run import Fitted, fit_heads
 
 BACKBONES = (
@@ -53,23 +53,32 @@ N_FOLDS = 2
 EMBEDDING, OUTPUTS = 512, 39_548  # of the paper's stage 1: subject embedding, vertices of the challenge
 BYTES = 16  # a parameter: weight, gradient and AdamW's two moments in float32
 # The second subject is there so that there are two; the first has enough images for its held-out fold's four parts.
-TREE = SimulateConfig(2, (12, 4), 2, 2, (40, 44), image_size=32, n_reference=50, workers=1)
+TREE = SimulateConfig(
+    n_subjects=2, n_train=(12, 4), n_test=2, n_shared=2, n_vertices=(40, 44), image_size=32, n_reference=50, workers=1
+)
 
 
 def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
     """Everything of one backbone, in this process."""
     simulate(TREE, folder / "challenge")
     subjects, work = open_challenge(folder / "challenge").subjects, folder / "work"
-    own = BackboneConfig(name, "none", size)
-    settings = replace(key("paper", "pretrain"), epochs=1, batch_size=BATCH)
+    own = BackboneConfig(name=name, weights="none", size=size)
+    settings = replace(preset("paper", "pretrain"), epochs=1, batch_size=BATCH)
     ends: list[float] = []
     register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     for stage, of in (("pretrain", subjects), ("finetune", subjects[:1])):  # the second starts from the first
-        config = StageConfig(stage, settings, own, fold=0, n_folds=N_FOLDS, device="cpu", workers=1)
+        config = StageConfig(
+            stage=stage, train=settings, backbone=own, fold=0, n_folds=N_FOLDS, device="cpu", workers=1
+        )
         checkpoint = train_stage(of, config, work)[0].checkpoint.path
     step = float(np.median(np.diff(ends)))  # from one step's end to the next one's; what lies between stages is one
     reading = ExtractConfig(
-        own, LayerConfig((POOLED,)), batch_size=4 * BATCH, workers=1, device="cpu", checkpoint=str(checkpoint)
+        backbone=own,
+        layers=LayerConfig(layers=(POOLED,)),
+        batch_size=4 * BATCH,
+        workers=1,
+        device="cpu",
+        checkpoint=str(checkpoint),
     )
     extracted = extract(subjects[:1], reading, work)[0]
     fitted = fit_heads(subjects[:1], FitConfig(n_folds=N_FOLDS, device="cpu"), work)[0]

@@ -57,7 +57,7 @@ def blended(data: Path, work: Path, subject: str, method: str, per: str) -> None
     keep_freed_memory()
     members = members_of(open_challenge(data, None).select(subject), work)
     accuracy, found = has_ceilings(members), []
-    config = BlendConfig(method, per)
+    config = BlendConfig(method=method, per=per)
     took = seconds(lambda: found.extend(blend_subject(s, stores, config, accuracy) for s, stores in members.items()))
     peak = peak_gb()
     over_single, over_uniform = gains([one.resampled for one in found])

@@ -59,7 +59,7 @@ def product(features: torch.Tensor, responses: torch.Tensor) -> None:
 
 
 def fold_by_fold(features: torch.Tensor, folds: np.ndarray, subject: Subject, save: bool) -> None:
-    heads = RidgeFits(features, folds, RidgeConfig(PENALTIES), save)
+    heads = RidgeFits(features, folds, RidgeConfig(penalties=PENALTIES), save)
     cross_validate(heads, subject, "lh", lambda n: None)
 
 

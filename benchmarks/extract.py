@@ -79,7 +79,7 @@ def forward(batches: list[torch.Tensor], model: torch.nn.Module) -> None:
 
 
 def figures(name: str, weights: str, subject: Subject, batch_size: int, rounds: int, folder: Path) -> list[Figure]:
-    config = BackboneConfig(name, weights)
+    config = BackboneConfig(name=name, weights=weights)
     backbone = load_backbone(config, "cpu")
     plain = load_backbone(config, "cpu").model.to(memory_format=torch.contiguous_format)
     paths = [*subject.train.paths, *subject.test.paths]
@@ -88,7 +88,13 @@ def figures(name: str, weights: str, subject: Subject, batch_size: int, rounds: 
         backbone.normalise(part).contiguous(memory_format=torch.channels_last) for part in pixels.split(batch_size)
     ]
     ours = {
-        dtype: ExtractConfig(config, LayerConfig(("pooled",)), dtype, batch_size, checkpoint="none")
+        dtype: ExtractConfig(
+            backbone=config,
+            layers=LayerConfig(layers=("pooled",)),
+            dtype=dtype,
+            batch_size=batch_size,
+            checkpoint="none",
+        )
         for dtype in ("float32", "auto")
     }
     times: dict[str, list[float]] = {}

@@ -43,17 +43,24 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        tree = SimulateConfig(1, options.images, 2, 0, tuple(options.vertices), image_size=64)
+        tree = SimulateConfig(
+            n_subjects=1,
+            n_train=options.images,
+            n_test=2,
+            n_shared=0,
+            n_vertices=tuple(options.vertices),
+            image_size=64,
+        )
         simulate(tree, Path(folder) / "challenge")
         print(json.dumps(measure(Path(folder), options), indent=2))
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     subjects = open_challenge(folder / "challenge").subjects
-    backbone = load_backbone(BackboneConfig(options.backbone, "none", options.size))
+    backbone = load_backbone(BackboneConfig(name=options.backbone, weights="none", size=options.size))
     images = Images(subjects, cache_pixels(subjects, backbone, folder, 10, 2), FOLD)
     network: Any = backbone.model
-    taps = backbone.taps(LayerConfig((POOLED,)))
+    taps = backbone.taps(LayerConfig(layers=(POOLED,)))
     encoder = Encoder(network, OneSubject(network.num_features, subjects[0], 0.1), taps).requires_grad_(True)
     config = TrainConfig(epochs=2 * options.rounds + 1)
     checkpoint = Checkpoint(folder, {"fold": FOLD}, {"label": options.backbone, "scores": []})

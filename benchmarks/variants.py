@@ -59,7 +59,7 @@ def main() -> None:
         subject = make_subject(Path(folder), (sizes.images, sizes.test_images), y, n_left=sizes.vertices * 12 // 25)
         del y
         for solver, what in (("auto", "the one model that they are"), ("moments", "a model each")):
-            one, ten = (FitConfig(loss, solver=solver) for loss in ("mse", LOSSES))
+            one, ten = (FitConfig(loss=loss, solver=solver) for loss in ("mse", LOSSES))
             ours, theirs, ratio = paired(
                 partial(fit, features, folds, subject, ten), partial(fit, features, folds, subject, one), sizes.rounds
             )

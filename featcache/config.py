@@ -12,6 +12,7 @@ from featcache.errors import ConfigError
 PRODUCTS = ("float32", "tf32")  # how CUDA multiplies float32 matrices
 DTYPES = ("auto", "float32", "tf32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+DEFAULT_BACKBONE, DEFAULT_WEIGHTS = "convnext_xlarge", "hub"
 POOLED = "pooled"  # the layer that a network's own classifier reads
 POOLS = ("avg", "max")
 
@@ -30,20 +31,34 @@ def at_least(option: str, value: float, minimum: float) -> None:
         raise ConfigError(f"--{option}", expected=f"{minimum} or more", found=value, remedy="raise it")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """Which network reads the images, and with which weights."""
+    """Which network reads the images, and with which weights; None where the user did not say."""
 
-    name: str = "convnext_xlarge"  # any name timm knows
-    weights: str = "hub"  # hub | packaged | none | path of a .safetensors or .pth file
+    name: str | None = None  # any name timm knows
+    weights: str | None = None  # hub | packaged | none | path of a .safetensors or .pth file
     size: int | None = None  # pixels on a side; None: the size the weights were trained at
 
     def __post_init__(self) -> None:
         if self.size is not None:
             at_least("size", self.size, 16)
 
+    @property
+    def resolved_name(self) -> str:
+        """The network to load: the one that was named, or the default."""
+        return self.name or DEFAULT_BACKBONE
 
-@dataclass(frozen=True)
+    @property
+    def resolved_weights(self) -> str:
+        """The weights to load: those that were named, or the default."""
+        return self.weights or DEFAULT_WEIGHTS
+
+    def admits(self, name: str) -> bool:
+        """Whether a network of this name may be taken: it was named, or none was."""
+        return self.name in (None, name)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerConfig:
     """Which layers are kept, and at how many places of the image."""
 
@@ -59,7 +74,7 @@ class LayerConfig:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
     """How images become rows of features. Only `layers` and `dtype` decide what the rows are."""
 
@@ -72,7 +87,6 @@ class ExtractConfig:
     device: str = "auto"
     # none: the backbone as its weights come | auto: the work folder's checkpoints of it, if any | a checkpoint's folder
     checkpoint: str = "none"
-    any_backbone: bool = False  # auto: checkpoints of every backbone, whatever `backbone` says
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)

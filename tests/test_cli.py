@@ -170,7 +170,7 @@ def test_simulate_writes_a_tree_that_check_passes(tmp_path, capfd):
         (["fit-heads", "--solver", "trained", "--folds", "5"], "--folds: .*, which takes the heads of a checkpoint as"),
         (["blend", "--method", "magic"], "--method: expected one of uniform, score, greedy, nnls; found 'magic'"),
         (["blend", "--per", "lobe"], "--per: expected one of all, hemisphere, roi, vertex; found 'lobe'"),
-        (["blend", "--recipe", "cake"], "--recipe: expected one of best, paper; found 'cake'"),
+        (["blend", "--preset", "cake"], "--preset: expected one of best, paper; found 'cake'"),
         (["models"], "found none; run 'extract' and 'fit-heads' first"),
         (["blend", "--nonsense"], "--nonsense"),
         (["conquer"], "conquer"),

@@ -19,7 +19,9 @@ def features(v4, tmp_path_factory):
     work, root = tmp_path_factory.mktemp("real"), tmp_path_factory.mktemp("tree")
     shutil.copytree(v4 / "subj06", root / "subj06")
     extract(
-        open_challenge(root).subjects, ExtractConfig(BackboneConfig("tf_efficientnet_lite0", "packaged", 224)), work
+        open_challenge(root).subjects,
+        ExtractConfig(backbone=BackboneConfig(name="tf_efficientnet_lite0", weights="packaged", size=224)),
+        work,
     )
     return root, work
 
@@ -39,7 +41,7 @@ def test_all_layers_with_their_places_predict_them_better(features):
 
 
 def test_spatial_heads_come_close_to_them(features):
-    config = FitConfig("mse", "spatial", adamw=AdamWConfig(learning_rate=1e-4, epochs=3, batch_size=32))
+    config = FitConfig(loss="mse", head="spatial", adamw=AdamWConfig(learning_rate=1e-4, epochs=3, batch_size=32))
     assert mean_r(*features, config) > 0.68
 
 

@@ -94,7 +94,9 @@ class Checkpoint:
         """The backbone at the size it was trained at, or another. Raises CheckpointError or BackboneError."""
         settings = self.key["backbone"]
         path = self._weights("backbone")
-        found = load_backbone(BackboneConfig(settings["name"], str(path), size or settings["size"]), device)
+        found = load_backbone(
+            BackboneConfig(name=settings["name"], weights=str(path), size=size or settings["size"]), device
+        )
         return replace(found, origin=f"checkpoint {self.name}")
 
     def _tensors(self, name: str) -> dict[str, torch.Tensor]:

@@ -83,13 +83,13 @@ class Backbone:
 
 def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
     """Build the network and load its weights. Raises BackboneError, which names the ways out."""
-    _refuse_unknown(config.name)
+    _refuse_unknown(config.resolved_name)
     try:
         model, origin = _build(config)
     except AssertionError as error:
         raise BackboneError(
             "--size",
-            expected=f"one that {config.name} can take",
+            expected=f"one that {config.resolved_name} can take",
             found=f"{config.size} ({first_line(error)})",
             remedy="choose another",
         ) from error
@@ -98,7 +98,7 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
     size = {} if config.size is None else {"input_size": (3, config.size, config.size)}
     data = timm.data.resolve_model_data_config(model, args=size)
     return Backbone(
-        config.name,
+        config.resolved_name,
         model.to(device),
         _pixels(timm.data.create_transform(**data, is_training=False, use_prefetcher=True)),
         {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()},
@@ -109,9 +109,9 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
 
 def described_layers(config: BackboneConfig) -> dict[str, tuple[int, int, int]]:
     """{layer: (n_channels, height, width)} of a network by name, without weights or arithmetic."""
-    _refuse_unknown(config.name)
+    _refuse_unknown(config.resolved_name)
     with torch.device("meta"):
-        model = timm.create_model(config.name, **_fixed_size(config)).eval()
+        model = timm.create_model(config.resolved_name, **_fixed_size(config)).eval()
     own = timm.data.resolve_model_data_config(model)["input_size"]
     return map_shapes(model, own if config.size is None else (own[0], config.size, config.size))
 

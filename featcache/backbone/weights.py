@@ -40,9 +40,9 @@ _WAYS_OUT = (
 
 def check_backbone(config: BackboneConfig) -> None:
     """Raise BackboneError for a name that timm lacks, and for packaged weights that are not there; load nothing."""
-    _refuse_unknown(config.name)
-    if config.weights == "packaged":
-        _refuse_unpackaged(config.name)
+    _refuse_unknown(config.resolved_name)
+    if config.resolved_weights == "packaged":
+        _refuse_unpackaged(config.resolved_name)
 
 
 def _refuse_unknown(name: str) -> None:
@@ -62,13 +62,15 @@ def _refuse_unknown(name: str) -> None:
 
 
 def _build(config: BackboneConfig) -> tuple[nn.Module, str]:
-    match config.weights:
+    match config.resolved_weights:
         case "none":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(_RANDOM_SEED)
                 return _create(config), "random weights"
         case "packaged":
-            return _create(config, state_dict=_packaged_weights(config)), f"packaged in {_PACKAGED[config.name]}"
+            return _create(
+                config, state_dict=_packaged_weights(config)
+            ), f"packaged in {_PACKAGED[config.resolved_name]}"
         case "hub":
             return _from_hub(config), "timm's pretrained weights"
         case path:
@@ -83,7 +85,7 @@ def _create(config: BackboneConfig, pretrained: bool = False, **overlay: Any) ->
     """
     pretrained = pretrained or bool(overlay)
     model: Any = timm.create_model(
-        config.name, pretrained=pretrained, pretrained_cfg_overlay=overlay or None, **_fixed_size(config)
+        config.resolved_name, pretrained=pretrained, pretrained_cfg_overlay=overlay or None, **_fixed_size(config)
     )
     model.reset_classifier(0)
     return model
@@ -91,7 +93,7 @@ def _create(config: BackboneConfig, pretrained: bool = False, **overlay: Any) ->
 
 def _fixed_size(config: BackboneConfig) -> dict[str, Any]:
     """Transformers need position embeddings made for the size; convolutions take any and know no such argument."""
-    fixed = _pretrained_config(config.name).get("fixed_input_size", False)
+    fixed = _pretrained_config(config.resolved_name).get("fixed_input_size", False)
     return {"img_size": config.size} if fixed and config.size is not None else {}
 
 
@@ -118,7 +120,7 @@ def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
             ) from error
         raise BackboneError(
             "--weights",
-            expected=f"weights of {config.name}",
+            expected=f"weights of {config.resolved_name}",
             found=f"others in {path} ({_mismatch(error)})",
             remedy="name the backbone that they belong to",
         ) from error
@@ -133,7 +135,7 @@ def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
 
 def _bare(config: BackboneConfig, state: dict[str, Any]) -> nn.Module | None:
     """The network with weights that fit it tensor by tensor without its classifier, such as training leaves."""
-    names = _pretrained_config(config.name).get("classifier") or ()
+    names = _pretrained_config(config.resolved_name).get("classifier") or ()
     if any(f"{name}.weight" in state for name in ((names,) if isinstance(names, str) else names)):
         return None
     model = _create(config)
@@ -146,24 +148,24 @@ def _bare(config: BackboneConfig, state: dict[str, Any]) -> nn.Module | None:
 
 def _with_classifier(config: BackboneConfig, state: dict[str, Any]) -> dict[str, Any]:
     """A file's tensors, with a fresh classifier where it has none or one for other classes: we drop it anyway."""
-    known = _pretrained_config(config.name)
+    known = _pretrained_config(config.resolved_name)
     names = known.get("classifier") or ()
     for name in (names,) if isinstance(names, str) else names:
         if f"{name}.weight" not in state or len(state[f"{name}.weight"]) != known["num_classes"]:
-            fresh = timm.create_model(config.name).get_submodule(name).state_dict()
+            fresh = timm.create_model(config.resolved_name).get_submodule(name).state_dict()
             state = state | {f"{name}.{key}": tensor for key, tensor in fresh.items()}
     return state
 
 
 def _from_hub(config: BackboneConfig) -> nn.Module:
-    known = _pretrained_config(config.name)
+    known = _pretrained_config(config.resolved_name)
     hub_id = known.get("hf_hub_id")
     if not hub_id and not known.get("url"):
         raise BackboneError(
             "--weights hub",
-            expected=f"pretrained weights of {config.name}",
+            expected=f"pretrained weights of {config.resolved_name}",
             found="none in timm",
-            remedy=f"choose {_substitutes(config.name)} or --weights PATH or --weights none",
+            remedy=f"choose {_substitutes(config.resolved_name)} or --weights PATH or --weights none",
         )
     if cached := _cached(hub_id):
         return _from_file(config, cached)
@@ -173,7 +175,7 @@ def _from_hub(config: BackboneConfig) -> nn.Module:
     except (OSError, RuntimeError) as error:
         raise BackboneError(
             "--weights hub",
-            expected=f"to download {config.name}",
+            expected=f"to download {config.resolved_name}",
             found=first_line(error),
             remedy=f"try again, or {_WAYS_OUT}",
         ) from error
@@ -227,9 +229,9 @@ def _refuse_unpackaged(name: str) -> None:
 
 
 def _packaged_weights(config: BackboneConfig) -> dict[str, torch.Tensor]:
-    _refuse_unpackaged(config.name)
-    names = list(timm.create_model(config.name).state_dict())
-    folder = Path(str(import_module(_PACKAGED[config.name]).__file__)).parent / "models"
+    _refuse_unpackaged(config.resolved_name)
+    names = list(timm.create_model(config.resolved_name).state_dict())
+    folder = Path(str(import_module(_PACKAGED[config.resolved_name]).__file__)).parent / "models"
     theirs = torch.load(next(folder.glob("*.pth")), map_location="cpu", weights_only=True)
     return rename_in_order(theirs, names)
 

@@ -144,8 +144,7 @@ def _sources(
         _refuse_other_backbone(checkpoint, config)
         checkpoint.refuse_other_tree({subject.name: digests(subject, work) for subject in subjects})
         return [(checkpoint, list(subjects))]
-    named = None if config.any_backbone else config.backbone.name
-    known = [one for one in list_checkpoints(work) if named in (None, one.key["backbone"]["name"])]
+    known = [one for one in list_checkpoints(work) if config.backbone.admits(one.key["backbone"]["name"])]
     served: dict[str, tuple[Checkpoint | None, list[Subject]]] = {}
     for subject in subjects if known else ():
         for checkpoint in usable(subject, known, digests(subject, work)):
@@ -161,7 +160,7 @@ def _sources(
 
 def _refuse_other_backbone(checkpoint: Checkpoint, config: ExtractConfig) -> None:
     trained = checkpoint.key["backbone"]["name"]
-    if not config.any_backbone and trained != config.backbone.name:
+    if not config.backbone.admits(trained):
         raise CheckpointError(
             checkpoint.path,
             expected=f"a checkpoint of {config.backbone.name}",
@@ -173,9 +172,9 @@ def _refuse_other_backbone(checkpoint: Checkpoint, config: ExtractConfig) -> Non
 def _load(checkpoint: Checkpoint | None, config: ExtractConfig, device: str) -> Backbone:
     if checkpoint is not None:
         return checkpoint.backbone(device, config.backbone.size)
-    refuse_trained(config.backbone.weights, "--checkpoint")
-    if config.backbone.weights == "none":
-        say(f"{config.backbone.name}: random weights, as asked; the scores will show it")
+    refuse_trained(config.backbone.resolved_weights, "--checkpoint")
+    if config.backbone.resolved_weights == "none":
+        say(f"{config.backbone.resolved_name}: random weights, as asked; the scores will show it")
     return load_backbone(config.backbone, device)
 
 

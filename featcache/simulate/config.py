@@ -18,7 +18,7 @@ DELETED_OF_FULL = {6: (26, 324), 8: (23, 14)}
 Counts = int | tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SimulateConfig:
     """Counts of a simulated challenge tree.
 

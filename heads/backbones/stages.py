@@ -152,8 +152,10 @@ def _checkpoint(
         "stage": config.stage,
         "subjects": {s.name: digests(s, work) | subject_digests(s) for s in subjects},
         "backbone": {
-            "name": start.settings.name,
-            "weights": start.settings.weights if start.settings.weights in ("hub", "packaged", "none") else "file",
+            "name": start.settings.resolved_name,
+            "weights": start.settings.resolved_weights
+            if start.settings.resolved_weights in ("hub", "packaged", "none")
+            else "file",
             "size": start.backbone.transform_settings["input_size"][-1],
         },
         "transform": dict(start.backbone.transform_settings),
@@ -244,13 +246,13 @@ class _Starts:
             return Start(load_backbone(found), None, found)
         checkpoint = open_checkpoint(found)
         trained = checkpoint.key["backbone"]
-        settings = BackboneConfig(trained["name"], trained["weights"], trained["size"])
+        settings = BackboneConfig(name=trained["name"], weights=trained["weights"], size=trained["size"])
         return Start(checkpoint.backbone(size=self._config.backbone.size), checkpoint, settings)
 
     def _wanted(self, subjects: Sequence[Subject], fold: dict[str, int]) -> Path | BackboneConfig:
         init, own = self._config.init, self._config.backbone
         if self._config.stage == "pretrain":
-            refuse_trained(own.weights, "finetune --init")
+            refuse_trained(own.resolved_weights, "finetune --init")
             return own
         if init == "stage1":
             return self._stage1(subjects[0], fold)
@@ -276,13 +278,12 @@ class _Starts:
 
     def _is_wanted(self, one: Checkpoint) -> bool:
         own, trained = self._config.backbone, one.key["backbone"]
-        named = self._config.any_backbone or trained["name"] == own.name
-        return named and own.size in (None, trained["size"])
+        return own.admits(trained["name"]) and own.size in (None, trained["size"])
 
     def _given(self, given: Checkpoint, subject: Subject, fold: dict[str, int]) -> Path:
         """The checkpoint of this fold beside the one that was named."""
         trained = given.key["backbone"]["name"]
-        if not self._config.any_backbone and trained != self._config.backbone.name:
+        if not self._config.backbone.admits(trained):
             raise CheckpointError(
                 f"--init {given.path}",
                 expected=f"a checkpoint of {self._config.backbone.name}",

@@ -22,7 +22,7 @@ from heads.commands.options import (
     on_command_line,
     open_tree,
 )
-from heads.config import BLEND_RECIPES, BLENDS, LEVELS, BlendConfig, blend_recipe
+from heads.config import BLEND_PRESETS, BLENDS, LEVELS, BlendConfig, blend_preset
 from heads.recipes.steps import Job, Outcome
 
 
@@ -54,9 +54,9 @@ def blend(
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
-    recipe: Annotated[
-        str, typer.Option(help=f"What the next options start from: {', '.join(BLEND_RECIPES)}.")
-    ] = BLEND_RECIPES[0],
+    preset: Annotated[
+        str, typer.Option(help=f"What the next options start from: {', '.join(BLEND_PRESETS)}.")
+    ] = BLEND_PRESETS[0],
     method: Annotated[str | None, typer.Option(help=f"{', '.join(BLENDS)}. [{BlendConfig.method}]")] = None,
     per: Annotated[
         str | None, typer.Option(help=f"What has weights of its own: {', '.join(LEVELS)}. [{BlendConfig.per}]")
@@ -73,7 +73,7 @@ def blend(
     if apply is not None:
         _refuse_beside_apply(on_command_line(context))
     overrides = given(method=method, per=per)
-    config = replace(blend_recipe(recipe), **overrides, models=chosen, exclude=exclude, seed=seed)
+    config = replace(blend_preset(preset), **overrides, models=chosen, exclude=exclude, seed=seed)
 
     def call() -> Outcome:
         challenge = open_tree(data, noise_ceiling)
@@ -93,7 +93,7 @@ def blend(
 
 def _refuse_beside_apply(options: Sequence[str]) -> None:
     """Raise ConfigError for options of learning, which a saved blend has no use for."""
-    for name in ("recipe", "method", "per", "chosen", "exclude", "seed"):
+    for name in ("preset", "method", "per", "chosen", "exclude", "seed"):
         if name in options:
             option = "models" if name == "chosen" else name
             raise ConfigError(

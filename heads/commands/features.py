@@ -34,7 +34,7 @@ def layers(
         from featcache.backbone.network import described_layers
         from heads.report.tables import layer_table, print_table
 
-        maps = described_layers(BackboneConfig(backbone, size=size))
+        maps = described_layers(BackboneConfig(name=backbone, size=size))
         print_table(layer_table(maps))
         rows = [{"layer": name, "channels": c, "height": h, "width": w} for name, (c, h, w) in maps.items()]
         return Outcome(f"{backbone}: {len(maps)} layers, and pooled", {"layers": rows})
@@ -72,14 +72,13 @@ def extract(
 ) -> Job:
     """Run a backbone over every image once and cache what its layers say."""
     config = ExtractConfig(
-        backbone_of(backbone, weights, size),
-        LayerConfig(tuple(layers.replace(" ", "").split(",")), grid, pool),
-        dtype,
-        batch_size,
-        workers,
-        device,
-        checkpoint,
-        any_backbone=backbone is None,
+        backbone=backbone_of(backbone, weights, size),
+        layers=LayerConfig(layers=tuple(layers.replace(" ", "").split(",")), grid=grid, pool=pool),
+        dtype=dtype,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        checkpoint=checkpoint,
     )
 
     def call() -> Outcome:

@@ -92,22 +92,24 @@ def fit_heads(
 ) -> Job:
     """Fit heads to every cached feature store, out of fold."""
     config = FitConfig(
-        loss,
-        head,
-        layers,
-        solver,
-        folds,
-        seed,
-        device,
-        products,
-        max_memory,
-        target,
+        loss=loss,
+        head=head,
+        layers=layers,
+        solver=solver,
+        n_folds=folds,
+        seed=seed,
+        device=device,
+        products=products,
+        max_memory=max_memory,
+        target=target,
         moments=MomentsConfig(**given(steps=epochs, learning_rate=learning_rate)),
         adamw=replace(
             adamw_of(head),
             **given(epochs=epochs, learning_rate=learning_rate, weight_decay=weight_decay, batch_size=batch_size),
         ),
-        spatial=SpatialConfig(rank, space, token_dropout, smoothness, sparsity),
+        spatial=SpatialConfig(
+            rank=rank, space=space, token_dropout=token_dropout, smoothness=smoothness, sparsity=sparsity
+        ),
     )
     refuse_unread(on_command_line(context), config)
     return Job(config, lambda: _fit(open_tree(data, noise_ceiling).select(subject), config, work), as_json)

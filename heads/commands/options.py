@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featcache.config import BackboneConfig
+from featcache.config import DEFAULT_BACKBONE, DEFAULT_WEIGHTS, BackboneConfig
 from featcache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,13 +24,11 @@ Ceiling = Annotated[
 Subjects = Annotated[str, typer.Option("--subject", help="all, or numbers such as 1,3.")]
 Name = Annotated[
     str | None,
-    typer.Option("--backbone", envvar="FEATCACHE_BACKBONE", help=f"Any model name of timm. [{BackboneConfig.name}]"),
+    typer.Option("--backbone", envvar="FEATCACHE_BACKBONE", help=f"Any model name of timm. [{DEFAULT_BACKBONE}]"),
 ]
 Weights = Annotated[
     str | None,
-    typer.Option(
-        "--weights", envvar="FEATCACHE_WEIGHTS", help=f"hub, packaged, none or a file. [{BackboneConfig.weights}]"
-    ),
+    typer.Option("--weights", envvar="FEATCACHE_WEIGHTS", help=f"hub, packaged, none or a file. [{DEFAULT_WEIGHTS}]"),
 ]
 Size = Annotated[
     int | None,
@@ -59,7 +57,7 @@ def on_command_line(context: typer.Context) -> list[str]:
 
 
 def backbone_of(name: str | None, weights: str | None, size: int | None) -> BackboneConfig:
-    return BackboneConfig(name or BackboneConfig.name, weights or BackboneConfig.weights, size)
+    return BackboneConfig(name=name, weights=weights, size=size)
 
 
 def existing(data: Path) -> Path:

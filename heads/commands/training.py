@@ -25,8 +25,8 @@ from heads.commands.options import (
     given,
     open_tree,
 )
-from heads.config import PAPER_SIZE, RECIPES, STAGES, SoupConfig, StageConfig, TrainConfig
-from heads.config import recipe as settings_of
+from heads.config import PAPER_SIZE, PRESETS, STAGES, SoupConfig, StageConfig, TrainConfig
+from heads.config import preset as settings_of
 from heads.recipes.steps import Job, Outcome
 
 if TYPE_CHECKING:
@@ -51,14 +51,16 @@ def _training_command(stage: str) -> Callable[..., Job]:
         fold: Annotated[str, typer.Option(help="The fold held out, or all: each in turn.")] = "all",
         folds: Annotated[int, typer.Option(help="Folds of the training images, by image id.")] = StageConfig.n_folds,
         fold_seed: Annotated[int, typer.Option(help="Of the folds.")] = StageConfig.fold_seed,
-        recipe: Annotated[str, typer.Option(help=f"Settings to start from: {', '.join(RECIPES)}.")] = "fast",
+        preset: Annotated[str, typer.Option(help=f"Settings to start from: {', '.join(PRESETS)}.")] = "fast",
         save_every: Annotated[
             int, typer.Option(help="Steps between states to go on from, besides epochs; 0: none.")
         ] = StageConfig.save_every,
         image_cache: Annotated[
             float, typer.Option(help="GB that decoded images may take on the disk.")
         ] = StageConfig.image_cache,
-        workers: Annotated[int, typer.Option(help="Threads that decode images.")] = StageConfig("pretrain").workers,
+        workers: Annotated[int, typer.Option(help="Threads that decode images.")] = StageConfig(
+            stage="pretrain"
+        ).workers,
         device: Device = StageConfig.device,
         as_json: AsJson = False,
         **settings: Any,
@@ -68,11 +70,10 @@ def _training_command(stage: str) -> Callable[..., Job]:
                 "--fold", expected=f"all or a number from 0 to {folds - 1}", found=f"{fold!r}", remedy="correct it"
             )
         config = StageConfig(
-            stage,
-            replace(settings_of(recipe, stage), **given(**settings)),
-            backbone_of(backbone, weights, size or (PAPER_SIZE if recipe == "paper" else None)),
-            init,
-            any_backbone=backbone is None,
+            stage=stage,
+            train=replace(settings_of(preset, stage), **given(**settings)),
+            backbone=backbone_of(backbone, weights, size or (PAPER_SIZE if preset == "paper" else None)),
+            init=init,
             fold=None if fold == "all" else int(fold),
             n_folds=folds,
             fold_seed=fold_seed,
@@ -127,7 +128,7 @@ def soup(
     as_json: AsJson = False,
 ) -> Job:
     """Average the weights of checkpoints that share a start: one more checkpoint of each family and fold."""
-    config = SoupConfig(stage, models)
+    config = SoupConfig(stage=stage, models=models)
 
     def call() -> Outcome:
         subjects = open_tree(data, noise_ceiling).select(subject)

@@ -1,6 +1,6 @@
 """Settings of training, fitting and blending. Imports no torch, so that `--help` answers at once."""
 
-from heads.config.blending import BLEND_RECIPES, BLENDS, LEVELS, BlendConfig, blend_recipe
+from heads.config.blending import BLEND_PRESETS, BLENDS, LEVELS, BlendConfig, blend_preset
 from heads.config.fitting import (
     HEADS,
     SOLVERS,
@@ -13,18 +13,18 @@ from heads.config.fitting import (
     refuse_unread,
 )
 from heads.config.losses import CORRELATIONS, LEAST_SQUARES, LOSS_NAMES, loss_label, parse_loss
-from heads.config.training import PAPER_SIZE, RECIPES, STAGES, SoupConfig, StageConfig, TrainConfig, recipe
+from heads.config.training import PAPER_SIZE, PRESETS, STAGES, SoupConfig, StageConfig, TrainConfig, preset
 
 __all__ = [
     "BLENDS",
-    "BLEND_RECIPES",
+    "BLEND_PRESETS",
     "CORRELATIONS",
     "HEADS",
     "LEAST_SQUARES",
     "LEVELS",
     "LOSS_NAMES",
     "PAPER_SIZE",
-    "RECIPES",
+    "PRESETS",
     "SOLVERS",
     "STAGES",
     "AdamWConfig",
@@ -37,9 +37,9 @@ __all__ = [
     "StageConfig",
     "TrainConfig",
     "adamw_of",
-    "blend_recipe",
+    "blend_preset",
     "loss_label",
     "parse_loss",
-    "recipe",
+    "preset",
     "refuse_unread",
 ]

@@ -8,7 +8,7 @@ BLENDS = ("uniform", "score", "greedy", "nnls")
 LEVELS = ("all", "hemisphere", "roi", "vertex")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlendConfig:
     """How models are weighed against each other, for each subject."""
 
@@ -30,10 +30,10 @@ class BlendConfig:
         return f"{self.method} per {self.per}" + (" by backbone" if self.by == "backbone" else "")
 
 
-BLEND_RECIPES = ("best", "paper")
+BLEND_PRESETS = ("best", "paper")
 
 
-def blend_recipe(name: str) -> BlendConfig:
+def blend_preset(name: str) -> BlendConfig:
     """best: what measured best; paper: as published, an average weighted by backbone. Raises ConfigError."""
-    one_of("recipe", name, BLEND_RECIPES)
+    one_of("preset", name, BLEND_PRESETS)
     return BlendConfig(method="score", per="all", by="backbone") if name == "paper" else BlendConfig()

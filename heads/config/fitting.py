@@ -15,7 +15,7 @@ SOLVERS = ("auto", "exact", "moments", "adamw", "trained")
 TARGETS = ("responses", "blend")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
     """The gradient loop of the heads."""
 
@@ -42,7 +42,7 @@ def adamw_of(head: str) -> AdamWConfig:
     return AdamWConfig()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RidgeConfig:
     """The closed-form heads."""
 
@@ -59,7 +59,7 @@ class RidgeConfig:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MomentsConfig:
     """Full-batch descent on linear heads (see heads.solvers.moments)."""
 
@@ -76,7 +76,7 @@ class MomentsConfig:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpatialConfig:
     """Spatial heads on cached layers: maps over places times maps over channels (see heads.modules.spatial)."""
 
@@ -94,7 +94,7 @@ class SpatialConfig:
         check_dropout(self.token_dropout)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """Which heads are fitted to a feature store, and how."""
 

@@ -26,9 +26,9 @@ def _option(default: Any, meaning: str) -> Any:
 _SPATIAL = ("layers", "grid", "space", "rank", "token_dropout", "smoothness", "sparsity")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The gradient loop of backbone and heads together, for both stages. The defaults are the fast recipe."""
+    """The gradient loop of backbone and heads together, for both stages. The defaults are the fast preset."""
 
     loss: str = _option("smooth_l1", f"{', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc.")
     epochs: int = _option(5, "The learning rate reaches zero at the end of the last.")
@@ -105,8 +105,8 @@ class TrainConfig:
     def tapped(self) -> LayerConfig:
         """The layers that the heads read."""
         if self.head == "pooled":
-            return LayerConfig((POOLED,))
-        return LayerConfig(tuple(self.layers.replace(" ", "").split(",")), self.grid)
+            return LayerConfig(layers=(POOLED,))
+        return LayerConfig(layers=tuple(self.layers.replace(" ", "").split(",")), grid=self.grid)
 
     @property
     def terms(self) -> tuple[tuple[float, str], ...]:
@@ -127,12 +127,12 @@ class TrainConfig:
 
 PAPER_SIZE = 384  # pixels on a side, where --size says nothing else
 
-RECIPES = ("fast", "paper")
+PRESETS = ("fast", "paper")
 
 
-def recipe(name: str, stage: str) -> TrainConfig:
-    """The settings of a stage under a recipe of that name. Raises ConfigError."""
-    one_of("recipe", name, RECIPES)
+def preset(name: str, stage: str) -> TrainConfig:
+    """The settings of a stage under a preset of that name. Raises ConfigError."""
+    one_of("preset", name, PRESETS)
     if name == "fast":
         # A batch of one subject is enough for correlations; shared among eight, it is not (docs/training.md).
         return TrainConfig(loss="smooth_l1+pearson+mnnpc" if stage == "finetune" else "smooth_l1")
@@ -150,7 +150,7 @@ def recipe(name: str, stage: str) -> TrainConfig:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SoupConfig:
     """Which checkpoints are averaged."""
 
@@ -169,7 +169,7 @@ class SoupConfig:
         return tuple(part.strip() for part in self.models.split(","))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One stage of training: what starts from what, and which folds are held out."""
 
@@ -178,7 +178,6 @@ class StageConfig:
     # pretrain: what it starts from. finetune: of which stage-1 checkpoint, unless `init` names another start
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     init: str = "stage1"  # finetune only: stage1 | hub | packaged | none | a weights file | a checkpoint's folder
-    any_backbone: bool = False  # init stage1: the only stage-1 backbone there is, whatever `backbone` says
     fold: int | None = None  # the one held out; None: each in turn
     n_folds: int = 5
     fold_seed: int = 0  # the folds of fit-heads with the same number and seed

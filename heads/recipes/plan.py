@@ -88,7 +88,7 @@ def _subjects(one: Ready, trees: dict[Any, Challenge]) -> tuple[Subject, ...]:
 
 
 def _check(config: Any) -> None:
-    if isinstance(config, (StageConfig, ExtractConfig)) and not config.any_backbone:
+    if isinstance(config, (StageConfig, ExtractConfig)):
         check_backbone(config.backbone)
     if device := getattr(config, "device", None):
         resolve_device(device)
@@ -169,7 +169,7 @@ class _Work:
 
     def _train(self, config: StageConfig, subjects: Sequence[Subject]) -> Costs:
         before = [one for one in self.trainings if one.config.stage == "pretrain"]
-        same = [one for one in before if config.any_backbone or one.backbone.name == config.backbone.name]
+        same = [one for one in before if config.backbone.admits(one.backbone.resolved_name)]
         start = (
             same[-1].backbone if config.stage == "finetune" and config.init == "stage1" and same else config.backbone
         )
@@ -186,7 +186,7 @@ class _Work:
         heads = product_seconds(6.0 * sum(a * b for a, b in zip(n, vertices, strict=True)) * net.n_features, device)
         loads = folds if config.stage == "pretrain" else folds * len(subjects)
         for subject in subjects:
-            self.pixels[subject.name, backbone.name, backbone.size] = len(subject.image_ids) * net.pixels
+            self.pixels[subject.name, backbone.resolved_name, backbone.size] = len(subject.image_ids) * net.pixels
         outputs = max(vertices) * (1 if config.stage == "pretrain" else 2)  # a hemisphere's, and those of ROIs
         parameters = 4.0 * net.n_features * outputs
         # the start, the network, its gradient and both moments; what layers keep for the way back
@@ -201,7 +201,7 @@ class _Work:
         return self.decoded - before
 
     def _extract(self, config: ExtractConfig, subjects: Sequence[Subject]) -> Costs:
-        trained = [one for one in self.trainings if config.any_backbone or one.backbone.name == config.backbone.name]
+        trained = [one for one in self.trainings if config.backbone.admits(one.backbone.resolved_name)]
         served = [
             one for one in trained if config.checkpoint == "auto" and set(one.subjects) & {s.name for s in subjects}
         ]

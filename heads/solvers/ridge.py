@@ -219,7 +219,7 @@ class RidgeHead(RegressorMixin, BaseEstimator):
 
         Raises ConfigError for shapes that do not belong together, values that are not finite, or fewer than 3 images.
         """
-        config = RidgeConfig(tuple(self.penalties), self.selection)
+        config = RidgeConfig(penalties=tuple(self.penalties), selection=self.selection)
         x = _matrix("features", features)
         y = _matrix("responses", responses).to(x.device)
         if len(x) != len(y) or len(x) < 3 or not x.numel():

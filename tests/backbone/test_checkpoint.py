@@ -82,7 +82,7 @@ def test_what_was_recorded_is_opened_again(made):
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
 def test_the_backbone_comes_back_with_its_weights(subjects, tmp_path, name):
     made = write_checkpoint(subjects, tmp_path, name=name)
-    trained = load_backbone(BackboneConfig(name, "none", 48))
+    trained = load_backbone(BackboneConfig(name=name, weights="none", size=48))
     untrained = trained.pooled(images(48))
     trained.model.load_state_dict(trained_weights(trained, seed=0))
     expected = trained.pooled(images(48))

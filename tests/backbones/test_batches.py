@@ -16,7 +16,7 @@ FOLD = {"fold": 1, "n_folds": 3, "seed": 4}
 @pytest.fixture
 def images(tiny, tmp_path):
     subjects = open_challenge(tiny).subjects
-    backbone = load_backbone(BackboneConfig("test_resnet", "none", 32))
+    backbone = load_backbone(BackboneConfig(name="test_resnet", weights="none", size=32))
     return Images(subjects, cache_pixels(subjects, backbone, tmp_path, 1, 1), FOLD)
 
 

@@ -25,13 +25,23 @@ from heads.backbones.stages import train_stage
 from heads.config import StageConfig, TrainConfig
 from heads.scores.losses import LOSSES
 
-BACKBONE = BackboneConfig("test_resnet", "none", 32)
+BACKBONE = BackboneConfig(name="test_resnet", weights="none", size=32)
 QUICK = TrainConfig(freeze_norm=False, epochs=2, batch_size=4, stop="never", embedding=8)
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def train(tree, work, settings=QUICK, stage="finetune", subject="1", **options):
-    config = StageConfig(stage, settings, BACKBONE, "none", fold=0, n_folds=3, device="cpu", workers=1, **options)
+    config = StageConfig(
+        stage=stage,
+        train=settings,
+        backbone=BACKBONE,
+        init="none",
+        fold=0,
+        n_folds=3,
+        device="cpu",
+        workers=1,
+        **options,
+    )
     (trained,) = train_stage(open_challenge(tree).select(subject), config, work)
     return trained.checkpoint
 

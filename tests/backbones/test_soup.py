@@ -25,13 +25,15 @@ from heads.fit.run import fit_heads
 from heads.scores.metrics import VertexScores, pearson_r, summarize
 from support.checkpoints import HEADS
 
-SMALL = BackboneConfig("test_resnet", "none", 48)
-QUICK = TrainConfig("smooth_l1", epochs=1, batch_size=4, stop="never", embedding=8, learning_rate=3e-3)
+SMALL = BackboneConfig(name="test_resnet", weights="none", size=48)
+QUICK = TrainConfig(loss="smooth_l1", epochs=1, batch_size=4, stop="never", embedding=8, learning_rate=3e-3)
 MEMBERS = (QUICK, TrainConfig(**vars(QUICK) | {"loss": "pearson"}), TrainConfig(**vars(QUICK) | {"seed": 1}))
 
 
 def train(subjects, work, settings, stage="finetune", init="none", **options):
-    config = StageConfig(stage, settings, SMALL, init, n_folds=2, device="cpu", workers=1, **options)
+    config = StageConfig(
+        stage=stage, train=settings, backbone=SMALL, init=init, n_folds=2, device="cpu", workers=1, **options
+    )
     return [one.checkpoint for one in train_stage(subjects, config, work)]
 
 
@@ -141,7 +143,7 @@ def test_saved_heads_score_as_training_did_in_every_form(subjects, tmp_path, sta
 def test_its_score_is_that_of_its_predictions_of_the_held_out_images(work, subjects):
     made = soups(subjects[:1], work)
     for soup in made:
-        extract(subjects[:1], ExtractConfig(SMALL, checkpoint=str(soup.checkpoint.path), workers=1), work)
+        extract(subjects[:1], ExtractConfig(backbone=SMALL, checkpoint=str(soup.checkpoint.path), workers=1), work)
     (fitted,) = fit_heads(subjects[:1], FitConfig(solver="trained"), work)
     store, folds = open_store(fitted.path), assign_folds(subjects[0].train.ids, 2, 0)
     assert "finetune soup of 3" in fitted.model

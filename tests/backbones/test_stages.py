@@ -124,7 +124,11 @@ def test_trained_heads_predict_what_the_network_did(work, tiny):
 
 def test_heads_of_a_checkpoint_are_one_model_whatever_heads_are_asked_for(work, tiny):
     subject = open_challenge(tiny).subjects[0]
-    asked = [FitConfig(loss, head, solver="trained") for loss in ("mnnpc", "smooth_l1") for head in ("linear", "roi")]
+    asked = [
+        FitConfig(loss=loss, head=head, solver="trained")
+        for loss in ("mnnpc", "smooth_l1")
+        for head in ("linear", "roi")
+    ]
     found = [{(one.path, one.model) for one in fit_heads([subject], config, work)} for config in asked]
     assert len(found[0]) == 2 and all(one == found[0] for one in found)
     assert len(list((work / "predictions.zarr").iterdir())) == 2
@@ -207,13 +211,13 @@ def test_what_a_fit_refuses_leaves_no_store_behind(work, tiny, tmp_path, monkeyp
     folder = work if backbone == "trained" else tmp_path / "frozen"
     subjects = open_challenge(tiny).subjects[:1]
     if backbone == "frozen":
-        extract(subjects, ExtractConfig(SMALL, LayerConfig(("pooled",)), workers=1), folder)
+        extract(subjects, ExtractConfig(backbone=SMALL, layers=LayerConfig(layers=("pooled",)), workers=1), folder)
     for place in ("held_out.clean_parts", "spatial.clean_parts", "gradient.stop_split", "spatial.stop_split"):
         monkeypatch.setattr(f"heads.solvers.{place}", refuse)
     if (backbone, head, loss) == ("frozen", "linear", "mse"):  # the closed form splits nothing there
         monkeypatch.setattr("heads.solvers.registry.RidgeFits", refuse)
     with pytest.raises(ConfigError, match="fold 0"):
-        fit_heads(subjects, FitConfig(loss, head), folder)
+        fit_heads(subjects, FitConfig(loss=loss, head=head), folder)
     assert not (folder / "predictions.zarr").exists() and not (folder / "heads").exists()
 
 
@@ -222,10 +226,16 @@ def test_trained_heads_come_with_the_features_they_read(tiny, tmp_path):
     subjects = open_challenge(tiny).subjects[:1]
     for n_folds in (2, 3):
         stage = StageConfig(
-            "finetune", TrainConfig(epochs=1, batch_size=4), SMALL, "none", fold=1, n_folds=n_folds, workers=1
+            stage="finetune",
+            train=TrainConfig(epochs=1, batch_size=4),
+            backbone=SMALL,
+            init="none",
+            fold=1,
+            n_folds=n_folds,
+            workers=1,
         )
         train_stage(subjects, stage, tmp_path)
-    extract(subjects, ExtractConfig(SMALL, checkpoint="auto"), tmp_path)
+    extract(subjects, ExtractConfig(backbone=SMALL, checkpoint="auto"), tmp_path)
     for one in feature_sets(subjects[0], tmp_path):
         fold = one.stores[0].key["fold"]
         (checkpoint,) = [c for c in list_checkpoints(tmp_path) if c.fold["n_folds"] == fold["n_folds"]]
@@ -238,9 +248,17 @@ def test_trained_heads_come_with_the_features_they_read(tiny, tmp_path):
 
 def test_one_fold_predicts_and_scores_its_own_images_alone(tiny, tmp_path, said):
     subjects = open_challenge(tiny).subjects[:1]
-    stage = StageConfig("finetune", TrainConfig(epochs=1, batch_size=4), SMALL, "none", fold=1, n_folds=2, workers=1)
+    stage = StageConfig(
+        stage="finetune",
+        train=TrainConfig(epochs=1, batch_size=4),
+        backbone=SMALL,
+        init="none",
+        fold=1,
+        n_folds=2,
+        workers=1,
+    )
     train_stage(subjects, stage, tmp_path)
-    extract(subjects, ExtractConfig(SMALL, checkpoint="auto"), tmp_path)
+    extract(subjects, ExtractConfig(backbone=SMALL, checkpoint="auto"), tmp_path)
     (fitted,) = fit_heads(subjects, FitConfig(), tmp_path)
     store, ids = open_store(fitted.path), subjects[0].train.ids
     assert store.image_ids[: store.n_train].tolist() == ids[assign_folds(ids, 2, 0) == 1].tolist()
@@ -254,14 +272,24 @@ def test_one_fold_predicts_and_scores_its_own_images_alone(tiny, tmp_path, said)
 @pytest.mark.parametrize(("loss", "way"), [("mse", "closed form"), ("smooth_l1", "by gradient")])
 def test_what_is_said_before_a_fit_is_what_it_does(tiny, tmp_path, said, loss, way):
     subjects = open_challenge(tiny).subjects[:1]
-    stage = StageConfig("finetune", TrainConfig(epochs=1, batch_size=4), SMALL, "none", fold=1, n_folds=2, workers=1)
+    stage = StageConfig(
+        stage="finetune",
+        train=TrainConfig(epochs=1, batch_size=4),
+        backbone=SMALL,
+        init="none",
+        fold=1,
+        n_folds=2,
+        workers=1,
+    )
     train_stage(subjects, stage, tmp_path)
-    extract(subjects, ExtractConfig(SMALL, LayerConfig(("pooled",)), checkpoint="auto"), tmp_path)
-    fit_heads(subjects, FitConfig(loss, adamw=AdamWConfig(epochs=1)), tmp_path)
+    extract(
+        subjects, ExtractConfig(backbone=SMALL, layers=LayerConfig(layers=("pooled",)), checkpoint="auto"), tmp_path
+    )
+    fit_heads(subjects, FitConfig(loss=loss, adamw=AdamWConfig(epochs=1)), tmp_path)
     assert [way in line for line in said if "of memory" in line] == [True]
 
 
-SMALL = BackboneConfig("test_resnet", "none", 32)
+SMALL = BackboneConfig(name="test_resnet", weights="none", size=32)
 
 
 @pytest.fixture
@@ -288,7 +316,7 @@ def coloured(tree):
 def test_both_stages_learn_what_was_planted(coloured, tmp_path, loss):
     """Held-out pictures are predicted nearly as well as the noise allows, from a network that knew nothing."""
     settings = TrainConfig(
-        loss,
+        loss=loss,
         epochs=25,
         batch_size=8,
         learning_rate=3e-3,
@@ -297,14 +325,14 @@ def test_both_stages_learn_what_was_planted(coloured, tmp_path, loss):
         patience=25,
         embedding=8,
     )
-    stage = StageConfig("pretrain", settings, SMALL, fold=0, n_folds=3, workers=1)
+    stage = StageConfig(stage="pretrain", train=settings, backbone=SMALL, fold=0, n_folds=3, workers=1)
     (first,) = train_stage(coloured.subjects, stage, tmp_path)
     second = replace(stage, stage="finetune", train=replace(settings, epochs=10))
     best = [one.checkpoint for one in train_stage(coloured.subjects, second, tmp_path)]
     for checkpoint, subjects in [(first.checkpoint, coloured.subjects)] + [
         (one, coloured.select(next(iter(one.key["subjects"])))) for one in best
     ]:
-        extract(subjects, ExtractConfig(SMALL, checkpoint=str(checkpoint.path)), tmp_path)
+        extract(subjects, ExtractConfig(backbone=SMALL, checkpoint=str(checkpoint.path)), tmp_path)
     scores = scores_by_model(coloured.subjects, fit_heads(coloured.subjects, FitConfig(solver="trained"), tmp_path))
     for model, of_model in scores.items():
         r = np.concatenate([one.r for one in of_model])
@@ -319,11 +347,13 @@ def test_noise_is_not_predicted_through_both_stages_and_refitted_heads(tree, tmp
         for hemisphere, n_vertices in subject.n_vertices.items():
             noise = rng.normal(size=(len(subject.train), n_vertices)).astype(np.float32)
             np.save(subject.response_paths[hemisphere], noise)
-    settings = TrainConfig("mse", 8, 4, learning_rate=3e-3, head_learning_rate=1e-2, stop="never", embedding=8)
-    stage = StageConfig("pretrain", settings, SMALL, n_folds=2, workers=1)
+    settings = TrainConfig(
+        loss="mse", epochs=8, batch_size=4, learning_rate=3e-3, head_learning_rate=1e-2, stop="never", embedding=8
+    )
+    stage = StageConfig(stage="pretrain", train=settings, backbone=SMALL, n_folds=2, workers=1)
     train_stage(subjects, stage, tmp_path)
     train_stage(subjects, replace(stage, stage="finetune"), tmp_path)
-    extract(subjects, ExtractConfig(SMALL, checkpoint="auto"), tmp_path)
+    extract(subjects, ExtractConfig(backbone=SMALL, checkpoint="auto"), tmp_path)
     for solver in ("exact", "trained"):
         for model, scores in scores_by_model(subjects, fit_heads(subjects, FitConfig(solver=solver), tmp_path)).items():
             r = np.concatenate([one.r for one in scores])  # of 168 vertices, each of spread 0.2
@@ -340,7 +370,7 @@ def test_noise_is_not_predicted_through_both_stages_and_refitted_heads(tree, tmp
         (["finetune", "--folds", "2", "--fold-seed", "5"], "found one of others, which saw images"),
         (["finetune", "--backbone", "test_vit"], "expected a stage-1 checkpoint of fold 0 of subj01"),
         (["finetune", "--init", "nothing-there"], "--weights: expected hub, packaged, none or a weights file"),
-        (["pretrain", "--recipe", "slow"], "--recipe: expected one of fast, paper; found 'slow'"),
+        (["pretrain", "--preset", "slow"], "--preset: expected one of fast, paper; found 'slow'"),
         (["pretrain", "--loss", "rmse"], "--loss: expected smooth_l1"),
         (["pretrain", "--learning-rate", "0"], "--learning-rate: expected a number above 0"),
         (["pretrain", "--folds", "2"], "--batch-size: expected at least 32 training images for one step; found"),
@@ -416,7 +446,14 @@ def test_a_start_that_saw_the_held_out_fold_is_refused(work, tiny):
     subject = open_challenge(tiny).subjects[0]
     about["facts"]["seen_ids"] = subject.train.ids.tolist()
     (path / "checkpoint.json").write_text(json.dumps(about))
-    config = StageConfig("finetune", TrainConfig(epochs=1, batch_size=4, seed=3), SMALL, fold=0, n_folds=2, workers=1)
+    config = StageConfig(
+        stage="finetune",
+        train=TrainConfig(epochs=1, batch_size=4, seed=3),
+        backbone=SMALL,
+        fold=0,
+        n_folds=2,
+        workers=1,
+    )
     with pytest.raises(LeakError, match="fold 0 of finetune-subj01"):
         train_stage([subject], config, work)
 
@@ -436,12 +473,22 @@ FAMILIES += ["efficientvit_m0", "mobilenetv3_small_050"]  # a norm in the classi
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_of_the_paper_trains_and_extracts(tiny, tmp_path, name):
     """Convnets with and without squeeze and excitation, and a transformer at a size that is not its own."""
-    subjects, backbone = open_challenge(tiny).subjects[:1], BackboneConfig(name, "none", 64)
-    stage = StageConfig("finetune", TrainConfig(epochs=1, batch_size=4), backbone, "none", fold=0, n_folds=2, workers=1)
+    subjects, backbone = open_challenge(tiny).subjects[:1], BackboneConfig(name=name, weights="none", size=64)
+    stage = StageConfig(
+        stage="finetune",
+        train=TrainConfig(epochs=1, batch_size=4),
+        backbone=backbone,
+        init="none",
+        fold=0,
+        n_folds=2,
+        workers=1,
+    )
     (one,) = train_stage(subjects, stage, tmp_path)
     assert one.checkpoint.backbone().digest != one.checkpoint.key["start"]["weights"]
-    (stored,) = extract(subjects, ExtractConfig(backbone, checkpoint="auto"), tmp_path)
+    (stored,) = extract(subjects, ExtractConfig(backbone=backbone, checkpoint="auto"), tmp_path)
     assert np.isfinite(open_store(stored.path).read("pooled")).all()
     with pytest.raises(CheckpointError, match=f"expected a checkpoint of test_byobnet; found one of {name}"):
-        other = ExtractConfig(BackboneConfig("test_byobnet", "none"), checkpoint=one.checkpoint.name)
+        other = ExtractConfig(
+            backbone=BackboneConfig(name="test_byobnet", weights="none"), checkpoint=one.checkpoint.name
+        )
         extract(subjects, other, tmp_path)

@@ -111,7 +111,7 @@ def test_nothing_of_a_fold_reaches_the_weights_it_is_scored_with(method, per):
     rng = np.random.default_rng(4)
     noise = rng.normal(size=changed[2].shape)
     changed[2] = 100 * noise @ noise.transpose(0, 2, 1)
-    config = BlendConfig(method, per)
+    config = BlendConfig(method=method, per=per)
     one = learn(type(moments)(moments.sums, cross_fitted=False), PLAIN, ALL_LEVELS, config)
     other = learn(type(moments)(changed, cross_fitted=False), PLAIN, ALL_LEVELS, config)
     for name in ("blend", "best single"):
@@ -206,7 +206,7 @@ def many(n_images_a_fold, alike, seed=0):
 def test_vertices_that_are_alike_share_weights_and_others_have_their_own():
     for alike in (True, False):
         moments, judge, levels = many(12 if alike else 60, alike)
-        found = {per: learn(moments, judge, levels, BlendConfig("nnls", per)) for per in ("all", "vertex")}
+        found = {per: learn(moments, judge, levels, BlendConfig(method="nnls", per=per)) for per in ("all", "vertex")}
         score = {per: judge.mean(nested_r(moments, one.nested["blend"])) for per, one in found.items()}
         single = judge.mean(nested_r(moments, found["all"].nested["best single"]))
         shrinkage = found["vertex"].choices[-1].shrinkage
@@ -217,9 +217,9 @@ def test_vertices_that_are_alike_share_weights_and_others_have_their_own():
 
 def test_shrinkage_is_learnt_from_some_vertices_where_there_are_many(monkeypatch):
     moments, judge, levels = many(60, alike=False)
-    whole = learn(moments, judge, levels, BlendConfig("nnls", "vertex"))
+    whole = learn(moments, judge, levels, BlendConfig(method="nnls", per="vertex"))
     monkeypatch.setattr(heads.blend.learn, "MOST_VERTICES", 20)
-    few = learn(moments, judge, levels, BlendConfig("nnls", "vertex"))
+    few = learn(moments, judge, levels, BlendConfig(method="nnls", per="vertex"))
     assert few.weights.shape == whole.weights.shape
     assert few.choices[-1].shrinkage == whole.choices[-1].shrinkage
     # own weights are of every vertex; what they are shrunk to is learnt from fewer
@@ -249,7 +249,7 @@ def test_models_of_one_backbone_are_one_model_of_their_average(method):
     y = standardised(responses[None])[:, :N_TRAIN]
     columns = np.concatenate([z, y, np.ones_like(y)])
     sums = np.stack([np.einsum("civ,div->vcd", *(columns[:, fold == FOLDS],) * 2) for fold in range(5)])
-    expected = learn(heads.blend.learn.Moments(sums), PLAIN, ALL_LEVELS, BlendConfig(method, "hemisphere"))
+    expected = learn(heads.blend.learn.Moments(sums), PLAIN, ALL_LEVELS, BlendConfig(method=method, per="hemisphere"))
     np.testing.assert_allclose(found.weights, expected.weights @ parts, atol=1e-9)
     np.testing.assert_allclose(found.weights[:, 0], found.weights[:, 1])
 

@@ -64,7 +64,7 @@ def test_the_blend_is_better_on_images_that_nobody_saw(made, tmp_path):
 def test_weights_are_listed_by_roi_and_models_without_any_by_name(made, tmp_path):
     predictions, responses = made_up(noise=(1, 1.5, 2, 2))
     predictions[3] = 7  # explains nothing
-    done, members = made(predictions, responses, BlendConfig("nnls", "roi"))
+    done, members = made(predictions, responses, BlendConfig(method="nnls", per="roi"))
     about = json.loads((tmp_path / "submission/weights.json").read_text())
     assert done.unused == about["unused"] == ["model 3"]
     assert about["weights"] == done.weights
@@ -100,7 +100,7 @@ def test_the_weight_of_an_roi_is_the_mean_over_its_vertices(tmp_path):
 
 def test_the_same_blend_again_is_the_same_bytes(made, tmp_path):
     data = made_up(noise=(2, 2.5, 3, 4))
-    config = BlendConfig("greedy", "hemisphere", seed=3)
+    config = BlendConfig(method="greedy", per="hemisphere", seed=3)
     one, _ = made(*data, config)
     first = (tmp_path / "submission.zip").read_bytes(), (tmp_path / "submission/weights.json").read_bytes()
     shutil.rmtree(tmp_path / "stores-subj01")
@@ -142,7 +142,7 @@ def test_scores_of_models_are_those_of_their_predictions(made, ceiling, tmp_path
 
 
 def test_models_of_one_backbone_have_one_weight_under_the_paper_s_recipe(made):
-    done, _ = made(*made_up(noise=(1, 3, 2, 2)), BlendConfig("score", "all", "backbone"))
+    done, _ = made(*made_up(noise=(1, 3, 2, 2)), BlendConfig(method="score", per="all", by="backbone"))
     for of_hemisphere in done.weights["subj01"].values():
         weights = of_hemisphere["all"]
         assert weights["model 0"] == weights["model 1"] and weights["model 2"] == weights["model 3"]
@@ -228,7 +228,7 @@ def test_a_pattern_that_leaves_no_model_lists_them(filled, capfd):
     assert "--exclude: expected a pattern that leaves one of" in fails(capfd, "models", "--exclude", "*")
 
 
-@pytest.mark.parametrize("options", [("--recipe", "paper"), ("--method", "greedy", "--per", "roi"), ()])
+@pytest.mark.parametrize("options", [("--preset", "paper"), ("--method", "greedy", "--per", "roi"), ()])
 def test_what_is_handed_in_is_what_the_saved_blend_gives(filled, tiny, capfd, options):
     blended, out, _ = run(capfd, "blend", *options)
     saved = load_blend(filled / "submission/blend.safetensors")

@@ -87,7 +87,7 @@ def test_the_score_is_that_of_the_report(tmp_path):
 
 def resampled(folder, predictions, responses, seed=0, n_vertices=None):
     subject, found = gathered(folder, predictions, responses)
-    judge, levels, config = judge_of(subject), levels_of(subject), BlendConfig("nnls", "vertex")
+    judge, levels, config = judge_of(subject), levels_of(subject), BlendConfig(method="nnls", per="vertex")
     learnt = learn(found.moments, judge, levels, config)
     r = {name: nested_r(found.moments, weights) for name, weights in learnt.nested.items()}
     r["optimistic"] = r_of(found.moments.total().sums, learnt.weights)
@@ -120,7 +120,7 @@ def test_the_null_is_of_some_vertices_where_there_are_many(tmp_path, monkeypatch
     monkeypatch.setattr(heads.blend.uncertainty, "NULL_VERTICES", 3)
     asked = []
     subject, found = gathered(tmp_path, *made_up(noise=(2, 2, 2, 2)))
-    judge, levels, config = judge_of(subject), levels_of(subject), BlendConfig("nnls", "vertex")
+    judge, levels, config = judge_of(subject), levels_of(subject), BlendConfig(method="nnls", per="vertex")
 
     def again(moments, vertices):
         asked.append(vertices.tolist())

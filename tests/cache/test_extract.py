@@ -26,8 +26,8 @@ from featcache.dataset.subject import Subject
 from featcache.errors import ChallengeError, CheckpointError, ConfigError, StoreError
 from support.checkpoints import N_FOLDS, write_checkpoint
 
-BACKBONE = BackboneConfig("test_resnet", "none", 48)
-CONFIG = ExtractConfig(BACKBONE, batch_size=3, workers=2)
+BACKBONE = BackboneConfig(name="test_resnet", weights="none", size=48)
+CONFIG = ExtractConfig(backbone=BACKBONE, batch_size=3, workers=2)
 
 
 @pytest.fixture(autouse=True)
@@ -124,14 +124,14 @@ def test_a_killed_process_goes_on_bit_equal(tiny, tmp_path):
 def test_batch_size_workers_and_place_do_not_change_the_key(tiny, tmp_path):
     first = run(tiny, tmp_path)
     moved = Path(shutil.copytree(tiny, tmp_path / "moved"))
-    other = ExtractConfig(BACKBONE, batch_size=7, workers=1)
+    other = ExtractConfig(backbone=BACKBONE, batch_size=7, workers=1)
     assert [r.n_new for r in run(moved, tmp_path, other)] == [0, 0]
     assert [r.path for r in run(moved, tmp_path, other)] == [r.path for r in first]
 
 
 def test_batch_size_changes_rows_by_rounding_alone(tiny, tmp_path):
     a = rows(run(tiny, tmp_path / "a"))
-    b = rows(run(tiny, tmp_path / "b", ExtractConfig(BACKBONE, batch_size=16, workers=1)))
+    b = rows(run(tiny, tmp_path / "b", ExtractConfig(backbone=BACKBONE, batch_size=16, workers=1)))
     for one, other in zip(a, b, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
@@ -140,10 +140,10 @@ def test_batch_size_changes_rows_by_rounding_alone(tiny, tmp_path):
     ("config", "setting"),
     [
         (
-            ExtractConfig(BackboneConfig("test_resnet", "none", 64)),
+            ExtractConfig(backbone=BackboneConfig(name="test_resnet", weights="none", size=64)),
             "transform.input_size is [3, 64, 64], was [3, 48, 48]",
         ),
-        (ExtractConfig(BACKBONE, dtype="bfloat16"), "dtype is bfloat16, was float32"),
+        (ExtractConfig(backbone=BACKBONE, dtype="bfloat16"), "dtype is bfloat16, was float32"),
     ],
 )
 def test_a_changed_setting_makes_another_store_and_is_named(tiny, tmp_path, said, config, setting):
@@ -184,7 +184,7 @@ def test_features_that_are_not_finite_are_refused_by_name(tiny, tmp_path, monkey
 
 def test_bfloat16_is_close_and_not_the_same(tiny, tmp_path):
     exact = rows(run(tiny, tmp_path))[0]
-    low = rows(run(tiny, tmp_path, ExtractConfig(BACKBONE, batch_size=3, dtype="bfloat16")))[0]
+    low = rows(run(tiny, tmp_path, ExtractConfig(backbone=BACKBONE, batch_size=3, dtype="bfloat16")))[0]
     error = np.linalg.norm(low - exact) / np.linalg.norm(exact)
     assert 1e-5 < error < 0.05 and low.dtype == np.float32
 
@@ -217,7 +217,7 @@ def test_batches_cover_every_row_and_never_cross_a_commit():
 def test_a_cuda_that_is_not_there_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="expected a CUDA device; found none"):
-        run(tiny, tmp_path, ExtractConfig(BACKBONE, device="cuda"))
+        run(tiny, tmp_path, ExtractConfig(backbone=BACKBONE, device="cuda"))
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_cached_pixels_give_the_bits_that_image_files_give(tiny, tmp_path, monke
 
 def test_cached_pixels_of_another_size_are_left_alone(tiny, tmp_path):
     expected = run(tiny, tmp_path / "files")
-    other = load_backbone(BackboneConfig("test_resnet", "none", 64))
+    other = load_backbone(BackboneConfig(name="test_resnet", weights="none", size=64))
     cache_pixels(open_challenge(tiny).subjects, other, tmp_path / "cached", 1, 2)
     assert [a.tobytes() for a in rows(run(tiny, tmp_path / "cached"))] == [b.tobytes() for b in rows(expected)]
 
@@ -372,7 +372,7 @@ def test_auto_gives_each_subject_the_checkpoints_that_were_trained_on_it(tiny, t
 def test_auto_falls_back_where_no_checkpoint_is_of_the_backbone_that_is_asked_for(tiny, tmp_path):
     write_checkpoint(subjects_of(tiny), tmp_path, name="test_convnext")
     assert folds(run(tiny, tmp_path, AUTO)) == FROZEN
-    results = run(tiny, tmp_path, replace(AUTO, any_backbone=True))
+    results = run(tiny, tmp_path, replace(AUTO, backbone=replace(BACKBONE, name=None)))
     assert folds(results) == [("subj01", 0), ("subj02", 0)]
     assert {store.key["backbone"] for store in stores(results)} == {"test_convnext"}
 
@@ -424,7 +424,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tiny, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         run(tiny, tmp_path, named)
     assert not (tmp_path / FOLDER).exists()
-    assert len(run(tiny, tmp_path, replace(named, any_backbone=True))) == 2
+    assert len(run(tiny, tmp_path, replace(named, backbone=replace(BACKBONE, name=None)))) == 2
 
 
 def test_a_checkpoint_of_another_tree_is_refused(tree, tmp_path):
@@ -452,7 +452,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(tiny, tmp_path):
 # --- layers
 
 
-SOME = replace(CONFIG, layers=LayerConfig(("pooled", "layer2", "layer4"), "2"))
+SOME = replace(CONFIG, layers=LayerConfig(layers=("pooled", "layer2", "layer4"), grid="2"))
 LOUD = 20  # row of the image for which a layer says more than float16 can hold
 
 
@@ -570,10 +570,10 @@ def test_nan_in_a_layer_is_refused_and_not_taken_for_an_overflow(tiny, tmp_path,
 @pytest.mark.parametrize(
     "layers",
     [
-        LayerConfig(("pooled", "layer2", "layer4"), "1"),
-        LayerConfig(("pooled", "layer2", "layer4"), "2", "max"),
-        LayerConfig(("layer2", "layer4"), "2"),
-        LayerConfig(("pooled",), "2"),
+        LayerConfig(layers=("pooled", "layer2", "layer4"), grid="1"),
+        LayerConfig(layers=("pooled", "layer2", "layer4"), grid="2", pool="max"),
+        LayerConfig(layers=("layer2", "layer4"), grid="2"),
+        LayerConfig(layers=("pooled",), grid="2"),
     ],
 )
 def test_another_grid_pool_or_choice_of_layers_makes_another_store(tiny, tmp_path, layers):
@@ -584,7 +584,7 @@ def test_another_grid_pool_or_choice_of_layers_makes_another_store(tiny, tmp_pat
 
 def test_two_ways_to_name_the_same_layers_share_a_store(tiny, tmp_path):
     first = run(tiny, tmp_path, SOME)
-    second = run(tiny, tmp_path, replace(SOME, layers=LayerConfig(("-1", "2", "pooled"), "2")))
+    second = run(tiny, tmp_path, replace(SOME, layers=LayerConfig(layers=("-1", "2", "pooled"), grid="2")))
     assert [(r.path, r.n_new) for r in second] == [(r.path, 0) for r in first]
 
 
@@ -619,16 +619,21 @@ def test_a_rerun_needs_no_room_for_what_is_there(tiny, tmp_path, monkeypatch):
 
 
 def test_stores_of_another_backbone_leave_no_room_for_this_one(tiny, tmp_path, monkeypatch):
-    pooled = replace(CONFIG, layers=LayerConfig(("pooled",)))
+    pooled = replace(CONFIG, layers=LayerConfig(layers=("pooled",)))
     run(tiny, tmp_path, pooled)
     disk(monkeypatch, 64 * 4 * 40)  # for one of the two subjects
     monkeypatch.setattr(extract_module, "_reader", lambda *_: pytest.fail("read images"))
     with pytest.raises(StoreError, match="of free disk"):
-        run(tiny, tmp_path, replace(pooled, backbone=BackboneConfig("test_convnext", "none", 64)))
+        run(tiny, tmp_path, replace(pooled, backbone=BackboneConfig(name="test_convnext", weights="none", size=64)))
 
 
 def test_a_transformer_is_stored_with_its_class_tokens(tiny, tmp_path):
-    config = ExtractConfig(BackboneConfig("test_vit", "none", 32), LayerConfig(("-1",), "2"), batch_size=8, workers=1)
+    config = ExtractConfig(
+        backbone=BackboneConfig(name="test_vit", weights="none", size=32),
+        layers=LayerConfig(layers=("-1",), grid="2"),
+        batch_size=8,
+        workers=1,
+    )
     for store in stores(run(tiny, tmp_path, config)):
         assert {name: array.shape[1:] for name, array in store.arrays.items()} == {
             "blocks.5.cls": (64,),

@@ -23,7 +23,7 @@ SIZE = 48
 
 
 def backbone_of(name: str = "test_resnet", size: int = SIZE) -> Backbone:
-    return load_backbone(BackboneConfig(name, "none", size))
+    return load_backbone(BackboneConfig(name=name, weights="none", size=size))
 
 
 @pytest.fixture(scope="module")

@@ -46,5 +46,5 @@ def test_layer_config_refuses(settings, option):
 
 
 def test_layers_are_spread_over_the_network_on_grids_of_its_own_unless_asked_for():
-    assert ExtractConfig().layers == LayerConfig(("auto",), "auto", "avg")
+    assert ExtractConfig().layers == LayerConfig(layers=("auto",), grid="auto", pool="avg")
     assert [LayerConfig(grid=grid).grid for grid in ("native", "auto", "1", "14")] == ["native", "auto", "1", "14"]

@@ -105,7 +105,7 @@ def test_a_loss_has_one_label_whatever_its_order(terms, random):
 
 
 def test_losses_that_differ_have_labels_that_differ():
-    assert FitConfig("0.12345671*smooth_l1").objective != FitConfig("0.12345672*smooth_l1").objective
+    assert FitConfig(loss="0.12345671*smooth_l1").objective != FitConfig(loss="0.12345672*smooth_l1").objective
 
 
 def test_names_are_those_of_the_functions():
@@ -195,10 +195,10 @@ def test_the_other_losses_point_elsewhere(loss):
 
 
 def test_one_recipe_for_all_losses_of_the_closed_form():
-    recipes = [FitConfig(loss=loss).key() for loss in ("mse", "pearson", "mnnpc", "mnnpc+0.5*mse")]
-    assert len({fingerprint(recipe) for recipe in recipes}) == 1
+    keys = [FitConfig(loss=loss).key() for loss in ("mse", "pearson", "mnnpc", "mnnpc+0.5*mse")]
+    assert len({fingerprint(key) for key in keys}) == 1
     # The gradient loop's settings are no part of it.
-    assert FitConfig(loss="mse", adamw=AdamWConfig(epochs=3)).key() == recipes[0]
+    assert FitConfig(loss="mse", adamw=AdamWConfig(epochs=3)).key() == keys[0]
 
 
 def test_a_recipe_for_each_loss_of_the_gradient_loop():
@@ -206,7 +206,7 @@ def test_a_recipe_for_each_loss_of_the_gradient_loop():
     assert len({fingerprint(FitConfig(loss=loss, solver="adamw").key()) for loss in losses}) == len(losses)
     # The penalties are no part of it.
     config = FitConfig(loss="mse", solver="adamw")
-    assert FitConfig(loss="mse", solver="adamw", ridge=RidgeConfig((1.0,))).key() == config.key()
+    assert FitConfig(loss="mse", solver="adamw", ridge=RidgeConfig(penalties=(1.0,))).key() == config.key()
 
 
 @pytest.mark.parametrize("solver", ["exact", "adamw"])
@@ -214,25 +214,25 @@ def test_whatever_decides_the_heads_is_in_the_recipe_and_the_device_is_not(solve
     config = FitConfig(loss="mse", solver=solver)
     changed = {"n_folds": 4, "seed": 3, "ridge": RidgeConfig(selection="gcv"), "adamw": AdamWConfig(patience=3)}
     del changed["ridge" if solver == "adamw" else "adamw"]
-    recipes = [config.key(), *(dataclasses.replace(config, **{k: v}).key() for k, v in changed.items())]
-    assert len({fingerprint(recipe) for recipe in recipes}) == len(recipes)
+    keys = [config.key(), *(dataclasses.replace(config, **{k: v}).key() for k, v in changed.items())]
+    assert len({fingerprint(key) for key in keys}) == len(keys)
     assert dataclasses.replace(config, device="cpu").key() == config.key()
     assert dataclasses.replace(config, solver="auto").key() == config.key() or solver == "adamw"
 
 
 def test_every_setting_of_the_loop_is_in_its_recipe():
     config = FitConfig(loss="smooth_l1", head="roi")
-    recipes = [config.key()]
+    keys = [config.key()]
     for field in dataclasses.fields(AdamWConfig):
         value = getattr(config.adamw, field.name) + 1
-        recipes.append(dataclasses.replace(config, adamw=AdamWConfig(**{field.name: value})).key())
-    assert len({fingerprint(recipe) for recipe in recipes}) == 1 + len(dataclasses.fields(AdamWConfig))
+        keys.append(dataclasses.replace(config, adamw=AdamWConfig(**{field.name: value})).key())
+    assert len({fingerprint(key) for key in keys}) == 1 + len(dataclasses.fields(AdamWConfig))
 
 
 def test_a_recipe_stays_what_it_is():
     # Stores are found by it: a change here makes every cached prediction of the user's count as missing.
-    recipe = FitConfig(loss="pearson+mse", solver="adamw").key()
-    assert recipe == {
+    key = FitConfig(loss="pearson+mse", solver="adamw").key()
+    assert key == {
         "head": "linear",
         "n_folds": 5,
         "seed": 0,

@@ -80,7 +80,7 @@ def planted_subject(folder, values, noise=0.5):
 def adamw_predictor(subject, rows, **spatial):
     adamw = AdamWConfig(learning_rate=6e-2, weight_decay=0.05, epochs=25, batch_size=32, patience=25)
     settings = SpatialConfig(token_dropout=0.1, smoothness=0.0, **spatial)
-    config = FitConfig("mse", "spatial", solver="adamw", n_folds=N_FOLDS, adamw=adamw, spatial=settings)
+    config = FitConfig(loss="mse", head="spatial", solver="adamw", n_folds=N_FOLDS, adamw=adamw, spatial=settings)
     folds = assign_folds(subject.train.ids, N_FOLDS, 0)
     return SpatialFolds([Member(subject, [rows], folds, list(range(N_FOLDS)), False)], config, "cpu").of(0)
 
@@ -88,7 +88,7 @@ def adamw_predictor(subject, rows, **spatial):
 def exact_predictor(subject, rows, step=1):
     folds, priors = assign_folds(subject.train.ids, N_FOLDS, 0), prior_set(rows.grids, DEPTHS)[::step]
     kernels = [LayerKernels(rows, N_TRAIN, 1e9)]
-    config = RidgeConfig((0.01, 0.1, 1.0))
+    config = RidgeConfig(penalties=(0.01, 0.1, 1.0))
     return DualFolds(kernels, folds, list(range(N_FOLDS)), subject.train.ids, config, priors, False, 1e9)
 
 
@@ -416,9 +416,18 @@ def truth_maps(truth, noise=0.0, seed=0):
     return VertexMaps(("a", "b", "c"), dict.fromkeys(("a", "b", "c"), blob.astype(np.float32)), np.eye(3)[level])
 
 
+def arrays_of(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def truths_of(root, name="subj01"):
+    return {h: arrays_of(root / "truth" / name / f"{h}.npz") for h in HEMISPHERES}
+
+
 def test_maps_made_from_the_truth_recover_it(tiny):
     for subject in open_challenge(tiny).subjects:
-        truths = {h: np.load(tiny / "truth" / subject.name / f"{h}.npz") for h in HEMISPHERES}
+        truths = truths_of(tiny, subject.name)
         found = recovery(subject, {h: truth_maps(truth) for h, truth in truths.items()})
         assert set(found) == {"x", "y", "size", "level"}
         assert min(found["x"], found["y"], found["level"]) > 0.97 and found["size"] > 0.9
@@ -426,7 +435,7 @@ def test_maps_made_from_the_truth_recover_it(tiny):
 
 def test_recovery_is_over_vertices_with_a_signal_and_a_level(tiny):
     (subject,) = open_challenge(tiny).select("1")
-    truths = {h: np.load(tiny / "truth" / "subj01" / f"{h}.npz") for h in HEMISPHERES}
+    truths = truths_of(tiny)
     maps = {h: truth_maps(truth, 0.5) for h, truth in truths.items()}
     planted, found = {"x": [], "y": [], "size": [], "level": []}, {"x": [], "y": [], "size": [], "level": []}
     for h, truth in truths.items():
@@ -450,7 +459,7 @@ def test_without_a_truth_there_is_nothing_to_recover(tree):
     import shutil
 
     (subject,) = open_challenge(tree).select("1")
-    truths = {h: np.load(tree / "truth" / "subj01" / f"{h}.npz") for h in HEMISPHERES}
+    truths = truths_of(tree)
     maps = {h: truth_maps(truth) for h, truth in truths.items()}
     shutil.rmtree(tree / "truth")
     assert recovery(subject, maps) == {}
@@ -470,7 +479,7 @@ def test_files_hold_the_maps_of_every_vertex_and_of_every_roi_with_vertices(spat
     files = exported(work, subject)
     assert {path.name for path in files.values()} >= {f"{store.name}.npz", f"{store.name}.csv"}
     assert all(path.parent == work / FOLDER for path in files.values())
-    maps, saved = read_maps(store, work), np.load(files[".npz"])
+    maps, saved = read_maps(store, work), arrays_of(files[".npz"])
     assert saved["layers"].tolist() == list(SHAPES)
     for h, own in maps.items():
         for name, values in own.places.items():
@@ -554,17 +563,17 @@ def test_a_model_that_predicts_nothing_breaks_nothing(tmp_path, said):
 # --- what fit-heads writes
 
 
-BACKBONE = BackboneConfig("test_resnet", "none", 64)
+BACKBONE = BackboneConfig(name="test_resnet", weights="none", size=64)
 ADAMW = AdamWConfig(learning_rate=1e-2, epochs=2, batch_size=8)
-SPATIAL = FitConfig("mse", "spatial", solver="adamw", n_folds=2, adamw=ADAMW)
+SPATIAL = FitConfig(loss="mse", head="spatial", solver="adamw", n_folds=2, adamw=ADAMW)
 
 
 def test_every_model_of_a_tree_has_maps_or_is_named(tiny, tmp_path, said, monkeypatch):
     monkeypatch.setattr("heads.maps.maps.find_spec", lambda _: None)
     subjects = open_challenge(tiny).subjects[:1]
     for layers in (("pooled",), ("layer1", "layer2", "pooled")):
-        extract(subjects, ExtractConfig(BACKBONE, LayerConfig(layers), workers=1), tmp_path)
-    exact = fit_heads(subjects, FitConfig("mse", n_folds=2), tmp_path)
+        extract(subjects, ExtractConfig(backbone=BACKBONE, layers=LayerConfig(layers=layers), workers=1), tmp_path)
+    exact = fit_heads(subjects, FitConfig(loss="mse", n_folds=2), tmp_path)
     spatial = fit_heads(subjects, SPATIAL, tmp_path)
     one = fit_heads(subjects, replace(SPATIAL, layers="layer2"), tmp_path)
     written, recovered = export_maps(subjects, "*", tmp_path)
@@ -577,17 +586,17 @@ def test_every_model_of_a_tree_has_maps_or_is_named(tiny, tmp_path, said, monkey
     assert len(left) == len(pooled) == 2
     for path in written:
         if path.suffix == ".npz":
-            saved = np.load(path)
+            saved = arrays_of(path)
             assert all(np.isfinite(saved[key]).all() for key in saved if key != "layers")
 
 
 def test_heads_of_a_checkpoint_have_maps_among_more_layers_than_they_read(tiny, tmp_path, said):
-    subjects, small = open_challenge(tiny).subjects[:1], BackboneConfig("test_resnet", "none", 32)
+    subjects, small = open_challenge(tiny).subjects[:1], BackboneConfig(name="test_resnet", weights="none", size=32)
     train = TrainConfig(head="spatial", epochs=1, batch_size=4, stop="never", layers="layer1,pooled", grid="2")
-    stage = StageConfig("finetune", train, small, "none", n_folds=2, device="cpu", workers=1)
+    stage = StageConfig(stage="finetune", train=train, backbone=small, init="none", n_folds=2, device="cpu", workers=1)
     train_stage(subjects, stage, tmp_path)
-    layers = LayerConfig(("layer1", "layer2", "pooled"), "2")
-    extract(subjects, ExtractConfig(small, layers, checkpoint="auto", workers=1), tmp_path)
+    layers = LayerConfig(layers=("layer1", "layer2", "pooled"), grid="2")
+    extract(subjects, ExtractConfig(backbone=small, layers=layers, checkpoint="auto", workers=1), tmp_path)
     (one,) = fit_heads(subjects, FitConfig(solver="trained"), tmp_path)
     maps = read_maps(open_store(one.path), tmp_path)
     for own in maps.values():

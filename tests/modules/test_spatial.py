@@ -198,8 +198,10 @@ def test_stage_2_starts_from_its_subjects_heads_of_the_same_shape(tiny, space):
 
 
 def train(tree, work, settings=SPATIAL, stage="pretrain", subject="all", network="test_resnet", init="none", **options):
-    backbone = BackboneConfig(network, "none", 64 if "vit" in network else 32)
-    config = StageConfig(stage, settings, backbone, init, fold=0, n_folds=3, device="cpu", workers=1, **options)
+    backbone = BackboneConfig(name=network, weights="none", size=64 if "vit" in network else 32)
+    config = StageConfig(
+        stage=stage, train=settings, backbone=backbone, init=init, fold=0, n_folds=3, device="cpu", workers=1, **options
+    )
     return [one.checkpoint for one in train_stage(open_challenge(tree).select(subject), config, work)]
 
 

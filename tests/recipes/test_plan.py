@@ -128,7 +128,13 @@ def test_a_plan_needs_neither_tree_nor_weights_and_writes_neither(planned, tmp_p
     text += '[[steps]]\nrun = "check"\n' + EXTRACT.format("pooled") + 'weights = "hub"\n'
     plan, _, _ = planned(text, "--data", str(tmp_path / "made"))
     assert [step["seconds"] is None for step in plan] == [True, True, False]
-    rows = network(BackboneConfig("test_resnet", "hub", 48), LayerConfig(("pooled",)), "float32", "cpu", True).rows
+    rows = network(
+        BackboneConfig(name="test_resnet", weights="hub", size=48),
+        LayerConfig(layers=("pooled",)),
+        "float32",
+        "cpu",
+        True,
+    ).rows
     assert plan[2]["disk"] == 25 * sum(row.n_bytes for row in rows.values())
     assert not (tmp_path / "made").exists()
 

@@ -15,7 +15,7 @@ from heads.solvers.ridge_folds import RidgeFits
 N_FOLDS, N_IMAGES, N_FEATURES, N_VERTICES = 3, 150, 12, 5
 RIDGE = RidgeConfig(penalties=(1e-3, 1e-1, 1.0, 10.0))
 ADAMW = FitConfig(
-    "mse", solver="adamw", n_folds=N_FOLDS, adamw=AdamWConfig(learning_rate=1e-2, epochs=6, batch_size=16)
+    loss="mse", solver="adamw", n_folds=N_FOLDS, adamw=AdamWConfig(learning_rate=1e-2, epochs=6, batch_size=16)
 )
 
 

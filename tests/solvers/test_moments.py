@@ -207,12 +207,12 @@ def test_left_out_error_is_that_of_heads_fitted_without_each_image(n_images, n_f
 
 def test_only_linear_heads_under_losses_of_moments():
     with pytest.raises(ConfigError, match="mse, pearson and mnnpc"):
-        FitConfig("smooth_l1", solver="moments")
+        FitConfig(loss="smooth_l1", solver="moments")
     with pytest.raises(ConfigError, match="--head linear"):
-        FitConfig("mse", "roi", solver="moments")
+        FitConfig(loss="mse", head="roi", solver="moments")
 
 
 def test_losses_of_one_optimum_are_one_variant():
-    assert [one.loss for one in FitConfig("mnnpc,pearson,smooth_l1,mse").variants()] == ["mnnpc", "smooth_l1"]
-    moments = FitConfig("mnnpc, 0.5*mse+pearson", solver="moments").variants()
+    assert [one.loss for one in FitConfig(loss="mnnpc,pearson,smooth_l1,mse").variants()] == ["mnnpc", "smooth_l1"]
+    moments = FitConfig(loss="mnnpc, 0.5*mse+pearson", solver="moments").variants()
     assert [one.objective for one in moments] == ["mnnpc", "0.5*mse+pearson"]

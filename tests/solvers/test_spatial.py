@@ -44,7 +44,13 @@ FEW = replace(QUICK, epochs=2)  # where only sameness is asked
 def config_of(adamw=QUICK, loss="mse", seed=0, **spatial):
     settings = {"rank": 1, "token_dropout": 0.1, "smoothness": 0.0} | spatial
     return FitConfig(
-        loss, "spatial", solver="adamw", n_folds=N_FOLDS, seed=seed, adamw=adamw, spatial=SpatialConfig(**settings)
+        loss=loss,
+        head="spatial",
+        solver="adamw",
+        n_folds=N_FOLDS,
+        seed=seed,
+        adamw=adamw,
+        spatial=SpatialConfig(**settings),
     )
 
 
@@ -516,7 +522,7 @@ def test_an_epoch_is_chosen_by_the_mean_over_all_vertices(monkeypatch):
 
 # --- through fit-heads
 
-BACKBONE = BackboneConfig("test_resnet", "none", 64)
+BACKBONE = BackboneConfig(name="test_resnet", weights="none", size=64)
 TINY = config_of(AdamWConfig(learning_rate=1e-2, epochs=2, batch_size=8))
 TINY_JOINT = replace(TINY, spatial=SpatialConfig(space=4, rank=1))
 
@@ -525,7 +531,11 @@ TINY_JOINT = replace(TINY, spatial=SpatialConfig(space=4, rank=1))
 def work(tiny, tmp_path_factory):
     """A work folder with the layers of both subjects."""
     folder = tmp_path_factory.mktemp("layers")
-    extract(open_challenge(tiny).subjects, ExtractConfig(BACKBONE, LayerConfig(("all",)), workers=1), folder)
+    extract(
+        open_challenge(tiny).subjects,
+        ExtractConfig(backbone=BACKBONE, layers=LayerConfig(layers=("all",)), workers=1),
+        folder,
+    )
     return folder
 
 
@@ -612,7 +622,7 @@ def test_a_joint_training_of_several_models_is_done_once_for_all_subjects(tiny, 
 
 # --- heads that came with their backbones
 
-SMALL = BackboneConfig("test_resnet", "none", 32)
+SMALL = BackboneConfig(name="test_resnet", weights="none", size=32)
 SPATIAL = TrainConfig(head="spatial", epochs=1, batch_size=4, stop="never", layers="0,pooled", grid="2")
 
 
@@ -620,7 +630,9 @@ SPATIAL = TrainConfig(head="spatial", epochs=1, batch_size=4, stop="never", laye
 def checkpoints(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     subjects = open_challenge(tiny).subjects[:1]
-    stage = StageConfig("finetune", SPATIAL, SMALL, "none", n_folds=2, device="cpu", workers=1)
+    stage = StageConfig(
+        stage="finetune", train=SPATIAL, backbone=SMALL, init="none", n_folds=2, device="cpu", workers=1
+    )
     return folder, [one.checkpoint for one in train_stage(subjects, stage, folder)]
 
 
@@ -629,7 +641,9 @@ def extracted(tiny, checkpoints, tmp_path, layers, grid):
     folder.mkdir()
     (folder / "checkpoints").symlink_to(checkpoints[0] / "checkpoints")
     subjects = open_challenge(tiny).subjects[:1]
-    config = ExtractConfig(SMALL, LayerConfig(layers, grid), checkpoint="auto", workers=1, device="cpu")
+    config = ExtractConfig(
+        backbone=SMALL, layers=LayerConfig(layers=layers, grid=grid), checkpoint="auto", workers=1, device="cpu"
+    )
     extract(subjects, config, folder)
     return subjects, folder
 

@@ -39,7 +39,11 @@ def key_of(
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What training would write down, see `_checkpoint` in heads/end_to_end.py."""
-    backbone = load_backbone(BackboneConfig(name, "none", size)) if start is None else start.backbone(size=size)
+    backbone = (
+        load_backbone(BackboneConfig(name=name, weights="none", size=size))
+        if start is None
+        else start.backbone(size=size)
+    )
     return {
         "kind": "checkpoint",
         "stage": stage,
@@ -73,7 +77,7 @@ def write_checkpoint(
         "seen_ids": np.unique(np.concatenate(seen)).tolist(),
     }
     path = checkpoint_path(work, label, key)
-    backbone = load_backbone(BackboneConfig(settings["name"], "none", settings["size"]))
+    backbone = load_backbone(BackboneConfig(name=settings["name"], weights="none", size=settings["size"]))
     facts["digests"] = save_weights(path / "epoch-001", trained_weights(backbone, seed=fold), HEADS)
     checkpoint = Checkpoint(path, key, facts)
     record(checkpoint)

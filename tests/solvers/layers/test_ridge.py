@@ -48,7 +48,7 @@ def kernels_of(folder, values, n_train=N_TRAIN, stack_bytes=1e9):
 
 
 def solver(kernels, priors=PRIORS, trained=False, config=None, cache_bytes=1e9, folds=FOLDS, ids=IDS, held_out=None):
-    config = RidgeConfig(MULTIPLES) if config is None else config
+    config = RidgeConfig(penalties=MULTIPLES) if config is None else config
     held_out = list(range(folds.max() + 1)) if held_out is None else held_out
     return DualFolds(kernels, folds, held_out, ids, config, priors, trained, cache_bytes)
 
@@ -103,7 +103,7 @@ def test_with_one_prior_and_one_penalty_it_is_plain_ridge(tmp_path, shape):
         kernels = kernels_of(tmp_path, values)
         assert way_of(kernels, N_TRAIN * 2 // 3) == {"dual": "images", "primal": "features"}[shape]
         x, y = kernels.features(prior).double().numpy(), responses_of(values)
-        fits = solver([kernels], [prior], config=RidgeConfig((0.3,))).fit(y)
+        fits = solver([kernels], [prior], config=RidgeConfig(penalties=(0.3,))).fit(y)
         for k, fold in enumerate(fits.folds):
             rows = np.flatnonzero(k != FOLDS)
             (penalty,) = slow_penalties(x, rows, (0.3,))
@@ -122,7 +122,7 @@ def test_penalties_are_those_of_the_least_error_of_refits_without_each_image(tmp
     values, prior = values_of(SHAPES[shape]), Prior(0.3, 0.3, 0.35)
     kernels, y = kernels_of(tmp_path, values), responses_of(values, 3, noise=3.0)
     x, target = kernels.features(prior).double().numpy(), y.numpy().astype(np.float64)
-    fits = solver([kernels], [prior], config=RidgeConfig(MULTIPLES, "loo")).fit(y)
+    fits = solver([kernels], [prior], config=RidgeConfig(penalties=MULTIPLES, selection="loo")).fit(y)
     for k, fold in enumerate(fits.folds):
         rows = np.flatnonzero(k != FOLDS)
         penalties, errors = slow_penalties(x, rows, MULTIPLES), []
@@ -144,7 +144,7 @@ def test_both_errors_lead_to_finite_predictions_that_agree_roughly(tmp_path, sel
     """Generalised cross-validation is what every subject of the challenge has: more than 1,024 images to fit to."""
     values = values_of(TALL)
     y = responses_of(values, noise=0.3)
-    fits = solver([kernels_of(tmp_path, values)], config=RidgeConfig(MULTIPLES, selection)).fit(y)
+    fits = solver([kernels_of(tmp_path, values)], config=RidgeConfig(penalties=MULTIPLES, selection=selection)).fit(y)
     for fold in fits.folds:
         piece = fold.held_out[0]
         assert fold.test.dtype == piece.predictions.dtype == torch.float32
@@ -491,7 +491,7 @@ def test_vertices_that_answer_held_out_images_alone_are_predicted_by_their_level
 
 def test_a_penalty_too_small_to_judge_still_predicts(tmp_path):
     """With the freedom of every image there is no error left to choose by, and all priors are alike."""
-    heads, (values,) = made(tmp_path, "dual", config=RidgeConfig((1e-6,)))
+    heads, (values,) = made(tmp_path, "dual", config=RidgeConfig(penalties=(1e-6,)))
     for fold in heads.fit(responses_of(values)).folds:
         assert fold.test.isfinite().all() and fold.held_out[0].predictions.isfinite().all()
 
