@@ -183,7 +183,7 @@ def test_heads_refuse_images_that_the_backbone_saw(work, tiny):
     about = dict(group.attrs["featcache"])
     about["facts"] = about["facts"] | {"seen_ids": [*about["facts"]["seen_ids"], int(held_out[0])]}
     group.attrs["featcache"] = about
-    with pytest.raises(LeakError, match=rf"{path.name} of subj01 .*id {held_out[0]}"):
+    with pytest.raises(LeakError, match=rf"{path.name} of subj01: .*id {held_out[0]}"):
         fit_heads([subject], FitConfig(), work)
 
 
@@ -206,14 +206,14 @@ def test_what_a_fit_refuses_leaves_no_store_behind(work, tiny, tmp_path, monkeyp
     """Splits that are too small are met by every solver, each in its own place."""
 
     def refuse(*_, **__):
-        raise ConfigError("fold 0: expected enough images")
+        raise ConfigError("fold 0", expected="enough images", found="too few", remedy="use fewer folds")
 
     folder = work if backbone == "trained" else tmp_path / "frozen"
     subjects = open_challenge(tiny).subjects[:1]
     if backbone == "frozen":
         extract(subjects, ExtractConfig(backbone=SMALL, layers=LayerConfig(layers=("pooled",)), workers=1), folder)
-    for place in ("folds.clean_parts", "spatial_folds.clean_parts", "training.stop_split", "spatial_folds.stop_split"):
-        monkeypatch.setattr(f"heads.{place}", refuse)
+    for place in ("held_out.clean_parts", "spatial.clean_parts", "gradient.stop_split", "spatial.stop_split"):
+        monkeypatch.setattr(f"heads.solvers.{place}", refuse)
     if (backbone, head, loss) == ("frozen", "linear", "mse"):  # the closed form splits nothing there
         monkeypatch.setattr("heads.solvers.registry.RidgeFits", refuse)
     with pytest.raises(ConfigError, match="fold 0"):
@@ -378,7 +378,7 @@ def test_noise_is_not_predicted_through_both_stages_and_refitted_heads(tree, tmp
         (["pretrain", "--fold", "²"], "--fold: expected all or a number from 0 to 4; found '²'"),
         (["pretrain", *QUICK, "--size", "16", "--backbone", "test_convnext"], "--size: expected a size that"),
         (["pretrain", "--ema", "2"], "--ema: expected a number from 0 to 1"),
-        (["pretrain", *QUICK, "--seed", "9", "--image-cache", "1e-7"], "in --image-cache 1e-07 GB; they need"),
+        (["pretrain", *QUICK, "--seed", "9", "--image-cache", "1e-7"], "to fit into --image-cache 1e-07 GB; found 0.0 GB"),
         (["extract", "--checkpoint", "nothing-there"], "expected a checkpoint's folder; found no checkpoint.json"),
     ],
 )
