@@ -203,16 +203,3 @@ def test_left_out_error_is_that_of_heads_fitted_without_each_image(n_images, n_f
     h = scores @ torch.diag(1 / (basis.values + penalty)) @ scores.T
     generalised = ((y - y.mean(0) - h @ (y - y.mean(0))).square().mean(0)) / (1 - (h.trace() + 1) / n_images) ** 2
     torch.testing.assert_close(left_out_error(weights, moments._replace(rows=None)), generalised)
-
-
-def test_only_linear_heads_under_losses_of_moments():
-    with pytest.raises(ConfigError, match="mse, pearson and mnnpc"):
-        FitConfig(loss="smooth_l1", solver="moments")
-    with pytest.raises(ConfigError, match="--head linear"):
-        FitConfig(loss="mse", head="roi", solver="moments")
-
-
-def test_losses_of_one_optimum_are_one_variant():
-    assert [one.loss for one in FitConfig(loss="mnnpc,pearson,smooth_l1,mse").variants()] == ["mnnpc", "smooth_l1"]
-    moments = FitConfig(loss="mnnpc, 0.5*mse+pearson", solver="moments").variants()
-    assert [one.objective for one in moments] == ["mnnpc", "0.5*mse+pearson"]
