@@ -1,6 +1,6 @@
 """Checkpoints as training would leave them, without training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,12 @@ def key_of(
 
 
 def write_checkpoint(
-    subjects: Sequence[Subject], work: Path, fold: int = 0, finished: bool = True, **about: Any
+    subjects: Sequence[Subject],
+    work: Path,
+    fold: int = 0,
+    finished: bool = True,
+    heads: Mapping[str, torch.Tensor] = HEADS,
+    **about: Any,
 ) -> Checkpoint:
     """A checkpoint that saw every training image but those of its fold, and whose weights are its fold's own."""
     key = key_of(subjects, work, fold, **about)
@@ -78,7 +83,7 @@ def write_checkpoint(
     }
     path = checkpoint_path(work, label, key)
     backbone = load_backbone(BackboneConfig(name=settings["name"], weights="none", size=settings["size"]))
-    facts["digests"] = save_weights(path / "epoch-001", trained_weights(backbone, seed=fold), HEADS)
+    facts["digests"] = save_weights(path / "epoch-001", trained_weights(backbone, seed=fold), heads)
     checkpoint = Checkpoint(path, key, facts)
     record(checkpoint)
     return checkpoint
