@@ -359,7 +359,7 @@ def test_too_few_images_are_refused():
 def test_other_features_than_in_fit_are_refused():
     features, responses, _ = planted(20, 5)
     head = RidgeHead().fit(features, responses)
-    with pytest.raises(ConfigError, match="expected 5 features"):
+    with pytest.raises(ConfigError, match="features: expected 5 columns, as in fit; found 4"):
         head.predict(features[:, :4])
 
 
