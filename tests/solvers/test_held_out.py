@@ -178,7 +178,7 @@ def test_of_few_images_some_are_left_to_train_on_and_some_to_stop_by(n):
 
 
 def test_too_few_images_to_stop_by_are_refused():
-    with pytest.raises(ConfigError, match="fold 2: expected 4 or more images outside it, .*; found 3"):
+    with pytest.raises(ConfigError, match=r"fold 2: expected 4 or more images outside it, .*; found 3"):
         stop_split(np.arange(3), np.arange(3), 2, 10, 0)
 
 

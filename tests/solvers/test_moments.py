@@ -176,7 +176,21 @@ def test_vertices_do_not_depend_on_which_others_are_fitted_with_them():
     torch.testing.assert_close(some.folds[0].test, whole.folds[0].test[:, 4:], rtol=1e-3, atol=1e-4)
 
 
-def test_losses_share_what_they_learn_from_and_nothing_else(monkeypatch):
+@pytest.fixture
+def turned(monkeypatch):
+    """The axes that responses are turned to, once for each fold."""
+    seen, honest = [], FoldAxes.targets
+
+    def counted(self, responses):
+        for target in honest(self, responses):
+            seen.append(self)
+            yield target
+
+    monkeypatch.setattr(FoldAxes, "targets", counted)
+    return seen
+
+
+def test_losses_share_what_they_learn_from_and_nothing_else(turned):
     features, responses, _ = planted(200, 20, 6, noise=1)
     x, plan, config = torch.from_numpy(features), plan_of(200, 4), MomentsConfig(steps=4)
     axes, targets, turned = axes_of(x, plan), {}, []
@@ -196,17 +210,18 @@ def test_losses_share_what_they_learn_from_and_nothing_else(monkeypatch):
     assert (found["mse", "lh"] - alone).abs().max() > 1e-4
 
 
-def test_losses_of_one_run_share_axes_and_targets(tiny, tmp_path):
-    """The builder makes them once for all losses, where there are several and there is room."""
+@pytest.mark.parametrize(("n_fits", "n_turned"), [(1, 6), (2, 3)])
+def test_losses_of_one_run_share_axes_and_what_they_learn_from(tiny, tmp_path, said, turned, n_fits, n_turned):
+    """The builder makes axes once; what is learnt from is kept where there are several losses."""
     (subject,) = open_challenge(tiny).subjects[:1]
     own = responding(subject, planted_responses(len(subject.train), VECTOR), tmp_path)
-    features, shared = features_of(own, tmp_path), Shared(2)
-    solvers = [
-        build(problem_of(own, features, FitConfig(loss=loss, solver="moments", n_folds=3), tmp_path, shared=shared))
-        for loss in ("mse", "pearson")
-    ]
-    assert solvers[0]._axes is solvers[1]._axes
-    assert solvers[0]._targets is solvers[1]._targets is not None
+    features, shared = features_of(own, tmp_path), Shared(n_fits)
+    for loss in ("mse", "pearson"):
+        config = FitConfig(loss=loss, solver="moments", n_folds=3)
+        solver = build(problem_of(own, features, config, tmp_path, shared=shared))
+        solver.fit(block_of(np.array(own.responses("lh"))))
+    assert len({id(axes) for axes in turned}) == 1 and len(turned) == n_turned
+    assert sum("vertices at a time" in line for line in said) == 1
 
 
 def test_a_loss_that_moments_do_not_give_is_refused():
