@@ -381,8 +381,7 @@ def test_searches_for_both_surfaces_keep_no_more_decompositions_than_were_allowe
     for surface, responses in (("lh", y[:N_MANY]), ("rh", other_surface(kernels))):
         used.fit(block_of(responses, surface, whole=responses))
         gc.collect()
-        kept = [one for one in gc.get_objects() if isinstance(one, Basis)]
-        assert 0 < sum(4 * basis.features.numel() for basis in kept) <= allowed
+        assert 0 < sum(4 * one.features.numel() for one in gc.get_objects() if isinstance(one, Basis)) <= allowed
 
 
 def test_priors_are_sought_for_the_whole_surface_and_once(planted, monkeypatch):
