@@ -192,52 +192,7 @@ class SpatialHeads(nn.Module):
         return {f"heads.{key}": value for key, value in self.state_dict().items()} | indices | shapes
 
 
-class SavedHeads(nn.Module):
-    """The heads of a checkpoint as it keeps them, of either stage and of either kind, in evaluation.
-
-    An image has outputs of its subject alone, from the first, and the images of one pass are one subject's.
-
-    heads : what `saved` gave
-    subjects : those of the checkpoint, in its order
-    """
-
-    def __init__(self, heads: Mapping[str, torch.Tensor], subjects: Sequence[Subject]) -> None:
-        super().__init__()
-        self.names = tuple(subject.name for subject in subjects)
-        self.columns = {key: index for subject in subjects for key, index in _side_by_side(subject).items()}
-        self.n_outputs = _count(self.columns)
-        self._saved = dict(heads)
-        of_one = spatial_head_of if saved_shapes(heads) else _linear_head_of
-        self.subjects = nn.ModuleList(
-            nn.ModuleList(of_one(heads, self.names, name, hemisphere) for hemisphere in HEMISPHERES)
-            for name in self.names
-        )
-
-    def forward(self, rows: Rows, subjects: torch.Tensor) -> torch.Tensor:
-        hemispheres = cast(nn.ModuleList, self.subjects[int(subjects[0])])
-        return torch.cat([head(rows) for head in hemispheres], 1)
-
-    def saved(self) -> dict[str, torch.Tensor]:
-        """What they were made of."""
-        return self._saved
-
-
-class _LinearOfPooled(nn.Module):
-    """{array: rows} -> (n_images, n_vertices): a LinearMap of the pooled features."""
-
-    weights: torch.Tensor
-    intercept: torch.Tensor
-
-    def __init__(self, head: LinearMap) -> None:
-        super().__init__()
-        self.register_buffer("weights", head.weights)
-        self.register_buffer("intercept", head.intercept)
-
-    def forward(self, rows: Rows) -> torch.Tensor:
-        return LinearMap(self.weights, self.intercept)(rows[POOLED])
-
-
-Heads = AllSubjects | OneSubject | SpatialHeads | SavedHeads
+Heads = AllSubjects | OneSubject | SpatialHeads
 
 _SPACE = "space"  # the outputs that vertices are linear in, where rows are named by what was read
 _ARRAY = "array."  # before the number and the name of an array, of the shape of its rows
@@ -323,12 +278,6 @@ def linear_map_of(heads: Mapping[str, torch.Tensor], names: Sequence[str], subje
     level = weights[:, n_features:] @ heads["embedding.weight"][list(names).index(subject)]
     intercept = heads["norm.bias"][index] + scale * (level - heads["norm.running_mean"][index])
     return LinearMap((weights[:, :n_features] * scale[:, None]).T.contiguous(), intercept)
-
-
-def _linear_head_of(
-    heads: Mapping[str, torch.Tensor], names: Sequence[str], subject: str, hemisphere: str
-) -> nn.Module:
-    return _LinearOfPooled(linear_map_of(heads, names, subject, hemisphere))
 
 
 def saved_shapes(heads: Mapping[str, torch.Tensor]) -> list[tuple[str, tuple[int, ...]]]:

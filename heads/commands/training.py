@@ -1,4 +1,4 @@
-"""pretrain, finetune and soup: images and responses -> checkpoints."""
+"""pretrain and finetune: images and responses -> checkpoints."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from heads.commands.options import (
     given,
     open_tree,
 )
-from heads.config import PAPER_SIZE, PRESETS, STAGES, SoupConfig, StageConfig, TrainConfig
+from heads.config import PAPER_SIZE, PRESETS, StageConfig, TrainConfig
 from heads.config import preset as settings_of
 from heads.recipes.steps import Job, Outcome
 
@@ -114,31 +114,3 @@ def _train(subjects: "Sequence[Subject]", config: StageConfig, work: Path) -> Ou
 
 
 pretrain, finetune = _training_command("pretrain"), _training_command("finetune")
-
-
-def soup(
-    data: Data = DATA,
-    work: Work = WORK,
-    noise_ceiling: Ceiling = None,
-    subject: Subjects = "all",
-    models: Annotated[
-        str, typer.Option(help="Of the checkpoints whose folders or trainings match, such as '*-0a1b*,3c4d*'.")
-    ] = SoupConfig.models,
-    stage: Annotated[str, typer.Option(help=f"{', '.join(STAGES)}.")] = SoupConfig.stage,
-    as_json: AsJson = False,
-) -> Job:
-    """Average the weights of checkpoints that share a start: one more checkpoint of each family and fold."""
-    config = SoupConfig(stage=stage, models=models)
-
-    def call() -> Outcome:
-        subjects = open_tree(data, noise_ceiling).select(subject)
-        from heads.backbones.soup import make_soups
-        from heads.report.tables import print_table, soup_table, soups_as_json
-
-        done = make_soups(subjects, config, work)
-        print_table(soup_table(done))
-        new, below = sum(one.new for one in done), sum(one.score < one.best for one in done)
-        message = f"{len(done)} soups, {new} of them new, {below} below their best member, in {work / 'checkpoints'}"
-        return Outcome(message, {"soups": soups_as_json(done)})
-
-    return Job(config, call, as_json)

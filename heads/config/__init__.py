@@ -13,7 +13,7 @@ from heads.config.fitting import (
     refuse_unread,
 )
 from heads.config.losses import CORRELATIONS, LEAST_SQUARES, LOSS_NAMES, loss_label, parse_loss
-from heads.config.training import PAPER_SIZE, PRESETS, STAGES, SoupConfig, StageConfig, TrainConfig, preset
+from heads.config.training import PAPER_SIZE, PRESETS, STAGES, StageConfig, TrainConfig, preset
 
 __all__ = [
     "BLENDS",
@@ -32,7 +32,6 @@ __all__ = [
     "FitConfig",
     "MomentsConfig",
     "RidgeConfig",
-    "SoupConfig",
     "SpatialConfig",
     "StageConfig",
     "TrainConfig",

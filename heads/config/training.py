@@ -1,4 +1,4 @@
-"""Settings of the two stages that train backbones, and of their soups."""
+"""Settings of the two stages that train backbones."""
 
 import math
 import os
@@ -148,25 +148,6 @@ def preset(name: str, stage: str) -> TrainConfig:
         freeze_norm=False,
         head_start="default",
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoupConfig:
-    """Which checkpoints are averaged."""
-
-    stage: str = "finetune"  # pretrain | finetune
-    models: str = "*"  # patterns of their folders' names or of their trainings' fingerprints, with commas between
-    device: str = "auto"
-    image_cache: float = 50.0  # 10^9 bytes that decoded images may take on the disk
-    workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 16))  # threads that decode images
-
-    def __post_init__(self) -> None:
-        one_of("stage", self.stage, STAGES)
-        one_of("device", self.device, DEVICES)
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        return tuple(part.strip() for part in self.models.split(","))
 
 
 @dataclass(frozen=True, kw_only=True)
