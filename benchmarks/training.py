@@ -26,7 +26,8 @@ from featcache.dataset.rois import HEMISPHERES
 from featcache.machine.memory import keep_freed_memory
 from featcache.simulate import SimulateConfig, simulate
 from heads.backbones.batches import Images
-from heads.backbones.encoder import Encoder, OneSubject
+from heads.backbones.encoder import Encoder
+from heads.modules.by_subject import OneSubject
 from heads.backbones.loop import EncoderTraining, make_accelerator
 from heads.config import TrainConfig
 

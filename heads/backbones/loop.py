@@ -29,7 +29,8 @@ from featcache.errors import CheckpointError, ConfigError
 from featcache.machine.prefetch import prefetch
 from featcache.machine.progress import bar, say
 from heads.backbones.batches import Images, Targets, plan_steps
-from heads.backbones.encoder import Encoder, SpatialHeads, encoder_loss
+from heads.backbones.encoder import Encoder, encoder_loss
+from heads.modules.by_subject import SpatialHeads
 from heads.config import TrainConfig
 from heads.scores.metrics import VertexScores, pearson_r, summarize
 

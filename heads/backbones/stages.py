@@ -47,15 +47,9 @@ from featcache.machine.files import only_writer
 from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import say
 from heads.backbones.batches import Images, plan_steps, split
-from heads.backbones.encoder import (
-    AllSubjects,
-    Encoder,
-    OneSubject,
-    SpatialHeads,
-    linear_map_of,
-    output_columns,
-    saved_shapes,
-)
+from heads.backbones.encoder import Encoder
+from heads.modules.by_subject import AllSubjects, OneSubject, SpatialHeads, output_columns
+from heads.modules.saved import linear_map_of, saved_shapes
 from heads.backbones.loop import EncoderTraining, make_accelerator
 from heads.config import StageConfig
 from heads.modules.linear import SMALL

@@ -15,7 +15,7 @@ from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError
 from featcache.machine.memory import block_that_fits, memory_at_start, refuse_above, said, spare_memory
 from featcache.machine.progress import say
-from heads.backbones.encoder import linear_map_of, saved_shapes, spatial_head_of
+from heads.modules.saved import linear_map_of, saved_shapes, spatial_head_of
 from heads.config import FitConfig
 from heads.features.sets import FeatureSet
 from heads.solvers.base import FoldPredictor, LinearFits

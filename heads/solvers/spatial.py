@@ -14,7 +14,8 @@ from torch import nn
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import refuse_leak
 from featcache.dataset.subject import Subject
-from heads.backbones.encoder import SpatialHeads, spatial_head_of
+from heads.modules.by_subject import SpatialHeads
+from heads.modules.saved import spatial_head_of
 from heads.config import FitConfig
 from heads.features.rows import LayerRows
 from heads.modules.linear import SMALL

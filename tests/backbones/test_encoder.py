@@ -8,7 +8,8 @@ import torch
 
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import FSAVERAGE_VERTICES, HEMISPHERES
-from heads.backbones.encoder import AllSubjects, OneSubject, linear_map_of, output_columns
+from heads.modules.by_subject import AllSubjects, OneSubject, output_columns
+from heads.modules.saved import linear_map_of
 from heads.modules.linear import SMALL
 from heads.solvers.ridge import LinearMap
 

@@ -21,7 +21,7 @@ from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.dataset.splits import assign_folds
 from featcache.errors import CheckpointError, ConfigError, LeakError
-from heads.backbones.encoder import linear_map_of
+from heads.modules.saved import linear_map_of
 from heads.backbones.stages import train_stage
 from heads.config import AdamWConfig, FitConfig, StageConfig, TrainConfig
 from heads.features.sets import feature_sets

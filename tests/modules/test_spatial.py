@@ -11,7 +11,8 @@ from featcache.config import BackboneConfig
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import HEMISPHERES
 from featcache.errors import ConfigError
-from heads.backbones.encoder import SpatialHeads, saved_shapes, spatial_head_of
+from heads.modules.by_subject import SpatialHeads
+from heads.modules.saved import saved_shapes, spatial_head_of
 from heads.backbones.loop import EncoderTraining, _still_statistics
 from heads.backbones.stages import train_stage
 from heads.config import StageConfig, TrainConfig

@@ -18,7 +18,7 @@ from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import ImageFiles, Subject
 from featcache.errors import ConfigError, LeakError
-from heads.backbones.encoder import spatial_head_of
+from heads.modules.saved import spatial_head_of
 from heads.backbones.stages import train_stage
 from heads.config import AdamWConfig, FitConfig, SpatialConfig, StageConfig, TrainConfig
 from heads.features.rows import LayerRows
