@@ -15,9 +15,9 @@ from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError
 from featcache.machine.memory import block_that_fits, memory_at_start, refuse_above, said, spare_memory
 from featcache.machine.progress import say
-from heads.modules.saved import linear_map_of, saved_shapes, spatial_head_of
 from heads.config import FitConfig
 from heads.features.sets import FeatureSet
+from heads.modules.saved import linear_map_of, saved_shapes, spatial_head_of
 from heads.solvers.base import FoldPredictor, LinearFits
 from heads.solvers.gradient import AdamWFolds
 from heads.solvers.held_out import FoldSolver, FrozenFolds, TrainedFolds, TunedAdamW, TunedRidge
@@ -207,7 +207,7 @@ def trained_heads(
     for checkpoint, fold in zip(checkpoints, of.held_out(), strict=True):
         refuse_leak(checkpoint.seen_ids, subject.train.ids[folds == fold], f"the heads of {checkpoint.name}")
     tensors = [checkpoint.heads() for checkpoint in checkpoints]
-    names = [list(checkpoint.key["subjects"]) for checkpoint in checkpoints]
+    names = [list(checkpoint.key.subjects) for checkpoint in checkpoints]
     pairs = list(zip(tensors, names, strict=True))
     maps, shapes = {}, dict(saved_shapes(tensors[0]))
     if not shapes:
