@@ -125,7 +125,7 @@ class FitConfig:
             if self.solver != "auto" and not SOLVERS[self.solver].serves(self.head, names_of(terms)):
                 raise ConfigError(
                     f"--solver {self.solver}",
-                    expected=f"--head linear and a loss of {', '.join(name for name, spec in LOSS_SPECS.items() if spec.least_squares)}",
+                    expected=f"--head linear and a loss of {', '.join(_least_squares())}",
                     found=f"--head {self.head} --loss {loss_label(terms)}",
                     remedy="use --solver adamw",
                 )
@@ -189,6 +189,10 @@ class FitConfig:
     def _settings(self, name: str | None) -> dict[str, Any]:
         settings = vars(getattr(self, name)) if name else {}
         return {option: list(value) if isinstance(value, tuple) else value for option, value in settings.items()}
+
+
+def _least_squares() -> list[str]:
+    return [name for name, spec in LOSS_SPECS.items() if spec.least_squares]
 
 
 def names_of(terms: Sequence[tuple[float, str]]) -> list[str]:
