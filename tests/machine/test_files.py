@@ -53,9 +53,8 @@ def test_a_second_writer_of_one_process_is_refused(tmp_path, monkeypatch, locks)
     if not locks:  # as on some network file systems
         monkeypatch.setattr("fcntl.flock", no_locks)
     folder = tmp_path / "new" / "folder"
-    with only_writer(folder):
-        with pytest.raises(StoreError, match="found another process writing"), only_writer(folder):
-            pytest.fail("two writers")
+    with only_writer(folder), pytest.raises(StoreError, match="found another process writing"), only_writer(folder):
+        pytest.fail("two writers")
     with only_writer(folder):
         pass
 
