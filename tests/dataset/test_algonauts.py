@@ -183,9 +183,7 @@ def test_fractions_and_percent_give_the_same_ceilings(tree, tmp_path):
 
 
 def test_a_ceiling_folder_that_is_not_there_is_refused(tree, tmp_path):
-    with pytest.raises(
-        ChallengeError, match=r"--noise-ceiling: expected a folder of subj01/lh.npy .* found no folder"
-    ):
+    with pytest.raises(ChallengeError, match=r"--noise-ceiling: expected a folder of subj01/lh.npy .* found no folder"):
         open_challenge(tree, tmp_path / "nowhere")
 
 
@@ -243,9 +241,7 @@ def test_a_file_of_the_other_unit_is_a_fault(tree):
 
 
 def test_a_ceiling_folder_without_ceilings_is_refused(tree):
-    with pytest.raises(
-        ChallengeError, match=r"--noise-ceiling: expected a folder .* found none of these in"
-    ):
+    with pytest.raises(ChallengeError, match=r"--noise-ceiling: expected a folder .* found none of these in"):
         open_challenge(tree, tree / "subj01")
 
 
