@@ -25,17 +25,14 @@ def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
     Raises StoreError where another writer holds the folder, unless `wait`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK)
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        lock = FileLock(folder / _LOCK).acquire(timeout=-1 if wait else 0)
     except Timeout as error:
         raise StoreError(
             folder, expected="to be the only writer", found="another process writing", remedy="wait for it to end"
         ) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def refuse_full_disk(folder: Path, n_bytes: int) -> None:
