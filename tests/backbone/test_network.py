@@ -63,7 +63,7 @@ def test_packaged_weights_of_another_backbone_name_those_there_are():
 
 
 def test_packaged_weights_without_the_extra_say_what_to_install(monkeypatch):
-    monkeypatch.setattr("featcache.backbone.network.find_spec", lambda name: None)
+    monkeypatch.setattr("featcache.backbone.weights.find_spec", lambda name: None)
     with pytest.raises(BackboneError, match="found none; install the demo extra"):
         load_backbone(BackboneConfig(name=LITE[0], weights="packaged"))
 
@@ -208,7 +208,7 @@ def test_an_unreachable_hub_is_one_line_that_names_the_ways_out(monkeypatch):
 
 
 def test_a_backbone_without_weights_on_the_hub_names_a_substitute():
-    with pytest.raises(BackboneError, match=r"timm has none; choose --backbone .*efficientnet_b7"):
+    with pytest.raises(BackboneError, match=r"found none in timm; choose --backbone .*efficientnet_b7"):
         load_backbone(BackboneConfig(name="efficientnet_b7", weights="hub"))
 
 

@@ -240,7 +240,7 @@ def test_a_network_whose_layers_timm_cannot_read_names_the_way_out():
     class Plain(nn.Module):
         pass
 
-    with pytest.raises(BackboneError, match="Plain has none; use --layers pooled, or another backbone"):
+    with pytest.raises(BackboneError, match="found Plain, which has none; use --layers pooled, or another backbone"):
         layer_names(Plain())
 
 

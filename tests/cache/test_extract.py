@@ -89,7 +89,7 @@ def test_an_interrupted_run_ends_bit_equal(tiny, tmp_path, monkeypatch, stop_at)
 KILLED = """
 import sys, time
 from pathlib import Path
-from featcache import store
+from featcache.cache import store
 from featcache.backbone.network import Backbone
 from featcache.dataset.algonauts import open_challenge
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
@@ -100,7 +100,9 @@ def slow(self, images, layers):
     time.sleep(0.1)
     return honest(self, images, layers)
 Backbone.features = slow
-config = ExtractConfig(BackboneConfig("test_resnet", "none", 48), dtype="float32", batch_size=3, workers=2)
+config = ExtractConfig(
+    backbone=BackboneConfig(name="test_resnet", weights="none", size=48), dtype="float32", batch_size=3, workers=2
+)
 extract(open_challenge(Path(sys.argv[1])).subjects, config, Path(sys.argv[2]))
 """
 

@@ -217,7 +217,7 @@ def test_more_than_the_limit_is_refused_in_one_line_and_removes_nothing(subjects
     cache(subjects, backbone_of(size=32), tmp_path)
     before = files(tmp_path)
     no_decoding(monkeypatch)
-    with pytest.raises(StoreError, match=r"in --image-cache 0.0004 GB; they need .* lower --size") as found:
+    with pytest.raises(StoreError, match=r"into --image-cache 0.0004 GB; found .* lower --size") as found:
         cache(subjects, backbone, tmp_path, limit_gb=0.0004)
     assert "\n" not in str(found.value) and files(tmp_path) == before
 
