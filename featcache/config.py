@@ -85,8 +85,7 @@ class ExtractConfig:
     batch_size: int = 32  # images a forward pass
     workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 16))  # threads that decode images
     device: str = "auto"
-    # none: the backbone as its weights come | auto: every checkpoint of it in the work folder, or none where there is
-    # none | the name or the folder of one checkpoint
+    # none: the backbone as its weights come | auto: the work folder's checkpoints of it, if any | a checkpoint's folder
     checkpoint: str = "none"
 
     def __post_init__(self) -> None:
