@@ -63,8 +63,8 @@ class LayerConfig:
     """Which layers are kept, and on which grid of places over the image."""
 
     layers: tuple[str, ...] = ("auto",)  # auto, all, pooled, names, or numbers from 0
-    grid: str = "auto"  # places on a side: a number | native, as many as the layer has | auto, at most 7
-    pool: str = "avg"  # avg | max of the places that become one place of the grid
+    grid: str = "auto"  # places a side: a number | native, as the layer has them | auto, 7 at most
+    pool: str = "avg"  # avg | max, over the places that a cell of the grid takes in
 
     def __post_init__(self) -> None:
         one_of("pool", self.pool, POOLS)
@@ -82,11 +82,10 @@ class ExtractConfig:
     layers: LayerConfig = field(default_factory=LayerConfig)
     # precision of the backbone's arithmetic; auto: bfloat16 on a CPU that multiplies it, float32 elsewhere
     dtype: str = "auto"
-    batch_size: int = 32  # images in a forward pass
+    batch_size: int = 32  # images a forward pass
     workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 16))  # threads that decode images
     device: str = "auto"
-    # none: the backbone as its weights come | auto: every checkpoint of it in the work folder, or none where there is
-    # none | the name or the folder of one checkpoint
+    # none: the backbone as its weights come | auto: the work folder's checkpoints of it, if any | a checkpoint's folder
     checkpoint: str = "none"
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from featcache.backbone.network import Backbone, load_backbone
-from featcache.cache.sources import rows_of
+from featcache.cache.sources import stored_rows
 from featcache.cache.store import Row
 from featcache.config import BackboneConfig, LayerConfig
 from featcache.dataset.images import load_image
@@ -76,7 +76,7 @@ def network(config: BackboneConfig, layers: LayerConfig, dtype: str, device: str
     backbone = load_backbone(replace(config, weights="none"), device)
     load = time.perf_counter() - began
     taps = backbone.taps(layers)
-    rows = rows_of(backbone, taps)
+    rows = stored_rows(backbone.shapes(taps))
     read = backbone.optimised(taps) if fold else backbone
     size, half = backbone.transform_settings["input_size"], getattr(torch, dtype, torch.float32)
 
