@@ -16,10 +16,10 @@ from featcache.dataset.subject import Subject
 from heads.backbones.batches import Images, pairs_of
 from heads.config import StageConfig
 from heads.modules.by_subject import AllSubjects, OneSubject, SpatialHeads, SubjectHeads, output_columns
-from heads.modules.linear import SMALL
+from heads.modules.linear import SMALL, LinearMap
 from heads.modules.saved import linear_map_of, saved_shapes
 from heads.modules.spatial import Shapes
-from heads.solvers.ridge import LinearMap, RidgeHead
+from heads.solvers.ridge import RidgeHead
 
 _FEATURE_BATCH = 64  # images a pass where only features are asked for
 

@@ -13,7 +13,8 @@ from featcache.dataset.splits import assign_folds, refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError
 from heads.features.sets import keep, newer_fault, own_stores
-from heads.fit.run import FOLDER, model_name
+from heads.fit.names import PredictionKey
+from heads.fit.run import FOLDER
 
 Members = dict[Subject, list[Store]]
 
@@ -91,7 +92,7 @@ def prediction_stores(subject: Subject, work: Path) -> list[Store]:
         return f"fitted with another {' and '.join(others)} than given now" if others else ""
 
     stores = keep(subject, stores, fault)
-    models = {store.name: model_name(store.key) for store in stores}
+    models = {store.name: PredictionKey.from_json(store.key).model for store in stores}
 
     def twin_fault(store: Store) -> str:  # two votes of one model would be a weight that nobody chose
         return newer_fault(store, [one for one in stores if models[one.name] == models[store.name]], "model")

@@ -11,7 +11,6 @@ from featcache.backbone.taps import CLASS_TOKEN
 from featcache.cache.extract import FOLDER
 from featcache.cache.store import Store, list_stores
 from featcache.dataset.digests import image_digest
-from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Subject
 from featcache.machine.progress import say
 from heads.features.rows import LayerRows
@@ -51,17 +50,12 @@ class FeatureSet:
         if not self.trained:
             return first
         weights = [store.key["weights"] for store in self.stores]
-        fold = {key: value for key, value in first["fold"].items() if key != "fold"}
+        fold = {name: value for name, value in first["fold"].items() if name != "fold"}
         return first | {"weights": weights, "fold": fold | {"held_out": self.held_out()}}
 
     def held_out(self) -> list[int]:
         """The fold that each store's backbone did not see."""
         return [store.key["fold"]["fold"] for store in self.stores]
-
-    def folds(self, subject: Subject, n_folds: int = 0, seed: int = 0) -> np.ndarray:
-        """(n_train,) fold of each training image: those of the training, or as asked for where there was none."""
-        fold = self.stores[0].key["fold"] or {"n_folds": n_folds, "seed": seed}
-        return assign_folds(subject.train.ids, fold["n_folds"], fold["seed"])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,8 +63,14 @@ class FeatureSet:
         return tuple(self.stores[0].arrays) if self.arrays is None else self.arrays
 
     @property
-    def has_places(self) -> bool:
-        return any(self.stores[0].arrays[name].ndim > 2 for name in self.names)
+    def is_layered(self) -> bool:
+        """Whether heads read several arrays, or places of the image."""
+        return len(self.names) > 1 or any(self.stores[0].arrays[name].ndim > 2 for name in self.names)
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """Names of the checkpoints that made the features of a trained backbone."""
+        return [store.facts["checkpoint"] for store in self.stores]
 
     def read(self, device: str, budget: float) -> list[LayerRows]:
         """Of each store, the rows of its arrays; `budget` bytes of each store may be kept in memory."""

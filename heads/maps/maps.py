@@ -133,7 +133,7 @@ def _of_weights(own: dict[str, torch.Tensor], rows: LayerRows, store: Store) -> 
     for name in rows.grids:
         if (weights := own.get(f"{name}.weights")) is None:
             return {}
-        _, variance = rows.moments(name, store.n_train)
+        _, variance = rows.mean_and_variance(name, store.n_train)
         on_places = weights.reshape(rows.n_places(name), rows.channels[name], -1)
         sizes[name] = (on_places.square() * variance[:, None]).sum(1).sqrt().T
     return sizes

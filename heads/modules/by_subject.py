@@ -14,10 +14,9 @@ from torch import nn
 from featcache.config import POOLED
 from featcache.dataset.subject import Subject
 from heads.config import SpatialConfig, TrainConfig
-from heads.modules.linear import RoiHead, linear_layer
+from heads.modules.linear import LinearMap, RoiHead, linear_layer
 from heads.modules.saved import saved_shapes, shape_tensors
 from heads.modules.spatial import Rows, Shapes, SpatialReadout, Standardise
-from heads.solvers.ridge import LinearMap
 
 Columns = dict[tuple[str, str], torch.Tensor]  # {(subject, surface): (n_vertices,) int64, the outputs that they are}
 

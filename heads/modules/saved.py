@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from heads.modules.linear import SMALL, linear_layer
+from heads.modules.linear import SMALL, LinearMap, linear_layer
 from heads.modules.spatial import Shapes, SpatialReadout
-from heads.solvers.ridge import LinearMap
 
 _ARRAY = "array."  # begins the name of a tensor that is the shape of an array's rows
 
