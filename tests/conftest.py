@@ -80,6 +80,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     speakers = (
         "featcache.cache.extract",
         "featcache.cache.pixels",
+        "featcache.cache.sources",
         "featcache.backbone.checkpoint",
         "heads.backbones.stages",
         "heads.features.sets",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featcache.config import PRODUCTS
+from featcache.workdir import Workdir
 from heads.commands.options import (
     DATA,
     WORK,
@@ -113,8 +114,8 @@ def fit_heads(
 
 def _fit(subjects: "Sequence[Subject]", config: FitConfig, work: Path) -> Outcome:
     from featcache.machine.progress import say
-    from heads.fit.run import FOLDER, scores_by_model
     from heads.fit.run import fit_heads as run
+    from heads.fit.run import scores_by_model
     from heads.report.tables import as_json, print_table, score_table
 
     if exact := config.shared_losses:
@@ -128,7 +129,7 @@ def _fit(subjects: "Sequence[Subject]", config: FitConfig, work: Path) -> Outcom
     stores = [{"subject": f.subject, "model": f.model, "path": str(f.path), "weights": str(f.weights)} for f in done]
     result: dict[str, Any] = {"stores": stores, "scores": as_json(scores)}
     new = sum(fitted.new for fitted in done)
-    return Outcome(f"{len(done)} fits, {new} of them new, in {work / FOLDER}", result)
+    return Outcome(f"{len(done)} fits, {new} of them new, in {Workdir(work).predictions}", result)
 
 
 def maps(
@@ -143,12 +144,12 @@ def maps(
 
     def call() -> Outcome:
         subjects = open_tree(data, noise_ceiling).select(subject)
-        from heads.maps.maps import FOLDER, export_maps
+        from heads.maps.maps import export_maps
 
         written, recovered = export_maps(subjects, models, work)
         for found in recovered:
             typer.echo("planted and found: " + ", ".join(f"{name} r = {value:.2f}" for name, value in found.items()))
         result = {"files": [str(path) for path in written], "recovery": recovered}
-        return Outcome(f"{len(written)} files in {work / FOLDER}", result)
+        return Outcome(f"{len(written)} files in {Workdir(work).maps}", result)
 
     return Job(None, call, as_json)
