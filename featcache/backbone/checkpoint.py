@@ -168,12 +168,13 @@ class CheckpointFacts:
         """The facts as they are on the disk; what is not known is left out."""
         values = {name: getattr(self, name) for name in _FACT_NAMES}
         values |= {"scores": list(self.scores), "seen_ids": list(self.seen_ids)}
-        unknown = {"versions": {}, "taps": None, "digests": {}, "weights": None, "epoch": None, "score": None}
-        json = {name: value for name, value in values.items() if name not in unknown or value != unknown[name]}
+        unknown = [name for name in _UNKNOWN_AT_FIRST if values[name] in (None, {})]
+        json = {name: value for name, value in values.items() if name not in unknown}
         return json | dict(self.other)
 
 
 _FACT_NAMES = tuple(one.name for one in fields(CheckpointFacts) if one.name != "other")
+_UNKNOWN_AT_FIRST = ("versions", "taps", "digests", "weights", "epoch", "score")
 
 
 @dataclass(frozen=True)
