@@ -170,16 +170,16 @@ def test_what_a_fit_refuses_leaves_no_store_behind(work, tiny, tmp_path, monkeyp
     """Splits that are too small are met by every solver, each in its own place."""
 
     def refuse(*_, **__):
-        raise ConfigError("fold 0: expected enough images")
+        raise ConfigError("fold 0", expected="enough images", found="too few", remedy="use fewer folds")
 
     folder = work if backbone == "trained" else tmp_path / "frozen"
     subjects = open_challenge(tiny).subjects[:1]
     if backbone == "frozen":
         extract(subjects, ExtractConfig(backbone=BACKBONE, layers=LayerConfig(layers=("pooled",)), workers=1), folder)
-    for place in ("folds.clean_parts", "spatial_folds.clean_parts", "training.stop_split", "spatial_folds.stop_split"):
-        monkeypatch.setattr(f"heads.{place}", refuse)
+    for place in ("held_out.clean_parts", "spatial.clean_parts", "held_out.stop_split"):
+        monkeypatch.setattr(f"heads.solvers.{place}", refuse)
     if (backbone, head, loss) == ("frozen", "linear", "mse"):  # the closed form splits nothing there
-        monkeypatch.setattr("heads.solvers.registry.RidgeFits", refuse)
+        monkeypatch.setattr("heads.solvers.ridge_folds.RidgeFolds", refuse)
     with pytest.raises(ConfigError, match="fold 0"):
         fit_heads(subjects, FitConfig(loss=loss, head=head), folder)
     assert not (folder / "predictions.zarr").exists() and not (folder / "heads").exists()
