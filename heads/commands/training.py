@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from featcache.errors import ConfigError
+from featcache.workdir import Workdir
 from heads.commands.options import (
     DATA,
     WORK,
@@ -135,7 +136,7 @@ def _train(subjects: "Sequence[Subject]", config: StageConfig, work: Path) -> Ou
         for trained in done
     ]
     n_new = sum(trained.new for trained in done)
-    message = f"{len(done)} checkpoints, {n_new} of them new, in {work / 'checkpoints'}"
+    message = f"{len(done)} checkpoints, {n_new} of them new, in {Workdir(work).checkpoints}"
     return Outcome(message, {"checkpoints": checkpoints})
 
 

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 from featcache.backbone.checkpoint import (
-    FOLDER,
     Checkpoint,
     CheckpointFacts,
     CheckpointKey,
@@ -36,6 +35,7 @@ from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.digests import digests
 from featcache.dataset.subject import Subject
 from featcache.errors import BackboneError, CheckpointError
+from featcache.workdir import Workdir
 from support.checkpoints import HEADS, N_FOLDS, key_of, mean_like, trained_weights, write_checkpoint
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -142,7 +142,7 @@ def test_recording_keeps_what_is_named_as_it_was(made):
 
 
 def test_a_run_that_stopped_before_its_record_is_no_checkpoint(subjects, tmp_path):
-    save_weights(tmp_path / FOLDER / "pretrain-x-fold0-abc" / "epoch-001", HEADS, HEADS)
+    save_weights(Workdir(tmp_path).checkpoints / "pretrain-x-fold0-abc" / "epoch-001", HEADS, HEADS)
     assert list_checkpoints(tmp_path) == [] and list_checkpoints(tmp_path / "nowhere") == []
 
 

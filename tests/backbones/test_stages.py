@@ -10,9 +10,10 @@ import pytest
 import torch
 import zarr
 from PIL import Image
+from safetensors.torch import load_file
 
 import cli
-from featcache.backbone.checkpoint import StartKey, list_checkpoints
+from featcache.backbone.checkpoint import StartKey, find_checkpoint, list_checkpoints
 from featcache.cache.extract import extract
 from featcache.cache.store import open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
@@ -23,12 +24,15 @@ from featcache.errors import CheckpointError, ConfigError, LeakError
 from heads.backbones.stages import train_stage
 from heads.config import AdamWConfig, FitConfig, StageConfig, TrainConfig
 from heads.features.sets import feature_sets
-from heads.fit.run import fit_heads, prediction_key, scores_by_model
+from heads.fit.names import prediction_key
+from heads.fit.run import fit_heads, scores_by_model
 from heads.modules.saved import linear_map_of
 from heads.scores.metrics import pearson_r
-from heads.solvers.registry import trained_heads
+from heads.solvers.held_out import FoldPlan
 from support.checkpoints import mean_like
-from support.training import BACKBONE, QUICK_OPTIONS, fails, run
+from support.training import BACKBONE, QUICK_OPTIONS, fails, run, train
+
+SHORT = TrainConfig(epochs=1, batch_size=4)
 
 
 def test_a_checkpoint_a_fold_for_all_subjects_and_one_a_fold_and_subject(trained):
@@ -151,15 +155,17 @@ def test_heads_refuse_images_that_the_backbone_saw(work, tiny):
         fit_heads([subject], FitConfig(), work)
 
 
-def test_folds_of_a_training_are_in_the_recipe_and_not_those_asked_for(work, tiny):
+def test_folds_of_a_training_are_in_the_key_and_not_those_asked_for(work, tiny):
     """Heads on its features follow them whatever --folds says; the gradient loop has a seed of its own."""
     subject = open_challenge(tiny).subjects[0]
-    one = feature_sets(subject, work)[0]
+    features = feature_sets(subject, work)[0]
 
     def key(**asked):
-        return prediction_key(subject, one, FitConfig(**asked), work)
+        config = FitConfig(**asked)
+        plan = FoldPlan.of_features(subject, features, config.n_folds, config.seed)
+        return prediction_key(subject, features, plan, config, work)
 
-    assert key()["n_folds"] == 2 and key(n_folds=7, seed=3) == key()
+    assert key().to_json()["n_folds"] == 2 and key(n_folds=7, seed=3) == key()
     adamw = {"loss": "smooth_l1"}
     assert key(**adamw, n_folds=7) == key(**adamw) != key(**adamw, seed=3)
 
@@ -176,10 +182,10 @@ def test_what_a_fit_refuses_leaves_no_store_behind(work, tiny, tmp_path, monkeyp
     subjects = open_challenge(tiny).subjects[:1]
     if backbone == "frozen":
         extract(subjects, ExtractConfig(backbone=BACKBONE, layers=LayerConfig(layers=("pooled",)), workers=1), folder)
-    for place in ("held_out.clean_parts", "spatial.clean_parts", "held_out.stop_split"):
+    for place in ("held_out.clean_parts", "held_out.stop_split", "spatial.clean_parts"):
         monkeypatch.setattr(f"heads.solvers.{place}", refuse)
     if (backbone, head, loss) == ("frozen", "linear", "mse"):  # the closed form splits nothing there
-        monkeypatch.setattr("heads.solvers.ridge_folds.RidgeFolds", refuse)
+        monkeypatch.setattr("heads.fit.run.build_solver", refuse)
     with pytest.raises(ConfigError, match="fold 0"):
         fit_heads(subjects, FitConfig(loss=loss, head=head), folder)
     assert not (folder / "predictions.zarr").exists() and not (folder / "heads").exists()
@@ -189,39 +195,18 @@ def test_trained_heads_come_with_the_features_they_read(tiny, tmp_path):
     """Trainings that differ in their folds alone are not mixed up: each store's heads never saw its held-out images."""
     subjects = open_challenge(tiny).subjects[:1]
     for n_folds in (2, 3):
-        stage = StageConfig(
-            stage="finetune",
-            train=TrainConfig(epochs=1, batch_size=4),
-            backbone=BACKBONE,
-            init="none",
-            fold=1,
-            n_folds=n_folds,
-            workers=1,
-        )
-        train_stage(subjects, stage, tmp_path)
+        train(tiny, tmp_path, SHORT, fold=1, n_folds=n_folds)
     extract(subjects, ExtractConfig(backbone=BACKBONE, checkpoint="auto"), tmp_path)
-    for one in feature_sets(subjects[0], tmp_path):
-        fold = one.stores[0].key["fold"]
-        (checkpoint,) = [c for c in list_checkpoints(tmp_path) if c.key.split.n_folds == fold["n_folds"]]
+    for fitted in fit_heads(subjects, FitConfig(solver="trained"), tmp_path):
+        features = open_store(tmp_path / "features.zarr" / open_store(fitted.path).facts["features"])
+        checkpoint = find_checkpoint(tmp_path, features.facts["checkpoint"])
         expected = linear_map_of(checkpoint.heads(), ["subj01"], "subj01", "lh")
-        predictor = trained_heads(subjects[0], one, one.folds(subjects[0]), "cpu", tmp_path)
-        responses = torch.from_numpy(np.array(subjects[0].responses("lh")))
-        saved = predictor.fit(responses, hemisphere="lh").saved
-        assert torch.equal(saved[f"fold{fold['fold']}.", "weights"], expected.weights)
+        assert torch.equal(load_file(fitted.weights)["lh.fold1.weights"], expected.weights)
 
 
 def test_one_fold_predicts_and_scores_its_own_images_alone(tiny, tmp_path, said):
     subjects = open_challenge(tiny).subjects[:1]
-    stage = StageConfig(
-        stage="finetune",
-        train=TrainConfig(epochs=1, batch_size=4),
-        backbone=BACKBONE,
-        init="none",
-        fold=1,
-        n_folds=2,
-        workers=1,
-    )
-    train_stage(subjects, stage, tmp_path)
+    train(tiny, tmp_path, SHORT, fold=1, n_folds=2)
     extract(subjects, ExtractConfig(backbone=BACKBONE, checkpoint="auto"), tmp_path)
     (fitted,) = fit_heads(subjects, FitConfig(), tmp_path)
     store, ids = open_store(fitted.path), subjects[0].train.ids
@@ -236,16 +221,7 @@ def test_one_fold_predicts_and_scores_its_own_images_alone(tiny, tmp_path, said)
 @pytest.mark.parametrize(("loss", "way"), [("mse", "closed form"), ("smooth_l1", "by gradient")])
 def test_what_is_said_before_a_fit_is_what_it_does(tiny, tmp_path, said, loss, way):
     subjects = open_challenge(tiny).subjects[:1]
-    stage = StageConfig(
-        stage="finetune",
-        train=TrainConfig(epochs=1, batch_size=4),
-        backbone=BACKBONE,
-        init="none",
-        fold=1,
-        n_folds=2,
-        workers=1,
-    )
-    train_stage(subjects, stage, tmp_path)
+    train(tiny, tmp_path, SHORT, fold=1, n_folds=2)
     extract(
         subjects, ExtractConfig(backbone=BACKBONE, layers=LayerConfig(layers=("pooled",)), checkpoint="auto"), tmp_path
     )
@@ -315,7 +291,7 @@ def test_noise_is_not_predicted_through_both_stages_and_refitted_heads(tree, tmp
     train_stage(subjects, stage, tmp_path)
     train_stage(subjects, replace(stage, stage="finetune"), tmp_path)
     extract(subjects, ExtractConfig(backbone=BACKBONE, checkpoint="auto"), tmp_path)
-    for solver in ("exact", "trained"):
+    for solver in ("ridge", "trained"):
         for model, scores in scores_by_model(subjects, fit_heads(subjects, FitConfig(solver=solver), tmp_path)).items():
             r = np.concatenate([one.r for one in scores])  # of 168 vertices, each of spread 0.2
             assert abs(r.mean()) < 0.06, model
@@ -359,23 +335,12 @@ FAMILIES += ["efficientvit_m0", "mobilenetv3_small_050"]  # a norm in the classi
 def test_every_family_of_the_paper_trains_and_extracts(tiny, tmp_path, name):
     """Convnets with and without squeeze and excitation, and a transformer at a size that is not its own."""
     subjects, backbone = open_challenge(tiny).subjects[:1], BackboneConfig(name=name, weights="none", size=64)
-    stage = StageConfig(
-        stage="finetune",
-        train=TrainConfig(epochs=1, batch_size=4),
-        backbone=backbone,
-        init="none",
-        fold=0,
-        n_folds=2,
-        workers=1,
-    )
-    (one,) = train_stage(subjects, stage, tmp_path)
-    assert one.checkpoint.backbone().digest != one.checkpoint.key.start.weights
+    checkpoint = train(tiny, tmp_path, SHORT, backbone=backbone, n_folds=2)
+    assert checkpoint.backbone().digest != checkpoint.key.start.weights
     (stored,) = extract(subjects, ExtractConfig(backbone=backbone, checkpoint="auto"), tmp_path)
     assert np.isfinite(open_store(stored.path).read("pooled")).all()
     with pytest.raises(CheckpointError, match=f"expected a checkpoint of test_byobnet; found one of {name}"):
-        other = ExtractConfig(
-            backbone=BackboneConfig(name="test_byobnet", weights="none"), checkpoint=one.checkpoint.name
-        )
+        other = ExtractConfig(backbone=BackboneConfig(name="test_byobnet", weights="none"), checkpoint=checkpoint.name)
         extract(subjects, other, tmp_path)
 
 

@@ -8,10 +8,9 @@ import pytest
 from featcache.backbone.checkpoint import list_checkpoints
 from featcache.dataset.algonauts import open_challenge
 from featcache.errors import LeakError
-from heads.backbones.stages import train_stage
-from heads.config import StageConfig, TrainConfig
+from heads.config import TrainConfig
 from support.checkpoints import mean_like
-from support.training import BACKBONE, QUICK_OPTIONS, fails, run
+from support.training import QUICK_OPTIONS, edit, fails, run, train
 
 
 def test_a_checkpoint_of_another_architecture_or_tree_is_refused(work, tree, capfd, monkeypatch):
@@ -75,16 +74,8 @@ def test_a_start_that_saw_the_held_out_fold_is_refused(work, tiny):
     """Even where its key claims that fold: the ids count."""
     subject = open_challenge(tiny).subjects[0]
     edit(first_of_fold_0(work), "facts", seen_ids=subject.train.ids.tolist())
-    config = StageConfig(
-        stage="finetune",
-        train=TrainConfig(epochs=1, batch_size=4, seed=3),
-        backbone=BACKBONE,
-        fold=0,
-        n_folds=2,
-        workers=1,
-    )
     with pytest.raises(LeakError, match="fold 0 of finetune-subj01"):
-        train_stage([subject], config, work)
+        train(tiny, work, TrainConfig(epochs=1, batch_size=4, seed=3), init="stage1", n_folds=2)
 
 
 def test_an_unfinished_stage_1_is_not_started_from(work, tiny, capfd):
