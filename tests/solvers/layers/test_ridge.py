@@ -12,11 +12,11 @@ from featcache.dataset.splits import assign_folds
 from heads.config import RidgeConfig
 from heads.features.rows import LayerRows
 from heads.scores.metrics import pearson_r
-from heads.solvers.layers.axes import Basis, way_for
+from heads.solvers.layers.axes import way_for
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import DEPTHS, Prior, prior_set
 from heads.solvers.layers.ridge import LayeredRidge
-from support.plans import assert_same_fits, block_of, out_of_fold, plan_of
+from support.plans import assert_same_fits, block_of, plan_of
 
 N_FOLDS, N_TRAIN, N_TEST = 3, 60, 7
 N = N_TRAIN + N_TEST
@@ -137,7 +137,9 @@ def test_both_errors_lead_to_finite_predictions_that_agree_roughly(tmp_path, sel
     """Generalised cross-validation is what every subject of the challenge has: more than 1,024 images to fit to."""
     values = values_of(TALL)
     y = responses_of(values, noise=0.3)
-    fits = solver([kernels_of(tmp_path, values)], config=RidgeConfig(penalties=MULTIPLES, selection=selection)).fit(block_of(y))
+    fits = solver([kernels_of(tmp_path, values)], config=RidgeConfig(penalties=MULTIPLES, selection=selection)).fit(
+        block_of(y)
+    )
     for fold in fits.folds:
         piece = fold.held_out[0]
         assert fold.test.dtype == piece.predictions.dtype == torch.float32
