@@ -393,7 +393,7 @@ def test_heads_of_checkpoints_where_there_are_none_ask_for_training(work, capfd)
 def test_a_layer_that_was_not_extracted_is_one_line_that_lists_those_that_were(work, capfd):
     run(capfd, *LAYERS)
     line = fails(capfd, "fit-heads", "--layers", "layer9")
-    assert "joint, each, or layers that were extracted (pooled, layer2, layer4); found 'layer9'" in line
+    assert "all, each, or layers that were extracted (pooled, layer2, layer4); found 'layer9'" in line
     assert not (work / "predictions.zarr").exists()
 
 

@@ -1,7 +1,7 @@
 """Images x backbone -> feature store. Killed at any moment and run again, it ends bit-equal to a run that was not."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,12 @@ def fused(backbone: Backbone, taps: Taps, device: str) -> Backbone:
 
 
 def rows_of(backbone: Backbone, taps: Taps) -> dict[str, Row]:
-    """{array: what a row of it is}. Layers with places are large and stored as float16, vectors as float32."""
-    shapes = backbone.shapes(taps)
+    """{array: its row} of the layers that are read."""
+    return stored_rows(backbone.shapes(taps))
+
+
+def stored_rows(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Row]:
+    """{array: its row} for shapes of rows. Layers with places are large and stored as float16, vectors as float32."""
     return {name: Row(shape, "float16" if len(shape) > 1 else "float32") for name, shape in shapes.items()}
 
 
