@@ -91,7 +91,6 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "heads.fit.run",
         "heads.blend.run",
         "heads.blend.plot",
-        "heads.backbones.soup",
         "featcache.machine.progress",
     ):
         monkeypatch.setattr(f"{module}.say", record)

@@ -133,8 +133,8 @@ class Source:
         one = self.checkpoint
         if one is None:
             return None
-        mean = {"soup": len(one.members)} if one.members else {}
-        return {"stage": one.key["stage"], "training": one.training, **mean, **one.fold}
+        mean = {"soup": len(one.key.mean_of)} if one.key.mean_of else {}
+        return {"stage": one.key.stage, "training": one.training, **mean, **one.key.split.to_json()}
 
 
 def _sources(
@@ -148,7 +148,7 @@ def _sources(
         _refuse_other_backbone(checkpoint, config)
         checkpoint.refuse_other_tree({subject.name: digests(subject, work) for subject in subjects})
         return [(checkpoint, list(subjects))]
-    known = [one for one in list_checkpoints(work) if config.backbone.admits(one.key["backbone"]["name"])]
+    known = [one for one in list_checkpoints(work) if config.backbone.admits(one.key.backbone.name)]
     served: dict[str, tuple[Checkpoint | None, list[Subject]]] = {}
     for subject in subjects if known else ():
         for checkpoint in usable(subject, known, digests(subject, work)):
@@ -163,7 +163,7 @@ def _sources(
 
 
 def _refuse_other_backbone(checkpoint: Checkpoint, config: ExtractConfig) -> None:
-    trained = checkpoint.key["backbone"]["name"]
+    trained = checkpoint.key.backbone.name
     if not config.backbone.admits(trained):
         raise CheckpointError(
             checkpoint.path,

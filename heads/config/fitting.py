@@ -157,7 +157,7 @@ class FitConfig:
             if self.solver != "auto" and not SOLVERS[self.solver].serves(self.head, names_of(terms)):
                 raise ConfigError(
                     f"--solver {self.solver}",
-                    expected=f"--head linear and a loss of {', '.join(LEAST_SQUARES_NAMES)}",
+                    expected=f"--head linear and a loss of {', '.join(_least_squares())}",
                     found=f"--head {self.head} --loss {loss_label(terms)}",
                     remedy="use --solver adamw",
                 )
@@ -223,7 +223,8 @@ class FitConfig:
         return {option: list(value) if isinstance(value, tuple) else value for option, value in settings.items()}
 
 
-LEAST_SQUARES_NAMES = tuple(name for name, spec in LOSS_SPECS.items() if spec.least_squares)
+def _least_squares() -> list[str]:
+    return [name for name, spec in LOSS_SPECS.items() if spec.least_squares]
 
 
 def names_of(terms: Sequence[tuple[float, str]]) -> list[str]:

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from heads.config import HEADS, AdamWConfig
+from heads.config import HEADS, AdamWConfig, FitConfig
 from heads.config.registry import load
 from heads.modules.linear import LinearMap
 from heads.scores.losses import Loss, weighted_sum
 from heads.scores.metrics import accuracy_from_r, pearson_r
 from heads.solvers.base import Block, Fits, FoldFit, Problem, piece_of
-from heads.solvers.held_out import Split
+from heads.solvers.held_out import FoldPlan, Split
 from heads.solvers.linear import FoldHeads, LinearPredictions
 from heads.solvers.memory import Sizes, announce_whole, whole_bytes
 
@@ -27,7 +27,7 @@ def build(problem: Problem) -> "GradientSolver":
     """Build the solver for heads that a gradient trains on one matrix of features. Raises ConfigError."""
     features = [rows.dense() for rows in problem.features.read(problem.device, 0)]
     announce_whole(problem, features[0].shape[1], "by gradient")
-    return GradientSolver(problem, features)
+    return GradientSolver(features, problem.plan, problem.config)
 
 
 class GradientSolver:
@@ -38,17 +38,15 @@ class GradientSolver:
 
     vertex_block: int | None = None  # a loss is a mean over vertices and stops for all of them together
 
-    def __init__(self, problem: Problem, features: Sequence[torch.Tensor]) -> None:
-        self._problem, self._features, self._plan = problem, list(features), problem.plan
-        self._config = problem.config
+    def __init__(self, features: Sequence[torch.Tensor], plan: FoldPlan, config: FitConfig) -> None:
+        self._features, self._plan, self._config = list(features), plan, config
         # what the splits refuse is refused before a store is made
-        self._splits = [
-            self._plan.split(k, self._config.adamw.validation, self._config.seed) for k in range(len(self._plan))
-        ]
-        self._predictions = LinearPredictions(self._features, self._plan)
+        self._splits = [plan.split(k, config.adamw.validation, config.seed) for k in range(len(plan))]
+        self._predictions = LinearPredictions(self._features, plan)
 
     def memory(self, n_vertices: int) -> float:
-        return whole_bytes(Sizes.of(self._problem, self._features[0].shape[1]), HEADS[self._config.head].copies)
+        sizes = Sizes.of_matrix(self._plan, self._features[0].shape, n_vertices)
+        return whole_bytes(sizes, HEADS[self._config.head].copies)
 
     def fit(self, block: Block) -> Fits:
         heads = [self._train(k, split, block) for k, split in enumerate(self._splits)]

@@ -1,11 +1,13 @@
 """How many bytes of main memory fits take, from counts alone: for solvers before they start, and for plans."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from featcache.machine.memory import block_that_fits, memory_at_start, refuse_above, said, spare_memory
 from featcache.machine.progress import say
 from heads.config import HEADS
 from heads.solvers.base import Problem
+from heads.solvers.held_out import FoldPlan
 from heads.solvers.ridge import TOGETHER, VERTEX_BLOCK
 
 # Parts of the free memory: features as they are stored, kernels of single places, and decompositions.
@@ -30,8 +32,21 @@ class Sizes:
     n_sources: int = 1
 
     @classmethod
+    def of_matrix(cls, plan: FoldPlan, shape: Sequence[int], n_vertices: int) -> "Sizes":
+        """Counts of a fit to one matrix of features of this shape, for one surface."""
+        n_images, n_features = shape
+        return cls(
+            n_train=plan.n_train,
+            n_test=n_images - plan.n_train,
+            n_features=n_features,
+            n_vertices=(n_vertices,),
+            n_folds=len(plan),
+            n_sources=plan.n_sources,
+        )
+
+    @classmethod
     def of(cls, problem: Problem, n_features: int) -> "Sizes":
-        """The counts of one fit."""
+        """Counts of one fit, for all surfaces of its subject."""
         return cls(
             n_train=problem.n_train,
             n_test=problem.n_test,

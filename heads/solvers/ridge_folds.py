@@ -54,7 +54,7 @@ class RidgeFolds:
         self._axes = FoldAxes(features, plan.folds, lambda n_images: is_exact(config, n_images))
 
     def memory(self, n_vertices: int) -> float:
-        fixed, per_vertex = blockwise_bytes(_sizes(self._plan, self._shape, n_vertices))
+        fixed, per_vertex = blockwise_bytes(Sizes.of_matrix(self._plan, self._shape, n_vertices))
         return fixed + per_vertex * min(self.vertex_block or n_vertices, n_vertices)
 
     def fit(self, block: Block) -> Fits:
@@ -89,7 +89,7 @@ class TunedRidge:
         self._predictions = LinearPredictions(features, plan)
 
     def memory(self, n_vertices: int) -> float:
-        return whole_bytes(_sizes(self._plan, self._shape, n_vertices))
+        return whole_bytes(Sizes.of_matrix(self._plan, self._shape, n_vertices))
 
     def fit(self, block: Block) -> Fits:
         return self._predictions.fits(self.heads(block.responses))
@@ -108,15 +108,3 @@ class TunedRidge:
         errors = held_out_errors(basis.values, rotated, penalties, judged)
         maps = [maps_of_penalties(basis, rotated, level, penalties[error.argmin(0)]) for error in errors]
         return FoldHeads(list(zip(parts, maps[:-1], strict=True)), maps[-1])
-
-
-def _sizes(plan: FoldPlan, shape: Sequence[int], n_vertices: int) -> Sizes:
-    n_images, n_features = shape
-    return Sizes(
-        n_train=plan.n_train,
-        n_test=n_images - plan.n_train,
-        n_features=n_features,
-        n_vertices=(n_vertices,),
-        n_folds=len(plan),
-        n_sources=plan.n_sources,
-    )

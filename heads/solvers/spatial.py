@@ -14,10 +14,11 @@ from torch import nn
 from featcache.dataset.splits import refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.machine.memory import spare_memory
-from heads.backbones.encoder import SpatialHeads, spatial_head_of
 from heads.config import FitConfig
 from heads.features.rows import LayerRows
+from heads.modules.by_subject import SpatialHeads
 from heads.modules.linear import SMALL
+from heads.modules.saved import spatial_head_of
 from heads.modules.spatial import SpatialReadout
 from heads.scores.losses import weighted_sum
 from heads.solvers.base import Block, Fits, FoldFit, Problem, Trainee
@@ -221,16 +222,9 @@ class SpatialSolver:
         self._training, self._member, self._number = training, member, number
 
     def memory(self, n_vertices: int) -> float:
-        plan, rows, subject = self._member.plan, self._member.rows[0], self._member.subject
-        sizes = Sizes(
-            n_train=plan.n_train,
-            n_test=len(subject.test),
-            n_features=rows.n_features,
-            n_vertices=(n_vertices,),
-            n_folds=len(plan),
-            n_sources=plan.n_sources,
-        )
-        return whole_bytes(sizes)
+        plan, n_features = self._member.plan, self._member.rows[0].n_features
+        n_images = plan.n_train + len(self._member.subject.test)
+        return whole_bytes(Sizes.of_matrix(plan, (n_images, n_features), n_vertices))
 
     def fit(self, block: Block) -> Fits:
         """Predict one surface; its responses only set the scale of predictions, on the rows that were trained on."""

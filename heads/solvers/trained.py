@@ -13,10 +13,10 @@ from featcache.config import POOLED
 from featcache.dataset.splits import refuse_leak
 from featcache.errors import ConfigError
 from featcache.machine.memory import spare_memory
-from heads.backbones.encoder import linear_map_of, saved_shapes, spatial_head_of
 from heads.features.rows import LayerRows
 from heads.features.sets import FeatureSet
 from heads.modules.linear import LinearMap
+from heads.modules.saved import linear_map_of, saved_shapes, spatial_head_of
 from heads.solvers.base import Block, Fits, FoldFit, Problem, Solver, piece_of
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.linear import FoldHeads, LinearPredictions
@@ -34,7 +34,7 @@ def build(problem: Problem) -> Solver:
     checkpoints = _checkpoints(features, problem.work)
     for k, checkpoint in enumerate(checkpoints):
         refuse_leak(checkpoint.seen_ids, plan.image_ids[plan.inside(k)], f"the heads of {checkpoint.name}")
-    saved = [(checkpoint.heads(), list(checkpoint.key["subjects"])) for checkpoint in checkpoints]
+    saved = [(checkpoint.heads(), list(checkpoint.key.subjects)) for checkpoint in checkpoints]
     shapes = dict(saved_shapes(saved[0][0]))
     maps: dict[str, list[LinearMap]] = {}
     if not shapes:

@@ -18,13 +18,13 @@ from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import ImageFiles, Subject
 from featcache.errors import ConfigError, LeakError
-from heads.backbones.encoder import spatial_head_of
 from heads.backbones.stages import train_stage
 from heads.config import AdamWConfig, FitConfig, SpatialConfig, StageConfig, TrainConfig
 from heads.features.rows import LayerRows
 from heads.features.sets import feature_sets
 from heads.fit.run import fit_heads
 from heads.modules.linear import LinearHead
+from heads.modules.saved import spatial_head_of
 from heads.modules.spatial import SpatialReadout
 from heads.scores.losses import LOSSES
 from heads.scores.metrics import pearson_r
