@@ -97,7 +97,7 @@ def _start_spatial(heads: SubjectHeads, first: FirstWeights) -> str:
 
 
 BUILDERS: Mapping[str, Builder] = {
-    "pooled": Builder(_build_pooled, _start_pooled),
+    "linear": Builder(_build_pooled, _start_pooled),
     "spatial": Builder(_build_spatial, _start_spatial),
 }
 

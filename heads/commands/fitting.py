@@ -61,7 +61,7 @@ def _fit(subjects: "Sequence[Subject]", config: FitConfig, work: Path) -> Outcom
     from heads.fit.run import FOLDER, scores_by_model
     from heads.fit.run import fit_heads as run
     from heads.report.printing import print_table
-    from heads.report.scores import scores_as_json, score_table
+    from heads.report.scores import score_table, scores_as_json
 
     if shared := config.shared_losses:
         say(

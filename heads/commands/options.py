@@ -7,7 +7,7 @@ are written once, in the settings, and an option of one name means one thing.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
@@ -55,18 +55,6 @@ def _show_help(context: typer.Context, wanted: bool) -> None:
         raise typer.Exit
 
 
-HELP = Annotated[
-    bool,
-    typer.Option(
-        "--help",
-        "-h",
-        help="Show this message and exit.",
-        rich_help_panel="Output",
-        is_eager=True,
-        expose_value=False,
-        callback=_show_help,
-    ),
-]
 _OUTPUT = {
     "as_json": Annotated[
         bool, typer.Option("--json", help="Make the last line of stdout a JSON object.", rich_help_panel="Output")
@@ -74,14 +62,39 @@ _OUTPUT = {
     "quiet": Annotated[
         bool, typer.Option("--quiet", help="No progress on stderr; errors still.", rich_help_panel="Output")
     ],
-    "help": HELP,
+    "show_help": Annotated[
+        bool,
+        typer.Option(
+            "--help",
+            "-h",
+            help="Show this message and exit.",
+            rich_help_panel="Output",
+            is_eager=True,
+            expose_value=False,
+            callback=_show_help,
+        ),
+    ],
 }
+# groups of options in --help, from what a beginner needs first
+PANELS = (
+    "Data",
+    "Backbone",
+    "Layers",
+    "Heads",
+    "Spatial heads",
+    "Blend",
+    "Training",
+    "Training, in detail",
+    "Machine",
+    "Output",
+)
 
 
 def command(
     *settings: type,
     old: Mapping[str, str] | None = None,
     presets: Mapping[type, Mapping[str, Mapping[str, Any]]] | None = None,
+    leave_out: Collection[str] = (),
 ) -> Callable[[Callable[..., Job]], Callable[..., Job]]:
     """Decorator that gives a command the options of its settings, and those that every command has.
 
@@ -94,6 +107,7 @@ def command(
     old : {name of an option in earlier versions: name of the parameter}; it still works, and help leaves it out
     presets : {settings class: {preset: {field: its value}}}; an option that is not given is None then, and help shows
         the values under all presets
+    leave_out : fields that are no options of this command
     """
 
     def decorated(function: Callable[..., Job]) -> Callable[..., Job]:
@@ -102,7 +116,7 @@ def command(
         parameters = {one.name: one.replace(kind=one.KEYWORD_ONLY) for one in own}
         for kind in settings:
             for setting in _offered(kind):
-                if setting.name not in parameters:
+                if setting.name not in (*parameters, *leave_out):
                     parameters[setting.name] = _parameter(setting, (presets or {}).get(kind))
         for name, parameter in (old or {}).items():
             parameters[f"old_{name}"] = _hidden(name, parameters[parameter])
@@ -110,18 +124,25 @@ def command(
             parameters[name] = _keyword(name, annotation, False)
 
         @functools.wraps(function)
-        def run(*, as_json: bool, quiet: bool, **options: Any) -> Job:
+        def run(*, as_json: bool, quiet: bool, show_help: bool, **options: Any) -> Job:
             for name, parameter in (old or {}).items():
                 if (value := options.pop(f"old_{name}")) is not None:
                     options[parameter] = value
             return replace(function(**options), as_json=as_json, quiet=quiet)
 
         described = cast(Any, run)
-        described.__signature__ = signature.replace(parameters=list(parameters.values()))
+        described.__signature__ = signature.replace(parameters=sorted(parameters.values(), key=_panel))
         described.__annotations__ = {name: one.annotation for name, one in parameters.items()}
         return run
 
     return decorated
+
+
+def _panel(parameter: inspect.Parameter) -> int:
+    """Number of the group that an option is in; 0 for what is in none, such as arguments."""
+    options = getattr(parameter.annotation, "__metadata__", ())
+    panels = [option.rich_help_panel for option in options if option.rich_help_panel]
+    return PANELS.index(panels[0]) + 1 if panels else 0
 
 
 def _offered(settings: type) -> list[Field[Any]]:

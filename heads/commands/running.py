@@ -28,7 +28,9 @@ def run(
     plan: Annotated[
         bool,
         typer.Option(
-            "--plan", help="Print the memory and disk that each step will take, and run nothing.", rich_help_panel="Output"
+            "--plan",
+            help="Print the memory and disk that each step will take, and run nothing.",
+            rich_help_panel="Output",
         ),
     ] = False,
 ) -> Job:

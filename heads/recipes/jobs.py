@@ -35,8 +35,8 @@ class Job:
 def usage_fault(error: Exception) -> str | None:
     """The message of an error that says that a command line cannot be read; None for any other error.
 
-    typer raises an exception of click, and from version 0.26 on one of a copy of click that it carries inside itself.
-    In both, `format_message` is what such an exception has and no other.
+    typer raises exceptions of a copy of click that it carries inside itself, whose classes have no public name in every
+    release. `format_message` is what they have in all of them, and no other exception has it.
     """
     message = getattr(error, "format_message", None)
     return None if message is None else str(message())
