@@ -21,16 +21,14 @@ from heads.commands.options import (
     open_tree,
     read,
 )
-from heads.config import HEADS, AdamWConfig, FitConfig, MomentsConfig, SpatialConfig, adamw_of, refuse_unread
+from heads.config import HEADS, AdamWConfig, FitConfig, SpatialConfig, adamw_of, refuse_unread
 from heads.recipes.jobs import Job, Outcome
 
 if TYPE_CHECKING:
     from featcache.dataset.subject import Subject
 
 _OLD_SOLVERS = {"exact": "ridge"}  # {name in earlier versions: name}
-_LOOPS = {head: vars(adamw_of(head)) for head in HEADS} | {
-    "moments": {"epochs": MomentsConfig.steps, "learning_rate": MomentsConfig.learning_rate}
-}
+_LOOPS = {head: vars(adamw_of(head)) for head in HEADS}
 
 
 @command(FitConfig, AdamWConfig, SpatialConfig, old={"seed": "seed"}, presets={AdamWConfig: _LOOPS})
@@ -44,13 +42,10 @@ def fit_heads(
 ) -> Job:
     """Fit heads to all cached features, and predict every image by heads that were fitted without it."""
     solver = _OLD_SOLVERS.get(options["solver"], options["solver"])
-    loop = given(AdamWConfig, options)
-    steps = {"steps": loop["epochs"]} if "epochs" in loop else {}
     config = read(
         FitConfig,
         options | {"solver": solver},
-        moments=replace(MomentsConfig(), **steps, **{name: loop[name] for name in ("learning_rate",) if name in loop}),
-        adamw=replace(adamw_of(options["head"]), **loop),
+        adamw=replace(adamw_of(options["head"]), **given(AdamWConfig, options)),
         spatial=read(SpatialConfig, options),
     )
     refuse_unread(on_command_line(context), config)
