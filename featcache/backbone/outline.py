@@ -12,7 +12,7 @@ from timm.data.config import resolve_model_data_config
 from torch import nn
 
 from featcache.backbone.taps import choose_taps
-from featcache.backbone.weights import _fixed_size, check_backbone, first_line
+from featcache.backbone.weights import check_backbone, first_line, fixed_size
 from featcache.config import BackboneConfig, LayerConfig
 from featcache.errors import BackboneError
 
@@ -67,7 +67,7 @@ def outline(config: BackboneConfig, layers: LayerConfig, precision: str = "float
 
 def _outline(config: BackboneConfig, layers: LayerConfig, precision: str, device: str) -> Outline:
     with torch.device(device):
-        model: Any = timm.create_model(config.resolved_name, **_fixed_size(config)).eval()
+        model: Any = timm.create_model(config.resolved_name, **fixed_size(config)).eval()
         model.reset_classifier(0)
     own: tuple[int, int, int] = resolve_model_data_config(model)["input_size"]  # type: ignore[no-untyped-call]
     size = own if config.size is None else (own[0], config.size, config.size)

@@ -12,9 +12,9 @@ from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds, refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError
-from heads.features.sets import keep, newer_fault, own_stores
+from featcache.workdir import Workdir
+from heads.features.sets import keep, newer_fault, subject_stores
 from heads.fit.names import PredictionKey
-from heads.fit.run import FOLDER
 
 Members = dict[Subject, list[Store]]
 
@@ -30,7 +30,7 @@ def members_of(subjects: Sequence[Subject], work: Path, models: str = "*", exclu
     there = {subject: stores for subject in subjects if (stores := prediction_stores(subject, work))}
     if not there:
         raise StoreError(
-            work / FOLDER,
+            Workdir(work).predictions,
             expected="predictions for this tree",
             found="none",
             remedy="run 'extract' and 'fit-heads' first",
@@ -77,7 +77,7 @@ def prediction_stores(subject: Subject, work: Path) -> list[Store]:
 
     The others are named.
     """
-    stores = own_stores(subject, work / FOLDER, "fit-heads")
+    stores = subject_stores(subject, Workdir(work).predictions, "fit-heads")
     now = (image_digest(subject, work), response_digest(subject, work)) if stores else ("", "")
     about = subject_digests(subject)
 

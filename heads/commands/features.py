@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
+from featcache.workdir import Workdir
 from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, open_tree, read
 from heads.recipes.jobs import Job, Outcome
 
@@ -75,7 +76,6 @@ def extract(
 
 def _extract(data: Path, noise_ceiling: Path | None, subject: str, config: ExtractConfig, work: Path) -> Outcome:
     subjects = open_tree(data, noise_ceiling).select(subject)
-    from featcache.cache.extract import FOLDER
     from featcache.cache.extract import extract as run
 
     done = run(subjects, config, work)
@@ -84,4 +84,4 @@ def _extract(data: Path, noise_ceiling: Path | None, subject: str, config: Extra
         {"subject": store.subject, "path": str(store.path), "images": store.n_images, "new": store.n_new}
         for store in done
     ]
-    return Outcome(f"{len(done)} stores, {n_new} new images in {work / FOLDER}", {"stores": stores})
+    return Outcome(f"{len(done)} stores, {n_new} new images in {Workdir(work).features}", {"stores": stores})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from featcache.workdir import Workdir
 from heads.commands.options import (
     DATA,
     WORK,
@@ -58,8 +59,8 @@ def fit_heads(
 
 def _fit(subjects: "Sequence[Subject]", config: FitConfig, work: Path) -> Outcome:
     from featcache.machine.progress import say
-    from heads.fit.run import FOLDER, scores_by_model
     from heads.fit.run import fit_heads as run
+    from heads.fit.run import scores_by_model
     from heads.report.printing import print_table
     from heads.report.scores import score_table, scores_as_json
 
@@ -76,7 +77,7 @@ def _fit(subjects: "Sequence[Subject]", config: FitConfig, work: Path) -> Outcom
     ]
     result: dict[str, Any] = {"stores": stores, "scores": scores_as_json(scores)}
     n_new = sum(fit.new for fit in done)
-    return Outcome(f"{len(done)} fits, {n_new} of them new, in {work / FOLDER}", result)
+    return Outcome(f"{len(done)} fits, {n_new} of them new, in {Workdir(work).predictions}", result)
 
 
 @command()
@@ -97,12 +98,12 @@ def maps(
 
     def call() -> Outcome:
         subjects = open_tree(data, noise_ceiling).select(subject)
-        from heads.maps.maps import FOLDER, export_maps
+        from heads.maps.maps import export_maps
 
         written, recovered = export_maps(subjects, models, work)
         for found in recovered:
             typer.echo("planted and found: " + ", ".join(f"{name} r = {value:.2f}" for name, value in found.items()))
         result = {"files": [str(path) for path in written], "recovery": recovered}
-        return Outcome(f"{len(written)} files in {work / FOLDER}", result)
+        return Outcome(f"{len(written)} files in {Workdir(work).maps}", result)
 
     return Job(None, call)

@@ -9,6 +9,7 @@ import typer
 
 from featcache.config import BackboneConfig
 from featcache.errors import ConfigError
+from featcache.workdir import Workdir
 from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, given, open_tree, read
 from heads.config import PAPER_SIZE, PRESETS, StageConfig, TrainConfig
 from heads.config import preset as settings_of
@@ -82,7 +83,7 @@ def _train(subjects: "Sequence[Subject]", config: StageConfig, work: Path) -> Ou
         for trained in done
     ]
     n_new = sum(trained.new for trained in done)
-    message = f"{len(done)} checkpoints, {n_new} of them new, in {work / 'checkpoints'}"
+    message = f"{len(done)} checkpoints, {n_new} of them new, in {Workdir(work).checkpoints}"
     return Outcome(message, {"checkpoints": checkpoints})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from featcache.config import DEVICES, POOLED, BackboneConfig, LayerConfig, at_least, one_of, option, usual_workers
 from featcache.errors import ConfigError
 from heads.config.checks import check_dropout, refuse_given
-from heads.config.losses import CORRELATIONS, LOSS_NAMES, loss_label, parse_loss
+from heads.config.losses import LOSS_NAMES, LOSS_SPECS, loss_label, parse_loss
 
 STAGES = ("pretrain", "finetune")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -18,20 +18,22 @@ STOPS = ("fold", "never")
 
 @dataclass(frozen=True, kw_only=True)
 class HeadKind:
-    """One kind of heads that `--head` offers, as far as settings go; `heads.backbones.heads` builds them.
+    """What has to be known of one kind of heads before it is loaded."""
 
-    settings : names of the settings that only these heads read; with 'layers' and 'grid', they read places of layers
-    idle_weights : whether a step may leave weights of the heads without a gradient, as those of absent subjects
-    """
-
-    settings: tuple[str, ...] = ()
-    idle_weights: bool = False
+    build: str  # 'module:name' of a function (shapes, subjects, config, size) -> SubjectHeads; heads/backbones/heads.py
+    start: str  # 'module:name' of a function (heads, first weights) -> note, for heads of stage 2
+    settings: tuple[str, ...] = ()  # those that no other heads read; with 'layers' and 'grid', they read places
+    idle_weights: bool = False  # whether a step may leave weights without a gradient, as those of absent subjects
 
 
+# A new kind of heads is one file and one entry here.
 HEAD_KINDS = {
-    "linear": HeadKind(),
+    "linear": HeadKind(build="heads.backbones.heads:build_pooled", start="heads.backbones.heads:start_pooled"),
     "spatial": HeadKind(
-        settings=("layers", "grid", "space", "rank", "token_dropout", "smoothness", "sparsity"), idle_weights=True
+        build="heads.backbones.heads:build_spatial",
+        start="heads.backbones.heads:start_spatial",
+        settings=("layers", "grid", "space", "rank", "token_dropout", "smoothness", "sparsity"),
+        idle_weights=True,
     ),
 }
 
@@ -146,7 +148,7 @@ class TrainConfig:
     @property
     def uses_correlation(self) -> bool:
         """Whether a part of the loss is a correlation over images."""
-        return any(name in CORRELATIONS for _, name in self.terms)
+        return any(LOSS_SPECS[name].correlation for _, name in self.terms)
 
     def key(self) -> dict[str, Any]:
         """Settings that decide the weights that come out, given data, start and fold."""

@@ -177,8 +177,8 @@ def prediction_key(
     """The key of the predictions of these heads, on these features, for this subject."""
     key, spec, digests = config.key(), config.solver_spec, subject_digests(subject)
     if plan.trained and spec.fits:  # its training chose the folds; a seed is of the loop alone
-        fold = features.key()["fold"]
-        key |= {"n_folds": fold["n_folds"]} | ({} if spec.random else {"seed": fold["seed"]})
+        training = features.trainings[0]
+        key |= {"n_folds": training.n_folds} | ({} if spec.random else {"seed": training.seed})
     reads_rois = spec.fits and HEADS[config.head].reads_rois
     return PredictionKey(
         subject=subject.name,

@@ -13,7 +13,7 @@ from typing import Any
 
 from featcache.backbone.outline import Outline, outline
 from featcache.backbone.weights import check_backbone
-from featcache.cache.extract import stored_rows
+from featcache.cache.sources import stored_rows
 from featcache.cache.store import Row, stored_bytes
 from featcache.config import BackboneConfig, ExtractConfig
 from featcache.dataset.algonauts import open_challenge

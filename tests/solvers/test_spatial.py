@@ -663,7 +663,7 @@ def test_spatial_heads_of_a_checkpoint_predict_what_the_encoder_did(tiny, checkp
         assert not np.isin(subject.train.ids[held_out], checkpoint.seen_ids).any()
         (pixels,) = cache_pixels([subject], backbone, tmp_path, 1.0, 1)
         with torch.inference_mode():
-            rows = backbone.features(backbone.normalise(pixels.read(held_out)), backbone.taps(SPATIAL.tapped))
+            rows = backbone.read(backbone.normalise(pixels.read(held_out)), backbone.taps(SPATIAL.tapped))
         for hemisphere in HEMISPHERES:
             head = spatial_head_of(checkpoint.heads(), [subject.name], subject.name, hemisphere)
             responses = torch.from_numpy(np.array(subject.responses(hemisphere)))
