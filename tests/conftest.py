@@ -1,14 +1,17 @@
 """A planted tree, small enough to be made anew for every run of the tests."""
 
+import gc
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import cli
 from featcache.simulate import SimulateConfig, simulate
+from support.shared import build_once
 
 TINY = SimulateConfig(
     n_subjects=2,
@@ -22,22 +25,40 @@ TINY = SimulateConfig(
 )
 V4 = Path(__file__).resolve().parents[2] / "shared" / "real" / "v4"
 
+# Tests run side by side, a worker a core, and more threads than that are slower. What the tests start inherits it.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [name for name in os.environ if name.startswith("FEATCACHE_")]:
     del os.environ[name]  # a developer's defaults are not the tests'
 
 
+def pytest_collection_finish() -> None:
+    """Training collects garbage after every fold, which is slow where it looks through all that was imported."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_processor() -> Iterator[None]:
+    """`extract --dtype auto` is float32: tests say the same on every processor, and ask for bfloat16 by name.
+
+    For the whole session, so that it also holds while fixtures of a session or of a module are made.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featcache.machine.device._cpu_flags", lambda: set())
+        yield
+
+
 @pytest.fixture(autouse=True)
-def plain_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`extract --dtype auto` is float32: tests say the same on every processor, and ask for bfloat16 by name."""
-    monkeypatch.setattr("featcache.machine.device._cpu_flags", lambda: set())
+def few_shuffles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blends of shuffled responses take ten times as long as the blend; tests of them ask for all ten."""
+    monkeypatch.setattr("heads.blend.uncertainty.N_PERMUTATIONS", 2)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two subjects of a simulated tree, for reading."""
-    root = tmp_path_factory.mktemp("tiny") / "challenge"
-    simulate(TINY, root)
-    return root
+    return build_once(tmp_path_factory, "tiny", lambda folder: simulate(TINY, folder / "challenge")) / "challenge"
 
 
 @pytest.fixture
@@ -49,18 +70,20 @@ def tree(tiny: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def fitted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models of two backbones: each of three layers and all together, and the pooled vector of the other."""
-    work = tmp_path_factory.mktemp("fitted")
-    where = ("--data", str(tiny), "--work", str(work), "--weights", "none")
-    commands = [
-        ("extract", *where, "--size", "48", "--backbone", "test_resnet", "--layers", "pooled,layer2,layer4"),
-        ("fit-heads", *where[:4], "--layers", "each"),
-        ("fit-heads", *where[:4]),
-        ("extract", *where, "--size", "32", "--backbone", "test_vit", "--layers", "pooled"),
-        ("fit-heads", *where[:4]),
-    ]
-    for command in commands:
-        assert cli.run(list(command)) == 0
-    return work
+
+    def build(work: Path) -> None:
+        where = ("--data", str(tiny), "--work", str(work), "--weights", "none")
+        commands = [
+            ("extract", *where, "--size", "48", "--backbone", "test_resnet", "--layers", "pooled,layer2,layer4"),
+            ("fit-heads", *where[:4], "--layers", "each"),
+            ("fit-heads", *where[:4]),
+            ("extract", *where, "--size", "32", "--backbone", "test_vit", "--layers", "pooled"),
+            ("fit-heads", *where[:4]),
+        ]
+        for command in commands:
+            assert cli.run(list(command)) == 0
+
+    return build_once(tmp_path_factory, "fitted", build)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""Every speed benchmark runs at its quick size, and the page is made from what they print."""
+"""Every speed benchmark runs at a small size, and the page is made from what they print."""
 
 import json
 import math
-import subprocess
+import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -10,46 +11,106 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
+# sizes below those of --quick, where those take seconds
+SMALL = {
+    "exact_heads": ["--vertices", "300"],
+    "peers": ["--images", "60"],
+    "variants": ["--images", "100", "--features", "20", "--vertices", "60"],
+    "gradient": ["--images", "160", "--vertices", "50"],
+    "extract": ["--images", "10", "--batch-size", "5"],
+    "store_read": [],
+    "metric": [],
+    "blend": ["--vertices", "30", "--models", "3"],
+    "stacking": ["--vertices", "200"],
+    "memory": ["--vertices", "100"],
+    "growth": [],
+}
 
-def run(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "suite.py"), *map(str, arguments)], cwd=cwd, capture_output=True, text=True
-    )
+
+@pytest.fixture
+def suite(monkeypatch, tmp_path):
+    """Names of what the module defines, and an empty folder to run it in."""
+    root = BENCHMARKS.parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))  # modules that benchmarks share are beside them
+    monkeypatch.chdir(tmp_path)
+    return runpy.run_path(str(BENCHMARKS / "suite.py"))
 
 
-def test_the_suite_runs_and_its_page_can_be_made_again(tmp_path):
-    pytest.importorskip("matplotlib", reason="the page's plots need the plot extra")
-    done = run("--quick", "--out", "results.json", "--page", "docs/benchmarks.md", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture
+def run(suite, monkeypatch):
+    """Run the suite; what it leaves with."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["suite.py", *arguments])
+        with pytest.raises(SystemExit) as left:
+            suite["main"]()
+        return left.value.code
+
+    return call
+
+
+def test_every_benchmark_of_the_suite_has_a_small_size(suite):
+    assert SMALL.keys() == suite["BENCHMARKS"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_a_benchmark_prints_figures_that_the_page_can_show(suite, monkeypatch, capfd, name):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", *SMALL[name]])
+    runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+    figures = json.loads(capfd.readouterr().out.splitlines()[-1])
+    result = {"name": name, "seconds": 1.0, "failed": None, "figures": figures}
+    page = suite["page"]({**DESCRIBED, "benchmarks": [result]}, [])
+    assert figures
+    for figure in figures:
+        assert f"| {figure['what']} | {figure['against']} |" in page
+        assert figure["note"] if figure["ratio"] is None else math.isfinite(figure["ratio"]), figure
+
+
+@pytest.mark.slow
+def test_the_suite_runs_and_its_page_can_be_made_again(run, tmp_path):
+    matplotlib = pytest.importorskip("matplotlib", reason="the page's plots need the plot extra")
+    with matplotlib.rc_context():
+        code = run("--quick", "--only", "metric,growth", "--out", "results.json", "--page", "docs/benchmarks.md")
     results = json.loads((tmp_path / "results.json").read_text())
+    assert code == 0, results
     assert results["quick"] and results["machine"]["cores"] >= 1
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert "Quick sizes" in page
+    assert [one["name"] for one in results["benchmarks"]] == ["metric", "growth"]
     for one in results["benchmarks"]:
         assert one["figures"] and one["failed"] is None, one
         for figure in one["figures"]:
             assert f"| {figure['what']} | {figure['against']} |" in page
-            assert figure["note"] if figure["ratio"] is None else math.isfinite(figure["ratio"]), figure
     for plot in ("aims.svg", "growth.svg"):
         assert (tmp_path / "docs" / "benchmarks" / plot).stat().st_size > 1000
-    again = run("--from", "results.json", "--page", "again/benchmarks.md", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    with matplotlib.rc_context():
+        assert run("--from", "results.json", "--page", "again/benchmarks.md") == 0
     assert (tmp_path / "again" / "benchmarks.md").read_text() == page
 
 
-def test_a_benchmark_that_fails_is_a_line_of_the_page(tmp_path):
-    results = {
-        "date": "2026-01-01",
-        "quick": False,
-        "machine": {"cpu": "a", "cores": 1, "threads": 1, "cuda": None, "python": "3", "torch": "2", "numpy": "2"},
-        "benchmarks": [{"name": "metric", "seconds": 1.0, "failed": "MemoryError", "figures": []}],
-    }
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    done = run("--from", "results.json", "--page", "benchmarks.md", cwd=tmp_path)
-    assert done.returncode == 1 and "failed: metric" in done.stderr
+DESCRIBED = {
+    "date": "2026-01-01",
+    "quick": False,
+    "machine": {"cpu": "a", "cores": 1, "threads": 1, "cuda": None, "python": "3", "torch": "2", "numpy": "2"},
+}
+
+
+def test_a_benchmark_that_fails_is_a_line_of_the_page(run, tmp_path):
+    failed = [{"name": "metric", "seconds": 1.0, "failed": "MemoryError", "figures": []}]
+    (tmp_path / "results.json").write_text(json.dumps({**DESCRIBED, "benchmarks": failed}))
+    assert run("--from", "results.json", "--page", "benchmarks.md") == "failed: metric"
     assert "Failed: MemoryError" in (tmp_path / "benchmarks.md").read_text()
 
 
-def test_a_benchmark_that_is_none_is_refused(tmp_path):
-    done = run("--only", "speed", cwd=tmp_path)
-    assert done.returncode == 2 and "expected some of exact_heads" in done.stderr
+@pytest.mark.slow
+def test_a_script_that_fails_is_told_apart_from_one_that_runs(suite, tmp_path):
+    (tmp_path / "broken.py").write_text("raise MemoryError('too much')")
+    result = suite["run"](str(tmp_path / "broken"), True)
+    assert result["failed"] == "MemoryError: too much" and result["figures"] == []
+
+
+def test_a_benchmark_that_is_none_is_refused(run, capfd):
+    assert run("--only", "speed") == 2
+    assert "expected some of exact_heads" in capfd.readouterr().err

@@ -6,7 +6,17 @@ import pytest
 import heads.blend.uncertainty
 from heads.blend.learn import judge_of, learn, levels_of, nested_r
 from heads.blend.products import gather
-from heads.blend.uncertainty import Scorer, bootstrap, gains, image_weights, null, resample, scorer_of, shuffled_moments
+from heads.blend.uncertainty import (
+    N_PERMUTATIONS,
+    Scorer,
+    bootstrap,
+    gains,
+    image_weights,
+    null,
+    resample,
+    scorer_of,
+    shuffled_moments,
+)
 from heads.blend.weights import Judge, r_of
 from heads.config import BlendConfig
 from heads.scores.metrics import accuracy_from_r
@@ -99,7 +109,8 @@ def test_a_blend_that_helps_is_sure_of_it_and_one_that_cannot_is_not(tmp_path):
     assert nothing.low == pytest.approx(0, abs=1e-3) and nothing.high == pytest.approx(0, abs=1e-3)
 
 
-def test_shuffled_responses_give_nothing_but_optimism(tmp_path):
+def test_shuffled_responses_give_nothing_but_optimism(tmp_path, monkeypatch):
+    monkeypatch.setattr(heads.blend.uncertainty, "N_PERMUTATIONS", N_PERMUTATIONS)
     found = null([resampled(tmp_path, *made_up(noise=(2, 2, 2, 2)))])
     assert abs(found.mean) < 0.05 and found.mean <= found.largest < 0.15
     assert found.optimistic > found.mean + 0.02

@@ -416,9 +416,18 @@ def truth_maps(truth, noise=0.0, seed=0):
     return VertexMaps(("a", "b", "c"), dict.fromkeys(("a", "b", "c"), blob.astype(np.float32)), np.eye(3)[level])
 
 
+def arrays_of(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def truths_of(root, name="subj01"):
+    return {h: arrays_of(root / "truth" / name / f"{h}.npz") for h in HEMISPHERES}
+
+
 def test_maps_made_from_the_truth_recover_it(tiny):
     for subject in open_challenge(tiny).subjects:
-        truths = {h: np.load(tiny / "truth" / subject.name / f"{h}.npz") for h in HEMISPHERES}
+        truths = truths_of(tiny, subject.name)
         found = recovery(subject, {h: truth_maps(truth) for h, truth in truths.items()})
         assert set(found) == {"x", "y", "size", "level"}
         assert min(found["x"], found["y"], found["level"]) > 0.97 and found["size"] > 0.9
@@ -426,7 +435,7 @@ def test_maps_made_from_the_truth_recover_it(tiny):
 
 def test_recovery_is_over_vertices_with_a_signal_and_a_level(tiny):
     (subject,) = open_challenge(tiny).select("1")
-    truths = {h: np.load(tiny / "truth" / "subj01" / f"{h}.npz") for h in HEMISPHERES}
+    truths = truths_of(tiny)
     maps = {h: truth_maps(truth, 0.5) for h, truth in truths.items()}
     planted, found = {"x": [], "y": [], "size": [], "level": []}, {"x": [], "y": [], "size": [], "level": []}
     for h, truth in truths.items():
@@ -450,7 +459,7 @@ def test_without_a_truth_there_is_nothing_to_recover(tree):
     import shutil
 
     (subject,) = open_challenge(tree).select("1")
-    truths = {h: np.load(tree / "truth" / "subj01" / f"{h}.npz") for h in HEMISPHERES}
+    truths = truths_of(tree)
     maps = {h: truth_maps(truth) for h, truth in truths.items()}
     shutil.rmtree(tree / "truth")
     assert recovery(subject, maps) == {}
@@ -470,7 +479,7 @@ def test_files_hold_the_maps_of_every_vertex_and_of_every_roi_with_vertices(spat
     files = exported(work, subject)
     assert {path.name for path in files.values()} >= {f"{store.name}.npz", f"{store.name}.csv"}
     assert all(path.parent == work / FOLDER for path in files.values())
-    maps, saved = read_maps(store, work), np.load(files[".npz"])
+    maps, saved = read_maps(store, work), arrays_of(files[".npz"])
     assert saved["layers"].tolist() == list(SHAPES)
     for h, own in maps.items():
         for name, values in own.places.items():
@@ -577,7 +586,7 @@ def test_every_model_of_a_tree_has_maps_or_is_named(tiny, tmp_path, said, monkey
     assert len(left) == len(pooled) == 2
     for path in written:
         if path.suffix == ".npz":
-            saved = np.load(path)
+            saved = arrays_of(path)
             assert all(np.isfinite(saved[key]).all() for key in saved if key != "layers")
 
 

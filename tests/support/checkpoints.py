@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,12 @@ def key_of(
 
 
 def write_checkpoint(
-    subjects: Sequence[Subject], work: Path, fold: int = 0, finished: bool = True, **options: Any
+    subjects: Sequence[Subject],
+    work: Path,
+    fold: int = 0,
+    finished: bool = True,
+    heads: Mapping[str, torch.Tensor] = HEADS,
+    **options: Any,
 ) -> Checkpoint:
     """A checkpoint that saw every training image but those of its fold, and whose weights are its fold's own."""
     key = key_of(subjects, work, fold, **options)
@@ -88,7 +93,7 @@ def write_checkpoint(
         taps={"layers": ["pooled"]},
         finished=finished,
         seen_ids=tuple(np.unique(np.concatenate(seen)).tolist()),
-        digests=save_weights(path / "epoch-001", trained_weights(backbone, seed=fold), HEADS),
+        digests=save_weights(path / "epoch-001", trained_weights(backbone, seed=fold), heads),
     )
     checkpoint = Checkpoint(path, key, facts)
     record(checkpoint)
