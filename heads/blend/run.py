@@ -175,7 +175,7 @@ def _new_staging(work: Path) -> Path:
 
 
 def _publish(staging: Path, challenge: Challenge, models: SubjectModels, work: Path) -> Path | None:
-    """Put the submission in the place of an older one, whole, and zip it. The zip; None where a subject has no models."""
+    """Replace an older submission as a whole, and zip it. None, and no zip, where a subject has no models."""
     shutil.rmtree(work / FOLDER, ignore_errors=True)
     staging.rename(work / FOLDER)
     path = work / "submission.zip"

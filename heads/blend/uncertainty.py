@@ -1,6 +1,6 @@
 """How sure a blend's gain is: an interval over images, and the score of blends of shuffled responses.
 
-Both need the images one by one, which sums of products do not have. They use the sample of vertices whose rows were kept.
+Both need the images one by one, which sums of products do not have: they use the vertices whose rows were kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,7 @@
 """Learners of weights over models, for any grouping of the vertices: one group of all, or each vertex its own.
 
-Every learner takes products without a fold axis and gives one row of weights for each group, >= 0 and adding up to 1, or
-NaN where the group has nothing to learn from. None loops over vertices.
+Every learner takes products without a fold axis and gives one row of weights for each group, >= 0 and adding up to 1,
+or NaN where the group has nothing to learn from. None loops over vertices.
 """
 
 from collections.abc import Callable, Sequence
@@ -149,7 +149,7 @@ def by_score(products: Products, groups: Groups, judge: Judge, temperature: floa
 
 
 def stacked(products: Products, groups: Groups, judge: Judge) -> np.ndarray:
-    """Non-negative least squares of the responses on the predictions, over all vertices of a group, (n_groups, n_models).
+    """Non-negative least squares of the responses on the predictions of a group's vertices, (n_groups, n_models).
 
     Predictions are scaled up at each vertex, all models by the gain that suits the uniform blend. Without it, vertices
     that no model explains would draw all weights towards 0. A vertex counts as in the metric, by its ceiling, or by
@@ -170,9 +170,9 @@ def stacked(products: Products, groups: Groups, judge: Judge) -> np.ndarray:
 
 
 def greedy(products: Products, groups: Groups, judge: Judge, seed: int = 0, n_bags: int = 1) -> np.ndarray:
-    """Greedy selection, (n_groups, n_models): start from the best k models, add the one that helps most, until none does.
+    """Greedy selection, (n_groups, n_models): start from the best k models, add the best one until none helps.
 
-    The same model may be added again. With several bags, the mean over them, each of which chooses among a random half
+    A model may be added again. With several bags, the mean over them, each of which chooses among a random half
     of the models: steadier, but wrong where one model is much better than all others.
 
     Caruana et al. 2004, Ensemble selection from libraries of models, https://doi.org/10.1145/1015330.1015432
