@@ -15,6 +15,7 @@ from featcache.dataset.subject import Challenge, Subject
 from featcache.machine.files import replace_json
 from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import bar, say
+from featcache.workdir import Workdir
 from heads.blend.models import Model, SubjectModels, find_models, has_ceilings, names_of
 from heads.blend.plot import Shares, plot_weights
 from heads.blend.products import N_FOLDS, SEED
@@ -24,10 +25,6 @@ from heads.blend.submission import write_predictions, write_zip
 from heads.blend.uncertainty import Gain, Null, gains, null
 from heads.config import BlendConfig
 from heads.scores.metrics import VertexScores
-
-FOLDER = "submission"
-SAVED = "blend.safetensors"
-WEIGHTS, PICTURE = "weights.json", "weights.png"  # of the same blend, for people
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,8 @@ def blend(challenge: Challenge, config: BlendConfig, work: Path) -> Ensemble:
     keep_freed_memory()
     models = find_models(challenge.subjects, work, config.models, config.exclude)
     _say_what_is_unusual(models)
-    accuracy, staging = has_ceilings(list(models)), _new_staging(work)
+    files, accuracy = Workdir(work), has_ceilings(list(models))
+    staging = _new_staging(files)
     blends: dict[Subject, Blended] = {}
     with bar(f"blend {config.label}", len(models), "subjects") as advance:
         for subject, of_subject in models.items():
@@ -77,10 +75,12 @@ def blend(challenge: Challenge, config: BlendConfig, work: Path) -> Ensemble:
         unused=_unused(list(blends.values())),
         submission=None,
     )
-    save_blend(staging / SAVED, {subject.name: blended.coefficients for subject, blended in blends.items()})
-    replace_json(staging / WEIGHTS, _description(models, config, blends, ensemble))
-    plot_weights(staging / PICTURE, ensemble.weights, {subject.name: subject for subject in blends})
-    return replace(ensemble, submission=_publish(staging, challenge, models, work))
+    save_blend(
+        staging / files.saved_blend.name, {subject.name: blended.coefficients for subject, blended in blends.items()}
+    )
+    replace_json(staging / files.blend_weights.name, _description(models, config, blends, ensemble))
+    plot_weights(staging / files.blend_picture.name, ensemble.weights, {subject.name: subject for subject in blends})
+    return replace(ensemble, submission=_publish(files, challenge, models))
 
 
 def apply(challenge: Challenge, saved: Path, work: Path) -> Path | None:
@@ -91,14 +91,15 @@ def apply(challenge: Challenge, saved: Path, work: Path) -> Path | None:
     coefficients = load_blend(saved)
     models = find_models(challenge.subjects, work)
     refuse_strangers(saved, coefficients, models)
-    staging = _new_staging(work)
+    files = Workdir(work)
+    staging = _new_staging(files)
     for subject, of_subject in models.items():
         _write_test(staging, subject, coefficients[subject.name], of_subject)
-    shutil.copyfile(saved, staging / SAVED)
-    for name in (WEIGHTS, PICTURE):
+    shutil.copyfile(saved, staging / files.saved_blend.name)
+    for name in (files.blend_weights.name, files.blend_picture.name):
         if (beside := saved.with_name(name)).is_file():
             shutil.copyfile(beside, staging / name)
-    return _publish(staging, challenge, models, work)
+    return _publish(files, challenge, models)
 
 
 def _say_what_is_unusual(models: SubjectModels) -> None:
@@ -166,21 +167,21 @@ def _description(
     }
 
 
-def _new_staging(work: Path) -> Path:
+def _new_staging(files: Workdir) -> Path:
     """An empty folder in which a submission is put together."""
-    staging = work / f".{FOLDER}"
+    staging = files.submission_staging
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     return staging
 
 
-def _publish(staging: Path, challenge: Challenge, models: SubjectModels, work: Path) -> Path | None:
+def _publish(files: Workdir, challenge: Challenge, models: SubjectModels) -> Path | None:
     """Replace an older submission as a whole, and zip it. None, and no zip, where a subject has no models."""
-    shutil.rmtree(work / FOLDER, ignore_errors=True)
-    staging.rename(work / FOLDER)
-    path = work / "submission.zip"
+    shutil.rmtree(files.submission, ignore_errors=True)
+    files.submission_staging.rename(files.submission)
+    path = files.submission_zip
     if missing := [subject.name for subject in challenge.subjects if subject not in models]:
         path.unlink(missing_ok=True)  # an older blend's
         say(f"no {path.name}: {', '.join(missing)} of the tree have no predictions; extract and fit them first")
         return None
-    return write_zip(work / FOLDER, challenge.subjects, path)
+    return write_zip(files.submission, challenge.subjects, path)

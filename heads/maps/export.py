@@ -11,15 +11,13 @@ import numpy as np
 from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
 from featcache.machine.progress import say
+from featcache.workdir import Workdir
 from heads.blend.models import Model, choose_names, names_of
 from heads.blend.plot import can_draw
-from heads.features.sets import own_stores
-from heads.fit.run import FOLDER as PREDICTIONS
+from heads.features.sets import subject_stores
 from heads.fit.run import score
 from heads.maps.plot import plot_maps
 from heads.maps.read import VertexMaps, read_maps
-
-FOLDER = "maps"
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,9 @@ def _export(subject: Subject, model: Model, work: Path, draws: bool) -> list[Pat
     if maps is None:
         say(f"{subject.name}: left out {model.name}: no weights on places are kept of it")
         return []
-    (work / FOLDER).mkdir(parents=True, exist_ok=True)
-    vertices, table, picture = (work / FOLDER / f"{model.store.name}.{end}" for end in ("npz", "csv", "png"))
+    folder = Workdir(work).maps
+    folder.mkdir(parents=True, exist_ok=True)
+    vertices, table, picture = (folder / f"{model.store.name}.{end}" for end in ("npz", "csv", "png"))
     _write_vertices(vertices, maps)
     rois = list(roi_means(subject, model, maps))
     if not rois:
@@ -65,14 +64,17 @@ def _export(subject: Subject, model: Model, work: Path, draws: bool) -> list[Pat
 
 def _models(subjects: Sequence[Subject], pattern: str, work: Path) -> Iterator[tuple[Subject, Model]]:
     """Every subject's models whose names match."""
+    folder = Workdir(work).predictions
     models = {
-        subject: [Model.from_store(store) for store in own_stores(subject, work / PREDICTIONS, "fit-heads")]
+        subject: [Model.from_store(store) for store in subject_stores(subject, folder, "fit-heads")]
         for subject in subjects
     }
     if not any(models.values()):
-        raise StoreError(work / PREDICTIONS, expected="fitted heads", found="none", remedy="run 'fit-heads' first")
+        raise StoreError(folder, expected="fitted heads", found="none", remedy="run 'fit-heads' first")
     names = choose_names(names_of(models), pattern)
-    yield from ((subject, model) for subject, own in models.items() for model in own if model.name in names)
+    yield from (
+        (subject, model) for subject, of_subject in models.items() for model in of_subject if model.name in names
+    )
 
 
 def roi_means(subject: Subject, model: Model, maps: Mapping[str, VertexMaps]) -> Iterator[RoiMaps]:

@@ -18,12 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
 from featcache.backbone.weights import first_line
-from featcache.cache.extract import FOLDER as FEATURES
 from featcache.cache.store import open_store
 from featcache.errors import StoreError
+from featcache.workdir import Workdir
 from heads.blend.models import Model
 from heads.features.rows import LayerRows
-from heads.fit.run import WEIGHTS
 from heads.modules.spatial import SpatialReadout
 
 _SIDE = 7  # places a side of the grid on which the maps of layers are put together
@@ -69,7 +68,7 @@ def read_maps(model: Model, work: Path) -> dict[str, VertexMaps] | None:
 
     Raises StoreError for a file of weights that is missing, damaged or of other heads.
     """
-    features = [open_store(work / FEATURES / name) for name in model.feature_stores]
+    features = [open_store(Workdir(work).features / name) for name in model.feature_stores]
     arrays = tuple(model.key.features.get("read") or features[0].arrays)
     rows = [LayerRows(store, arrays, "cpu", 0) for store in features]
     if all(np.prod(grid) == 1 for grid in rows[0].grids.values()):
@@ -88,7 +87,7 @@ def read_maps(model: Model, work: Path) -> dict[str, VertexMaps] | None:
 
 def _heads(model: Model, work: Path) -> Iterator[tuple[str, Tensors]]:
     """(surface, {part: tensor}) of each head, surface by surface and fold by fold. One at a time is in memory."""
-    path, again = work / WEIGHTS / f"{model.store.name}.safetensors", "run 'fit-heads' again"
+    path, again = Workdir(work).head_weights(model.store.name), "run 'fit-heads' again"
 
     def unreadable(found: str, remedy: str) -> StoreError:
         return StoreError(path, expected=f"the weights that made {path.stem}", found=found, remedy=remedy)
