@@ -36,6 +36,15 @@ def unplotted(monkeypatch):
     monkeypatch.setattr("heads.blend.plot.find_spec", lambda _: None)
 
 
+def arrays_of(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def table_of(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def exported(work, subject, pattern="*"):
     written = export_maps([subject], pattern, work)
     assert all(path.is_file() and path.parent == Workdir(work).maps for path in written)
@@ -46,14 +55,14 @@ def test_files_hold_the_maps_of_every_vertex_and_of_every_roi_with_vertices(plan
     work, subject, model = planted
     files = exported(work, subject)
     assert {path.name for path in files.values()} >= {f"{model.store.name}.npz", f"{model.store.name}.csv"}
-    maps, saved = read_maps(model, work), np.load(files[".npz"])
+    maps, saved = read_maps(model, work), arrays_of(files[".npz"])
     assert saved["layers"].tolist() == list(SHAPES)
     for surface, of_surface in maps.items():
         for name, values in of_surface.places.items():
             np.testing.assert_array_equal(saved[f"{surface}/{name}"], values)
         np.testing.assert_array_equal(saved[f"{surface}/layer_shares"], of_surface.shares)
         np.testing.assert_array_equal(saved[f"{surface}/fields"], of_surface.fields())
-    table = list(csv.DictReader(files[".csv"].open()))
+    table = table_of(files[".csv"])
     assert [row["roi"] for row in table] == ["all", "V1v", "FFA"]
     assert [int(row["vertices"]) for row in table] == [10, 4, 1]
     for row in table:
@@ -62,7 +71,7 @@ def test_files_hold_the_maps_of_every_vertex_and_of_every_roi_with_vertices(plan
 
 def test_roi_means_are_weighed_by_squared_r(planted, said, unplotted):
     work, subject, model = planted
-    table = {row["roi"]: row for row in csv.DictReader(exported(work, subject)[".csv"].open())}
+    table = {row["roi"]: row for row in table_of(exported(work, subject)[".csv"])}
     maps = read_maps(model, work)
     for roi in ("all", "V1v", "FFA"):
         total, shares, field = 0.0, np.zeros(3), np.zeros(3)
@@ -142,5 +151,5 @@ def test_every_model_of_a_tree_has_maps_or_is_named(tiny, tmp_path, said, unplot
     assert len([line for line in said if "no weights on places" in line]) == len(pooled) == 2
     for path in written:
         if path.suffix == ".npz":
-            saved = np.load(path)
+            saved = arrays_of(path)
             assert all(np.isfinite(saved[key]).all() for key in saved if key != "layers")

@@ -20,6 +20,7 @@ from heads.fit.run import fit_heads
 from heads.maps.read import VertexMaps, read_maps
 from heads.modules.spatial import SpatialReadout
 from support.planted import N_TEST, N_TRAIN, N_VERTICES, PLANTED, SHAPES, feature_key, store_features
+from support.simulated import load_truth
 
 SIDE = 7
 SURFACES = tuple(N_VERTICES)
@@ -306,7 +307,7 @@ def truth_maps(truth):
 
 def test_fields_of_maps_made_from_a_simulated_truth_are_the_planted_ones(tiny):
     for subject in open_challenge(tiny).subjects:
-        truths = [np.load(tiny / "truth" / subject.name / f"{surface}.npz") for surface in subject.surfaces]
+        truths = [load_truth(tiny, subject.name, surface) for surface in subject.surfaces]
         found = np.concatenate([truth_maps(truth).fields() for truth in truths])
         planted = np.concatenate([np.stack([t["field_x"], t["field_y"], t["field_size"]], 1) for t in truths])
         local = np.concatenate([(t["ceiling"] >= 0.2) & np.isin(t["level"], ["early", "mid"]) for t in truths])

@@ -86,6 +86,6 @@ def test_json_has_the_rows_that_the_table_has_numbers_for(subjects):
     found = as_json(scores)
     whole = [one.to_json() for one in summarize(scores["b"])]
     assert found["b"] == whole
-    expected = [dict(vars(one)) for one in summarize(scores["a"])]
+    expected = [one.to_json() for one in summarize(scores["a"])]
     assert found["a"] == (expected if subjects == BOTH else [row for row in expected if row["subject"] == "subj01"])
     assert any(row["subject"] == "all" for row in found["a"]) == (subjects == BOTH)
