@@ -93,12 +93,9 @@ def maps(
 
     def call() -> Outcome:
         subjects = open_tree(data, noise_ceiling).select(subject)
-        from heads.maps.maps import export_maps
+        from heads.maps.export import export_maps
 
-        written, recovered = export_maps(subjects, models, work)
-        for found in recovered:
-            typer.echo("planted and found: " + ", ".join(f"{name} r = {value:.2f}" for name, value in found.items()))
-        result = {"files": [str(path) for path in written], "recovery": recovered}
-        return Outcome(f"{len(written)} files in {Workdir(work).maps}", result)
+        written = export_maps(subjects, models, work)
+        return Outcome(f"{len(written)} files in {Workdir(work).maps}", {"files": [str(path) for path in written]})
 
     return Job(None, call)
