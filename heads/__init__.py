@@ -3,7 +3,7 @@
 __all__ = ["RidgeHead"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     # Loaded on first use: importing `heads.config` for `--help` must not import torch.
     if name == "RidgeHead":
         from heads.solvers.ridge import RidgeHead

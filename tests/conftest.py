@@ -103,6 +103,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     speakers = (
         "featcache.cache.extract",
         "featcache.cache.pixels",
+        "featcache.cache.sources",
         "featcache.backbone.checkpoint",
         "heads.backbones.stages",
         "heads.features.sets",
@@ -115,7 +116,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "heads.fit.run",
         "heads.blend.run",
         "heads.blend.plot",
-        "heads.backbones.soup",
+        "heads.maps.export",
         "featcache.machine.progress",
     ):
         monkeypatch.setattr(f"{module}.say", record)

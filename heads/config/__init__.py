@@ -4,7 +4,6 @@ from heads.config.blending import BLEND_PRESETS, BLENDS, LEVELS, BlendConfig, bl
 from heads.config.fitting import (
     AdamWConfig,
     FitConfig,
-    MomentsConfig,
     RidgeConfig,
     SpatialConfig,
     adamw_of,
@@ -12,7 +11,7 @@ from heads.config.fitting import (
 )
 from heads.config.losses import CORRELATIONS, LEAST_SQUARES, LOSS_NAMES, loss_label, parse_loss
 from heads.config.solvers import HEADS, SOLVERS
-from heads.config.training import PAPER_SIZE, PRESETS, STAGES, SoupConfig, StageConfig, TrainConfig, preset
+from heads.config.training import PAPER_SIZE, PRESETS, STAGES, StageConfig, TrainConfig, preset
 
 __all__ = [
     "BLENDS",
@@ -29,9 +28,7 @@ __all__ = [
     "AdamWConfig",
     "BlendConfig",
     "FitConfig",
-    "MomentsConfig",
     "RidgeConfig",
-    "SoupConfig",
     "SpatialConfig",
     "StageConfig",
     "TrainConfig",

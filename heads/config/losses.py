@@ -44,10 +44,10 @@ def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
     terms = []
     for part in text.replace(" ", "").split("+"):
         match = _TERM.fullmatch(part)
-        if match is None or match["name"] not in LOSS_NAMES or not 0 < float(match["weight"] or 1) < math.inf:
+        if match is None or match["name"] not in LOSS_SPECS or not 0 < float(match["weight"] or 1) < math.inf:
             raise ConfigError(
                 "--loss",
-                expected=f"{', '.join(LOSS_NAMES)} or a weighted sum such as smooth_l1+0.5*mnnpc",
+                expected=f"{', '.join(LOSS_SPECS)} or a weighted sum such as smooth_l1+0.5*mnnpc",
                 found=f"{part!r} in {text!r}",
                 remedy="correct it",
             )
@@ -56,7 +56,7 @@ def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
         raise ConfigError(
             "--loss", expected="each loss once", found=f"one twice in {text!r}", remedy="add their weights up"
         )
-    return tuple(sorted(terms, key=lambda term: LOSS_NAMES.index(term[1])))
+    return tuple(sorted(terms, key=lambda term: list(LOSS_SPECS).index(term[1])))
 
 
 def loss_label(terms: tuple[tuple[float, str], ...]) -> str:

@@ -12,13 +12,17 @@ from featcache.dataset.digests import response_digest, subject_digests
 from featcache.dataset.subject import Subject
 from heads.config import HEADS, FitConfig
 from heads.config.fitting import default_settings
-from heads.config.solvers import SolverSpec, solver_of
+from heads.config.solvers import solver_of
 from heads.features.sets import FeatureSet
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.layers.ridge import METHOD
 
 # What belongs to a subject and not to a model: without these, keys of one model agree across subjects.
 _OF_A_SUBJECT = ("subject", "images", "image_ids", "responses", "noise_ceiling", "rois", "joint")
+
+
+# {solver of an earlier version: its settings where nothing was asked for}; its stores are still read and blended
+RETIRED: dict[str, dict[str, Any]] = {"moments": {"steps": 128, "learning_rate": 0.25, "momentum": 0.9}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,8 @@ class PredictionKey:
     @property
     def fold(self) -> Mapping[str, Any] | None:
         """How the backbone was trained: stage, n_folds, seed, held_out; None for a frozen one."""
-        return self.features["fold"]
+        fold: Mapping[str, Any] | None = self.features["fold"]
+        return fold
 
     @property
     def folds(self) -> tuple[int, int]:
@@ -80,18 +85,13 @@ class PredictionKey:
     @property
     def read(self) -> Sequence[str]:
         """Names of the layers that heads read."""
-        return self.features.get("read", self.features["layers"])
-
-    @property
-    def spec(self) -> SolverSpec:
-        """The solver's entry in SOLVERS."""
-        return solver_of(self.solver)
+        return list(self.features.get("read", self.features["layers"]))
 
     @property
     def head_words(self) -> list[str]:
         """Head and objective; once where they are one word, as of the heads that a checkpoint brought with it."""
-        words = [self.head, *([self.spec.word] if self.spec.word else []), self.objective]
-        return list(dict.fromkeys([*words, *(["distilled"] if self.target else [])]))
+        solver = [self.solver] if self.solver in RETIRED else []
+        return list(dict.fromkeys([self.head, *solver, self.objective, *(["distilled"] if self.target else [])]))
 
     @property
     def model(self) -> str:
@@ -133,8 +133,8 @@ class PredictionKey:
         """Settings that are not what the head is fitted with where nothing is asked for."""
         usual: dict[str, Any] = {"n_folds": FitConfig.n_folds, "seed": FitConfig.seed, "products": FitConfig.products}
         given = {name: default if (value := getattr(self, name)) is None else value for name, default in usual.items()}
-        if self.spec.named_settings:
-            usual |= default_settings(self.head, self.spec)
+        if self.solver in RETIRED or solver_of(self.solver).named_settings:
+            usual |= RETIRED.get(self.solver) or default_settings(self.head, solver_of(self.solver))
             given |= self.settings or {}
         changed = {name: value for name, value in given.items() if value != usual.get(name, value)}
         return [f"{name.removeprefix('n_').replace('_', ' ')} {value}" for name, value in changed.items()]
@@ -177,8 +177,8 @@ def prediction_key(
     """The key of the predictions of these heads, on these features, for this subject."""
     key, spec, digests = config.key(), config.solver_spec, subject_digests(subject)
     if plan.trained and spec.fits:  # its training chose the folds; a seed is of the loop alone
-        fold = features.key()["fold"]
-        key |= {"n_folds": fold["n_folds"]} | ({} if spec.random else {"seed": fold["seed"]})
+        training = features.trainings[0]
+        key |= {"n_folds": training.n_folds} | ({} if spec.random else {"seed": training.seed})
     reads_rois = spec.fits and HEADS[config.head].reads_rois
     return PredictionKey(
         subject=subject.name,

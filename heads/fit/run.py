@@ -1,6 +1,5 @@
 """Feature stores -> prediction stores: out-of-fold and test predictions, and the heads that made them."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,14 +9,15 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from featcache.cache.extract import FOLDER as FEATURES
 from featcache.cache.store import Store, create_store, open_store, store_path
 from featcache.dataset.splits import refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError
 from featcache.machine.device import check_products, matrix_products, resolve_device
+from featcache.machine.files import replace_bytes
 from featcache.machine.memory import give_back_memory, keep_freed_memory, memory_at_start
 from featcache.machine.progress import bar, say
+from featcache.workdir import Workdir
 from heads.config import FitConfig
 from heads.features.sets import FeatureSet, feature_sets, layer_of
 from heads.fit.names import PredictionFacts, PredictionKey, prediction_key
@@ -27,9 +27,6 @@ from heads.solvers.base import Problem, Shared, Solver, Trainee
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.registry import build_solver
 from heads.solvers.trained import read_by_its_heads
-
-FOLDER = "predictions.zarr"
-WEIGHTS = "heads"
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
     ]
     if not any(stored.values()):
         raise StoreError(
-            work / FEATURES,
+            Workdir(work).features,
             expected=f"complete features of {', '.join(subject.name for subject in subjects)}",
             found=f"none for the images of this tree{' from a checkpoint with heads' if takes_heads else ''}",
             remedy="run 'pretrain' or 'finetune', then 'extract'" if takes_heads else "run 'extract' first",
@@ -86,7 +83,7 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
         known = dict.fromkeys(layer_of(name) for sets in stored.values() for each in sets for name in each.names)
         raise ConfigError(
             "--layers",
-            expected=f"joint, each, or layers that were extracted ({', '.join(known)})",
+            expected=f"all, each, or layers that were extracted ({', '.join(known)})",
             found=repr(config.layers),
             remedy=f"choose among those, or extract with --layers {config.layers}",
         )
@@ -115,7 +112,6 @@ def _fit_variants(
     for group in _groups(trainees, variants[0], work):
         joint = Shared()
         for trainee in group:
-            shared = Shared(len(variants))
             for config in variants:
                 problem = Problem(
                     subject=trainee.subject,
@@ -124,12 +120,10 @@ def _fit_variants(
                     config=config,
                     device=device,
                     work=work,
-                    shared=shared,
                     together=tuple(group),
                     joint=joint,
                 )
                 yield trainee, _fit(problem)
-            del shared
             give_back_memory()
 
 
@@ -160,9 +154,10 @@ def _fit(problem: Problem) -> Fitted:
     subject, features, plan, work = problem.subject, problem.features, problem.plan, problem.work
     key = _key(problem)
     # of the key and not of the options: those that a solver does not read must not make another store
-    label = "-".join([subject.name, features.label(), *key.head_words])
-    path = store_path(work / FOLDER, label, key.to_json())
-    weights = work / WEIGHTS / f"{path.name}.safetensors"
+    label = "-".join([subject.name, features.label, *key.head_words])
+    folder = Workdir(work).predictions
+    path = store_path(folder, label, key.to_json())
+    weights = Workdir(work).head_weights(path.name)
     store = open_store(path) if path.is_dir() else None
     done = store is not None and store.complete and weights.exists()
     if done:
@@ -179,9 +174,7 @@ def _fit(problem: Problem) -> Fitted:
                 seen_ids=[seen.tolist() for seen in features.seen_ids()] if plan.trained else None,
             )
             ids, n_scored = np.concatenate([subject.train.ids[plan.scored], subject.test.ids]), len(plan.scored)
-            store = create_store(
-                work / FOLDER, label, key.to_json(), ids, n_scored, subject.n_vertices, facts.to_json()
-            )
+            store = create_store(folder, label, key.to_json(), ids, n_scored, subject.n_vertices, facts.to_json())
         with matrix_products(problem.config.products):
             _fill(problem, solver, store, weights)
     return Fitted(subject.name, key.model, path, weights, not done, time.perf_counter() - began)
@@ -231,11 +224,8 @@ def _save_heads(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str
     """Write the heads as safetensors: {surface}.weights (n_features, n_vertices) and {surface}.intercept (n_vertices,)
     for linear ones, means over folds.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     # safetensors' own writer reports a full disk as an error of its own kind
-    partial.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
-    partial.replace(path)
+    replace_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def scores_by_model(subjects: Sequence[Subject], fitted: Sequence[Fitted]) -> dict[str, list[VertexScores]]:

@@ -65,10 +65,10 @@ class FoldPlan:
         """
         if not features.trained:
             return cls.of_frozen(subject.train.ids, n_folds, seed)
-        fold = features.key()["fold"]
-        folds = assign_folds(subject.train.ids, fold["n_folds"], fold["seed"])
-        check_folds(folds, fold["n_folds"])
-        return cls(image_ids=subject.train.ids, folds=folds, held_out=tuple(fold["held_out"]), trained=True)
+        training = features.trainings[0]
+        folds = assign_folds(subject.train.ids, training.n_folds, training.seed)
+        check_folds(folds, training.n_folds)
+        return cls(image_ids=subject.train.ids, folds=folds, held_out=features.held_out, trained=True)
 
     def __len__(self) -> int:
         """Number of folds that are held out."""

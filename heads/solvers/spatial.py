@@ -14,10 +14,11 @@ from torch import nn
 from featcache.dataset.splits import refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.machine.memory import spare_memory
-from heads.backbones.encoder import SpatialHeads, spatial_head_of
 from heads.config import FitConfig
 from heads.features.rows import LayerRows
+from heads.modules.by_subject import SpatialHeads
 from heads.modules.linear import SMALL
+from heads.modules.saved import spatial_head_of
 from heads.modules.spatial import SpatialReadout
 from heads.scores.losses import weighted_sum
 from heads.solvers.base import Block, Fits, FoldFit, Problem, Trainee
@@ -244,7 +245,8 @@ class SpatialSolver:
         columns = slice(first, first + sizes[surface])
 
         def of_surface(rows: dict[str, torch.Tensor], head: _Heads) -> torch.Tensor:
-            return head(rows, self._number)[:, columns]
+            predictions: torch.Tensor = head(rows, self._number)
+            return predictions[:, columns]
 
         heads = [partial(of_surface, head=head) for head in self._training.heads(k)]
         return predict(heads, self._member.of_fold(k))

@@ -1,7 +1,6 @@
 """Heads that were trained with the backbone, taken as they are."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,10 @@ from featcache.config import POOLED
 from featcache.dataset.splits import refuse_leak
 from featcache.errors import ConfigError
 from featcache.machine.memory import spare_memory
-from heads.backbones.encoder import linear_map_of, saved_shapes, spatial_head_of
 from heads.features.rows import LayerRows
 from heads.features.sets import FeatureSet
 from heads.modules.linear import LinearMap
+from heads.modules.saved import linear_map_of, saved_shapes, spatial_head_of
 from heads.solvers.base import Block, Fits, FoldFit, Problem, Solver, piece_of
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.linear import FoldHeads, LinearPredictions
@@ -34,7 +33,7 @@ def build(problem: Problem) -> Solver:
     checkpoints = _checkpoints(features, problem.work)
     for k, checkpoint in enumerate(checkpoints):
         refuse_leak(checkpoint.seen_ids, plan.image_ids[plan.inside(k)], f"the heads of {checkpoint.name}")
-    saved = [(checkpoint.heads(), list(checkpoint.key["subjects"])) for checkpoint in checkpoints]
+    saved = [(checkpoint.heads(), list(checkpoint.key.subjects)) for checkpoint in checkpoints]
     shapes = dict(saved_shapes(saved[0][0]))
     maps: dict[str, list[LinearMap]] = {}
     if not shapes:
@@ -44,7 +43,7 @@ def build(problem: Problem) -> Solver:
         shapes = {POOLED: (len(maps[subject.surfaces[0]][0].weights),)}
     _refuse_missing(features, shapes)
     share = spare_memory(problem.config.max_memory) * FEATURE_SHARE / len(features.stores)
-    rows = replace(features, arrays=tuple(shapes)).read(problem.device, share)
+    rows = features.only(tuple(shapes)).read(problem.device, share)
     if maps:
         return TrainedMaps(maps, [one.dense() for one in rows], plan)
     heads = {surface: [spatial_head_of(*pair, subject.name, surface) for pair in saved] for surface in subject.surfaces}
@@ -55,11 +54,11 @@ def read_by_its_heads(features: FeatureSet, work: Path) -> FeatureSet:
     """Those layers of the features that the heads of their checkpoints read; all of them where some are missing."""
     shapes = dict(saved_shapes(_checkpoints(features, work)[0].heads())) or {POOLED: ()}
     read = tuple(name for name in features.names if name in shapes)
-    return features if len(read) < len(shapes) or read == features.names else replace(features, arrays=read)
+    return features if len(read) < len(shapes) or read == features.names else features.only(read)
 
 
 def _checkpoints(features: FeatureSet, work: Path) -> list[Checkpoint]:
-    return [find_checkpoint(work, name) for name in features.checkpoints]
+    return [find_checkpoint(work, str(facts.checkpoint)) for facts in features.facts]
 
 
 def _refuse_missing(features: FeatureSet, shapes: Mapping[str, tuple[int, ...]]) -> None:
