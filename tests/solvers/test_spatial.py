@@ -22,22 +22,26 @@ from heads.backbones.stages import train_stage
 from heads.config import AdamWConfig, FitConfig, SpatialConfig, StageConfig, TrainConfig
 from heads.features.rows import LayerRows
 from heads.features.sets import feature_sets
+from heads.fit.out_of_fold import predict_surface
 from heads.fit.run import fit_heads
 from heads.modules.linear import LinearHead
 from heads.modules.saved import spatial_head_of
 from heads.modules.spatial import SpatialReadout
 from heads.scores.losses import LOSSES
 from heads.scores.metrics import pearson_r
-from heads.solvers.base import cross_validate
-from heads.solvers.gradient import Task, stop_split, train_head
-from heads.solvers.registry import trained_heads
-from heads.solvers.spatial import Member, SpatialFolds, predict
+from heads.solvers.base import Problem
+from heads.solvers.gradient import Task, train_head
+from heads.solvers.held_out import FoldPlan
+from heads.solvers.spatial import Member, SpatialTraining
+from heads.solvers.trained import build, predict
+from support.plans import assert_same_fits, block_of, plan_of
 
-SHAPES = {"pooled": (5,), "near": (4, 4, 6), "far": (3, 3, 8)}
-PLACE = {"lh": (1, 2), "rh": (3, 0)}  # of the layer `near`, which every vertex of a hemisphere looks at
-N_FOLDS, N_TRAIN, N_TEST = 3, 180, 40
+SHAPES = {"pooled": (5,), "near": (3, 3, 4), "far": (2, 2, 5)}
+PLACE = {"lh": (1, 2), "rh": (2, 0)}  # of the layer `near`, which every vertex of a surface looks at
+N_FOLDS, N_TRAIN, N_TEST = 3, 150, 40
 N_VERTICES = {"lh": 6, "rh": 4}
-QUICK = AdamWConfig(learning_rate=6e-2, weight_decay=0.05, epochs=15, batch_size=16, patience=15)
+QUICK = AdamWConfig(learning_rate=6e-2, weight_decay=0.05, epochs=10, batch_size=16, patience=10)
+LONG = replace(QUICK, epochs=15, patience=15)
 FEW = replace(QUICK, epochs=2)  # where only sameness is asked
 
 
@@ -128,33 +132,27 @@ def member_of(folder, planted, trained=False, budget=np.inf, name="subj01"):
     subject = subject_of(folder, name, ids, responses)
     several = values if isinstance(values, list) else [values]
     rows = [rows_of(folder / "f", one, budget, len(ids)) for one in several]
-    return Member(subject, rows, assign_folds(ids, N_FOLDS, 0), list(range(N_FOLDS)), trained)
+    return Member(subject, rows, plan_of(ids, N_FOLDS, trained=trained))
 
 
-def fits_of(members, config, number=0, hemisphere="lh", folds=None):
-    folds = folds or SpatialFolds(members, config, "cpu")
-    responses = torch.from_numpy(np.array(members[number].subject.responses(hemisphere)))
-    return folds.of(number).fit(responses, hemisphere=hemisphere)
+def fits_of(members, config, number=0, surface="lh", training=None):
+    training = training or SpatialTraining(members, config, "cpu")
+    return training.solver(number).fit(block_of(np.array(members[number].subject.responses(surface)), surface))
 
 
 def out_of_fold(member, config, members=None, number=0):
-    """{hemisphere: predictions} as a prediction store has them."""
-    fits = SpatialFolds(members or [member], config, "cpu").of(number)
-    return {h: cross_validate(fits, member.subject, h, lambda _: None)[0] for h in HEMISPHERES}
+    """{surface: predictions} as a prediction store has them."""
+    solver = SpatialTraining(members or [member], config, "cpu").solver(number)
+    return {
+        surface: predict_surface(solver, member.subject, surface, lambda _: None)[0]
+        for surface in member.subject.surfaces
+    }
 
 
 def r_of(member, config, members=None, number=0):
     """Mean r out of fold, over the vertices of both hemispheres."""
-    found, n = out_of_fold(member, config, members, number), len(member.folds)
+    found, n = out_of_fold(member, config, members, number), member.plan.n_train
     return np.mean(np.concatenate([pearson_r(found[h][:n], member.subject.responses(h)) for h in HEMISPHERES]))
-
-
-def assert_same(ours, theirs, **tolerance):
-    for a, b in zip(ours.folds, theirs.folds, strict=True):
-        torch.testing.assert_close(a.test, b.test, **tolerance)
-        for one, other in zip(a.held_out, b.held_out, strict=True):
-            assert np.array_equal(one.rows, other.rows)
-            torch.testing.assert_close(one.predictions, other.predictions, **tolerance)
 
 
 # --- one subject
@@ -163,7 +161,7 @@ def assert_same(ours, theirs, **tolerance):
 @pytest.mark.parametrize(("rank", "space", "loss"), [(1, 0, "mse"), (2, 0, "smooth_l1+mnnpc"), (1, 12, "pearson")])
 def test_one_place_of_one_layer_is_predicted_out_of_fold_and_on_test_images(tmp_path, planted, rank, space, loss):
     member = member_of(tmp_path, planted)
-    found = out_of_fold(member, config_of(loss=loss, rank=rank, space=space))
+    found = out_of_fold(member, config_of(LONG, loss, rank=rank, space=space))
     for hemisphere, truth in planted[2].items():
         assert found[hemisphere].shape == truth.shape and found[hemisphere].dtype == np.float32
         r = [pearson_r(found[hemisphere][part], truth[part]) for part in (slice(N_TRAIN), slice(N_TRAIN, None))]
@@ -197,7 +195,8 @@ def test_responses_of_a_fold_have_no_say_in_its_predictions(tmp_path, planted):
 def test_images_that_decide_when_to_stop_are_not_trained_on(tmp_path, planted):
     ids, values, responses = planted
     config = config_of(replace(FEW, epochs=1))  # one epoch: nothing to decide
-    trained, stop = stop_split(ids, assign_folds(ids, N_FOLDS, 0), 0, config)
+    split = plan_of(ids, N_FOLDS).split(0, config.adamw.validation, config.seed)
+    trained, (stop,) = split.trained, split.choices
     assert not np.intersect1d(trained, stop).size and len(stop) > 5
     moved = {h: one.copy() for h, one in responses.items()}
     for one in moved.values():
@@ -212,7 +211,7 @@ def test_on_trained_backbones_a_part_of_a_fold_has_no_say_in_the_head_that_predi
     ids, _, responses = planted
     several = [values_of(N_TRAIN + N_TEST, seed) for seed in range(N_FOLDS)]
     member = member_of(tmp_path / "a", (ids, several, responses), trained=True)
-    config = config_of(replace(QUICK, epochs=8))
+    config = config_of(replace(QUICK, epochs=4))
     before = fits_of([member], config)
     assert [len(fold.held_out) for fold in before.folds] == [4] * N_FOLDS
     part = before.folds[1].held_out[2]
@@ -228,11 +227,11 @@ def test_every_image_is_predicted_once_by_a_head_of_its_fold_and_its_backbone(tm
     ids, values, responses = planted
     other = values_of(N_TRAIN + N_TEST, 9)
     member = member_of(tmp_path, (ids, [values, values, other], responses), trained=True)
-    fits = fits_of([member], config_of(replace(QUICK, epochs=12)))
+    fits = fits_of([member], config_of(replace(QUICK, epochs=8)))
     r = []
     for k, fold in enumerate(fits.folds):
         rows = np.concatenate([piece.rows for piece in fold.held_out])
-        assert sorted(rows) == np.flatnonzero(member.folds == k).tolist()
+        assert sorted(rows) == np.flatnonzero(member.plan.folds == k).tolist()
         predictions = torch.cat([piece.predictions for piece in fold.held_out])
         r.append(pearson_r(predictions.numpy(), responses["lh"][rows]).mean())
     assert min(r[:2]) > 0.4 and r[2] < 0.3  # the third backbone says nothing of these responses
@@ -241,7 +240,7 @@ def test_every_image_is_predicted_once_by_a_head_of_its_fold_and_its_backbone(tm
 def test_saved_heads_rebuild_the_test_predictions_of_their_fold(tmp_path, planted):
     member = member_of(tmp_path, planted)
     for space in (0, 3):
-        fits = fits_of([member], config_of(FEW, space=space, rank=2), hemisphere="rh")
+        fits = fits_of([member], config_of(FEW, space=space, rank=2), surface="rh")
         for k, fold in enumerate(fits.folds):
             own = {part.removeprefix("head."): t for (prefix, part), t in fits.saved.items() if prefix == f"fold{k}."}
             head = torch.nn.Sequential(SpatialReadout(SHAPES, space or N_VERTICES["rh"], rank=2))
@@ -287,20 +286,25 @@ def test_the_seed_decides_everything(tmp_path, planted):
     member = member_of(tmp_path, planted)
     one = fits_of([member], config_of(FEW))
     torch.manual_seed(99)
-    assert_same(one, fits_of([member], config_of(FEW)), rtol=0, atol=0)
+    assert_same_fits(one, fits_of([member], config_of(FEW)), rtol=0, atol=0)
     other = fits_of([member], config_of(FEW, seed=1))
     assert not torch.equal(one.folds[0].test, other.folds[0].test)
 
 
-def test_both_hemispheres_come_from_one_training_a_fold(tmp_path, planted, monkeypatch):
-    calls, honest = [], SpatialFolds._train
-    monkeypatch.setattr(SpatialFolds, "_train", lambda self, k: calls.append(k) or honest(self, k))
-    member = member_of(tmp_path, planted)
-    folds = SpatialFolds([member], config_of(FEW), "cpu")
-    fits = folds.of(0)
-    for hemisphere in HEMISPHERES:
-        cross_validate(fits, member.subject, hemisphere, lambda _: None)
-    assert calls == [0, 1, 2]
+@pytest.fixture
+def trainings(monkeypatch):
+    """The tasks of every training of heads, one for each fold."""
+    seen = []
+    monkeypatch.setattr(
+        "heads.solvers.spatial.train_head",
+        lambda head, tasks, *settings: seen.append(tasks) or train_head(head, tasks, *settings),
+    )
+    return seen
+
+
+def test_both_surfaces_come_from_one_training_a_fold(tmp_path, planted, trainings):
+    out_of_fold(member_of(tmp_path, planted), config_of(FEW))
+    assert len(trainings) == N_FOLDS
 
 
 # --- rows from the disk
@@ -311,44 +315,47 @@ def test_streamed_rows_give_what_rows_in_memory_give_in_the_same_order(tmp_path,
     monkeypatch.setattr(LayerRows, "shuffled", lambda self, index: index[torch.randperm(len(index))])
     kept, streamed = (member_of(tmp_path / str(b), planted, budget=b) for b in (np.inf, 0))
     assert kept.rows[0].streamed == [] and streamed.rows[0].streamed == list(SHAPES)
-    assert_same(fits_of([kept], config_of(FEW)), fits_of([streamed], config_of(FEW)), rtol=1e-5, atol=1e-5)
+    assert_same_fits(fits_of([kept], config_of(FEW)), fits_of([streamed], config_of(FEW)), rtol=1e-5, atol=1e-5)
 
 
 def test_streamed_rows_predict_as_well(tmp_path, planted, monkeypatch):
     monkeypatch.setattr(featcache.cache.store, "_CHUNK_ROWS", 16)
-    config = config_of(replace(QUICK, epochs=12))
+    config = config_of(replace(QUICK, epochs=8))
     r = [r_of(member_of(tmp_path / str(b), planted, budget=b), config) for b in (np.inf, 0)]
     assert r[1] > 0.5 and abs(r[0] - r[1]) < 0.15
 
 
-def big_rows(folder, monkeypatch, chunk_bytes, n=1024):
+N_STREAMED = 512
+
+
+def big_rows(folder, monkeypatch, chunk_bytes, n=N_STREAMED):
     monkeypatch.setattr(featcache.cache.store, "_CHUNK_BYTES", chunk_bytes)
     return rows_of(folder, {name: np.zeros((n, *shape), np.float16) for name, shape in SHAPES.items()}, 0, n)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1 << 20, 1600], ids=["equal chunks", "small chunks of wide rows"])
+@pytest.mark.parametrize("chunk_bytes", [1 << 20, 600], ids=["equal chunks", "small chunks of wide rows"])
 def test_an_epoch_of_streamed_rows_reads_every_chunk_about_once(tmp_path, monkeypatch, chunk_bytes):
     monkeypatch.setattr(featcache.cache.store, "_CHUNK_ROWS", 64)
     rows = big_rows(tmp_path / "f", monkeypatch, chunk_bytes)
     steps = {name: rows._store.chunk_rows(name) for name in SHAPES}
     reads, honest = [], type(rows._store).read
     monkeypatch.setattr(type(rows._store), "read", lambda self, *about: reads.append(about) or honest(self, *about))
-    index = torch.from_numpy(np.random.default_rng(0).permutation(1024)[:700])
+    index = torch.from_numpy(np.random.default_rng(0).permutation(N_STREAMED)[:350])
     for seed in range(2):
         torch.manual_seed(seed)
         order = rows.shuffled(index)
         assert sorted(order.tolist()) == sorted(index.tolist()) and order.tolist() != index.tolist()
         reads.clear()
-        for batch in order[:672].split(32):
+        for batch in order[:336].split(32):
             rows[batch]
-        assert len(reads) <= 2 * sum(1024 // step for step in steps.values())
+        assert len(reads) <= 2 * sum(N_STREAMED // step for step in steps.values())
 
 
 def test_a_batch_of_streamed_rows_is_of_a_few_chunks_that_change_with_every_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(featcache.cache.store, "_CHUNK_ROWS", 16)
     rows = big_rows(tmp_path / "f", monkeypatch, 1 << 20)
     torch.manual_seed(0)
-    epochs = [rows.shuffled(torch.arange(1024)) for _ in range(2)]
+    epochs = [rows.shuffled(torch.arange(N_STREAMED)) for _ in range(2)]
     seen = [{int(row) // 16 for row in order[:64]} for order in epochs]
     assert all(4 < len(one) <= heads.features.rows._CHUNKS for one in seen) and seen[0] != seen[1]
 
@@ -356,15 +363,15 @@ def test_a_batch_of_streamed_rows_is_of_a_few_chunks_that_change_with_every_epoc
 # --- several subjects
 
 
-def joint(folder, seed, n_few=36, n_many=300, noise=1.0):
+def joint(folder, seed, n_few=36, n_many=200, noise=1.0):
     """Two subjects whose vertices are linear in the same three numbers of an image; the second saw few images."""
     rng = np.random.default_rng(seed)
-    channels = rng.normal(size=(3, 6, 1))
+    channels = rng.normal(size=(3, 4, 1))
     members = []
     for number, n in enumerate((n_many, n_few)):
         values = values_of(n + N_TEST, 10 * seed + number)
         near = values["near"].astype(np.float64) - values["near"].mean((0, 1, 2), dtype=np.float64)
-        latent = np.concatenate([near[:, i, j] @ channels[k] for k, (i, j) in enumerate([(0, 1), (2, 2), (3, 0)])], 1)
+        latent = np.concatenate([near[:, i, j] @ channels[k] for k, (i, j) in enumerate([(0, 1), (2, 2), (2, 0)])], 1)
         latent /= latent.std(0)
         responses = {}
         for h in HEMISPHERES:
@@ -380,7 +387,7 @@ def joint(folder, seed, n_few=36, n_many=300, noise=1.0):
 
 
 def test_a_subject_with_few_images_gains_from_one_with_many(tmp_path):
-    config, alone, together = config_of(replace(QUICK, epochs=12), space=3), [], []
+    config, alone, together = config_of(replace(QUICK, epochs=8), space=3), [], []
     for seed in range(2):
         members = joint(tmp_path, seed)
         alone.append(r_of(members[1], config))
@@ -391,17 +398,17 @@ def test_a_subject_with_few_images_gains_from_one_with_many(tmp_path):
 def test_an_image_is_in_the_same_fold_of_every_subject_that_saw_it(tmp_path):
     one, other = joint(tmp_path, 0)
     _, ours, theirs = np.intersect1d(one.subject.train.ids, other.subject.train.ids, return_indices=True)
-    assert len(ours) == 36 and np.array_equal(one.folds[ours], other.folds[theirs])
+    assert len(ours) == 36 and np.array_equal(one.plan.folds[ours], other.plan.folds[theirs])
 
 
 def test_responses_of_a_fold_reach_its_predictions_through_no_subject(tmp_path):
-    members = joint(tmp_path, 0, n_many=120, n_few=90)
+    members = joint(tmp_path, 0, n_many=60, n_few=45)
     config = config_of(FEW, space=3)
     before = [fits_of(members, config, number) for number in (0, 1)]
     for member in members:
         path = member.subject.response_paths["lh"]
         responses = np.load(path)
-        responses[member.folds == 1] *= -50
+        responses[member.plan.folds == 1] *= -50
         np.save(path, responses)
     for number in (0, 1):
         after = fits_of(members, config, number)
@@ -411,25 +418,24 @@ def test_responses_of_a_fold_reach_its_predictions_through_no_subject(tmp_path):
 
 def test_folds_by_subject_are_refused(tmp_path):
     """An image that one subject is scored on may not be one that another is trained on."""
-    one, other = joint(tmp_path, 0, n_many=120, n_few=90)
-    other = replace(other, folds=(other.folds + 1) % N_FOLDS)
+    one, other = joint(tmp_path, 0, n_many=60, n_few=45)
+    other = replace(other, plan=replace(other.plan, folds=(other.plan.folds + 1) % N_FOLDS))
     with pytest.raises(LeakError):
-        SpatialFolds([one, other], config_of(replace(FEW, epochs=1), space=3), "cpu").heads(0)
+        SpatialTraining([one, other], config_of(replace(FEW, epochs=1), space=3), "cpu").heads(0)
 
 
 def test_no_subject_is_trained_on_what_another_chooses_by(tmp_path, monkeypatch):
     """Where images to stop by were drawn by subject it is refused, or they are left out of every training."""
 
-    def by_row(ids, folds, fold, config):
-        outside = np.flatnonzero(folds != fold)
-        return outside[len(ids) // 4 :], outside[: len(ids) // 4]
+    def by_row(image_ids, outside, *about):
+        return outside[len(image_ids) // 4 :], outside[: len(image_ids) // 4]
 
     seen = []
-    monkeypatch.setattr("heads.solvers.spatial.stop_split", by_row)
+    monkeypatch.setattr("heads.solvers.held_out.stop_split", by_row)
     monkeypatch.setattr("heads.solvers.spatial.train_head", lambda head, tasks, *about: seen.extend(tasks) or [head])
-    members = joint(tmp_path, 0, n_many=120, n_few=90)
+    members = joint(tmp_path, 0, n_many=60, n_few=45)
     with suppress(LeakError):
-        SpatialFolds(members, config_of(FEW, space=3), "cpu").heads(0)
+        SpatialTraining(members, config_of(FEW, space=3), "cpu").heads(0)
     ids = [member.subject.train.ids for member in members]
     trained = [own[task.trained] for own, task in zip(ids, seen, strict=False)]
     chosen = [own[task.choices[0]] for own, task in zip(ids, seen, strict=False)]
@@ -444,29 +450,26 @@ def test_a_few_images_of_each_are_enough_to_train_together(tmp_path):
         assert all(fold.test.isfinite().all() for fold in found.folds)
 
 
-def test_on_trained_backbones_no_subject_has_a_say_in_the_head_of_an_image_that_it_shares(tmp_path, monkeypatch):
+def test_on_trained_backbones_no_subject_has_a_say_in_the_head_of_an_image_that_it_shares(tmp_path, trainings):
     """However few images of a fold a subject has: its choices are of the same images as the others'."""
-    trained = []
-    monkeypatch.setattr(
-        "heads.solvers.spatial.train_head",
-        lambda head, tasks, *about: trained.append(tasks) or train_head(head, tasks, *about),
-    )
+    config = config_of(replace(FEW, epochs=1), space=3)
     for seed in range(4):
-        members = [replace(member, trained=True) for member in joint(tmp_path, seed, n_many=40, n_few=24)]
-        trained.clear()
-        folds = SpatialFolds(members, config_of(replace(FEW, epochs=1), space=3), "cpu")
-        fitted = [fits_of(members, folds.config, number, folds=folds) for number in range(2)]
-        for k in range(N_FOLDS):
-            tasks, fits = trained[k], [one.folds[k] for one in fitted]
-            for own, fit in zip(members, fits, strict=True):
-                assert (
-                    sorted(np.concatenate([one.rows for one in fit.held_out]))
-                    == np.flatnonzero(own.folds == k).tolist()
-                )
-                for part, piece in enumerate(fit.held_out):
-                    for theirs, task in zip(members, tasks, strict=True):
-                        seen = theirs.subject.train.ids[task.choices[part]]
-                        assert not np.intersect1d(own.subject.train.ids[piece.rows], seen).size
+        members = joint(tmp_path, seed, n_many=40, n_few=24)
+        members = [
+            replace(member, rows=member.rows * N_FOLDS, plan=replace(member.plan, trained=True)) for member in members
+        ]
+        trainings.clear()
+        training = SpatialTraining(members, config, "cpu")
+        fitted = [fits_of(members, config, number, training=training) for number in range(2)]
+        assert len(trainings) == N_FOLDS
+        for k, tasks in enumerate(trainings):
+            for member, fits in zip(members, fitted, strict=True):
+                pieces = fits.folds[k].held_out
+                assert sorted(np.concatenate([piece.rows for piece in pieces])) == member.plan.inside(k).tolist()
+                for part, piece in enumerate(pieces):
+                    for other, task in zip(members, tasks, strict=True):
+                        chosen_by = other.plan.image_ids[task.choices[part]]
+                        assert not np.intersect1d(member.plan.image_ids[piece.rows], chosen_by).size
 
 
 class TwoTasks(LinearHead):
@@ -522,7 +525,7 @@ def test_an_epoch_is_chosen_by_the_mean_over_all_vertices(monkeypatch):
 
 # --- through fit-heads
 
-BACKBONE = BackboneConfig(name="test_resnet", weights="none", size=64)
+BACKBONE = BackboneConfig(name="test_resnet", weights="none", size=32)
 TINY = config_of(AdamWConfig(learning_rate=1e-2, epochs=2, batch_size=8))
 TINY_JOINT = replace(TINY, spatial=SpatialConfig(space=4, rank=1))
 
@@ -548,17 +551,11 @@ def fresh(work, tmp_path):
     return folder
 
 
-def counted(monkeypatch):
-    calls, honest = [], SpatialFolds._train
-    monkeypatch.setattr(SpatialFolds, "_train", lambda self, k: calls.append(k) or honest(self, k))
-    return calls
-
-
 @pytest.mark.parametrize("config", [TINY, TINY_JOINT], ids=["alone", "joint"])
-def test_spatial_heads_are_fitted_once_and_stored_whole(tiny, fresh, said, monkeypatch, config):
-    subjects, calls = open_challenge(tiny).subjects, counted(monkeypatch)
+def test_spatial_heads_are_fitted_once_and_stored_whole(tiny, fresh, said, trainings, config):
+    subjects = open_challenge(tiny).subjects
     fitted = fit_heads(subjects, config, fresh)
-    assert len(calls) == N_FOLDS * (2 if config is TINY else 1)
+    assert len(trainings) == N_FOLDS * (2 if config is TINY else 1)
     assert [one.new for one in fitted] == [True, True] and len({one.model for one in fitted}) == 1
     for one, subject in zip(fitted, subjects, strict=True):
         store = open_store(one.path)
@@ -568,7 +565,7 @@ def test_spatial_heads_are_fitted_once_and_stored_whole(tiny, fresh, said, monke
         assert list(store.key.get("joint", {})) == (others if config is TINY_JOINT else [])
     again = fit_heads(subjects, config, fresh)
     assert [one.new for one in again] == [False, False] and [a.path for a in again] == [b.path for b in fitted]
-    assert sum("already fitted" in line for line in said) == 2 and len(calls) <= 2 * N_FOLDS
+    assert sum("already fitted" in line for line in said) == 2 and len(trainings) <= 2 * N_FOLDS
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_JOINT], ids=["alone", "joint"])
@@ -607,9 +604,8 @@ def test_a_joint_store_is_another_when_another_subjects_responses_are(tree, fres
     assert {one.model for one in after} == {one.model for one in before}
 
 
-def test_a_joint_training_of_several_models_is_done_once_for_all_subjects(tiny, fresh, said, monkeypatch):
+def test_a_joint_training_of_several_models_is_done_once_for_all_subjects(tiny, fresh, said, trainings, monkeypatch):
     """Models and subjects are two loops, and only the last training is kept."""
-    calls = counted(monkeypatch)
     layers = [name for name in feature_sets(open_challenge(tiny).subjects[0], fresh)[0].names if name != "pooled"][:2]
     subjects = open_challenge(tiny).subjects
     monkeypatch.setattr(
@@ -617,7 +613,7 @@ def test_a_joint_training_of_several_models_is_done_once_for_all_subjects(tiny, 
     )
     fitted = fit_heads(subjects, replace(TINY_JOINT, layers="each"), fresh)
     assert len(fitted) == 4 and len({one.model for one in fitted}) == 2
-    assert len(calls) == 2 * N_FOLDS
+    assert len(trainings) == 2 * N_FOLDS
 
 
 # --- heads that came with their backbones
@@ -653,21 +649,21 @@ def test_spatial_heads_of_a_checkpoint_predict_what_the_encoder_did(tiny, checkp
 
     subjects, folder = extracted(tiny, checkpoints, tmp_path, ("0", "pooled"), "2")
     subject, (one,) = subjects[0], feature_sets(subjects[0], folder)
-    folds = one.folds(subject)
-    predictor = trained_heads(subject, one, folds, "cpu", folder)
-    (fitted,) = fit_heads(subjects, FitConfig(solver="trained"), folder)
+    config = FitConfig(solver="trained")
+    plan = FoldPlan.of_features(subject, one, config.n_folds, config.seed)
+    solver = build(Problem(subject=subject, features=one, plan=plan, config=config, work=folder))
+    (fitted,) = fit_heads(subjects, config, folder)
     store = open_store(fitted.path)
     for checkpoint in checkpoints[1]:
-        k, backbone = checkpoint.fold["fold"], checkpoint.backbone()
-        held_out = np.flatnonzero(folds == k)
+        k, backbone = checkpoint.fold, checkpoint.backbone()
+        held_out = plan.inside(k)
         assert not np.isin(subject.train.ids[held_out], checkpoint.seen_ids).any()
         (pixels,) = cache_pixels([subject], backbone, tmp_path, 1.0, 1)
         with torch.inference_mode():
             rows = backbone.read(backbone.normalise(pixels.read(held_out)), backbone.taps(SPATIAL.tapped))
         for hemisphere in HEMISPHERES:
             head = spatial_head_of(checkpoint.heads(), [subject.name], subject.name, hemisphere)
-            responses = torch.from_numpy(np.array(subject.responses(hemisphere)))
-            (piece,) = predictor.fit(responses, hemisphere=hemisphere).folds[k].held_out
+            (piece,) = solver.fit(block_of(np.array(subject.responses(hemisphere)), hemisphere)).folds[k].held_out
             assert np.array_equal(piece.rows, held_out)
             torch.testing.assert_close(piece.predictions, head(rows), rtol=1e-2, atol=1e-2)  # rows are float16
             stored = store.read(hemisphere)[: store.n_train][held_out]
