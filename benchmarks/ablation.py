@@ -25,7 +25,7 @@ from featcache.dataset.subject import Subject
 from featcache.machine.files import replace_json
 from featcache.simulate import SimulateConfig, simulate
 from heads.backbones.stages import train_stage
-from heads.config import FitConfig, StageConfig
+from heads.config import FitConfig, StageConfig, preset
 from heads.fit.run import fit_heads
 from heads.scores.metrics import pearson_r
 

@@ -36,7 +36,7 @@ from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Subject
 from featcache.simulate import SimulateConfig, simulate
 from heads.backbones.stages import train_stage
-from heads.config import FitConfig, StageConfig
+from heads.config import FitConfig, StageConfig, preset
 from heads.fit.run import Fitted, fit_heads
 
 BACKBONES = (

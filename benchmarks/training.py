@@ -17,20 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from featcache.backbone.checkpoint import Checkpoint
+from featcache.backbone.checkpoint import BackboneKey, Checkpoint, CheckpointFacts, CheckpointKey, Split, StartKey
 from featcache.backbone.network import load_backbone
 from featcache.cache.pixels import cache_pixels
 from featcache.config import POOLED, BackboneConfig, LayerConfig
 from featcache.dataset.algonauts import open_challenge
-from featcache.dataset.rois import HEMISPHERES
 from featcache.machine.memory import keep_freed_memory
 from featcache.simulate import SimulateConfig, simulate
+from heads.backbones.accelerator import make_accelerator
 from heads.backbones.batches import Images
-from heads.backbones.encoder import Encoder, OneSubject
-from heads.backbones.loop import EncoderTraining, make_accelerator
+from heads.backbones.encoder import Encoder
+from heads.backbones.loop import EncoderTraining
 from heads.config import TrainConfig
+from heads.modules.by_subject import OneSubject
 
-FOLD = {"fold": 0, "n_folds": 5, "seed": 0}
+SPLIT = Split(fold=0, n_folds=5, seed=0)
 
 
 def main() -> None:
@@ -58,12 +59,22 @@ def main() -> None:
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     subjects = open_challenge(folder / "challenge").subjects
     backbone = load_backbone(BackboneConfig(name=options.backbone, weights="none", size=options.size))
-    images = Images(subjects, cache_pixels(subjects, backbone, folder, 10, 2), FOLD)
+    images = Images(subjects, cache_pixels(subjects, backbone, folder, 10, 2), SPLIT)
     network: Any = backbone.model
     taps = backbone.taps(LayerConfig(layers=(POOLED,)))
     encoder = Encoder(network, OneSubject(network.num_features, subjects[0], 0.1), taps).requires_grad_(True)
     config = TrainConfig(epochs=2 * options.rounds + 1)
-    checkpoint = Checkpoint(folder, {"fold": FOLD}, {"label": options.backbone, "scores": []})
+    key = CheckpointKey(
+        stage="finetune",
+        subjects={},
+        backbone=BackboneKey(name=options.backbone, weights="none", size=options.size),
+        transform={},
+        timm="",
+        start=StartKey(weights="", training=None),
+        split=SPLIT,
+        settings={},
+    )
+    checkpoint = Checkpoint(folder, key, CheckpointFacts(label=options.backbone, origin="random weights"))
     training = EncoderTraining(encoder, backbone, images, config, make_accelerator("float32", "cpu"), checkpoint)
     n_images = len(images) // config.batch_size * config.batch_size
     ready = [
@@ -90,8 +101,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
 
 
 def responses_of(images: Images, pairs: np.ndarray) -> torch.Tensor:
-    by_hemisphere = {target.hemisphere: target.responses for target in images.targets(pairs)}
-    return torch.cat([by_hemisphere[hemisphere] for hemisphere in HEMISPHERES], 1)
+    return torch.cat([target.responses for target in images.targets(pairs)], 1)
 
 
 def bare_epoch(encoder: Encoder, batches: list[tuple[torch.Tensor, torch.Tensor]], config: TrainConfig) -> None:

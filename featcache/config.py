@@ -1,4 +1,4 @@
-"""Settings of the stages that turn images into features, and the fingerprint of any key."""
+"""Settings of the stages that turn images into features, and fingerprints and differences of keys."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 from featcache.errors import ConfigError
 
-PRODUCTS = ("float32", "tf32")  # how CUDA multiplies float32 matrices
+PRODUCTS = ("float32", "tf32")  # how CUDA multiplies float32 matrices: as they are, or rounded to TF32
 DTYPES = ("auto", "float32", "tf32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 DEFAULT_BACKBONE, DEFAULT_WEIGHTS = "convnext_xlarge", "hub"
@@ -18,7 +18,7 @@ POOLS = ("avg", "max")
 
 
 def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the known ones."""
+    """Raise ConfigError for a value that is not among the known ones."""
     if value not in known:
         raise ConfigError(
             f"--{option}", expected=f"one of {', '.join(known)}", found=f"{value!r}", remedy="choose one of those"
@@ -26,7 +26,7 @@ def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def at_least(option: str, value: float, minimum: float) -> None:
-    """Refuse a number below the smallest one that works."""
+    """Raise ConfigError for a number below the smallest that works."""
     if not value >= minimum:  # NaN is refused too
         raise ConfigError(f"--{option}", expected=f"{minimum} or more", found=value, remedy="raise it")
 
@@ -45,12 +45,12 @@ class BackboneConfig:
 
     @property
     def resolved_name(self) -> str:
-        """The network to load: the one that was named, or the default."""
+        """Name of the network to load: the one that was given, or the default."""
         return self.name or DEFAULT_BACKBONE
 
     @property
     def resolved_weights(self) -> str:
-        """The weights to load: those that were named, or the default."""
+        """Weights to load: those that were given, or the default."""
         return self.weights or DEFAULT_WEIGHTS
 
     def admits(self, name: str) -> bool:
@@ -60,11 +60,11 @@ class BackboneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """Which layers are kept, and at how many places of the image."""
+    """Which layers are kept, and on which grid of places over the image."""
 
     layers: tuple[str, ...] = ("auto",)  # auto, all, pooled, names, or numbers from 0
-    grid: str = "auto"  # places a side: a number | native, as the layer has them | auto, 7 at most
-    pool: str = "avg"  # avg | max, over the places that a cell of the grid takes in
+    grid: str = "auto"  # places on a side: a number | native, as many as the layer has | auto, at most 7
+    pool: str = "avg"  # avg | max of the places that become one place of the grid
 
     def __post_init__(self) -> None:
         one_of("pool", self.pool, POOLS)
@@ -82,10 +82,11 @@ class ExtractConfig:
     layers: LayerConfig = field(default_factory=LayerConfig)
     # precision of the backbone's arithmetic; auto: bfloat16 on a CPU that multiplies it, float32 elsewhere
     dtype: str = "auto"
-    batch_size: int = 32  # images a forward pass
+    batch_size: int = 32  # images in a forward pass
     workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 16))  # threads that decode images
     device: str = "auto"
-    # none: the backbone as its weights come | auto: the work folder's checkpoints of it, if any | a checkpoint's folder
+    # none: the backbone as its weights come | auto: every checkpoint of it in the work folder, or none where there is
+    # none | the name or the folder of one checkpoint
     checkpoint: str = "none"
 
     def __post_init__(self) -> None:
@@ -96,20 +97,23 @@ class ExtractConfig:
 
 
 def fingerprint(key: Mapping[str, Any]) -> str:
-    """12 hexadecimal digits that change whenever anything in the key does, and never with the order of its keys."""
+    """Name of a key: 12 hexadecimal digits that change with any of its values, and never with the order of its names.
+
+    Raises ValueError for what JSON cannot say, such as NaN.
+    """
     canonical = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def flatten(key: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(key: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'a': {'b': 1}} -> {'a.b': 1}"""
     flat: dict[str, Any] = {}
     for name, value in key.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings in which two recipes differ: {dotted name: (ours, theirs)}."""
-    a, b = flatten(ours), flatten(theirs)
+    """Settings in which two keys differ, {dotted name: (ours, theirs)}; None stands for a setting that is missing."""
+    a, b = _flatten(ours), _flatten(theirs)
     return {name: (a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)}

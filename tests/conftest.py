@@ -103,6 +103,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     speakers = (
         "featcache.cache.extract",
         "featcache.cache.pixels",
+        "featcache.cache.sources",
         "featcache.backbone.checkpoint",
         "heads.backbones.stages",
         "heads.features.sets",
@@ -114,7 +115,6 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "heads.fit.run",
         "heads.blend.run",
         "heads.blend.plot",
-        "heads.backbones.soup",
         "featcache.machine.progress",
     ):
         monkeypatch.setattr(f"{module}.say", record)

@@ -1,11 +1,11 @@
-"""Checkpoints of trained backbones: what they are, what they saw, and how to load them.
+"""Checkpoints of trained backbones: what they are, which images they saw, and how to load them.
 
 A checkpoint is a folder `<work>/checkpoints/<label>-<fingerprint>`:
 
-- `checkpoint.json`: key, image ids it saw, scores, and the names of the folders that are current; replaced in one
-  step, so that whatever it names is whole;
-- `epoch-<n>/backbone.safetensors` under timm's names, `epoch-<n>/heads.safetensors`: the best epoch so far;
-- `state-<n>/`: what an interrupted run goes on from; gone when the run is finished.
+- `checkpoint.json`: key, and facts: ids of the images it saw, scores, names of the current folders. It is replaced in
+  one step, and what it names is whole;
+- `epoch-<n>/backbone.safetensors` under timm's names, and `epoch-<n>/heads.safetensors`: the epoch that is kept;
+- `state-<epoch>-<step>/`: what an interrupted run goes on from; removed when the run is finished.
 """
 
 import json
@@ -13,9 +13,9 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import safetensors
@@ -33,82 +33,203 @@ from featcache.machine.progress import say
 
 FOLDER = "checkpoints"
 FORMAT = 1
-_ABOUT = "checkpoint.json"
+DESCRIPTION = "checkpoint.json"
 _ORIGIN = "featcache checkpoint"  # in the header of its weights files
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """One trained backbone with its heads.
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The fold that is held out, of a split of the images into folds by their ids."""
 
-    key : what decided it: stage, subjects and their data, backbone, start, settings, fold
-    facts : what came of it: ids it saw, epoch and score, digests of its files, origin of the first weights, versions
-    """
+    fold: int  # from 0
+    n_folds: int
+    seed: int
 
-    path: Path
-    key: Mapping[str, Any]
-    facts: Mapping[str, Any]
+    def to_json(self) -> dict[str, int]:
+        """The numbers by their names."""
+        return dict(vars(self))
 
-    @property
-    def name(self) -> str:
-        return self.path.name
 
-    @property
-    def finished(self) -> bool:
-        return bool(self.facts.get("finished"))
+@dataclass(frozen=True, kw_only=True)
+class BackboneKey:
+    """The network that was trained."""
 
-    @property
-    def fold(self) -> dict[str, int]:
-        """{'fold': the one held out, 'n_folds': ..., 'seed': of the folds}"""
-        return dict(self.key["fold"])
+    name: str  # timm's
+    weights: str  # its weights before any training: hub, packaged, none, or file
+    size: int  # pixels on a side
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartKey:
+    """The weights that training started from."""
+
+    weights: str  # digest of every tensor
+    training: str | None  # `CheckpointKey.training` of the checkpoint that they are of; None where they are of none
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointKey:
+    """What decides the weights of a checkpoint: the same key, the same weights."""
+
+    stage: str  # pretrain | finetune
+    subjects: Mapping[str, Mapping[str, Any]]  # {subject: digests of its images, ids, responses, ceilings, ROIs, masks}
+    backbone: BackboneKey
+    transform: Mapping[str, Any]  # what timm's transform does, in plain values
+    timm: str  # version
+    start: StartKey
+    split: Split
+    settings: Mapping[str, Any]  # of the training; of a mean of checkpoints, {'soup': the trainings of its members}
+    devices: int | None = None  # processes that trained together; None in the first checkpoints, which did not say
+    other: Mapping[str, Any] = field(default_factory=dict)  # what another version wrote besides
+
+    @classmethod
+    def from_json(cls, json: Mapping[str, Any]) -> Self:
+        """The key in the JSON of a checkpoint. Raises KeyError or TypeError where it is none."""
+        rest = {name: value for name, value in json.items() if name not in _KEY_NAMES}
+        backbone, start, split = json["backbone"], json["start"], json["fold"]
+        return cls(
+            stage=json["stage"],
+            subjects=json["subjects"],
+            backbone=BackboneKey(name=backbone["name"], weights=backbone["weights"], size=backbone["size"]),
+            transform=json["transform"],
+            timm=json["timm"],
+            start=StartKey(weights=start["weights"], training=start["training"]),
+            split=Split(fold=split["fold"], n_folds=split["n_folds"], seed=split["seed"]),
+            settings=json["settings"],
+            devices=json.get("devices"),
+            other=rest,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The key as it is on the disk and in fingerprints."""
+        json = {
+            "kind": "checkpoint",
+            "stage": self.stage,
+            "subjects": self.subjects,
+            "backbone": dict(vars(self.backbone)),
+            "transform": self.transform,
+            "timm": self.timm,
+            "start": dict(vars(self.start)),
+            "fold": self.split.to_json(),
+            "settings": self.settings,
+        }
+        return json | ({} if self.devices is None else {"devices": self.devices}) | dict(self.other)
 
     @property
     def training(self) -> str:
         """Fingerprint of how it was trained: the same for every fold, and for every subject of the second stage."""
-        of_one = {"fold", "start"} | ({"subjects"} if self.key["stage"] == "finetune" else set())
-        how = {name: value for name, value in self.key.items() if name not in of_one}
-        return fingerprint(how | {"start": self.key["start"]["training"] or self.key["start"]["weights"]})
+        not_shared = {"fold", "start"} | ({"subjects"} if self.stage == "finetune" else set())
+        shared = {name: value for name, value in self.to_json().items() if name not in not_shared}
+        return fingerprint(shared | {"start": self.start.training or self.start.weights})
 
     @property
-    def members(self) -> tuple[str, ...]:
-        """Of a mean of several checkpoints, the trainings of these; () of a checkpoint that was trained itself."""
-        return tuple(self.key["settings"].get("soup", ()))
+    def mean_of(self) -> tuple[str, ...]:
+        """Trainings of the members of a mean of checkpoints, which earlier versions could make; else ()."""
+        return tuple(self.settings.get("soup", ()))
+
+    @property
+    def label(self) -> str:
+        """Begin of the name of its folder: stage, subject of stage 2, backbone, 'soup' for a mean, fold."""
+        subjects = self.subjects if self.stage == "finetune" else ()
+        mean = ["soup"] if self.mean_of else []
+        return "-".join([self.stage, *subjects, self.backbone.name, *mean, f"fold{self.split.fold}"])
+
+
+_KEY_NAMES = {"kind", "stage", "subjects", "backbone", "transform", "timm", "start", "fold", "settings", "devices"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFacts:
+    """What is known of a checkpoint besides its key."""
+
+    label: str  # what a person reads in messages
+    origin: str  # of the first weights, in words
+    versions: Mapping[str, str] = field(default_factory=dict)  # {package: version}
+    scores: tuple[float, ...] = ()  # of each epoch on the held-out fold: fraction of the noise ceiling, or mean r
+    finished: bool = False
+    seen_ids: tuple[int, ...] = ()  # ids of the images that it, or the one it started from, was trained on
+    taps: Mapping[str, Any] | None = None  # layers that its heads read; None where it does not say
+    digests: Mapping[str, str] = field(default_factory=dict)  # {'<folder>/<file>': digest}; older checkpoints: none
+    weights: str | None = None  # folder of the epoch that is kept; None before the first
+    epoch: int | None = None  # the one that is kept, from 1
+    score: float | None = None  # of that epoch
+    state: str | None = None  # folder that an interrupted run goes on from
+    other: Mapping[str, Any] = field(default_factory=dict)  # what another version wrote besides
+
+    @classmethod
+    def from_json(cls, json: Mapping[str, Any]) -> Self:
+        """The facts in the JSON of a checkpoint. Raises KeyError or TypeError where they are none."""
+        known = {name: json[name] for name in _FACT_NAMES if name in json}
+        rest = {name: value for name, value in json.items() if name not in _FACT_NAMES}
+        known |= {"scores": tuple(json.get("scores", ())), "seen_ids": tuple(json["seen_ids"])}
+        return cls(**known, other=rest)
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as they are on the disk; what is not known is left out."""
+        values = {name: getattr(self, name) for name in _FACT_NAMES}
+        values |= {"scores": list(self.scores), "seen_ids": list(self.seen_ids)}
+        unknown = {"versions": {}, "taps": None, "digests": {}, "weights": None, "epoch": None, "score": None}
+        json = {name: value for name, value in values.items() if name not in unknown or value != unknown[name]}
+        return json | dict(self.other)
+
+
+_FACT_NAMES = tuple(one.name for one in fields(CheckpointFacts) if one.name != "other")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One trained backbone with its heads, in a folder."""
+
+    path: Path
+    key: CheckpointKey
+    facts: CheckpointFacts
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return self.path.name
+
+    @property
+    def finished(self) -> bool:
+        """Whether its training ended by itself."""
+        return self.facts.finished
+
+    @property
+    def fold(self) -> int:
+        """The fold that was held out."""
+        return self.key.split.fold
+
+    @property
+    def training(self) -> str:
+        """Fingerprint of how it was trained; see `CheckpointKey.training`."""
+        return self.key.training
 
     @property
     def seen_ids(self) -> np.ndarray:
         """(n,) int64, ids of every image that this checkpoint, or the one it started from, was trained on."""
-        return np.array(self.facts["seen_ids"], dtype=np.int64)
+        return np.array(self.facts.seen_ids, dtype=np.int64)
 
     def concerns(self, subject: Subject) -> bool:
-        return subject.name in self.key["subjects"]
+        """Whether it was trained on this subject, among others or alone."""
+        return subject.name in self.key.subjects
 
     def heads(self) -> dict[str, torch.Tensor]:
         """Tensors of the heads that were trained with the backbone. Raises CheckpointError."""
-        return self._tensors("heads")
-
-    def backbone_tensors(self) -> dict[str, torch.Tensor]:
-        """Tensors of the backbone under timm's names. Raises CheckpointError."""
-        return self._tensors("backbone")
-
-    def backbone(self, device: str = "cpu", size: int | None = None) -> Backbone:
-        """The backbone at the size it was trained at, or another. Raises CheckpointError or BackboneError."""
-        settings = self.key["backbone"]
-        path = self._weights("backbone")
-        found = load_backbone(
-            BackboneConfig(name=settings["name"], weights=str(path), size=size or settings["size"]), device
-        )
-        return replace(found, origin=f"checkpoint {self.name}")
-
-    def _tensors(self, name: str) -> dict[str, torch.Tensor]:
-        path = self._weights(name)
+        path = self._weights("heads")
         try:
             return load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
             raise _damaged(self.path, f"{path.name} cannot be read ({error})") from error
 
+    def backbone(self, device: str = "cpu", size: int | None = None) -> Backbone:
+        """The backbone at the size it was trained at, or another. Raises CheckpointError or BackboneError."""
+        path, trained = self._weights("backbone"), self.key.backbone
+        config = BackboneConfig(name=trained.name, weights=str(path), size=size or trained.size)
+        return replace(load_backbone(config, device), origin=f"checkpoint {self.name}")
+
     def _weights(self, name: str) -> Path:
-        """The file of one part, as it was written: a damaged or exchanged one would still load and predict."""
-        if not (folder := self.facts.get("weights")):
+        """The file of one part. Its digest is compared: a damaged or exchanged one would still load and predict."""
+        if not (folder := self.facts.weights):
             raise CheckpointError(
                 self.path,
                 expected="a trained backbone",
@@ -118,7 +239,7 @@ class Checkpoint:
         path = self.path / folder / f"{name}.safetensors"
         if not path.is_file():
             raise _damaged(self.path, f"{path.name} is missing")
-        written = self.facts.get("digests", {}).get(f"{folder}/{path.name}")  # older checkpoints have none
+        written = self.facts.digests.get(f"{folder}/{path.name}")
         if written and written != file_digest(path):
             raise _damaged(self.path, f"{path.name} is not what was written")
         return path
@@ -134,55 +255,53 @@ class Checkpoint:
     def tree_fault(self, digests: Mapping[str, Mapping[str, Any]]) -> tuple[str, str] | None:
         """Why a checkpoint cannot serve these subjects: what was expected and what was found; None if it can."""
         for name, digest in digests.items():
-            trained = self.key["subjects"].get(name)
+            trained = self.key.subjects.get(name)
             if trained is None:
-                return f"a checkpoint that was trained on {name}", ", ".join(self.key["subjects"])
+                return f"a checkpoint that was trained on {name}", ", ".join(self.key.subjects)
             if others := [what for what in digest if trained.get(what) != digest[what]]:
                 which = " and ".join(others).replace("_", " ")
                 return "a checkpoint of this tree", f"one of other {which} of {name}"
         return None
 
 
-def label_of(key: Mapping[str, Any]) -> str:
-    """What the name of its folder begins with: stage, the subject of stage 2, backbone, whether it is a mean, fold."""
-    who = [key["stage"], *(key["subjects"] if key["stage"] == "finetune" else ())]
-    mean = ["soup"] if "soup" in key["settings"] else []
-    return "-".join([*who, key["backbone"]["name"], *mean, f"fold{key['fold']['fold']}"])
-
-
-def checkpoint_path(work: Path, label: str, key: Mapping[str, Any]) -> Path:
-    return work / FOLDER / f"{label}-{fingerprint(key)}"
+def checkpoint_path(work: Path, key: CheckpointKey) -> Path:
+    """Folder of the checkpoint that has this key."""
+    return work / FOLDER / f"{key.label}-{fingerprint(key.to_json())}"
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint's folder. Raises CheckpointError if it is not one, or is damaged or of another format."""
     try:
-        about = json.loads((path / _ABOUT).read_text())
-        if about["format"] != FORMAT:
+        description = json.loads((path / DESCRIPTION).read_text())
+        if description["format"] != FORMAT:
             raise CheckpointError(
                 path,
                 expected=f"checkpoint format {FORMAT}",
-                found=about["format"],
+                found=description["format"],
                 remedy="train it again, or choose another --work",
             )
-        return Checkpoint(path, about["recipe"], about["facts"])
+        key = CheckpointKey.from_json(description["recipe"])
+        return Checkpoint(path, key, CheckpointFacts.from_json(description["facts"]))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
-            path, expected="a checkpoint's folder", found=f"no {_ABOUT}", remedy=f"name a folder in {FOLDER}"
+            path, expected="a checkpoint's folder", found=f"no {DESCRIPTION}", remedy=f"name a folder in {FOLDER}"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"{_ABOUT} cannot be read") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"{DESCRIPTION} cannot be read") from error
 
 
 def list_checkpoints(work: Path) -> list[Checkpoint]:
     """Every checkpoint in a work folder, by name."""
-    return [open_checkpoint(path.parent) for path in sorted((work / FOLDER).glob(f"[!.]*/{_ABOUT}"))]
+    return _inside(work / FOLDER)
+
+
+def _inside(folder: Path) -> list[Checkpoint]:
+    return [open_checkpoint(path.parent) for path in sorted(folder.glob(f"[!.]*/{DESCRIPTION}"))]
 
 
 def siblings(checkpoint: Checkpoint) -> list[Checkpoint]:
-    """All folds of one training, from the folder that the checkpoint is in."""
-    near = [open_checkpoint(path.parent) for path in sorted(checkpoint.path.parent.glob(f"[!.]*/{_ABOUT}"))]
-    return [one for one in near if one.training == checkpoint.training]
+    """All folds of a checkpoint's training that are in the same folder."""
+    return [other for other in _inside(checkpoint.path.parent) if other.training == checkpoint.training]
 
 
 def find_checkpoint(work: Path, name: str) -> Checkpoint:
@@ -194,14 +313,14 @@ def find_checkpoint(work: Path, name: str) -> Checkpoint:
 def record(checkpoint: Checkpoint) -> None:
     """Put a checkpoint's description on the disk, then remove the folders that it no longer names."""
     checkpoint.path.mkdir(parents=True, exist_ok=True)
-    about = {"format": FORMAT, "recipe": checkpoint.key, "facts": checkpoint.facts}
-    replace_json(checkpoint.path / _ABOUT, about)
+    description = {"format": FORMAT, "recipe": checkpoint.key.to_json(), "facts": checkpoint.facts.to_json()}
+    replace_json(checkpoint.path / DESCRIPTION, description)
     prune(checkpoint)
 
 
 def prune(checkpoint: Checkpoint) -> None:
     """Remove the folders of a checkpoint that its description does not name."""
-    current = {checkpoint.facts.get("weights"), checkpoint.facts.get("state")}
+    current = {checkpoint.facts.weights, checkpoint.facts.state}
     for folder in checkpoint.path.iterdir():
         if folder.is_dir() and folder.name not in current:
             shutil.rmtree(folder)
@@ -210,7 +329,7 @@ def prune(checkpoint: Checkpoint) -> None:
 def save_weights(
     folder: Path, backbone: Mapping[str, torch.Tensor], heads: Mapping[str, torch.Tensor]
 ) -> dict[str, str]:
-    """Write both files of an epoch; {'<folder>/<file>': digest} for the facts of their checkpoint.
+    """Write both files of an epoch; returns {'<folder>/<file>': digest} for the facts of their checkpoint.
 
     Raises CheckpointError where they cannot be written, and leaves nothing of them.
     """
@@ -233,7 +352,7 @@ def refuse_trained(weights: str, option: str) -> None:
         with safetensors.safe_open(weights, "pt") as file:
             name = (file.metadata() or {}).get(_ORIGIN)
     except (OSError, safetensors.SafetensorError):
-        return  # whoever loads it says what is wrong with it
+        return  # the loader says what is wrong with it
     if name:
         raise CheckpointError(
             weights,
@@ -244,14 +363,15 @@ def refuse_trained(weights: str, option: str) -> None:
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write what a run goes on from. Raises CheckpointError as `save_weights`."""
+    """Write the state that an interrupted run goes on from. Raises CheckpointError as `save_weights`."""
     _write(folder, lambda folder: torch.save(dict(state), folder / "state.pt"))
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `save_state` wrote: tensors in main memory and numbers, and nothing that could run."""
+    """Read what `save_state` wrote, into main memory: tensors and numbers, no code. Raises CheckpointError."""
     try:
-        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        return state
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
         raise _damaged(folder.parent, f"{folder.name}/state.pt cannot be read") from error
 
@@ -267,11 +387,11 @@ def _write(folder: Path, write: Callable[[Path], None]) -> None:
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         # torch and safetensors report a full disk as errors of their own kinds
         shutil.rmtree(folder, ignore_errors=True)
-        there = next(path for path in folder.absolute().parents if path.is_dir())
+        existing = next(path for path in folder.absolute().parents if path.is_dir())
         raise CheckpointError(
             folder.parent,
             expected=f"to save {folder.name}",
-            found=f"{first_line(error)} ({shutil.disk_usage(there).free / 1e9:.2f} GB free)",
+            found=f"{first_line(error)} ({shutil.disk_usage(existing).free / 1e9:.2f} GB free)",
             remedy="make room, or choose another --work; the same command goes on after the last epoch saved",
         ) from error
 
@@ -283,13 +403,15 @@ def _damaged(path: Path, why: str) -> CheckpointError:
 
 
 def usable(subject: Subject, checkpoints: list[Checkpoint], digests: Mapping[str, str]) -> list[Checkpoint]:
-    """The finished checkpoints that were trained on this subject as it is now; the others are named and left out."""
+    """Finished checkpoints that were trained on this subject as it is now; the others are named and left out."""
     kept = []
-    for checkpoint in filter(lambda one: one.concerns(subject), checkpoints):
-        fault = checkpoint.tree_fault({subject.name: digests})
+    for checkpoint in checkpoints:
+        if not checkpoint.concerns(subject):
+            continue
         why = "" if checkpoint.finished else "its training is not finished; run the same command again"
-        if fault:
-            why = f"expected {fault[0]}; found {fault[1]}"
+        if fault := checkpoint.tree_fault({subject.name: digests}):
+            expected, found = fault
+            why = f"expected {expected}; found {found}"
         if why:
             say(f"{subject.name}: left out {checkpoint.name}: {why}")
         else:

@@ -1,8 +1,8 @@
 """What is read of a network: which of its layers, and at how many places of the image each.
 
 Layers are those that timm's `forward_intermediates` gives: every resolution of a convolutional network, every block of
-a transformer. One pass reads them all. A layer is a map of channels over places, pooled to a coarser grid on the way
-out; the class token of a transformer is no place and stays apart as an array of its own.
+a transformer. One forward pass reads them all. A layer gives a map, a vector of channels at each place of the image,
+which is pooled to a coarser grid. The class token of a transformer belongs to no place and is an array of its own.
 """
 
 import inspect
@@ -18,31 +18,36 @@ from torch.nn import functional
 from featcache.config import POOLED, LayerConfig
 from featcache.errors import BackboneError, ConfigError
 
-CLASS_TOKEN = ".cls"  # after a layer's name, of its class token
-_GRID = 7  # places a side, at most, where none are asked for (docs/layers.md has the measurement)
-_LAYERS = 6  # layers, at most, where none are asked for: all of a convolutional network, every other block otherwise
-_POOLS: dict[str, Any] = {"avg": functional.adaptive_avg_pool2d, "max": functional.adaptive_max_pool2d}
+CLASS_TOKEN = ".cls"  # ends the name of the array that holds the class token of a layer
+_GRID = 7  # most places on a side with --grid auto (docs/layers.md has the measurement)
+_LAYERS = 6  # most layers with --layers auto: all of a convolutional network, every other block of a transformer
+_POOLS: dict[str | None, Any] = {"avg": functional.adaptive_avg_pool2d, "max": functional.adaptive_max_pool2d}
 
 
 @dataclass(frozen=True)
 class Taps:
     """Layers of one network, and the grid that each is read on.
 
-    layers : names, in the order of the network; 'pooled' is the vector that its classifier reads
-    grids : (height, width) of each layer but 'pooled'
+    layers : names in the order of the network; 'pooled' is the vector that its classifier reads
+    grids : (height, width) of each layer but 'pooled', in the same order
+    pool : 'avg' or 'max' of the places that become one place of the grid; None where no map is read
     """
 
     layers: tuple[str, ...]
     grids: dict[str, tuple[int, int]]
-    pool: str
+    pool: str | None
 
     def read(self, model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{array: rows}: (n_images, n_features) of vectors, (n_images, height, width, n_channels) of maps."""
+        """Rows of each array, {array: rows}, in the order of the network.
+
+        Vectors are (n_images, n_features), maps are (n_images, height, width, n_channels). A layer with a class token
+        gives two arrays: the token, named after the layer with '.cls' behind it, and the map.
+        """
         if not self.grids:
             return {POOLED: model(images)}
         names = layer_names(model)
         last, maps = _forward(model, images, [names.index(layer) for layer in self.grids])
-        rows = {POOLED: _pooled(model, last)} if POOLED in self.layers else {}
+        rows = {POOLED: model.forward_head(last)} if POOLED in self.layers else {}
         for layer, (values, token) in zip(self.grids, maps, strict=True):
             if token is not None:
                 rows[layer + CLASS_TOKEN] = token
@@ -51,7 +56,7 @@ class Taps:
         return rows
 
     def key(self) -> dict[str, Any]:
-        """What decides the rows, besides weights and pixels."""
+        """What decides the rows besides weights and pixels, as JSON has it."""
         if not self.grids:
             return {"layers": list(self.layers)}
         return {
@@ -62,7 +67,10 @@ class Taps:
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """Names of the layers that timm taps in this network, from the image on. Raises BackboneError if it cannot."""
+    """Names of the layers that timm can read in this network, first those nearest to the image.
+
+    Raises BackboneError for a network whose layers timm cannot read.
+    """
     known: Any = getattr(model, "feature_info", None)
     if not hasattr(model, "forward_intermediates") or not known:
         raise BackboneError(
@@ -75,87 +83,82 @@ def layer_names(model: nn.Module) -> list[str]:
 
 
 def choose_taps(model: nn.Module, config: LayerConfig, size: Sequence[int]) -> Taps:
-    """What the settings mean for a network and images of this size, (3, height, width).
+    """The layers and grids that the settings mean for a network and images of this size, (3, height, width).
 
-    Raises ConfigError for a layer that it lacks, and for a grid larger than a layer's map.
+    Raises ConfigError for a layer that the network lacks, and for a grid larger than the map of a layer.
     """
     if config.layers == (POOLED,):
-        return Taps(config.layers, {}, config.pool)
+        return Taps(config.layers, {}, None)
     names = layer_names(model)
     layers = _chosen(names, config.layers)
     maps = map_shapes(model, size)
-    return Taps(
-        layers,
-        {layer: _grid(layer, maps[layer][1:], config.grid) for layer in layers[_n_pooled(layers) :]},
-        config.pool,
-    )
+    grids = {layer: _grid(layer, maps[layer][1:], config.grid) for layer in layers if layer != POOLED}
+    return Taps(layers, grids, config.pool if grids else None)
 
 
 def map_shapes(model: nn.Module, size: Sequence[int]) -> dict[str, tuple[int, int, int]]:
-    """{layer: (n_channels, height, width)} for images of this size, (3, height, width)."""
+    """Shape of the map of each layer, {layer: (n_channels, height, width)}, for images of (3, height, width)."""
     device = next(model.parameters()).device
     names = layer_names(model)
     with torch.inference_mode():
         _, maps = _forward(model, torch.zeros(1, *size, device=device), list(range(len(names))))
-    return {name: tuple(values.shape[1:]) for name, (values, _) in zip(names, maps, strict=True)}
+    shapes = [values.shape for values, _ in maps]
+    return {name: (shape[1], shape[2], shape[3]) for name, shape in zip(names, shapes, strict=True)}
 
 
-def _forward(model: Any, images: torch.Tensor, indices: list[int]) -> tuple[torch.Tensor, list]:
-    """The last map, and [(map (n_images, n_channels, height, width), class token or None)] of the chosen layers."""
-    # a transformer's other tokens come only when asked for; networks without any know no such argument, or fail on it
+_Map = tuple[torch.Tensor, torch.Tensor | None]  # (n_images, n_channels, height, width), and class token or None
+
+
+def _forward(model: Any, images: torch.Tensor, indices: list[int]) -> tuple[torch.Tensor, list[_Map]]:
+    """Output of the last layer, and the maps of the layers with these numbers."""
+    # timm gives tokens that belong to no place only when asked; networks without any lack the argument or fail on it
     has_tokens = getattr(model, "num_prefix_tokens", 0) > 0
-    tokens = has_tokens and "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
-    extra = {"return_prefix_tokens": True} if tokens else {}
-    last, maps = model.forward_intermediates(images, indices=indices, output_fmt="NCHW", **extra)
-    return last, [_apart(model, one) for one in maps]
+    can_return = has_tokens and "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
+    extra = {"return_prefix_tokens": True} if can_return else {}
+    last, outputs = model.forward_intermediates(images, indices=indices, output_fmt="NCHW", **extra)
+    return last, [_split(model, output) for output in outputs]
 
 
-def _apart(model: Any, one: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if isinstance(one, torch.Tensor):
-        return one, None
-    values, tokens = one
-    first = getattr(model, "num_prefix_tokens", 0) > getattr(model, "num_reg_tokens", 0)  # registers carry no meaning
-    return values, tokens[:, 0] if first and tokens is not None else None
-
-
-def _pooled(model: Any, last: torch.Tensor) -> torch.Tensor:
-    return model.forward_head(last)
+def _split(model: Any, output: Any) -> _Map:
+    """The map and the class token of what timm gives of one layer; registers, the other tokens, are left out."""
+    if isinstance(output, torch.Tensor):
+        return output, None
+    values, tokens = output
+    has_class_token = getattr(model, "num_prefix_tokens", 0) > getattr(model, "num_reg_tokens", 0)
+    return values, tokens[:, 0] if has_class_token and tokens is not None else None
 
 
 def _chosen(names: list[str], wanted: Sequence[str]) -> tuple[str, ...]:
-    """Names, numbers and sets of layers -> 'pooled' if among them, then names in the network's order."""
-    found: set[str] = set()
-    for one in wanted:
-        match one:
+    """The layers that are wanted by name, number or word: 'pooled' first, then the others in the network's order."""
+    chosen: set[str] = set()
+    for choice in wanted:
+        match choice:
             case "auto":
-                found |= {POOLED, *_spread(names)}
+                chosen |= {POOLED, *_spread(names)}
             case "all":
-                found |= {POOLED, *names}
+                chosen |= {POOLED, *names}
             case number if number.removeprefix("-").isdecimal() and -len(names) <= int(number) < len(names):
-                found.add(names[int(number)])
+                chosen.add(names[int(number)])
             case name if name in (POOLED, *names):
-                found.add(name)
+                chosen.add(name)
             case _:
                 raise ConfigError(
                     "--layers",
                     expected=f"auto, all, {POOLED}, {', '.join(names)}, or numbers from 0 to {len(names) - 1}",
-                    found=f"{one!r}",
+                    found=f"{choice!r}",
                     remedy="choose among those",
                 )
-    return tuple(name for name in (POOLED, *names) if name in found)
+    return tuple(name for name in (POOLED, *names) if name in chosen)
 
 
 def _spread(names: list[str]) -> list[str]:
-    """At most _LAYERS of them, evenly, with the last."""
+    """At most _LAYERS of the names, evenly spaced, the last one among them."""
     step = -(-len(names) // _LAYERS)
     return names[::-1][::step]
 
 
-def _n_pooled(layers: Sequence[str]) -> int:
-    return int(POOLED in layers)
-
-
 def _grid(layer: str, shape: tuple[int, int], grid: str) -> tuple[int, int]:
+    """The grid, (height, width), that --grid means for a layer whose map has this shape."""
     height, width = shape
     if grid == "native":
         return height, width

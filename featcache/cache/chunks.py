@@ -1,7 +1,8 @@
-"""Rows of a store's array, read from its chunk files straight into place.
+"""Rows of a store's array, read from its chunk files straight into the array that is asked for.
 
-zarr copies what it reads several times. A chunk here is whole rows of little-endian numbers and their crc32c, and can
-be read into the rows that it fills (benchmarks/store_read.py). What zarr writes is unchanged, and it reads the same.
+zarr copies what it reads several times. A chunk of a store is whole rows of little-endian numbers and their crc32c, so
+that it can be read into the rows that it fills (benchmarks/store_read.py). Only reading is done here, and zarr reads
+the same numbers.
 """
 
 import os
@@ -15,7 +16,11 @@ _CHECKSUM = np.dtype("<u4")
 
 
 def read_rows(folder: Path, rows: np.ndarray, chunk: int, start: int) -> None:
-    """Fill contiguous `rows` with those from `start` on of the array in `folder`, `chunk` of them in each of its files.
+    """Fill `rows` with the rows of a stored array, from row `start` on.
+
+    folder : of the array
+    rows : (n, ...) contiguous, of the dtype of the array; they are overwritten
+    chunk : rows in each chunk file
 
     Raises FileNotFoundError for a chunk that is missing, ValueError for one that is cut short or was changed.
     """
@@ -24,20 +29,21 @@ def read_rows(folder: Path, rows: np.ndarray, chunk: int, start: int) -> None:
         return
 
     def fill(index: int) -> None:
-        first = index * chunk
-        own = slice(max(start, first), min(stop, first + chunk))
-        place = rows[own.start - start : own.stop - start]
-        whole = len(place) == chunk
-        values = place if whole else np.empty((chunk, *rows.shape[1:]), rows.dtype)
+        chunk_start = index * chunk
+        first, last = max(start, chunk_start), min(stop, chunk_start + chunk)
+        wanted = rows[first - start : last - start]
+        whole = len(wanted) == chunk
+        values = wanted if whole else np.empty((chunk, *rows.shape[1:]), rows.dtype)
         _read_chunk(folder.joinpath("c", str(index), *["0"] * (rows.ndim - 1)), values)
         if not whole:
-            place[:] = values[own.start - first : own.stop - first]
+            wanted[:] = values[first - chunk_start : last - chunk_start]
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as threads:  # reading lets go of the interpreter
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as threads:  # Python lets them read side by side
         list(threads.map(fill, range(start // chunk, -(-stop // chunk))))
 
 
 def _read_chunk(path: Path, values: np.ndarray) -> None:
+    """Fill `values` with a whole chunk, and check them against its checksum."""
     with path.open("rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_size != values.nbytes + _CHECKSUM.itemsize:
             raise ValueError(f"{path.name} is {os.fstat(file.fileno()).st_size} bytes")

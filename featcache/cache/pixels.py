@@ -1,12 +1,13 @@
-"""Images once: decoded, resized and cropped as the network reads them, in one uint8 file a subject and size.
+"""Decoded images: resized and cropped as the network reads them, in one uint8 file for each subject and size.
 
-An epoch of training reads rows of that file and never decodes an image again; `extract` reads them too where they are
-there. Rows lie in the file as they come out of the transform, one image after the other, so that any of them is one
-contiguous read: (n_images, height, width, 3), the row order of every store.
+Training reads rows of that file in every epoch, so that each image is decoded once. `extract` reads the file too, where
+it is whole. The file is a .npy array of (n_images, height, width, 3) in the row order of every store, so that each
+image is one contiguous read.
 """
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -25,9 +26,9 @@ from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
 from featcache.machine.files import only_writer, replace_json
 from featcache.machine.progress import bar, say
+from featcache.workdir import Workdir
 
-FOLDER = "pixels"
-_COMMIT = 256  # images between commits: what an interruption can cost
+_COMMIT = 256  # images between commits, which is what an interruption can cost
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ class Pixels:
 
 
 def find_pixels(subject: Subject, backbone: Backbone, work: Path) -> Pixels | None:
-    """The subject's pixels as this backbone reads them, if they are there and whole."""
+    """The subject's pixels as this backbone reads them; None if the file is missing or not whole."""
     path = _path(subject, backbone, work)
     if _committed(path) < len(subject.image_ids):
         return None
-    _record(path).touch()  # what was used last is removed last
+    _record(path).touch()  # the time of use: files that were used last are removed last
     return Pixels(path, np.load(path, mmap_mode="r"))
 
 
@@ -59,64 +60,69 @@ def cache_pixels(
 ) -> list[Pixels]:
     """The pixels of every subject, made where they are missing; an interrupted run goes on where it stopped.
 
-    Raises StoreError where they would need more than `limit_gb`, 10^9 bytes for everything in the folder, or more than
-    the disk has. Pixels of other sizes or images are removed, those not used for longest first, to stay below it.
+    limit_gb : 10^9 bytes that all files of the folder may take. Pixels of other sizes or images are removed to stay
+        below it, those first that were not used for longest
+    workers : threads that decode images
+
+    Raises StoreError where these subjects alone need more than the limit, or more than the disk has.
     """
-    with only_writer(work / FOLDER, wait=True):
-        return _cache(subjects, backbone, work, limit_gb, workers)
-
-
-def _cache(subjects: Sequence[Subject], backbone: Backbone, work: Path, limit_gb: float, workers: int) -> list[Pixels]:
-    paths = [_path(subject, backbone, work) for subject in subjects]
-    sizes = [len(subject.image_ids) * _bytes_per_image(backbone) for subject in subjects]
-    every = zip(paths, sizes, subjects, strict=True)
-    missing = [(path, size, subject) for path, size, subject in every if _committed(path) < len(subject.image_ids)]
-    if missing:
-        new = sum(size for path, size, _ in missing if not path.exists())
-        _make_room(work / FOLDER, paths, sum(sizes), new, limit_gb)
-        size = backbone.transform_settings["input_size"][-1]
-        say(f"images at {size} px, once: {sum(sizes) / 1e9:.2f} GB in {work / FOLDER} (at most {limit_gb:g} GB)")
-    for path, _, subject in missing:
-        _fill(path, subject, backbone, workers)
-    for path in paths:
-        _record(path).touch()
-    return [Pixels(path, np.load(path, mmap_mode="r")) for path in paths]
+    folder = Workdir(work).pixels
+    n_bytes = {subject.name: len(subject.image_ids) * _bytes_per_image(backbone) for subject in subjects}
+    with only_writer(folder, wait=True):
+        paths = {subject.name: _path(subject, backbone, work) for subject in subjects}
+        missing = [subject for subject in subjects if _committed(paths[subject.name]) < len(subject.image_ids)]
+        if missing:
+            total = sum(n_bytes.values())
+            new = sum(n_bytes[subject.name] for subject in missing if not paths[subject.name].exists())
+            _make_room(folder, list(paths.values()), total, new, limit_gb)
+            size = backbone.transform_settings["input_size"][-1]
+            say(f"images at {size} px, once: {total / 1e9:.2f} GB in {folder} (at most {limit_gb:g} GB)")
+        for subject in missing:
+            _fill(paths[subject.name], subject, backbone, workers)
+        for path in paths.values():
+            _record(path).touch()
+        return [Pixels(path, np.load(path, mmap_mode="r")) for path in paths.values()]
 
 
 def _path(subject: Subject, backbone: Backbone, work: Path) -> Path:
-    """Named by all that decides the pixels: contents, sizes and crop, but not what is done to numbers afterwards."""
+    """Where the pixels of a subject are: named by what decides them, the image files, the size and the crop.
+
+    The mean and deviation, which the network's input is normalised by, do not enter: they are applied later.
+    """
     crop = dict(backbone.transform_settings)
     if crop["crop_mode"] != "border":  # which pads with the mean
         del crop["mean"]
     del crop["std"]
     key = {"images": image_digest(subject, work), "crop": crop}
     size = backbone.transform_settings["input_size"][-1]
-    return work / FOLDER / f"{subject.name}-{size}-{fingerprint(key)}.npy"
+    return Workdir(work).pixels / f"{subject.name}-{size}-{fingerprint(key)}.npy"
 
 
 def _bytes_per_image(backbone: Backbone) -> int:
-    return int(np.prod(backbone.transform_settings["input_size"]))
+    return math.prod(backbone.transform_settings["input_size"])
 
 
 def _record(path: Path) -> Path:
+    """The file that says how many images of a pixel file are whole, and how large the file is."""
     return path.with_suffix(".json")
 
 
 def _committed(path: Path) -> int:
-    """Images that are there for good."""
+    """Number of images of a pixel file that are whole; 0 where its record is missing or of another file."""
     try:
         record = json.loads(_record(path).read_text())
         return int(record["images"]) if path.stat().st_size == record["bytes"] else 0
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: they are made again
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: the images are decoded again
         return 0
 
 
 def _fill(path: Path, subject: Subject, backbone: Backbone, workers: int) -> None:
+    """Decode the images that a pixel file lacks, and commit them as they come."""
     channels, height, width = backbone.transform_settings["input_size"]
     shape = (len(subject.image_ids), height, width, channels)
     done = _committed(path)
     if not done:
-        _record(path).unlink(missing_ok=True)  # of a file that was lost: it must not speak for this one
+        _record(path).unlink(missing_ok=True)  # the record of a file that was lost must not count for this one
         _create(path, shape)
     array = np.lib.format.open_memmap(path, mode="r+")
 
@@ -133,16 +139,17 @@ def _fill(path: Path, subject: Subject, backbone: Backbone, workers: int) -> Non
 
 
 def _create(path: Path, shape: tuple[int, ...]) -> None:
+    """Make an empty pixel file that has its room on the disk. Raises StoreError where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
     try:
-        with path.open("r+b") as file:  # claim the disk now: a full one would end a write to a memory map by a signal
+        with path.open("r+b") as file:  # a disk that is full later would end the process by a signal: claim it now
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return  # a file system that cannot promise room
         path.unlink()
-        raise _no_room(path.parent, int(np.prod(shape))) from error
+        raise _no_room(path.parent, math.prod(shape)) from error
 
 
 def _no_room(folder: Path, n_bytes: int) -> StoreError:
@@ -155,6 +162,11 @@ def _no_room(folder: Path, n_bytes: int) -> StoreError:
 
 
 def _make_room(folder: Path, needed: Sequence[Path], total: int, new: int, limit_gb: float) -> None:
+    """Remove pixel files until everything fits below the limit. Raises StoreError where it cannot.
+
+    needed, total : the files that must stay, and their bytes once they are whole
+    new : bytes of those that are not there yet
+    """
     if total > limit_gb * 1e9:
         raise StoreError(
             folder,
@@ -162,7 +174,7 @@ def _make_room(folder: Path, needed: Sequence[Path], total: int, new: int, limit
             found=f"{total / 1e9:.1f} GB of them at this size",
             remedy="raise it, lower --size, or choose fewer subjects",
         )
-    others = sorted(set(folder.glob("*.npy")) - set(needed), key=lambda path: _used(path))
+    others = sorted(set(folder.glob("*.npy")) - set(needed), key=_last_used)
     while others and total + sum(path.stat().st_size for path in others) > limit_gb * 1e9:
         oldest = others.pop(0)
         say(f"removed {oldest}, to keep the images below {limit_gb:g} GB")
@@ -172,6 +184,7 @@ def _make_room(folder: Path, needed: Sequence[Path], total: int, new: int, limit
         raise _no_room(folder, new)
 
 
-def _used(path: Path) -> float:
+def _last_used(path: Path) -> float:
+    """Time at which a pixel file was last used; 0 for one without a record, which is not whole."""
     record = _record(path)
     return record.stat().st_mtime if record.exists() else 0

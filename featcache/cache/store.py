@@ -1,9 +1,9 @@
 """One Zarr format for every matrix with a row per image: features and predictions.
 
-A store is a Zarr v3 group with an array per layer (or hemisphere). Chunks hold whole rows, uncompressed, each with a
-crc32c checksum. Rows are appended in whole chunks and then recorded in `committed.json`, which is replaced in one step:
-whatever is recorded is whole, and whatever is not recorded is written again. Rows that were never written read as NaN
-and are refused.
+A store is a Zarr v3 group with an array per layer, or per surface. Chunks hold whole rows, uncompressed, and each has a
+crc32c checksum. Rows are appended in whole chunks and then recorded in `committed.json`, which is replaced in one step.
+So rows that are recorded are whole, and rows that are not recorded are written again. Rows that were never written
+cannot be read.
 """
 
 import json
@@ -26,30 +26,32 @@ from featcache.errors import StoreError
 from featcache.machine.files import only_writer, refuse_full_disk, replace_json
 
 FORMAT = 1
-_CHUNK_BYTES = 16 << 20  # upper bound of a chunk: large enough to read at disk speed
-_CHUNK_ROWS = 256  # upper bound of what an interruption can cost, in images
+_CHUNK_BYTES = 16 << 20  # largest chunk: large enough to be read at the speed of the disk
+_CHUNK_ROWS = 256  # most rows of a chunk: what an interruption can cost, in images
 _COMMITTED = "committed.json"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a row of an array is: (n_columns,), or (height, width, n_channels) of a layer with places."""
+    """Shape and type of one row of an array: (n_columns,), or (height, width, n_channels) of a layer with places."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
 
     @property
     def n_bytes(self) -> int:
+        """Bytes of one row."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
 class Store:
-    """An open store. `arrays` maps a layer or hemisphere to its (n_rows, ...) Zarr array.
+    """An open store.
 
-    key : what decided the rows; its fingerprint is in the store's name
+    key : what decided the rows, as JSON has it; its fingerprint is in the store's name
     image_ids : (n_rows,) int64; the first n_train rows are training images, the others test images
-    facts : what else the writer recorded (origin of the weights, versions, scores)
+    facts : what else the writer wrote down, as JSON has it (origin of the weights, versions, scores)
+    arrays : {layer or surface: (n_rows, ...) Zarr array}
     """
 
     path: Path
@@ -57,42 +59,45 @@ class Store:
     image_ids: np.ndarray
     n_train: int
     facts: Mapping[str, Any]
-    arrays: Mapping[str, zarr.Array]
+    arrays: "Mapping[str, zarr.Array[Any]]"
 
     @property
     def name(self) -> str:
+        """Name of its folder: a label and the fingerprint of its key."""
         return self.path.name
 
     @property
     def committed(self) -> dict[str, int]:
-        """Rows of each array that are there for good."""
+        """Number of rows of each array that are whole, {array: n}. Raises StoreError for a damaged record."""
         try:
-            return self._whole(json.loads((self.path / _COMMITTED).read_text()))
+            return self._checked(json.loads((self.path / _COMMITTED).read_text()))
         except FileNotFoundError:
             return dict.fromkeys(self.arrays, 0)
         except ValueError as error:  # not JSON, or not text
             raise _damaged(self.path, f"{_COMMITTED} cannot be read") from error
 
-    def _whole(self, committed: Any) -> dict[str, int]:
+    def _checked(self, committed: Any) -> dict[str, int]:
         if not isinstance(committed, dict) or committed.keys() != self.arrays.keys():
             raise ValueError("another store's record")
         return committed
 
     @property
     def complete(self) -> bool:
-        return all(self.committed.get(name, 0) == len(self.image_ids) for name in self.arrays)
+        """Whether every row of every array is whole."""
+        return all(n_rows == len(self.image_ids) for n_rows in self.committed.values())
 
     def chunk_rows(self, name: str) -> int:
+        """Rows in a chunk of an array."""
         return self.arrays[name].chunks[0]
 
     def widen(self, name: str) -> None:
-        """Empty an array and make it float32: what float16 cannot hold is written again, from its first row."""
+        """Empty an array and make it float32, so that values beyond float16 can be written, from its first row on."""
         replace_json(self.path / _COMMITTED, self.committed | {name: 0})
         old = self.arrays[name]
         partial = self.path / f".{name}.{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
         _create_array(zarr.open_group(self.path, mode="r+"), partial.name, old.shape[0], Row(old.shape[1:]))
-        # at every moment between these the store can be opened, and the array is empty
+        # between any two of these steps the store can be opened, and the array is empty
         shutil.rmtree(self.path / name / "c", ignore_errors=True)
         os.replace(partial / "zarr.json", self.path / name / "zarr.json")
         shutil.rmtree(partial)
@@ -101,7 +106,7 @@ class Store:
         """Write the next rows of some arrays, {name: (n, ...)}, and commit them together.
 
         n must be a multiple of the array's chunk rows, unless the rows reach the end: a chunk is never written twice.
-        Raises StoreError where a value is not finite, and names the array.
+        Raises ValueError for rows that do not fit, and StoreError for values that are not finite.
         """
         committed = self.committed
         for name, values in rows.items():
@@ -123,9 +128,11 @@ class Store:
         replace_json(self.path / _COMMITTED, committed)
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
-        """Rows start to stop of one array, in `out`, contiguous and of its dtype, if it is given.
+        """Rows `start` to `stop` of one array, all of them by default.
 
-        Raises StoreError for rows not committed, lost or damaged.
+        out : contiguous array of the rows' shape and dtype to read into, instead of a new one
+
+        Raises StoreError for rows that are not committed, lost or damaged, ValueError for an `out` that does not fit.
         """
         stop = len(self.image_ids) if stop is None else stop
         if stop > self.committed.get(name, 0):
@@ -149,7 +156,7 @@ class Store:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the store for one writer; a second process is told so instead of mixing its rows in."""
+        """Hold the store for one writer. Raises StoreError while another process writes to it."""
         with only_writer(self.path):
             yield
 
@@ -163,18 +170,27 @@ def create_store(
     rows: Mapping[str, int | Row],
     facts: Mapping[str, Any],
 ) -> Store:
-    """Make the store for a key, empty: arrays {name: (len(image_ids), ...)}; a number of columns is float32 rows.
+    """Make an empty store for a key, with an array of len(image_ids) rows for each name in `rows`.
 
-    It is built under another name and renamed, so that a store either has everything or is not there.
+    rows : {array: what a row of it is}; a number stands for a float32 row of so many columns
+
+    The store is made under another name and renamed, so that it is whole or not there. Raises StoreError if the disk
+    has no room for the rows.
     """
     path = store_path(folder, label, key)
     arrays = {name: Row((row,)) if isinstance(row, int) else row for name, row in rows.items()}
     refuse_full_disk(folder, len(image_ids) * sum(row.n_bytes for row in arrays.values()))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    about = {"format": FORMAT, "recipe": key, "facts": facts, "n_train": n_train, "image_ids": image_ids.tolist()}
-    about["arrays"] = list(arrays)
-    group = zarr.create_group(partial, zarr_format=3, attributes={"featcache": about})
+    description = {
+        "format": FORMAT,
+        "recipe": key,
+        "facts": facts,
+        "n_train": n_train,
+        "image_ids": image_ids.tolist(),
+        "arrays": list(arrays),
+    }
+    group = zarr.create_group(partial, zarr_format=3, attributes={"featcache": description})
     for name, row in arrays.items():
         _create_array(group, name, len(image_ids), row)
     os.replace(partial, path)
@@ -182,9 +198,9 @@ def create_store(
 
 
 def stored_bytes(row: Row, n_rows: int) -> int:
-    """What so many rows take on the disk: the last chunk is as large as the others."""
-    step = min(_chunk_rows(math.prod(row.shape)), n_rows)
-    return math.ceil(n_rows / step) * step * row.n_bytes if n_rows else 0
+    """Bytes that so many rows take on the disk, where the last chunk is as large as the others."""
+    chunk = min(_chunk_rows(math.prod(row.shape)), n_rows)
+    return math.ceil(n_rows / chunk) * chunk * row.n_bytes if n_rows else 0
 
 
 def _create_array(group: zarr.Group, name: str, n_rows: int, row: Row) -> None:
@@ -199,7 +215,10 @@ def _create_array(group: zarr.Group, name: str, n_rows: int, row: Row) -> None:
 
 
 def _chunk_rows(n_columns: int) -> int:
-    """A power of two, so that the largest of several is a multiple of the others; the same in float16 and float32."""
+    """Rows of a chunk: a power of two, so that the largest of several numbers is a multiple of the others.
+
+    It is the same in float16 and float32, because an array may become float32 later.
+    """
     rows = _CHUNK_BYTES // max(4 * n_columns, 1)
     return 1 << (min(max(rows, 1), _CHUNK_ROWS).bit_length() - 1)
 
@@ -208,38 +227,41 @@ def open_store(path: Path) -> Store:
     """Open a store. Raises StoreError if it is damaged or of another format."""
     try:
         group = zarr.open_group(path, mode="r+", zarr_format=3)
-        about: Any = group.attrs["featcache"]
-        if about["format"] != FORMAT:
+        description: Any = group.attrs["featcache"]
+        if description["format"] != FORMAT:
             raise StoreError(
                 path,
                 expected=f"store format {FORMAT}",
-                found=about["format"],
+                found=description["format"],
                 remedy="delete it and run the command that writes it again, or choose another --work",
             )
-        ids = np.array(about["image_ids"], dtype=np.int64)
         return Store(
             path,
-            about["recipe"],
-            ids,
-            about["n_train"],
-            about["facts"],
-            {name: zarr.open_array(path / name, mode="r+", zarr_format=3) for name in about["arrays"]},
+            description["recipe"],
+            np.array(description["image_ids"], dtype=np.int64),
+            description["n_train"],
+            description["facts"],
+            {name: zarr.open_array(path / name, mode="r+", zarr_format=3) for name in description["arrays"]},
         )
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"its description cannot be read ({error})") from error
 
 
 def store_path(folder: Path, label: str, key: Mapping[str, Any]) -> Path:
+    """Where the store of a key is, or would be."""
     return folder / f"{label}-{fingerprint(key)}"
 
 
 def list_stores(folder: Path) -> list[Store]:
-    """Every store in a folder, by name."""
+    """Every store in a folder, in the order of their names; hidden folders are stores that were never finished."""
     return [open_store(path) for path in sorted(folder.glob("[!.]*")) if path.is_dir()]
 
 
 def nearest(key: Mapping[str, Any], stores: Sequence[Store]) -> tuple[Store, dict[str, tuple[Any, Any]]] | None:
-    """Of the stores there are, the one whose key differs least, and in what: why a look-up missed."""
+    """The store whose key differs least, and the settings in which it differs; None where there is no store.
+
+    It explains why no store was found for a key.
+    """
     candidates = [(store, differences(key, store.key)) for store in stores]
     return min(candidates, key=lambda pair: len(pair[1]), default=None)
 

@@ -1,1 +1,1 @@
-"""What was shown and what was measured: images, responses, ROIs, noise ceilings, folds."""
+"""What was shown and what was measured: subjects, their images, responses, ROIs and noise ceilings."""

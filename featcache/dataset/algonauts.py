@@ -1,8 +1,9 @@
-"""The challenge's tree: what is in it, what is wrong with it, and the one place where percent become fractions.
+"""Reader of the challenge's tree: its subjects, its faults, and noise ceilings as fractions.
 
-Layout of Algonauts 2023 (Gifford et al. 2023, https://arxiv.org/abs/2301.03198).
+Layout of Algonauts 2023 (Gifford et al. 2023, https://arxiv.org/abs/2301.03198). Only this file knows it.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,18 +13,22 @@ from tokenize import TokenError
 
 import numpy as np
 
-from featcache.dataset.images import image_fault, list_images
+from featcache.dataset.images import image_fault
 from featcache.dataset.rois import FSAVERAGE_VERTICES, HEMISPHERES, class_order, read_mapping
-from featcache.dataset.subject import Challenge, Fault, ImageFiles, Subject
+from featcache.dataset.subject import Challenge, Fault, ImageFiles, Subject, listed
 from featcache.errors import ChallengeError
 
-_SURELY_PERCENT = 2  # a largest ceiling just above 1 is a fraction out of range, and no whole folder ends at 2 %
-_ROWS_PER_SCAN = 256  # response rows looked at in one go: bounds the memory of a scan
+_IMAGE_NAME = re.compile(r"(?P<split>train|test)-(?P<number>\d+)_nsd-(?P<id>\d+)\.(png|jpg|jpeg)", re.IGNORECASE)
+_LEFT_BY_FILE_MANAGERS = ("Thumbs.db", "desktop.ini")
+# Ceilings are percent where the largest exceeds this. A largest just above 1 is a fraction out of range, and percent
+# reach more than 2 in any recording.
+_SURELY_PERCENT = 2
+_ROWS_PER_SCAN = 256  # response rows read at once, which bounds the memory of a scan
 
 
 @dataclass
 class _Scan:
-    """What one subject's folder holds, gathered while its faults are."""
+    """Folder of one subject, and the faults found in it so far."""
 
     folder: Path
     faults: list[Fault] = field(default_factory=list)
@@ -32,9 +37,9 @@ class _Scan:
         self.faults.append(Fault(path, expected, found))
 
     def array(self, path: Path, n_dimensions: int) -> np.ndarray | None:
-        """Map a numeric .npy file of so many dimensions, or note why it cannot be."""
+        """Memory map of a .npy file of numbers with so many dimensions; None, and a fault, where it is not one."""
         try:
-            array = np.lib.format.open_memmap(path, mode="r")  # np.load would open a zip or a pickle of that name
+            array = np.lib.format.open_memmap(path, mode="r")  # np.load would also open a zip or a pickle
         except FileNotFoundError:
             self.fault(path, "a .npy file", "none")
         except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:
@@ -47,19 +52,22 @@ class _Scan:
 
 
 def scan_tree(root: Path, noise_ceiling: Path | None = None) -> tuple[Challenge, list[Fault]]:
-    """Everything that can be said of a tree without decoding an image or reading the responses."""
+    """Subjects of the tree under `root`, and every fault that shows without decoding images or reading responses.
+
+    noise_ceiling : folder with {subject}/{lh,rh}.npy; None for `root/noise_ceiling`, where it exists
+    """
     folders = sorted(path for path in root.glob("subj*") if re.fullmatch(r"subj\d+", path.name) and path.is_dir())
     if not folders:
         return Challenge(root, ()), [Fault(root, "folders subj01, subj02, ...", "none")]
     scans = [_Scan(folder) for folder in folders]
     subjects = [_scan_subject(scan) for scan in scans]
-    notes = _read_ceilings(scans, subjects, _ceiling_folder(root, noise_ceiling))
-    notes += _absences(subjects) + _shared_notes(subjects)
-    return Challenge(root, tuple(subjects), tuple(notes)), [fault for scan in scans for fault in scan.faults]
+    subjects, note = _with_ceilings(scans, subjects, _ceiling_folder(root, noise_ceiling))
+    notes = (note, *_notes_on_missing(subjects), *_notes_on_shared_images(subjects))
+    return Challenge(root, tuple(subjects), notes), [fault for scan in scans for fault in scan.faults]
 
 
 def open_challenge(root: Path, noise_ceiling: Path | None = None) -> Challenge:
-    """The tree under `root`, checked for what can be seen cheaply. Raises ChallengeError for the first fault."""
+    """Subjects of the tree under `root`. Raises ChallengeError for the first fault that `scan_tree` finds."""
     challenge, faults = scan_tree(root, noise_ceiling)
     if faults:
         first, more = faults[0], f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -75,7 +83,10 @@ def open_challenge(root: Path, noise_ceiling: Path | None = None) -> Challenge:
 def deep_faults(
     challenge: Challenge, workers: int = 2, advance: Callable[[int], object] = lambda n: None
 ) -> Iterator[Fault]:
-    """Decode every image and read every response: the part of `check` that takes time."""
+    """Faults that show only by decoding every image and reading every response, which takes minutes.
+
+    advance : called with the number of images just decoded
+    """
     paths = [path for subject in challenge.subjects for path in subject.image_paths]
     with ThreadPoolExecutor(workers) as pool:
         for fault in pool.map(image_fault, paths):
@@ -90,58 +101,86 @@ def deep_faults(
 def _response_faults(subject: Subject, hemisphere: str) -> Iterator[Fault]:
     path = subject.response_paths[hemisphere]
     if not path.exists() or hemisphere not in subject.n_vertices:
-        return  # the cheap part has said so
+        return  # scan_tree reports this
     responses = np.load(path, mmap_mode="r")
     for start in range(0, len(responses), _ROWS_PER_SCAN):
         bad = np.argwhere(~np.isfinite(responses[start : start + _ROWS_PER_SCAN]))
         if len(bad):
             row, vertex = bad[0]
-            where = f"row {start + row}, vertex {vertex}" + (f" and {len(bad) - 1} more nearby" if len(bad) > 1 else "")
-            yield Fault(path, "finite responses", f"NaN or infinity at {where}")
+            more = f" and {len(bad) - 1} more nearby" if len(bad) > 1 else ""
+            yield Fault(path, "finite responses", f"NaN or infinity at row {start + row}, vertex {vertex}{more}")
             return
 
 
 def response_files(folder: Path) -> dict[str, Path]:
-    """{hemisphere: file of the training responses} of one subject's folder, whether or not the files exist."""
-    return {hemisphere: _response_path(folder, hemisphere) for hemisphere in HEMISPHERES}
+    """{hemisphere: file of the training responses} for the folder of one subject; the files need not exist."""
+    return {h: folder / "training_split" / "training_fmri" / f"{h}_training_fmri.npy" for h in HEMISPHERES}
 
 
-def _response_path(folder: Path, hemisphere: str) -> Path:
-    return folder / "training_split" / "training_fmri" / f"{hemisphere}_training_fmri.npy"
+def image_folder(folder: Path, split: str) -> Path:
+    """Folder of the images of one split, 'train' or 'test', inside the folder of one subject."""
+    name = {"train": "training", "test": "test"}[split]
+    return folder / f"{name}_split" / f"{name}_images"
+
+
+def image_name(split: str, number: int, image_id: int) -> str:
+    """File name of an image, with its number within the split, from 1, and its id: 'train-0001_nsd-00013.png'."""
+    return f"{split}-{number:04d}_nsd-{image_id:05d}.png"
+
+
+def list_images(folder: Path, split: str) -> tuple[ImageFiles, list[Fault]]:
+    """Images of a folder in the order of their numbers, and the faults of its file names; see `image_name`."""
+    if not folder.is_dir():
+        return ImageFiles((), np.array([], dtype=np.int64)), [Fault(folder, "a folder of images", "none")]
+    by_number: dict[int, tuple[Path, int]] = {}
+    faults = []
+    for name in sorted(os.listdir(folder)):
+        match, path = _IMAGE_NAME.fullmatch(name), folder / name
+        if name.startswith(".") or name in _LEFT_BY_FILE_MANAGERS:
+            continue
+        if match is None or match["split"].lower() != split:
+            faults.append(Fault(path, f"a name such as {image_name(split, 1, 13)}", "another"))
+        elif (number := int(match["number"])) in by_number:
+            faults.append(Fault(path, "one image a number", f"number {number} in {by_number[number][0].name}"))
+        else:
+            by_number[number] = (path, int(match["id"]))
+    numbers = sorted(by_number)
+    faults += _numbering_faults(folder, numbers)
+    ids = np.array([by_number[number][1] for number in numbers], dtype=np.int64)
+    return ImageFiles(tuple(by_number[number][0] for number in numbers), ids), faults
+
+
+def _numbering_faults(folder: Path, numbers: list[int]) -> list[Fault]:
+    if numbers and numbers[0] == 0:
+        return [Fault(folder, "images numbered from 1", "number 0")]
+    missing = sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers))
+    if not missing:
+        return []
+    return [Fault(folder, f"images numbered 1 to {numbers[-1]}", f"{len(missing)} missing: {listed(missing)}")]
 
 
 def _scan_subject(scan: _Scan) -> Subject:
-    train = _scan_images(scan, "training_split/training_images", "train")
-    test = _scan_images(scan, "test_split/test_images", "test")
+    train, test = (_scan_images(scan, split) for split in ("train", "test"))
     if both := sorted(set(train.ids.tolist()) & set(test.ids.tolist())):
-        shown = ", ".join(map(str, both[:5])) + (", ..." if len(both) > 5 else "")
-        scan.fault(scan.folder, "each image id in training or in test", f"{len(both)} in both: {shown}")
-    n_vertices = {}
-    for hemisphere in HEMISPHERES:
-        path = _response_path(scan.folder, hemisphere)
+        scan.fault(scan.folder, "each image id in training or in test", f"{len(both)} in both: {listed(both)}")
+    n_vertices, response_paths = {}, response_files(scan.folder)
+    for hemisphere, path in response_paths.items():
         if (responses := scan.array(path, 2)) is not None:
             n_vertices[hemisphere] = responses.shape[1]
             if len(responses) != len(train):
                 scan.fault(path, f"a row for each of {len(train)} training images", f"{len(responses)} rows")
     fsaverage = {h: _scan_fsaverage(scan, h, n_vertices.get(h)) for h in HEMISPHERES}
     rois = _scan_rois(scan, n_vertices)
-    return Subject(
-        scan.folder.name,
-        train,
-        test,
-        response_files(scan.folder),
-        n_vertices,
-        rois,
-        dict.fromkeys(HEMISPHERES),
-        fsaverage,
-    )
+    ceilings = dict.fromkeys(HEMISPHERES)  # filled for all subjects together, by `_with_ceilings`
+    return Subject(scan.folder.name, train, test, response_paths, n_vertices, rois, ceilings, fsaverage)
 
 
-def _scan_images(scan: _Scan, folder: str, split: str) -> ImageFiles:
-    images, faults = list_images(scan.folder / folder, split)
+def _scan_images(scan: _Scan, split: str) -> ImageFiles:
+    folder = image_folder(scan.folder, split)
+    images, faults = list_images(folder, split)
     scan.faults += faults
     if not len(images) and not faults:
-        scan.fault(scan.folder / folder, "images", "an empty folder")
+        scan.fault(folder, "images", "an empty folder")
     return images
 
 
@@ -159,19 +198,20 @@ def _scan_fsaverage(scan: _Scan, hemisphere: str, n_vertices: int | None) -> np.
 def _scan_rois(scan: _Scan, n_vertices: dict[str, int]) -> dict[str, dict[str, np.ndarray]]:
     rois: dict[str, dict[str, np.ndarray]] = {h: {} for h in HEMISPHERES}
     folder = scan.folder / "roi_masks"
-    names = {p.name[len("lh.") : -len("_challenge_space.npy")] for p in folder.glob("?h.*_challenge_space.npy")}
-    for roi_class in sorted(names, key=class_order):
+    classes = {p.name[len("lh.") : -len("_challenge_space.npy")] for p in folder.glob("?h.*_challenge_space.npy")}
+    for roi_class in sorted(classes, key=class_order):
+        path = folder / f"mapping_{roi_class}.npy"
         try:
-            mapping = read_mapping(folder / f"mapping_{roi_class}.npy")
+            mapping = read_mapping(path)
         except ChallengeError as error:
-            scan.fault(folder / f"mapping_{roi_class}.npy", error.expected, error.found)
+            scan.fault(path, error.expected, error.found)
             continue
         for hemisphere in HEMISPHERES:
             if hemisphere in n_vertices:
-                found = _scan_class(scan, hemisphere, roi_class, mapping, n_vertices[hemisphere])
-                if twice := sorted(found.keys() & rois[hemisphere].keys()):
+                of_class = _scan_class(scan, hemisphere, roi_class, mapping, n_vertices[hemisphere])
+                if twice := sorted(of_class.keys() & rois[hemisphere].keys()):
                     scan.fault(folder, "an ROI in one class", f"{twice[0]} in {roi_class} and another")
-                rois[hemisphere] |= found
+                rois[hemisphere] |= of_class
     return rois
 
 
@@ -194,47 +234,44 @@ def _scan_class(
 
 
 def _ceiling_folder(root: Path, noise_ceiling: Path | None) -> Path | None:
-    if noise_ceiling is not None and not noise_ceiling.is_dir():
+    if noise_ceiling is None:
+        default = root / "noise_ceiling"
+        return default if default.is_dir() else None
+    if not any(noise_ceiling.glob("subj*/?h.npy")):
         raise ChallengeError(
             "--noise-ceiling",
             expected="a folder of subj01/lh.npy and so on",
-            found=f"none at {noise_ceiling}",
-            remedy="correct it",
+            found=f"none of these in {noise_ceiling}" if noise_ceiling.is_dir() else f"no folder {noise_ceiling}",
+            remedy="name the folder that holds them",
         )
-    if noise_ceiling is not None and not any(noise_ceiling.glob("subj*/?h.npy")):
-        raise ChallengeError(
-            "--noise-ceiling",
-            expected="subj01/lh.npy and so on",
-            found=f"none in {noise_ceiling}",
-            remedy="name their folder",
-        )
-    beside = root / "noise_ceiling"
-    return noise_ceiling or (beside if beside.is_dir() else None)
+    return noise_ceiling
 
 
-def _read_ceilings(scans: list[_Scan], subjects: list[Subject], folder: Path | None) -> list[str]:
-    """Give the subjects their ceilings as fractions; what to say of them.
+def _with_ceilings(scans: list[_Scan], subjects: list[Subject], folder: Path | None) -> tuple[list[Subject], str]:
+    """Subjects with their noise ceilings as fractions, and a note on the ceilings.
 
-    The unit is decided once, for the whole folder, by its largest value; a file of the other unit is a fault.
+    The largest value of the whole folder decides its unit. A file of the other unit is a fault.
     """
-    if folder is None:
-        return ["no noise ceilings: scores are mean r and mean r^2"]
-    raw: dict[tuple[int, str], np.ndarray] = {}
-    for number, (scan, subject) in enumerate(zip(scans, subjects, strict=True)):
-        for hemisphere in HEMISPHERES:
-            path = folder / subject.name / f"{hemisphere}.npy"
-            if path.exists() and (ceiling := scan.array(path, 1)) is not None:
-                raw[number, hemisphere] = np.array(ceiling, dtype=np.float32)
-    if not raw:
-        return ["no noise ceilings: scores are mean r and mean r^2"]
-    largest = max(np.nanmax(ceiling, initial=0) for ceiling in raw.values())
+    raw = [_ceiling_arrays(scan, folder / scan.folder.name) for scan in scans] if folder else []
+    if folder is None or not any(raw):
+        return subjects, "no noise ceilings: scores are mean r and mean r^2"
+    largest = max(np.nanmax(array, initial=0) for arrays in raw for array in arrays.values())
     unit, name = (100, "percent") if largest > _SURELY_PERCENT else (1, "fractions")
-    for (number, hemisphere), ceiling in raw.items():
-        path = folder / subjects[number].name / f"{hemisphere}.npy"
-        if _check_ceiling(scans[number], path, ceiling, subjects[number].n_vertices.get(hemisphere), unit):
-            both = subjects[number].noise_ceiling | {hemisphere: ceiling / np.float32(unit)}
-            subjects[number] = replace(subjects[number], noise_ceiling=both)
-    return [f"noise ceilings from {folder}, read as {name} (largest {largest:.4g})"]
+    with_ceilings = []
+    for scan, subject, arrays in zip(scans, subjects, raw, strict=True):
+        fractions: dict[str, np.ndarray | None] = dict.fromkeys(HEMISPHERES)
+        for hemisphere, array in arrays.items():
+            path = folder / subject.name / f"{hemisphere}.npy"
+            if _check_ceiling(scan, path, array, subject.n_vertices.get(hemisphere), unit):
+                fractions[hemisphere] = array / np.float32(unit)
+        with_ceilings.append(replace(subject, noise_ceiling=fractions))
+    return with_ceilings, f"noise ceilings from {folder}, read as {name} (largest {largest:.4g})"
+
+
+def _ceiling_arrays(scan: _Scan, folder: Path) -> dict[str, np.ndarray]:
+    paths = {hemisphere: folder / f"{hemisphere}.npy" for hemisphere in HEMISPHERES}
+    arrays = {hemisphere: scan.array(path, 1) for hemisphere, path in paths.items() if path.exists()}
+    return {h: np.array(array, dtype=np.float32) for h, array in arrays.items() if array is not None}
 
 
 def _check_ceiling(scan: _Scan, path: Path, ceiling: np.ndarray, n_vertices: int | None, unit: int) -> bool:
@@ -250,29 +287,28 @@ def _check_ceiling(scan: _Scan, path: Path, ceiling: np.ndarray, n_vertices: int
     return False
 
 
-def _absences(subjects: Sequence[Subject]) -> list[str]:
-    """What some subjects lack, and what that means."""
+def _notes_on_missing(subjects: Sequence[Subject]) -> list[str]:
+    """Notes on what some subjects lack, and on what follows from it."""
 
-    def lacking(missing: Callable[[Subject, str], bool]) -> str:
+    def names_where(missing: Callable[[Subject, str], bool]) -> str:
         names = [subject.name for subject in subjects if any(missing(subject, h) for h in HEMISPHERES)]
         return "all subjects" if len(names) == len(subjects) else ", ".join(names)
 
     notes = []
-    if who := lacking(lambda s, h: s.fsaverage[h] is None):
-        notes.append(f"no fsaverage masks ({who}): columns of different subjects cannot be aligned")
-    if who := lacking(lambda s, h: not s.rois[h]):
-        notes.append(f"no ROI masks ({who}): scores are per hemisphere only, and --head roi has no ROI")
-    some = any(ceiling is not None for subject in subjects for ceiling in subject.noise_ceiling.values())
-    if some and (who := lacking(lambda s, h: s.noise_ceiling[h] is None)):
-        notes.append(f"no noise ceiling ({who}): left out of noise-normalised scores")
+    if names := names_where(lambda subject, h: subject.fsaverage[h] is None):
+        notes.append(f"no fsaverage masks ({names}): columns of different subjects cannot be aligned")
+    if names := names_where(lambda subject, h: not subject.rois[h]):
+        notes.append(f"no ROI masks ({names}): scores are per hemisphere only, and --head roi has no ROI")
+    any_ceiling = any(ceiling is not None for subject in subjects for ceiling in subject.noise_ceiling.values())
+    if any_ceiling and (names := names_where(lambda subject, h: subject.noise_ceiling[h] is None)):
+        notes.append(f"no noise ceiling ({names}): left out of noise-normalised scores")
     return notes
 
 
-def _shared_notes(subjects: Sequence[Subject]) -> list[str]:
-    """Test images that another subject trains on: legal, and a leak for whatever is trained on several subjects."""
+def _notes_on_shared_images(subjects: Sequence[Subject]) -> list[str]:
+    """Note on test images that another subject trains on: legal, but a leak for a model trained on several subjects."""
     trained = {image_id for subject in subjects for image_id in subject.train.ids.tolist()}
-    tested = {image_id for subject in subjects for image_id in subject.test.ids.tolist()}
-    both = trained & tested
-    if not both:
+    shared = trained.intersection(image_id for subject in subjects for image_id in subject.test.ids.tolist())
+    if not shared:
         return []
-    return [f"{len(both)} test images of one subject are training images of another: mind them in joint training"]
+    return [f"{len(shared)} test images of one subject are training images of another: mind them in joint training"]

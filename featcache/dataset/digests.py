@@ -1,8 +1,7 @@
-"""What files hold, as digests: the same for equal contents, whatever the files are called and wherever they lie."""
+"""Digests of contents: equal for files with equal contents, whatever their names and folders."""
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
@@ -11,28 +10,28 @@ from typing import Any
 import numpy as np
 
 from featcache.config import fingerprint
-from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.subject import Subject
+from featcache.machine.files import replace_json
 
 
 def image_digest(subject: Subject, work: Path) -> str:
-    """One digest of a subject's image contents, in row order."""
+    """Digest of the contents of a subject's image files, in row order; remembered under `work`."""
     return DigestIndex(work / "index" / f"{subject.name}.json").digest(subject.image_paths)
 
 
 def id_digest(subject: Subject) -> str:
-    """One digest of the ids of a subject's images, in row order."""
+    """Digest of the ids of a subject's images, in row order."""
     return fingerprint({"ids": subject.image_ids.tolist(), "n_train": len(subject.train)})
 
 
 def response_digest(subject: Subject, work: Path) -> str:
-    """One digest of a subject's response files."""
+    """Digest of the contents of a subject's response files; remembered under `work`."""
     index = DigestIndex(work / "index" / f"{subject.name}-responses.json")
-    return index.digest([subject.response_paths[hemisphere] for hemisphere in HEMISPHERES])
+    return index.digest([subject.response_paths[surface] for surface in subject.surfaces])
 
 
 def digests(subject: Subject, work: Path) -> dict[str, str]:
-    """What tells a subject of this tree from one of the same name in another."""
+    """Digests by which a subject differs from a subject of the same name in another dataset."""
     return {
         "images": image_digest(subject, work),
         "image_ids": id_digest(subject),
@@ -41,12 +40,11 @@ def digests(subject: Subject, work: Path) -> dict[str, str]:
 
 
 def subject_digests(subject: Subject) -> dict[str, dict[str, Any]]:
-    """What gradients know of a subject besides images and responses, per hemisphere."""
-    rois = {hemisphere: _digest_arrays(subject.rois[hemisphere]) for hemisphere in HEMISPHERES}
-    vertices = {h: None if mask is None else np.flatnonzero(mask) for h, mask in subject.fsaverage.items()}
+    """Digests of all else that training uses of a subject: noise ceilings, ROIs and fsaverage vertices, by surface."""
+    vertices = {surface: None if mask is None else np.flatnonzero(mask) for surface, mask in subject.fsaverage.items()}
     return {
         "noise_ceiling": _digest_arrays(subject.noise_ceiling),
-        "rois": rois,
+        "rois": {surface: _digest_arrays(subject.rois[surface]) for surface in subject.surfaces},
         "fsaverage": _digest_arrays(vertices),
     }
 
@@ -59,46 +57,40 @@ def _digest_arrays(arrays: dict[str, Any]) -> dict[str, str | None]:
 
 
 class DigestIndex:
-    """Digests of file contents, remembered as long as a file's size and modification time stay.
+    """Digests of file contents, remembered as long as a file keeps its size and modification time.
 
-    What git's index does: the first run reads every file, later ones only ask the file system for its dates.
-    The index is a plain JSON file; losing it costs one reading of the files and changes no digest.
+    As in git's index: the first run reads every file, later runs only ask the file system for sizes and times.
+    The index is a JSON file at `path`. Without it the files are read once more; no digest changes.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             known = json.loads(path.read_text())
-        except (FileNotFoundError, ValueError):  # none yet, or damaged: it is only a memory
+        except (FileNotFoundError, ValueError):  # no index yet, or a damaged one: the files are read again
             known = {}
-        self._known: dict[str, list] = known if isinstance(known, dict) else {}
+        self._known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
 
     def digest(self, paths: Iterable[Path]) -> str:
-        """One digest of the contents of these files, in this order; their names and places do not enter."""
+        """Digest of the contents of some files, in their order, and not of their names or folders."""
         whole = blake2b(digest_size=16)
         fresh = {str(path.absolute()): self._entry(path) for path in paths}
         for _, _, content in fresh.values():
             whole.update(bytes.fromhex(content))
         if any(self._known.get(name) != entry for name, entry in fresh.items()):
             self._known |= fresh
-            self._save()
+            replace_json(self.path, self._known)
         return whole.hexdigest()
 
-    def _entry(self, path: Path) -> list:
+    def _entry(self, path: Path) -> list[Any]:
         stat = path.stat()
         known = self._known.get(str(path.absolute()))
         if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
             return known
         return [stat.st_size, stat.st_mtime_ns, file_digest(path)]
 
-    def _save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(self._known))
-        os.replace(partial, self.path)
-
 
 def file_digest(path: Path) -> str:
-    """Of what one file holds."""
+    """Digest of one file's content, 32 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()

@@ -1,4 +1,4 @@
-"""ROI masks of the challenge: label arrays, and the pickled dicts that name the labels."""
+"""Names of ROIs: the pickled dicts that name the labels of vertices, read without running them."""
 
 import pickle
 from pathlib import Path
@@ -12,21 +12,21 @@ from featcache.errors import ChallengeError
 HEMISPHERES = ("lh", "rh")
 FSAVERAGE_VERTICES = 163_842  # of one hemisphere of the fsaverage surface
 
-# Known classes in the order of the report; a tree may bring others, which follow in alphabetical order.
+# Known ROI classes in the order of reports. A dataset may have others, which follow in alphabetical order.
 CLASSES = ("prf-visualrois", "floc-bodies", "floc-faces", "floc-places", "floc-words", "streams")
 
 
 class _ObjectArray:
-    """Stands in for numpy.ndarray while a mapping is unpickled: keeps the state and runs nothing."""
+    """Takes the place of numpy.ndarray while a mapping is unpickled: keeps the items and runs nothing."""
 
     items: list[Any]
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.items = list(state[4])
 
 
 class _Dtype:
-    """Stands in for numpy.dtype."""
+    """Takes the place of numpy.dtype."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -36,12 +36,12 @@ class _Dtype:
 
 
 def _scalar(_: Any, raw: bytes) -> int:
-    """Stands in for numpy's scalar constructor: an integer key, little-endian as on every machine numpy pickles on."""
+    """Takes the place of numpy's constructor of scalars, for integer keys; little-endian, as pickled by numpy."""
     return int.from_bytes(raw, "little", signed=True)
 
 
 def _encode(text: str, _: str) -> bytes:
-    """Stands in for _codecs.encode, by which old protocols write bytes."""
+    """Takes the place of _codecs.encode, by which old pickle protocols write bytes."""
     return text.encode("latin1")
 
 
@@ -53,9 +53,8 @@ _ADMITTED: dict[tuple[str, str], Any] = {
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before and since numpy 2
     _ADMITTED |= {(_module, "_reconstruct"): lambda *_: _ObjectArray(), (_module, "scalar"): _scalar}
 
-
-_MAPPING_BYTES = 100_000  # a few dozen names need one hundredth of it
-_NOT_A_MAPPING = (  # what a damaged header or pickle makes its readers raise
+_MAX_MAPPING_BYTES = 100_000  # a hundred times what a few dozen names need
+_NOT_A_MAPPING = (  # errors that a damaged header or pickle causes
     pickle.UnpicklingError,
     ArithmeticError,
     AttributeError,
@@ -70,7 +69,7 @@ _NOT_A_MAPPING = (  # what a damaged header or pickle makes its readers raise
 
 
 class _MappingUnpickler(pickle.Unpickler):
-    """Admits what a dict of ints and strings inside a 0-d object array needs, and gives it nothing that can act."""
+    """Loads a dict of integers and strings inside a 0-d object array; refuses functions that this does not need."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ADMITTED:
@@ -79,12 +78,12 @@ class _MappingUnpickler(pickle.Unpickler):
 
 
 def read_mapping(path: Path) -> dict[int, str]:
-    """{label: ROI name} from a `mapping_<class>.npy`, without running anything that the file contains.
+    """{label: ROI name} from a .npy file with a pickled dict; nothing that the file contains is run.
 
     Raises ChallengeError for a file that is not such a dict, or whose pickle asks for any function.
     """
     try:
-        if path.stat().st_size > _MAPPING_BYTES:
+        if path.stat().st_size > _MAX_MAPPING_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes")
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
@@ -122,5 +121,5 @@ def _name(value: Any) -> str:
 
 
 def class_order(name: str) -> tuple[int, str]:
-    """Sort key of an ROI class."""
+    """Sort key by which ROI classes come in the order of reports."""
     return (CLASSES.index(name) if name in CLASSES else len(CLASSES), name)

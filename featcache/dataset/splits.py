@@ -1,24 +1,21 @@
 """Folds by image id, and the one guard against an image on both sides of a split.
 
-Subjects share images, so a fold belongs to the image and not to its row: whoever sees an image, in whatever order and
-beside whatever others, finds it in the same fold.
+Subjects share images. So the fold of an image follows from its id alone: it is the same for every subject, in any
+order and among any other images.
 """
-
-from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from featcache.dataset.subject import listed
 from featcache.errors import ConfigError, FeatcacheError, LeakError
-
-_N_IDS_SHOWN = 5  # enough to look the images up, few enough for one line
 
 
 def assign_folds(image_ids: ArrayLike, n_folds: int, seed: int) -> NDArray[np.int64]:
     """Fold of each image: ``splitmix64(splitmix64(seed) + image_id) mod n_folds``.
 
-    A pure function of image id, ``n_folds`` and ``seed``. Folds are equal in expectation, not in number; with few
-    images one may be empty, which `check_folds` refuses.
+    A pure function of image id, ``n_folds`` and ``seed``. Folds have the same size on average, not exactly; with few
+    images a fold may be empty, which `check_folds` refuses.
 
     Parameters
     ----------
@@ -40,7 +37,7 @@ def assign_folds(image_ids: ArrayLike, n_folds: int, seed: int) -> NDArray[np.in
     if n_folds < 2:
         raise ConfigError("--folds", expected="2 or more", found=n_folds, remedy="raise it")
     ids = _checked_ids(image_ids)
-    # An array and not a scalar: NumPy warns when a scalar wraps around, and wrapping is what the hash is made of.
+    # An array and not a scalar: the hash needs numbers that wrap around, and NumPy warns of that for scalars.
     key = _splitmix64(np.array([seed % 2**64], dtype=np.uint64))
     return (_splitmix64(key + ids) % np.uint64(n_folds)).astype(np.int64)
 
@@ -53,25 +50,25 @@ def check_folds(folds: ArrayLike, n_folds: int) -> None:
         raise ConfigError(
             "--folds",
             expected=f"an image in each of the {n_folds} folds",
-            found=f"none of {folds.size} images in fold {_shown(empty)}",
+            found=f"none of {folds.size} images in fold {listed(empty)}",
             remedy="ask for fewer",
         )
 
 
 def refuse_leak(trained_ids: ArrayLike, scored_ids: ArrayLike, what: str) -> None:
-    """Raise LeakError when an image that ``what`` was trained on is also one that it is scored on.
+    """Raise LeakError when ``what`` is scored on an image that it was trained on.
 
     Parameters
     ----------
     trained_ids, scored_ids : (n_images,), integers >= 0; either may be empty, and ids may repeat
-    what : what would be scored, as the message names it, e.g. "fold 2 of ridge"
+    what : name of the model in the message, e.g. "fold 2 of ridge"
     """
     shared = np.intersect1d(_checked_ids(trained_ids), _checked_ids(scored_ids))
     if shared.size:
         raise LeakError(
             what,
             expected="images that it was not trained on",
-            found=f"{shared.size} on both sides of the split (id {_shown(shared)})",
+            found=f"{shared.size} on both sides of the split (id {listed(shared)})",
             remedy="split both by the same image ids, --folds and seed, and train it again",
         )
 
@@ -82,7 +79,7 @@ def _checked_ids(image_ids: ArrayLike) -> NDArray[np.uint64]:
         raise FeatcacheError(
             "image ids", expected="one list, (n_images,)", found=f"the shape {ids.shape}", remedy="pass one list of ids"
         )
-    integers = ids.dtype.kind in "iu" or not ids.size  # an empty list has no dtype of its own
+    integers = ids.dtype.kind in "iu" or not ids.size  # NumPy takes an empty list for floats
     if not integers or (ids < 0).any():
         found = f"{ids.min()}" if integers else f"values of type {ids.dtype}"
         raise FeatcacheError(
@@ -96,8 +93,3 @@ def _splitmix64(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))
-
-
-def _shown(numbers: NDArray[np.generic]) -> str:
-    more = ", ..." if numbers.size > _N_IDS_SHOWN else ""
-    return ", ".join(str(number) for number in numbers[:_N_IDS_SHOWN]) + more

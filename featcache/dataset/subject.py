@@ -1,5 +1,6 @@
-"""A subject, its images, its responses; nothing here knows a folder layout."""
+"""Subjects of a dataset, their images and responses; nothing here knows a folder layout."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import numpy as np
 
 from featcache.errors import ChallengeError
 
+_N_SHOWN = 5  # enough to look them up, few enough for one line
+
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with a tree."""
+    """One thing that is wrong with a dataset."""
 
     path: Path
     expected: str
@@ -20,12 +23,18 @@ class Fault:
         return f"{self.path}: expected {self.expected}; found {self.found}"
 
 
+def listed(values: Iterable[object]) -> str:
+    """First few values of a list, for an error line: '1, 2, 3, 4, 5, ...'."""
+    texts = [str(value) for value in values]
+    return ", ".join(texts[:_N_SHOWN]) + (", ..." if len(texts) > _N_SHOWN else "")
+
+
 @dataclass(frozen=True)
 class ImageFiles:
-    """The images of one split, in the order of the response rows.
+    """Image files of one split, in the order of the response rows.
 
     paths : (n_images,) files
-    ids : (n_images,) int64, ids of the pictures, the same for every subject that saw them
+    ids : (n_images,) int64; a picture has the same id for every subject that saw it
     """
 
     paths: tuple[Path, ...]
@@ -35,21 +44,22 @@ class ImageFiles:
         return len(self.paths)
 
 
-@dataclass(frozen=True, eq=False)  # a subject is one thing, and arrays have no truth value to compare by
+@dataclass(frozen=True, eq=False)  # two subjects are never compared by their arrays, and a subject can be hashed
 class Subject:
-    """One subject: the images that it saw, and the responses of each surface.
+    """One person: the images that were shown, and the responses of each surface.
 
     A surface is a set of vertices that are measured and fitted together, such as the hemispheres 'lh' and 'rh'.
-    Every dict has the surfaces as keys, in one order.
+    Every dict has the surfaces as keys, in the same order.
 
     Parameters
     ----------
-    train, test : images whose responses are given, and images whose responses are to be predicted
-    response_paths : .npy files of numbers, (n_train, n_vertices)
-    n_vertices : number of vertices
-    rois : {ROI name: (n_vertices,) bool}; empty ROIs are kept; an empty dict where no ROIs are known
+    train, test : images with given responses, and images whose responses are to be predicted
+    response_paths : .npy files of the training responses, (n_train, n_vertices)
+    n_vertices : number of vertices of each surface
+    rois : {ROI name: (n_vertices,) bool}; ROIs without a vertex are kept; an empty dict where no ROIs are known
     noise_ceiling : (n_vertices,) float32, fraction of variance in [0, 1]; None where not given
-    fsaverage : (163842,) bool, the fsaverage vertices that the columns stand for, in order; None where not given
+    fsaverage : (163842,) bool, true at the fsaverage vertices that the columns stand for, in rising order; None where
+        not given
     """
 
     name: str
@@ -63,34 +73,42 @@ class Subject:
 
     @property
     def surfaces(self) -> tuple[str, ...]:
-        """Names of the surfaces, in the order of every result."""
+        """Names of the surfaces, in the order that every result keeps."""
         return tuple(self.n_vertices)
 
     def responses(self, surface: str) -> np.ndarray:
-        """Responses of one surface, (n_train, n_vertices), memory-mapped: slice them, then cast to float32."""
-        return np.load(self.response_paths[surface], mmap_mode="r")
+        """Training responses, (n_train, n_vertices), as a memory map: slice it, then cast to float32."""
+        responses: np.ndarray = np.load(self.response_paths[surface], mmap_mode="r")
+        return responses
 
     @property
     def image_ids(self) -> np.ndarray:
-        """Ids of the images, (n_train + n_test,) int64: training rows, then test rows. The row order of every store."""
+        """Image ids, (n_train + n_test,) int64: training images, then test images, as in the rows of every store."""
         return np.concatenate([self.train.ids, self.test.ids])
 
     @property
     def image_paths(self) -> tuple[Path, ...]:
-        """Files of the images, in the same order."""
+        """Image files, (n_train + n_test,), in the order of `image_ids`."""
         return self.train.paths + self.test.paths
 
 
 @dataclass(frozen=True)
 class Challenge:
-    """A tree without faults in what can be seen cheaply; `notes` is what its user should know of it."""
+    """Subjects of one dataset.
+
+    root : folder that they were read from
+    notes : sentences that its user should read, such as on what is not given
+    """
 
     root: Path
     subjects: tuple[Subject, ...]
     notes: tuple[str, ...] = ()
 
     def select(self, names: str) -> tuple[Subject, ...]:
-        """The subjects of '--subject': 'all', or numbers or names separated by commas ('1,3' or 'subj01')."""
+        """Subjects for the option --subject: 'all', or numbers or names separated by commas ('1,3' or 'subj01').
+
+        Raises ChallengeError for a name that is not in the dataset.
+        """
         if names == "all":
             return self.subjects
         by_name = {subject.name: subject for subject in self.subjects}

@@ -1,1 +1,1 @@
-"""What the computer offers: files, memory, devices, threads, and what a person sees."""
+"""What the computer offers: files, memory, devices, threads, and a terminal to report progress on."""

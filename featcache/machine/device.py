@@ -1,4 +1,4 @@
-"""Where tensors live."""
+"""Devices, and the number formats in which they multiply."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +10,10 @@ from featcache.errors import ConfigError
 
 
 def resolve_device(device: str) -> str:
-    """'auto' is CUDA where there is one. Raises ConfigError for a CUDA that is not there."""
+    """'cuda' or 'cpu' for a setting; 'auto' is CUDA where there is one.
+
+    Raises ConfigError for 'cuda' where there is none.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -21,25 +24,27 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
-    """'auto' is bfloat16 on a CPU that multiplies it, where it takes half the time of float32 and changes features by
-    0.4 to 2.5 % and scores by nothing that was found (docs/log.md); it is float32 elsewhere.
+    """Number format for a setting; 'auto' is bfloat16 on a CPU that has units for it, and float32 elsewhere.
+
+    On such a CPU bfloat16 takes half the time of float32. It changes features by 0.4 to 2.5 %, and no change of the
+    scores was found (docs/log.md).
     """
     if dtype != "auto":
         return dtype
     return "bfloat16" if resolve_device(device) == "cpu" and not is_emulated("bfloat16", device) else "float32"
 
 
-# what Linux calls them on x86 and on Arm
+# Flags by which Linux names a processor's units for these formats, on x86 and on Arm
 _UNITS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "float16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
 
 
 def is_emulated(dtype: str, device: str) -> bool:
-    """Whether this is a CPU that is not known to multiply such numbers: ten times as slow as float32, and more."""
+    """Whether a CPU has no known units for a format, which is then ten or more times as slow as float32."""
     return dtype in _UNITS and resolve_device(device) == "cpu" and not _UNITS[dtype] & _cpu_flags()
 
 
 def _cpu_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """What Linux says that the processor can do; nothing elsewhere."""
+    """Names of what the processor can do, from Linux; an empty set on other systems."""
     with suppress(OSError, StopIteration):
         lines = path.read_text().splitlines()
         return set(next(line for line in lines if line.startswith(("flags", "Features"))).split())
@@ -47,7 +52,7 @@ def _cpu_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
 
 
 def check_products(option: str, products: str, device: str) -> None:
-    """Raises ConfigError for TF32 on what has no such units."""
+    """Raise ConfigError where `--option` asks for TF32 on a device that is not CUDA."""
     if products == "tf32" and resolve_device(device) != "cuda":
         raise ConfigError(
             f"--{option} tf32", expected="a CUDA device", found=resolve_device(device), remedy="use float32"
@@ -56,9 +61,10 @@ def check_products(option: str, products: str, device: str) -> None:
 
 @contextmanager
 def matrix_products(products: str) -> Iterator[None]:
-    """Whether CUDA multiplies float32 matrices and convolves as they are, or rounded to TF32, 10 bits behind the point.
+    """Set whether CUDA multiplies and convolves float32 numbers as they are, or rounds them first to TF32 ('tf32').
 
-    torch's own default differs between the two, and between releases. float32 means float32 unless TF32 was asked for.
+    TF32 has 10 bits behind the point. torch's defaults for products and for convolutions differ, also between releases;
+    here both are float32 unless TF32 was asked for. The earlier settings come back at the end.
     """
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if products == "tf32" else "highest")

@@ -1,4 +1,4 @@
-"""How much main memory there is, how much a fit may take, and how it is given back."""
+"""How much main memory is free, how much of it a fit may take, and how it goes back to the system."""
 
 import ctypes
 import functools
@@ -12,7 +12,7 @@ from featcache.machine.progress import size_of
 
 
 def free_memory() -> int:
-    """Bytes of main memory that this process can still take; a container's limit counts."""
+    """Bytes of main memory that this process can still take, within the limit of its container."""
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for path, read in _LIMITS.items():
         with suppress(OSError, ValueError, LookupError, StopIteration):
@@ -21,7 +21,7 @@ def free_memory() -> int:
 
 
 def used_memory() -> int:
-    """Bytes of main memory that this process has; 0 where the system does not say."""
+    """Bytes of main memory that this process holds; 0 where the system does not say."""
     with suppress(OSError, ValueError, LookupError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
@@ -34,32 +34,28 @@ def _available(path: Path) -> int:
 
 
 def _below_limit(path: Path) -> int:
-    limit = int(path.read_text())  # 'max' is no number: no limit
-    return limit - int((path.parent / "memory.current").read_text()) + _given_up(path.parent / "memory.stat")
+    limit = int(path.read_text())  # raises ValueError for 'max', which is no limit
+    return limit - int((path.parent / "memory.current").read_text()) + _reclaimable(path.parent / "memory.stat")
 
 
-def _given_up(path: Path) -> int:
-    """What a container counts as used, but gives up when memory is asked for: files that were read."""
+def _reclaimable(path: Path) -> int:
+    """Bytes of cached files, which a container counts as used but frees when memory is needed."""
     with suppress(OSError, ValueError, LookupError):
         return int(dict(line.split() for line in path.read_text().splitlines())["inactive_file"])
     return 0
 
 
 _LIMITS = {"/proc/meminfo": _available, "/sys/fs/cgroup/memory.max": _below_limit}
-
-
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's names for mallopt(3)
-
-
 _LARGEST_INT = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep what a forward pass frees, for the next one; False where the C library has no such setting.
+    """Have glibc keep freed memory for its next use; False where the C library has no such setting.
 
-    A network on a CPU frees and asks for the same large blocks in every batch. By default they go back to the kernel,
-    which clears their pages again each time: a third of the time and more (docs/log.md). The process keeps its peak
-    memory for as long as it lives.
+    A network on a CPU asks for the same large blocks in every batch and frees them. By default they go back to the
+    kernel, which clears their pages each time: a third of the time, and more (docs/log.md). With this setting the
+    process holds its peak memory until it ends, or until `give_back_memory`.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -69,10 +65,10 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_memory() -> bool:
-    """Return to the kernel what is free; False where the C library has no such call.
+    """Return freed memory to the kernel; False where the C library has no such call.
 
-    Kept memory falls into holes as blocks of other sizes come and go: without this, eight subjects one after the other
-    took 18 % more than one (docs/log.md).
+    Kept memory gets holes as blocks of other sizes come and go: without this call, eight subjects one after the other
+    took 18 % more memory than one (docs/log.md).
     """
     try:
         return bool(ctypes.CDLL(None).malloc_trim(0))
@@ -80,44 +76,46 @@ def give_back_memory() -> bool:
         return False
 
 
-_LIBRARIES = 0.12e9  # bytes of libraries, and of their threads, that a first fit brings with it; measured
+_LIBRARIES = 0.12e9  # bytes that libraries and their threads take from the first fit on; measured
 
 
 @functools.cache
 def memory_at_start() -> int:
-    """Of this process before its first fit, and what that loads: what one subject leaves is used for the next."""
+    """Bytes of this process at the first call, and of the libraries that a fit loads.
+
+    Later calls return the same number: memory that one subject's fit leaves behind serves the next.
+    """
     return used_memory() + int(_LIBRARIES)
 
 
-def spare_memory(most: float) -> float:
-    """Bytes that a fit may take: what is free, within what is left of `most`, 10^9 bytes of the process; 0: no cap."""
-    return min(free_memory(), most * 1e9 - memory_at_start()) if most else free_memory()
+def spare_memory(max_memory: float) -> float:
+    """Bytes that a fit may take: of free memory, and of `max_memory`, 10^9 bytes for the whole process; 0: no limit."""
+    return min(free_memory(), max_memory * 1e9 - memory_at_start()) if max_memory else free_memory()
 
 
-def refuse_above(most: float, peak: float) -> None:
-    """Raise ConfigError where a process is expected to take more than --max-memory, 10^9 bytes; 0: no cap."""
-    if most and peak > most * 1e9:
+def refuse_above(max_memory: float, peak: float) -> None:
+    """Raise ConfigError where a process that takes `peak` bytes exceeds `max_memory`, 10^9 bytes; 0: no limit."""
+    if max_memory and peak > max_memory * 1e9:
         raise ConfigError(
             "--max-memory",
-            expected=f"{math.ceil(peak / 10000000.0) / 100:g} GB or more for these images, features and vertices",
-            found=f"{most:g}",
+            expected=f"{math.ceil(peak / 1e7) / 100:g} GB or more for these images, features and vertices",
+            found=f"{max_memory:g}",
             remedy="give more, or extract fewer features",
         )
 
 
-def block_that_fits(fixed: float, per_vertex: float, largest: int, most: float, least: int = 64) -> int:
-    """Vertices at a time, up to `largest`, so that a fit stays in what it may take.
+def block_that_fits(fixed: float, per_vertex: float, largest: int, max_memory: float, least: int = 64) -> int:
+    """Number of vertices to fit at a time, from `least` to `largest`, so that a fit stays within `spare_memory`.
 
-    fixed, per_vertex : bytes that it takes whatever the block, and for each vertex of a block
+    fixed, per_vertex : bytes that the fit takes for any block, and for each vertex of a block
 
-    Raises ConfigError where not even the smallest block fits into --max-memory; what is free is only a guess, and the
-    system may yet give more.
+    Raises ConfigError where not even the smallest block fits into `max_memory`. Free memory alone never refuses: it is
+    a guess, and the system may still give more.
     """
-    spare = spare_memory(most)
-    refuse_above(most, memory_at_start() + fixed + least * per_vertex)
-    return int(min(max((spare - fixed) / per_vertex, least), largest))
+    refuse_above(max_memory, memory_at_start() + fixed + least * per_vertex)
+    return int(min(max((spare_memory(max_memory) - fixed) / per_vertex, least), largest))
 
 
 def said(n_bytes: float) -> str:
-    """For a person."""
+    """Amount of memory as a message says it: 'about 1.2 GB of memory'."""
     return f"about {size_of(n_bytes)} of memory"

@@ -1,4 +1,4 @@
-"""Results that threads have ready before they are asked for."""
+"""Results that threads compute before they are needed."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +10,10 @@ U = TypeVar("U")
 
 
 def prefetch(load: Callable[[T], U], items: Iterable[T], depth: int, threads: int = 1) -> Iterator[U]:
-    """load(item) for each item in turn; at most `depth` of them are begun before they are asked for."""
+    """Yield load(item) for each item, in order, while `threads` threads load up to `depth` items in advance.
+
+    An error of `load` is raised at its item's place and ends the iteration.
+    """
     waiting: deque[Future[U]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:

@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs. All of it goes to stderr, so that stdout stays a result."""
+"""Messages and progress bars of a running stage. They go to stderr, so that stdout holds nothing but results."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,21 +8,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-# of several processes that train together, one speaks
+# Of several processes that train together, only the first prints.
 _stderr = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0", highlight=False, soft_wrap=True, markup=False)
 
-
-_BAR = 16  # columns
-_NUMBERS = _BAR + 40  # counts, rate and time beside it
+_BAR = 16  # columns of the bar itself
+_NUMBERS = _BAR + 40  # columns of the bar with counts, rate and time
 
 
 def say(message: str) -> None:
-    """One line for the person who waits."""
+    """Print one line on stderr."""
     _stderr.print(message)
 
 
 def size_of(n_bytes: float) -> str:
-    """1_234_567 -> '1.2 MB'"""
+    """Number of bytes in the unit that suits it, powers of 1000: '1.2 MB'."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if n_bytes >= size:
             return f"{n_bytes / size:.1f} {unit}"
@@ -51,14 +50,14 @@ def _progress(unit: str) -> Progress:
 
 
 def _short(description: str) -> str:
-    """What leaves room for the numbers, which say more than the end of a name."""
+    """Description cut to leave room for the numbers, which matter more than the end of a name."""
     room = max(_stderr.width - _NUMBERS, 12)
     return description if len(description) <= room else f"{description[: room - 1]}…"
 
 
 @contextmanager
 def bar(description: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A progress bar with a rate; yields the function to call with the number of units just done."""
+    """Show a progress bar with a rate; yields the function to call with the number of units just done."""
     with _progress(unit) as progress:
         task = progress.add_task(_short(description), total=total, completed=done)
         yield lambda n: progress.advance(task, n)
@@ -66,7 +65,7 @@ def bar(description: str, total: int, unit: str, done: int = 0) -> Iterator[Call
 
 @contextmanager
 def steps(description: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for work that knows its own total; yields the function to call with (done, total)."""
+    """Show a progress bar for work that counts by itself; yields the function to call with (done, total)."""
     with _progress(unit) as progress:
         task = progress.add_task(_short(description), total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,11 +1,11 @@
-"""A challenge tree whose ground truth is known: images are drawn, responses are planted in them.
+"""A challenge tree with a known ground truth: images are drawn, and responses are computed from them.
 
-config    the counts, checked when built, and the random streams that follow from the seed
+config    counts, and the random streams of a seed
 scenes    image id -> scene -> pixels
 features  pixels and scene -> the feature bank, one row per image
 anatomy   fsaverage vertices, ROIs, and the receptive field of every vertex
-truth     which bank features drive which vertex, how reliably, and the responses that follow
-tree      all of it written in the challenge's layout, with the truth beside it
+truth     weights of the features in every vertex, noise ceilings, and the responses that follow
+tree      files in the challenge's layout, with the truth beside them
 """
 
 from featcache.simulate.config import SimulateConfig

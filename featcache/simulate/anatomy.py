@@ -1,8 +1,8 @@
-"""Where vertices are, what they see, and which ROIs they belong to.
+"""Places of vertices, their receptive fields, and their ROIs.
 
-Vertices stand on a line from 0 to 1, their *position*, in an order unrelated to their fsaverage index: columns that
-slip by one then land in another area. Level and field belong to the fsaverage vertex and so agree in all subjects; the
-borders of the ROIs move a little from subject to subject.
+Every vertex has a *position* on a line from 0 to 1, in an order unrelated to its fsaverage index: where columns are
+shifted by one, a vertex is taken for one of another area. Level and field belong to the fsaverage vertex, so all
+subjects have the same; the borders of ROIs differ a little between subjects.
 """
 
 from dataclasses import dataclass, fields
@@ -13,13 +13,13 @@ from featcache.dataset.rois import CLASSES, FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.simulate.config import SimulateConfig, generator
 
 LEVELS = ("early", "mid", "late", "mixed")
-FIELD_REACH = 2.5  # a field ends after so many of its standard deviations: outside it, nothing matters
+FIELD_REACH = 2.5  # standard deviations from its centre to the end of a field; what is outside has no effect
 BORDER_JITTER = 0.003  # standard deviation of an ROI's border between subjects, in positions
 
 
 @dataclass(frozen=True)
 class Area:
-    """An ROI's place on the line."""
+    """Place of an ROI on the line of positions."""
 
     roi_class: str
     name: str
@@ -63,20 +63,20 @@ AREAS: tuple[Area, ...] = (
     Area("streams", "parietal", 0.84, 0.95),
 )
 
-# Standard deviation of a field, fractions of the image side: (at fixation, growth per unit of eccentricity).
+# Standard deviations of fields, fractions of the image side: (at fixation, growth per unit of eccentricity).
 FIELD_SIZES = {"V1": (0.04, 0.05), "V2": (0.05, 0.08), "V3": (0.06, 0.12), "early": (0.05, 0.10), "mid": (0.10, 0.20)}
 LATE_SIZES = (0.35, 0.60)
 MIXED_SIZES = (0.12, 0.40)
-MAX_ECCENTRICITY = 0.44  # of a field's centre from the middle of the image, fraction of the image side
+MAX_ECCENTRICITY = 0.44  # distance of a field's centre from the middle of the image, fraction of the image side
 
 
 @dataclass(frozen=True)
 class Vertices:
-    """The vertices of a hemisphere, in the order of the response columns. Every array is (n_vertices, ...)."""
+    """Vertices of one hemisphere, in the order of the response columns. Every array is (n_vertices,)."""
 
     index: np.ndarray  # int64, fsaverage vertex, rising
     position: np.ndarray  # float64, in [0, 1]
-    area: np.ndarray  # str, the area that its features come from: a name of AREAS, or "" in none
+    area: np.ndarray  # str, the area that decides its features: a name of AREAS, or "" outside all
     level: np.ndarray  # str, one of LEVELS
     field_x: np.ndarray  # float64, field centre from the left, fraction of the image side
     field_y: np.ndarray  # float64, field centre from the top, fraction of the image side
@@ -85,27 +85,27 @@ class Vertices:
     def __len__(self) -> int:
         return len(self.index)
 
-    def select(self, which: np.ndarray) -> "Vertices":
-        """Some of the vertices, in the same order."""
-        return Vertices(*(getattr(self, item.name)[which] for item in fields(self)))
+    def select(self, mask: np.ndarray) -> "Vertices":
+        """Vertices where the mask, (n_vertices,) bool, is true, in the same order."""
+        return Vertices(*(getattr(self, item.name)[mask] for item in fields(self)))
 
 
 def all_vertices(config: SimulateConfig, hemisphere: str) -> Vertices:
-    """The vertices that the subjects have in common, before any subject lacks some."""
+    """All vertices of a hemisphere, before some are deleted in some subjects."""
     side = HEMISPHERES.index(hemisphere)
     rng = generator(config.seed, "vertices", side)
     n_vertices = config.n_vertices[side]
     index = np.sort(rng.choice(FSAVERAGE_VERTICES, n_vertices, replace=False))
     position = (rng.permutation(n_vertices) + 0.5) / n_vertices
-    area = np.array([_leading_area(at) for at in position])
+    area = np.array([_leading_area(place) for place in position])
     level = np.array([level_of(name) for name in area])
-    # Left hemispheres look to the right, right ones to the left.
-    x, y, size = _fields(rng, area, level, towards=1.0 if hemisphere == "lh" else -1.0)
+    # A left hemisphere sees the right half of the image, and a right one the left half.
+    x, y, size = _fields(rng, area, level, sign=1.0 if hemisphere == "lh" else -1.0)
     return Vertices(index, position, area, level, x, y, size)
 
 
 def kept(config: SimulateConfig, subject: int, hemisphere: str) -> np.ndarray:
-    """Which of the common vertices a subject has: (n_common_vertices,) bool."""
+    """Mask of the vertices that a subject has: (n_vertices,) bool, over those of `all_vertices`."""
     side = HEMISPHERES.index(hemisphere)
     mask = np.ones(config.n_vertices[side], dtype=bool)
     rng = generator(config.seed, "deleted", subject, side)
@@ -114,13 +114,13 @@ def kept(config: SimulateConfig, subject: int, hemisphere: str) -> np.ndarray:
 
 
 def mapping(roi_class: str) -> dict[int, str]:
-    """{label: ROI name} of a class, 0 being no ROI."""
+    """{label: ROI name} of a class; 0 is no ROI."""
     names = [area.name for area in AREAS if area.roi_class == roi_class]
     return {0: "Unknown"} | dict(enumerate(names, start=1))
 
 
 def roi_labels(config: SimulateConfig, subject: int, hemisphere: str, position: np.ndarray) -> dict[str, np.ndarray]:
-    """{class: label of every vertex}, each (n_vertices,) uint8; an ROI that the hemisphere lacks has no vertex."""
+    """{class: labels, (n_vertices,) uint8}; an ROI that the hemisphere lacks has no vertex."""
     rng = generator(config.seed, "rois", subject, HEMISPHERES.index(hemisphere))
     absent = _absent(config, subject, rng)
     labels = {roi_class: np.zeros(len(position), dtype=np.uint8) for roi_class in CLASSES}
@@ -134,7 +134,7 @@ def roi_labels(config: SimulateConfig, subject: int, hemisphere: str, position: 
 
 
 def level_of(area: str) -> str:
-    """Which features drive an area: one of LEVELS."""
+    """Level of the features that drive an area: one of LEVELS."""
     if area == "":
         return "mixed"
     if area == "early" or area[:2] in ("V1", "V2", "V3"):
@@ -143,7 +143,7 @@ def level_of(area: str) -> str:
 
 
 def _absent(config: SimulateConfig, subject: int, rng: np.random.Generator) -> set[str]:
-    """ROIs that one hemisphere lacks: by chance, and one of the rare ones in both hemispheres of every subject."""
+    """Names of ROIs that a hemisphere lacks: some by chance, and one rare ROI that both of the subject lack."""
     chance = rng.uniform(size=len(AREAS))
     rare = [area.name for area in AREAS if area.prevalence <= 0.5]
     always = rare[generator(config.seed, "rare", subject).integers(len(rare))]
@@ -151,31 +151,31 @@ def _absent(config: SimulateConfig, subject: int, rng: np.random.Generator) -> s
 
 
 def _leading_area(position: float) -> str:
-    """The area that decides a vertex's features: classes overlap, and the narrower definition wins."""
-    inside = [area for area in AREAS if area.start <= position < area.stop]
-    ranked = sorted(inside, key=lambda area: (area.roi_class == "streams", area.stop - area.start))
-    return ranked[0].name if ranked else ""
+    """Name of the area that decides a vertex's features: the narrowest at its position, streams last."""
+    areas = [area for area in AREAS if area.start <= position < area.stop]
+    narrowest = min(areas, key=lambda area: (area.roi_class == "streams", area.stop - area.start), default=None)
+    return narrowest.name if narrowest else ""
 
 
 def _fields(
-    rng: np.random.Generator, area: np.ndarray, level: np.ndarray, towards: float
+    rng: np.random.Generator, area: np.ndarray, level: np.ndarray, sign: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Centres (x, y) and sizes of the fields, all (n_vertices,)."""
+    """Centres (x, y) and sizes of the fields, each (n_vertices,), for fields to the right (`sign` 1) or left (-1)."""
     n_vertices = len(area)
     eccentricity = MAX_ECCENTRICITY * rng.uniform(size=n_vertices) ** 0.7
     angle = _polar_angles(rng, area)
-    offset = towards * 0.04 + 0.05 * rng.standard_normal((2, n_vertices))
+    offset = sign * 0.04 + 0.05 * rng.standard_normal((2, n_vertices))
     spread = rng.uniform(size=n_vertices)
     late, mixed = level == "late", level == "mixed"
-    x = np.where(late, 0.5 + offset[0], 0.5 + towards * eccentricity * np.cos(angle))
-    y = np.where(late, 0.5 + offset[1] - towards * 0.04, 0.5 - eccentricity * np.sin(angle))
+    x = np.where(late, 0.5 + offset[0], 0.5 + sign * eccentricity * np.cos(angle))
+    y = np.where(late, 0.5 + offset[1] - sign * 0.04, 0.5 - eccentricity * np.sin(angle))
     size = np.array([_local_size(*pair) for pair in zip(area, level, eccentricity, strict=True)])
     size = np.where(late, LATE_SIZES[0] + np.ptp(LATE_SIZES) * spread, size)
     return x, y, np.where(mixed, MIXED_SIZES[0] + np.ptp(MIXED_SIZES) * spread, size)
 
 
 def _polar_angles(rng: np.random.Generator, area: np.ndarray) -> np.ndarray:
-    """Radians above the horizontal: ventral maps hold the upper visual field, dorsal maps the lower."""
+    """Angles of field centres, radians above the horizontal: ventral maps see the upper half, dorsal maps the lower."""
     free = rng.uniform(-np.pi / 2, np.pi / 2, len(area))
     quarter = np.array([{"v": 1, "d": -1}.get(name[2:3], 0) if name[:2] in ("V1", "V2", "V3") else 0 for name in area])
     return np.where(quarter == 0, free, quarter * np.abs(free))

@@ -1,4 +1,4 @@
-"""What a simulated tree holds, and the random streams that its seed unfolds into."""
+"""Counts of a simulated tree, and the random streams of its seed."""
 
 import os
 import zlib
@@ -10,9 +10,9 @@ import numpy as np
 from featcache.dataset.rois import FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.errors import ConfigError
 
-MAX_SUBJECTS = 8  # the layout knows subj01 to subj08
+MAX_SUBJECTS = 8  # as in the challenge
 FULL_VERTICES = (19_004, 20_544)
-# Vertices that a subject lacks out of FULL_VERTICES; a smaller tree drops the same fraction, at least one.
+# {subject: vertices that it lacks out of FULL_VERTICES}; in a smaller tree it lacks the same fraction, at least one.
 DELETED_OF_FULL = {6: (26, 324), 8: (23, 14)}
 
 Counts = int | tuple[int, ...]
@@ -22,10 +22,7 @@ Counts = int | tuple[int, ...]
 class SimulateConfig:
     """Counts of a simulated challenge tree.
 
-    Raises
-    ------
-    ConfigError
-        For counts that no tree can have.
+    Raises ConfigError for counts that no tree can have.
     """
 
     n_subjects: int = 8  # subj01 onwards, 8 at most
@@ -36,15 +33,15 @@ class SimulateConfig:
     n_dead: int = 2  # vertices per hemisphere whose response is constantly 0
     image_size: int = 128  # pixels per side (the challenge's images: 425)
     n_image_ids: int = 73_000  # image ids run from 0 to this, exclusive
-    # Images outside the tree over which every signal has mean 0 and variance 1. Their number bounds how exact the
-    # ceilings are as a whole: 300 of them move the mean ceiling by about 0.006 of the variance, 2,400 by 0.002.
+    # Images outside the tree, over which every signal has mean 0 and variance 1. More of them make the ceilings more
+    # exact: with 300, the mean ceiling is off by about 0.006 of the variance; with 2,400, by 0.002.
     n_reference: int = 600
-    seed: int = 0  # the same seed gives the same bytes
-    workers: int | None = field(default=None, compare=False)  # processes (None: one per core); no effect on the bytes
+    seed: int = 0  # equal seeds give equal bytes
+    workers: int | None = field(default=None, compare=False)  # processes; None: one per core; the bytes do not change
 
     def __post_init__(self) -> None:
         _check_range("n_subjects", self.n_subjects, 1, MAX_SUBJECTS)
-        # Four digits number the images of a split in their file names, five hold the image id.
+        # File names have four digits for the number of an image within its split, and five for its id.
         for name in ("n_train", "n_test"):
             for count in self._per_subject(name):
                 _check_range(name, count, 2, 9_999)
@@ -80,31 +77,27 @@ class SimulateConfig:
 
     @property
     def n_drawn(self) -> int:
-        """Different images in the whole tree."""
-        return self.n_shared + sum(self.n_own_train(s) + self.test_count(s) for s in self.subjects)
+        """Number of different images in the whole tree."""
+        return self.n_shared + sum(self.train_count(s) - self.n_shared + self.test_count(s) for s in self.subjects)
 
     @property
     def n_workers(self) -> int:
-        """Processes to start."""
+        """Number of processes to start."""
         return self.workers or os.cpu_count() or 1
 
     def train_count(self, subject: int) -> int:
-        """Training images of one subject, shared ones included."""
+        """Number of training images of one subject, shared ones included."""
         return self._per_subject("n_train")[subject - 1]
 
-    def n_own_train(self, subject: int) -> int:
-        """Training images that no other subject has."""
-        return self.train_count(subject) - self.n_shared
-
     def test_count(self, subject: int) -> int:
-        """Test images of one subject."""
+        """Number of test images of one subject."""
         return self._per_subject("n_test")[subject - 1]
 
     def n_deleted(self, subject: int, hemisphere: str) -> int:
-        """Vertices of the common set that this subject lacks."""
+        """Number of the vertices in `n_vertices` that this subject lacks."""
         side = HEMISPHERES.index(hemisphere)
-        of_full = DELETED_OF_FULL.get(subject, (0, 0))[side]
-        return max(1, round(of_full * self.n_vertices[side] / FULL_VERTICES[side])) if of_full else 0
+        n_of_full = DELETED_OF_FULL.get(subject, (0, 0))[side]
+        return max(1, round(n_of_full * self.n_vertices[side] / FULL_VERTICES[side])) if n_of_full else 0
 
     def _per_subject(self, name: str) -> tuple[int, ...]:
         counts = getattr(self, name)
@@ -121,16 +114,16 @@ class SimulateConfig:
 
 
 def generator(seed: int, purpose: str, *keys: int) -> np.random.Generator:
-    """The random stream of one purpose, e.g. ``generator(0, "noise", subject, block)``.
+    """Random stream of one purpose, e.g. ``generator(0, "noise", subject, block)``.
 
-    Streams are keyed, never shared: what is drawn depends neither on the order of the calls nor on the process.
+    Each purpose and key has a stream of its own: numbers depend neither on the order of calls nor on the process.
     """
     key = (zlib.crc32(purpose.encode()), *keys)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))
 
 
 def blocks(n_rows: int, size: int) -> Iterator[slice]:
-    """Consecutive row slices of at most ``size`` that cover ``n_rows``."""
+    """Consecutive slices of at most ``size`` rows, which together cover ``n_rows``."""
     for start in range(0, n_rows, size):
         yield slice(start, min(start + size, n_rows))
 

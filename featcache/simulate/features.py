@@ -1,13 +1,13 @@
-"""The feature bank: everything that a simulated response can depend on, one short row per image.
+"""Feature bank: one short row per image, with everything that a simulated response can depend on.
 
 Four groups of channels, each on its own grid of cells over the image:
 
     early   oriented edges at two scales, contrast, luminance and colour, from the pixels of one cell and its rim
     mid     texture, corners, saturation, and whether there is an object, over larger cells
-    late    how much of each category (two variants each) is near the cell
+    late    amount of each category, in two variants, near the cell
     whole   statistics of the scene, one cell
 
-A row lists the groups in this order; within a group the channel is the slow axis, then y, then x.
+A row has the groups in this order; within a group, channels vary slowest, then y, then x.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ from featcache.simulate.scenes import BACKGROUNDS, CATEGORIES, Scene, SceneObjec
 ANALYSIS_SIDE = 80  # pixels of the image as analysed; a multiple of the early and mid grids
 SCALES = (0.8, 2.0)  # standard deviations of the blur before edges are taken, analysis pixels
 ORIENTATIONS = tuple(np.pi * k / 4 for k in range(4))
-BLUR_REACH = 3.0  # blurs end after so many standard deviations, so that a cell sees only its rim
-RIM = 9  # analysis pixels beyond its cells that a pixel-driven channel can see: blur, gradient and resizing
+BLUR_REACH = 3.0  # standard deviations after which a blur ends, so that a cell sees no further than its rim
+RIM = 9  # analysis pixels around a cell that its channels can see, by blur, gradient and resizing
 
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that share a grid."""
+    """Channels on one grid of cells."""
 
     name: str
     grid: int  # cells per image side
@@ -82,12 +82,12 @@ N_FEATURES = sum(group.n_features for group in GROUPS)
 
 
 def encode(image: np.ndarray, scene: Scene) -> np.ndarray:
-    """The bank's row for one image.
+    """Row of the feature bank for one image.
 
     Parameters
     ----------
     image : (n_pixels, n_pixels, 3) uint8
-    scene : what was drawn; only the object and category channels, and some of the whole image's, need it
+    scene : scene of the image; only channels of objects and categories, and some of the group 'whole', use it
 
     Returns
     -------
@@ -100,19 +100,19 @@ def encode(image: np.ndarray, scene: Scene) -> np.ndarray:
 
 
 def group_slices() -> tuple[tuple[Group, slice, slice], ...]:
-    """Every group with its slice of the channels and its slice of a row."""
-    found, channel, feature = [], 0, 0
+    """(group, its slice of the channels, its slice of a row) for every group."""
+    slices, channel, feature = [], 0, 0
     for group in GROUPS:
         next_channel, next_feature = channel + len(group.channels), feature + group.n_features
-        found.append((group, slice(channel, next_channel), slice(feature, next_feature)))
+        slices.append((group, slice(channel, next_channel), slice(feature, next_feature)))
         channel, feature = next_channel, next_feature
-    return tuple(found)
+    return tuple(slices)
 
 
 def cell_centres(grid: int) -> np.ndarray:
     """Centres (x, y) of a grid's cells as fractions of the image side: (grid * grid, 2), x fastest."""
-    at = (np.arange(grid) + 0.5) / grid
-    y, x = np.meshgrid(at, at, indexing="ij")
+    centres = (np.arange(grid) + 0.5) / grid
+    y, x = np.meshgrid(centres, centres, indexing="ij")
     return np.stack([x.ravel(), y.ravel()], axis=1)
 
 
@@ -132,7 +132,7 @@ def channel_scales(features: np.ndarray) -> np.ndarray:
 
 
 def _pixel_maps(image: np.ndarray) -> dict[str, np.ndarray]:
-    """Maps of (ANALYSIS_SIDE, ANALYSIS_SIDE), each value from the pixels around it alone."""
+    """{name: (ANALYSIS_SIDE, ANALYSIS_SIDE)}, where a value follows from the pixels around it."""
     small = Image.fromarray(image).resize((ANALYSIS_SIDE, ANALYSIS_SIDE), Image.Resampling.BOX)
     red, green, blue = np.moveaxis(np.asarray(small, dtype=np.float32) / 255, -1, 0)
     luminance = (red + green + blue) / 3
@@ -161,12 +161,12 @@ def _edge_maps(luminance: np.ndarray, scale: str, sigma: float) -> dict[str, np.
 def _pool(values: np.ndarray, grid: int) -> np.ndarray:
     """Mean over every cell: (ANALYSIS_SIDE, ANALYSIS_SIDE) -> (grid, grid)."""
     side = ANALYSIS_SIDE // grid
-    return values.reshape(grid, side, grid, side).mean(axis=(1, 3))
+    return np.asarray(values.reshape(grid, side, grid, side).mean(axis=(1, 3)))
 
 
 def _spread(values: np.ndarray, grid: int) -> np.ndarray:
-    """Standard deviation within every cell."""
-    return np.sqrt(np.maximum(_pool(values**2, grid) - _pool(values, grid) ** 2, 0))
+    """Standard deviation within every cell: (ANALYSIS_SIDE, ANALYSIS_SIDE) -> (grid, grid)."""
+    return np.asarray(np.sqrt(np.maximum(_pool(values**2, grid) - _pool(values, grid) ** 2, 0)))
 
 
 # -------------------------------------------------------------------------------------------------- the four groups
@@ -183,7 +183,8 @@ def _mid(maps: dict[str, np.ndarray], scene: Scene) -> np.ndarray:
     grid = GROUPS[1].grid
     xx, yy = _pool(maps["gx-coarse"] ** 2, grid), _pool(maps["gy-coarse"] ** 2, grid)
     xy = _pool(maps["gx-coarse"] * maps["gy-coarse"], grid)
-    # Eigenvalues of the cell's structure tensor: both large at corners and curves, one at a straight edge.
+    # Eigenvalues of the cell's structure tensor, mean + gap and mean - gap: both are large at corners and curves, only
+    # the first at a straight edge.
     mean, gap = (xx + yy) / 2, np.sqrt(((xx - yy) / 2) ** 2 + xy**2)
     fine, coarse = _pool(maps["energy-fine"], grid), _pool(maps["energy-coarse"], grid)
     animate = [thing for thing in scene.objects if thing.category in ("face", "body")]
@@ -201,7 +202,7 @@ def _mid(maps: dict[str, np.ndarray], scene: Scene) -> np.ndarray:
 
 
 def _late(scene: Scene) -> np.ndarray:
-    """Every object's mass, shared among the cells near it, in the channel of its category and variant."""
+    """Mass of every object, divided among the cells near it, in the channel of its category and variant."""
     group = GROUPS[2]
     near = _proximity(scene.objects, group.grid)
     maps = np.zeros((len(group.channels), group.grid, group.grid))
@@ -236,8 +237,8 @@ def _proximity(things: Sequence[SceneObject], grid: int) -> np.ndarray:
     centres = np.array([(thing.x, thing.y) for thing in things]).reshape(-1, 1, 2)
     widths = np.array([thing.size / 2 for thing in things]).reshape(-1, 1)
     squared = ((cell_centres(grid)[None] - centres) ** 2).sum(axis=-1)
-    return np.exp(-squared / (2 * widths**2)).reshape(-1, grid, grid)
+    return np.asarray(np.exp(-squared / (2 * widths**2)).reshape(-1, grid, grid))
 
 
 def _coverage(things: Sequence[SceneObject], grid: int) -> np.ndarray:
-    return _proximity(things, grid).sum(axis=0)
+    return np.asarray(_proximity(things, grid).sum(axis=0))

@@ -1,7 +1,7 @@
-"""Procedural images: an image id gives a scene, a scene gives pixels.
+"""Images by procedure: an image id gives a scene, and a scene gives pixels.
 
 A scene is a background and a few objects of five categories, each with its own place, size, orientation, colours
-and contrast. It is drawn in fractions of the image side, so that one scene can be drawn at any size.
+and contrast. Places and sizes are fractions of the image side, so that a scene can be drawn at any size.
 """
 
 import math
@@ -15,8 +15,9 @@ from featcache.simulate.config import generator
 
 CATEGORIES = ("face", "body", "place", "word", "other")
 BACKGROUNDS = ("texture", "landscape", "interior", "grating", "gradient")
-NOISE_SIDE = 64  # pixels of the background's noise before it is enlarged
-CIRCLE = tuple((math.cos(math.pi * k / 16), math.sin(math.pi * k / 16)) for k in range(32))  # ellipses turn as polygons
+NOISE_SIDE = 64  # pixels per side of the background's noise, before it is enlarged
+# Ellipses are drawn as polygons of these corners, which can be turned.
+CIRCLE = tuple((math.cos(math.pi * k / 16), math.sin(math.pi * k / 16)) for k in range(32))
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -30,7 +31,7 @@ class SceneObject:
     variant: int  # 0 or 1: two kinds within the category
     x: float  # centre from the left, fraction of the image side
     y: float  # centre from the top, fraction of the image side
-    size: float  # side of its box, fraction of the image side
+    size: float  # side of its square, fraction of the image side
     angle: float  # anticlockwise, degrees
     contrast: float  # opacity in (0, 1]
     colours: tuple[Colour, Colour, Colour]  # RGB, 0 to 255
@@ -38,31 +39,31 @@ class SceneObject:
 
     @property
     def mass(self) -> float:
-        """How much of it there is to see: contrast times the root of the size, about 0.3 to 1."""
+        """Visibility: contrast times the square root of the size, about 0.3 to 1."""
         return self.contrast * float(np.sqrt(self.size / 0.5))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that is needed to draw one image."""
+    """Description of one image, complete enough to draw it."""
 
     background: str  # one of BACKGROUNDS
     colours: tuple[Colour, Colour, Colour]  # RGB, 0 to 255
     horizon: float  # from the top, fraction of the image side
     angle: float  # of gratings and gradients, radians
     cycles: float  # of gratings, per image side
-    noise: np.ndarray  # (NOISE_SIDE, NOISE_SIDE), 1-over-f, standard deviation 1
+    noise: np.ndarray  # (NOISE_SIDE, NOISE_SIDE) float32, as by `_fractal`, standard deviation 1
     noise_level: float  # standard deviation on the 0 to 255 scale
-    roughness: float  # in [0, 1]: how slowly the noise spectrum falls
+    roughness: float  # in [0, 1]; the larger, the slower the spectrum of the noise falls
     objects: tuple[SceneObject, ...]  # largest first: the order of drawing
 
 
 def compose(seed: int, image_id: int) -> Scene:
-    """The scene of an image id: a pure function of its two arguments."""
+    """Scene of an image id: a pure function of its two arguments."""
     rng = generator(seed, "scene", image_id)
     roughness = float(rng.uniform())
     background = BACKGROUNDS[rng.choice(len(BACKGROUNDS), p=(0.3, 0.25, 0.2, 0.1, 0.15))]
-    # A theme per image makes some categories keep company, so that images differ in content as a whole.
+    # Each image prefers some categories, so that images differ in content as a whole.
     theme = rng.dirichlet(np.full(len(CATEGORIES), 0.6))
     objects = [_compose_object(rng, theme) for _ in range(rng.integers(1, 6))]
     return Scene(
@@ -85,7 +86,7 @@ def draw(scene: Scene, image_size: int) -> np.ndarray:
         patch = _object_patch(thing, image_size)
         corner = (round(thing.x * image_size - patch.width / 2), round(thing.y * image_size - patch.height / 2))
         image.paste(patch, corner, patch)
-    # 32 levels per channel: no loss to the eye, and half the bytes once compressed.
+    # 32 levels per channel: the eye sees no loss, and the compressed file has half the bytes.
     return np.asarray(image) & 0xF8
 
 
@@ -120,12 +121,12 @@ def _skin(rng: np.random.Generator) -> Colour:
 
 
 def _fractal(rng: np.random.Generator, exponent: float) -> np.ndarray:
-    """Noise whose amplitude falls as 1 / frequency ** exponent."""
+    """Noise whose amplitude falls as 1 / frequency ** exponent: (NOISE_SIDE, NOISE_SIDE) float32."""
     frequency = np.hypot(np.fft.fftfreq(NOISE_SIDE)[:, None], np.fft.rfftfreq(NOISE_SIDE)[None, :])
     frequency[0, 0] = np.inf
     spectrum = np.fft.rfft2(rng.standard_normal((NOISE_SIDE, NOISE_SIDE))) / frequency**exponent
     noise = np.fft.irfft2(spectrum, s=(NOISE_SIDE, NOISE_SIDE))
-    return (noise / noise.std()).astype(np.float32)
+    return np.asarray((noise / noise.std()).astype(np.float32))
 
 
 # --------------------------------------------------------------------------------------------- background
@@ -140,8 +141,8 @@ def _background(scene: Scene, size: int) -> np.ndarray:
 
 def _mix(scene: Scene, share: np.ndarray, first: int = 0, second: int = 1) -> np.ndarray:
     """Colour ``first`` where ``share`` is 0, ``second`` where it is 1."""
-    start, stop = (np.array(scene.colours[which], dtype=np.float32) for which in (first, second))
-    return start + (stop - start) * np.clip(share, 0, 1)[..., None]
+    start, stop = (np.array(scene.colours[number], dtype=np.float32) for number in (first, second))
+    return np.asarray(start + (stop - start) * np.clip(share, 0, 1)[..., None])
 
 
 def _paint_texture(scene: Scene, x: np.ndarray, y: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -186,7 +187,7 @@ BACKGROUND_PAINTERS: dict[str, Callable[[Scene, np.ndarray, np.ndarray, np.ndarr
 
 
 class Pen:
-    """Draws in coordinates from -1 to 1 (y downwards), turned by an angle, on a transparent square."""
+    """Draws on a transparent square, in coordinates from -1 to 1 (y downwards), turned anticlockwise by degrees."""
 
     def __init__(self, side: int, angle: float) -> None:
         self.image = Image.new("RGBA", (side, side), (0, 0, 0, 0))
@@ -212,7 +213,7 @@ class Pen:
 
 
 def _object_patch(thing: SceneObject, image_size: int) -> Image.Image:
-    """The object on a transparent square, drawn twice as large and reduced, for smooth edges."""
+    """Picture of an object on a transparent square, drawn twice as large and then reduced, for smooth edges."""
     pen = Pen(2 * max(4, round(thing.size * image_size)), thing.angle)
     OBJECT_PAINTERS[thing.category](pen, thing)
     patch = pen.image.reduce(2)
@@ -293,7 +294,7 @@ def _paint_word(pen: Pen, thing: SceneObject) -> None:
     pen.box(-1, -0.42 * lines, 1, 0.42 * lines, _shade(paper, 1.3))
     for line in range(lines):
         for position in range(length):
-            # Letters come from the details' digits: eight numbers spell words of any length.
+            # Eight details give words of any length and kind.
             glyph = GLYPHS[int(thing.details[position] * 997 + 31 * line) % len(GLYPHS)]
             _write_glyph(
                 pen, glyph, -0.9 + 1.8 * position / length, 0.84 * (line - lines / 2) + 0.12, 1.3 / length, ink

@@ -1,21 +1,22 @@
-"""The tree on disk: the challenge's layout, the noise ceilings, and the truth beside them."""
+"""Files of a simulated tree: the challenge's layout, the noise ceilings, and the truth beside them."""
 
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
+from featcache.dataset.algonauts import image_folder, image_name, response_files
 from featcache.dataset.rois import CLASSES, FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.errors import ConfigError
+from featcache.machine.files import whole_folder
 from featcache.simulate.anatomy import Vertices, mapping, roi_labels
 from featcache.simulate.config import SimulateConfig, blocks, generator
 from featcache.simulate.features import CHANNELS, N_FEATURES, channel_scales, encode
@@ -51,30 +52,32 @@ correlation with `test_responses` is the ceiling, on average.
 
 @dataclass(frozen=True)
 class ImageIds:
-    """Which images a subject sees, rising: both int64."""
+    """Ids of a subject's images, each (n_images,) int64, in rising order."""
 
     train: np.ndarray
     test: np.ndarray
 
 
 def simulate(config: SimulateConfig, root: Path, progress: Progress | None = None) -> None:
-    """Write a challenge tree with a known ground truth to `root`; `root/truth/README.md` says what the truth holds.
+    """Write a challenge tree with a known ground truth to `root`; `root/truth/README.md` describes the truth.
 
     The tree appears under its name only when it is complete. Worker processes are spawned: a script that calls this
     at its top level needs an ``if __name__ == "__main__"`` guard, unless `config.workers` is 1.
 
     Parameters
     ----------
-    progress : called with (steps done, steps in total); a step is an image, or a hemisphere's responses
+    progress : called with (steps done, steps in total); a step is an image, or the responses of a hemisphere
 
     Raises
     ------
-    ConfigError
-        If `root` exists and is not an empty folder.
+    ConfigError : `root` exists and is not an empty folder
     """
-    _check_free(root)
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise ConfigError(
+            root, expected="a new or empty folder", found="something in it", remedy="remove it or name another"
+        )
     ids = image_ids(config)
-    with _staged(root) as staging, _mapper(config.n_workers) as run:
+    with whole_folder(root) as staging, _mapper(config.n_workers) as run:
         tick = _ticker(config, progress)
         _write_images(config, staging, ids, run, tick)
         jobs = [(subject, hemisphere) for subject in config.subjects for hemisphere in HEMISPHERES]
@@ -86,49 +89,28 @@ def simulate(config: SimulateConfig, root: Path, progress: Progress | None = Non
 
 
 def image_ids(config: SimulateConfig) -> dict[int, ImageIds]:
-    """{subject: its image ids}; the shared ones are training images of all, any other belongs to one split."""
+    """{subject: ids of its images}; shared images are training images of all, others belong to one subject."""
     order = generator(config.seed, "image ids").permutation(config.n_image_ids).astype(np.int64)
-    shared, start, found = order[: config.n_shared], config.n_shared, {}
+    shared, start, ids = order[: config.n_shared], config.n_shared, {}
     for subject in config.subjects:
-        middle = start + config.n_own_train(subject)
+        middle = start + config.train_count(subject) - config.n_shared
         stop = middle + config.test_count(subject)
         train = np.concatenate([shared, order[start:middle]])
-        found[subject] = ImageIds(np.sort(train), np.sort(order[middle:stop]))
+        ids[subject] = ImageIds(np.sort(train), np.sort(order[middle:stop]))
         start = stop
-    return found
+    return ids
 
 
-# ---------------------------------------------------------------------------------------- staging and processes
-
-
-def _check_free(root: Path) -> None:
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise ConfigError(
-            root, expected="a new or empty folder", found="something in it", remedy="remove it or name another"
-        )
-
-
-@contextmanager
-def _staged(root: Path) -> Iterator[Path]:
-    """A folder beside `root` that takes its name if all goes well, and goes away if not."""
-    root = root.absolute()
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{root.name}.partial-", dir=root.parent) as folder:
-        staging = Path(folder) / root.name
-        staging.mkdir()
-        yield staging
-        if root.exists():
-            root.rmdir()  # empty: not every system renames onto a folder
-        staging.rename(root)
+# ---------------------------------------------------------------------------------------------------- processes
 
 
 @contextmanager
 def _mapper(n_workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """`map`, in order, over processes, or in this one if one is enough."""
+    """`map` over so many processes, results in order; 1 stands for this process."""
     if n_workers == 1:
         yield map
         return
-    # Spawned, not forked: a caller may hold threads, and a fork copies their locks.
+    # Spawned, not forked: the caller may have threads, and a fork would copy their locks.
     with ProcessPoolExecutor(n_workers, mp_context=get_context("spawn")) as pool:
         try:
             yield pool.map
@@ -154,9 +136,13 @@ def _ticker(config: SimulateConfig, progress: Progress | None) -> Callable[[int]
 
 
 def _write_images(
-    config: SimulateConfig, staging: Path, ids: dict[int, ImageIds], run: Callable, tick: Callable[[int], None]
+    config: SimulateConfig,
+    staging: Path,
+    ids: dict[int, ImageIds],
+    run: Callable[..., Iterator[Any]],
+    tick: Callable[[int], None],
 ) -> None:
-    """Draw every image once, write it wherever it belongs, and write the feature bank."""
+    """Draw every image once, write it for each subject that sees it, and write the feature bank."""
     places = _image_places(ids)
     for folder in {path.parent for paths in places.values() for path in paths}:
         (staging / folder).mkdir(parents=True)
@@ -168,7 +154,7 @@ def _write_images(
         staging / "truth" / "features.npy", mode="w+", dtype=np.float16, shape=(len(drawn), N_FEATURES)
     )
     slices = list(blocks(len(drawn), IMAGES_PER_TASK))
-    tasks = [[(one, places.get(one, [])) for one in drawn[rows]] for rows in slices]
+    tasks = [[(image_id, places.get(image_id, [])) for image_id in drawn[rows]] for rows in slices]
     for rows, features in zip(slices, run(partial(_draw_task, config, staging), tasks), strict=True):
         bank[rows] = features
         tick(len(features))
@@ -178,16 +164,16 @@ def _write_images(
 def _image_places(ids: dict[int, ImageIds]) -> dict[int, list[Path]]:
     """{image id: its files, relative to the root}."""
     places: dict[int, list[Path]] = {}
-    for subject, own in ids.items():
-        for folder, name, members in (("training", "train", own.train), ("test", "test", own.test)):
-            parent = Path(_name(subject), f"{folder}_split", f"{folder}_images")
-            for number, image_id in enumerate(members.tolist(), start=1):
-                places.setdefault(image_id, []).append(parent / f"{name}-{number:04d}_nsd-{image_id:05d}.png")
+    for subject, of_subject in ids.items():
+        for split, of_split in (("train", of_subject.train), ("test", of_subject.test)):
+            folder = image_folder(Path(_name(subject)), split)
+            for number, image_id in enumerate(of_split.tolist(), start=1):
+                places.setdefault(image_id, []).append(folder / image_name(split, number, image_id))
     return places
 
 
 def _draw_task(config: SimulateConfig, staging: Path, images: list[tuple[int, list[Path]]]) -> np.ndarray:
-    """Write some images; their rows of the bank: (n_images, N_FEATURES) float16."""
+    """Draw images, write them to their files, and return their rows of the bank: (n_images, N_FEATURES) float16."""
     rows = []
     for image_id, paths in images:
         scene = compose(config.seed, image_id)
@@ -210,7 +196,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _write_hemisphere(config: SimulateConfig, staging: Path, ids: dict[int, ImageIds], job: tuple[int, str]) -> None:
-    """Masks, ceiling, truth and responses of one hemisphere of one subject."""
+    """Write masks, ceiling, truth and responses of one hemisphere of one subject."""
     subject, hemisphere = job
     bank = np.load(staging / "truth" / "features.npy", mmap_mode="r")
     bank_ids = np.load(staging / "truth" / "feature_ids.npy")
@@ -219,10 +205,10 @@ def _write_hemisphere(config: SimulateConfig, staging: Path, ids: dict[int, Imag
     _write_masks(config, staging / _name(subject) / "roi_masks", subject, hemisphere, planted.vertices)
     _save(staging / "noise_ceiling" / _name(subject) / f"{hemisphere}.npy", planted.ceiling * np.float32(100))
     _write_truth(staging / "truth" / _name(subject) / f"{hemisphere}.npz", planted)
-    for split, members in (("train", ids[subject].train), ("test", ids[subject].test)):
-        features = bank[np.searchsorted(bank_ids, members)]
+    for split, of_split in (("train", ids[subject].train), ("test", ids[subject].test)):
+        features = bank[np.searchsorted(bank_ids, of_split)]
         rows = response_blocks(config, planted, subject, hemisphere, split, features)
-        _write_responses(staging, job, split, (len(members), len(planted.vertices)), rows)
+        _write_responses(staging, job, split, (len(of_split), len(planted.vertices)), rows)
 
 
 def _write_responses(
@@ -232,7 +218,7 @@ def _write_responses(
     shape: tuple[int, int],
     rows: Iterator[tuple[slice, np.ndarray, np.ndarray]],
 ) -> None:
-    """Training responses into the tree; test responses, and their signals, into the truth."""
+    """Write training responses into the tree, or test responses and their signals into the truth."""
     with ExitStack() as stack:
         files = [stack.enter_context(_row_file(path, shape)) for path in _response_paths(staging, *job, split)]
         for _, signal, responses in rows:
@@ -242,13 +228,13 @@ def _write_responses(
 
 def _response_paths(staging: Path, subject: int, hemisphere: str, split: str) -> list[Path]:
     if split == "train":
-        return [staging / _name(subject) / "training_split" / "training_fmri" / f"{hemisphere}_training_fmri.npy"]
-    return [staging / "truth" / _name(subject) / f"{hemisphere}_test_{what}.npy" for what in ("responses", "signal")]
+        return [response_files(staging / _name(subject))[hemisphere]]
+    return [staging / "truth" / _name(subject) / f"{hemisphere}_test_{name}.npy" for name in ("responses", "signal")]
 
 
 @contextmanager
 def _row_file(path: Path, shape: tuple[int, int]) -> Iterator[BinaryIO]:
-    """A float32 .npy of that shape whose rows are appended: a memory map would keep all of them in memory."""
+    """Open a float32 .npy file of a given shape to append its rows; a memory map would keep all of them in memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype("<f4")), "fortran_order": False, "shape": shape}
@@ -257,7 +243,7 @@ def _row_file(path: Path, shape: tuple[int, int]) -> Iterator[BinaryIO]:
 
 
 def _write_masks(config: SimulateConfig, folder: Path, subject: int, hemisphere: str, vertices: Vertices) -> None:
-    """ROI labels per column and per fsaverage vertex: uint8, as labels are few and the surfaces many."""
+    """Write ROI labels, uint8, for the columns and for all fsaverage vertices."""
 
     def on_surface(values: np.ndarray | int) -> np.ndarray:
         surface = np.zeros(FSAVERAGE_VERTICES, dtype=np.uint8)
@@ -278,17 +264,10 @@ def _write_mappings(folder: Path) -> None:
 
 
 def _write_truth(path: Path, planted: Planted) -> None:
-    vertices = {item.name: getattr(planted.vertices, item.name) for item in fields(planted.vertices)}
+    arrays = vars(planted.vertices) | {"channels": np.array(CHANNELS)} | vars(planted)
+    del arrays["vertices"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        path,
-        **vertices,
-        channels=np.array(CHANNELS),
-        weights=planted.weights,
-        offset=planted.offset,
-        ceiling=planted.ceiling,
-        dead=planted.dead,
-    )
+    np.savez(path, **arrays)
 
 
 def _save(path: Path, values: np.ndarray) -> None:

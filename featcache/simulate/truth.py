@@ -1,10 +1,10 @@
-"""What is planted in every vertex, and the responses that follow from it.
+"""Weights and noise ceilings of every vertex, and the responses that follow from them.
 
-    signal   = features @ weight_matrix - offset        mean 0, variance 1 over the reference images
+    signal   = features @ weight_matrix.T - offset      mean 0, variance 1 over the reference images
     response = sqrt(NC) signal + sqrt(1 - NC) noise     noise standard normal, so var(signal part) / var(response) = NC
 
-A dead vertex answers 0 to everything. The squared correlation of a response with its own signal has expectation NC,
-up to 1 / n_images: what is written as the noise ceiling is what the best possible model reaches.
+The responses of a dead vertex are always 0. The squared correlation of a response with its own signal is NC on average,
+up to 1 / n_images. So the written noise ceiling NC is what the best possible model reaches.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from featcache.simulate.anatomy import AREAS, FIELD_REACH, LEVELS, Vertices, all
 from featcache.simulate.config import SimulateConfig, blocks, generator
 from featcache.simulate.features import CHANNELS, N_CHANNELS, N_FEATURES, Group, cell_centres, group_slices
 
-ROWS_PER_BLOCK = 256  # images per random stream of the noise: part of what the seed means
-VERTICES_PER_BLOCK = 1024  # weights built at once, which bounds the memory
+ROWS_PER_BLOCK = 256  # images per random stream of the noise; another number would change the responses of a seed
+VERTICES_PER_BLOCK = 1024  # vertices whose weights are built at once, which bounds the memory
 
 # Noise ceilings by subject: two parameters of a beta distribution, its upper end (fraction of variance), and the
-# share of vertices at exactly zero. Their means run from 0.19 to 0.42, as in the recordings the layout comes from.
+# share of vertices at exactly zero. Their means are 0.19 to 0.42, as in the challenge's recordings.
 CEILINGS: tuple[tuple[float, float, float, float], ...] = (
     (2.12, 2.68, 0.87, 0.0010),
     (1.50, 1.71, 0.85, 0.0025),
@@ -43,13 +43,13 @@ LEVEL_WEIGHTS: dict[str, dict[str, tuple[float, float]]] = {
     "late": {"mid": (0.0, 0.05), "late": (0.1, 0.35), "whole": (0.0, 0.12)},
     "mixed": {"early": (0.0, 0.4), "mid": (0.0, 0.4), "late": (0.0, 0.4), "whole": (0.0, 0.2)},
 }
-PREFERENCE = 1.5  # added to the weights of the category that a floc area prefers
+PREFERENCE = 1.5  # added to the weights of the category that a functional-localiser (floc) area prefers
 PREFERRED = {"floc-faces": "face", "floc-bodies": "body", "floc-places": "place", "floc-words": "word"}
 
 
 @dataclass(frozen=True)
 class Planted:
-    """The truth of one hemisphere of one subject. Arrays are (n_vertices, ...), in the order of the columns."""
+    """Truth of one hemisphere of one subject. Arrays are (n_vertices, ...), in the order of the response columns."""
 
     vertices: Vertices
     weights: np.ndarray  # (n_vertices, N_CHANNELS) float32, per unit of each channel
@@ -58,24 +58,22 @@ class Planted:
     dead: np.ndarray  # (n_vertices,) bool, constantly 0
 
     def matrix(self) -> sparse.csr_matrix:
-        """Weights as (n_vertices, N_FEATURES) float32: channel weights spread over the cells of the field."""
+        """Weights, (n_vertices, N_FEATURES) float32: those of the channels, spread over the cells of the field."""
         return weight_matrix(self.vertices, self.weights)
 
     def signals(self, features: np.ndarray) -> np.ndarray:
-        """Noise-free signals, mean 0 and variance 1 over the reference images: (n_images, n_vertices) float32.
+        """Signals without noise, (n_images, n_vertices) float32, mean 0 and variance 1 over the reference images.
 
         features : (n_images, N_FEATURES)
         """
-        return np.ascontiguousarray(_product(self.matrix(), features).T) - self.offset
+        return np.asarray(np.ascontiguousarray(_product(self.matrix(), features).T) - self.offset)
 
 
 def plant(config: SimulateConfig, subject: int, hemisphere: str, reference: np.ndarray, scales: np.ndarray) -> Planted:
-    """Decide the truth of one hemisphere.
+    """Truth of one hemisphere of one subject, drawn from the seed.
 
-    Parameters
-    ----------
-    reference : (n_reference, N_FEATURES), bank of the images over which signals are standardised
-    scales : (N_CHANNELS,), what one unit of each channel is before weights are drawn
+    reference : (n_reference, N_FEATURES), features of the reference images, over which signals are standardised
+    scales : (N_CHANNELS,), standard deviations of the channels; weights are drawn for channels divided by these
     """
     common = all_vertices(config, hemisphere)
     mask = kept(config, subject, hemisphere)
@@ -93,7 +91,7 @@ def plant(config: SimulateConfig, subject: int, hemisphere: str, reference: np.n
 
 
 def weight_matrix(vertices: Vertices, weights: np.ndarray) -> sparse.csr_matrix:
-    """Channel weights (n_vertices, N_CHANNELS) as a sparse (n_vertices, N_FEATURES) float32."""
+    """Weights of channels, (n_vertices, N_CHANNELS), as a sparse matrix, (n_vertices, N_FEATURES) float32."""
     parts = [_dense_rows(vertices, weights, rows) for rows in blocks(len(vertices), VERTICES_PER_BLOCK)]
     return sparse.csr_matrix(sparse.vstack(parts, format="csr"))
 
@@ -101,32 +99,32 @@ def weight_matrix(vertices: Vertices, weights: np.ndarray) -> sparse.csr_matrix:
 def response_blocks(
     config: SimulateConfig, planted: Planted, subject: int, hemisphere: str, split: str, features: np.ndarray
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Row slices with (signal part, response), each (n_rows, n_vertices) float32.
+    """(slice of rows, sqrt(NC) signal, response) for blocks of images; the arrays are (n_rows, n_vertices) float32.
 
-    split : "train" or "test"; names the noise
-    features : (n_images, N_FEATURES), may be memory-mapped
+    split : "train" or "test"; each has noise of its own
+    features : (n_images, N_FEATURES), may be a memory map
     """
     matrix, side = planted.matrix(), HEMISPHERES.index(hemisphere)
-    loud = np.sqrt(1 - planted.ceiling) * ~planted.dead
+    noise_level = np.sqrt(1 - planted.ceiling) * ~planted.dead
     for block, rows in enumerate(blocks(len(features), ROWS_PER_BLOCK)):
         signal = (_product(matrix, features[rows]).T - planted.offset) * np.sqrt(planted.ceiling)
         rng = generator(config.seed, f"{split} noise", subject, side, block)
         noise = rng.standard_normal(signal.shape, dtype=np.float32)
-        yield rows, signal, signal + loud * noise
+        yield rows, signal, signal + noise_level * noise
 
 
 # -------------------------------------------------------------------------------------------------- weights
 
 
 def _weights(config: SimulateConfig, subject: int, hemisphere: str, vertices: Vertices) -> np.ndarray:
-    """Weights per standard deviation of a channel: (n_vertices, N_CHANNELS), part shared, part the subject's own."""
+    """Weights of channels at standard deviation 1, (n_vertices, N_CHANNELS): one part shared by subjects, one not."""
     side, shape = HEMISPHERES.index(hemisphere), (len(vertices), N_CHANNELS)
     shared = generator(config.seed, "shared weights", side).standard_normal(shape)
-    own = generator(config.seed, "own weights", subject, side).standard_normal(shape)
-    drawn = np.sqrt(WEIGHT_AGREEMENT) * shared + np.sqrt(1 - WEIGHT_AGREEMENT) * own
-    mean, deviation = (np.stack([_level_profile(level)[k] for level in LEVELS]) for k in range(2))
+    of_subject = generator(config.seed, "own weights", subject, side).standard_normal(shape)
+    drawn = np.sqrt(WEIGHT_AGREEMENT) * shared + np.sqrt(1 - WEIGHT_AGREEMENT) * of_subject
+    mean, deviation = (np.stack(profiles) for profiles in zip(*map(_level_profile, LEVELS), strict=True))
     level = np.array([LEVELS.index(name) for name in vertices.level])
-    return mean[level] + deviation[level] * drawn + _preferences(vertices)
+    return np.asarray(mean[level] + deviation[level] * drawn + _preferences(vertices))
 
 
 def _level_profile(level: str) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +136,7 @@ def _level_profile(level: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _preferences(vertices: Vertices) -> np.ndarray:
-    """What floc areas add for their category; a vertex in two of them prefers both: (n_vertices, N_CHANNELS)."""
+    """Weights that floc areas add for their category, (n_vertices, N_CHANNELS); a vertex in two areas prefers both."""
     added = np.zeros((len(vertices), N_CHANNELS))
     for area in AREAS:
         if area.roi_class in PREFERRED:
@@ -160,23 +158,23 @@ def _dense_rows(vertices: Vertices, weights: np.ndarray, rows: slice) -> sparse.
 
 
 def _field_cells(vertices: Vertices, rows: slice, group: Group) -> np.ndarray:
-    """The field on a group's cells, Gaussian, cut at FIELD_REACH, summing to 1: (n_rows, n_cells) float32."""
+    """Gaussian fields on the cells of a group, cut at FIELD_REACH, each with sum 1: (n_rows, n_cells) float32."""
     x, y, size = (getattr(vertices, f"field_{name}")[rows, None] for name in ("x", "y", "size"))
     centres = cell_centres(group.grid)
-    # The one cell of a whole-image group is seen from everywhere.
+    # Every vertex sees the single cell of the group 'whole'.
     squared = ((centres[:, 0] - x) ** 2 + (centres[:, 1] - y) ** 2) * (group.grid > 1)
     field = np.exp(-squared / (2 * size**2)) * (squared <= (FIELD_REACH * size) ** 2)
-    # A field that misses every centre of a coarse grid stays empty: early vertices give those groups no weight.
-    return (field / np.maximum(field.sum(axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    # A small field may hold no cell centre of a coarse grid and stay empty; such vertices give those groups no weight.
+    return np.asarray((field / np.maximum(field.sum(axis=1, keepdims=True), 1e-12)).astype(np.float32))
 
 
 def _product(matrix: sparse.csr_matrix, features: np.ndarray) -> np.ndarray:
-    """(n_vertices, n_images) float32. Sparse, so that no thread count changes the order of summation."""
-    return matrix @ np.ascontiguousarray(features.T, dtype=np.float32)
+    """Weighted sums, (n_vertices, n_images) float32; sparse, so that threads do not change the order of summation."""
+    return np.asarray(matrix @ np.ascontiguousarray(features.T, dtype=np.float32))
 
 
 def _moments(vertices: Vertices, weights: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of every weighted sum over the reference images, each (n_vertices,) float64."""
+    """Mean and standard deviation of the weighted sums over the reference images, each (n_vertices,) float64."""
     means, deviations = [], []
     for rows in blocks(len(vertices), VERTICES_PER_BLOCK):
         sums = _product(_dense_rows(vertices, weights, rows), reference).astype(np.float64)
@@ -189,7 +187,7 @@ def _moments(vertices: Vertices, weights: np.ndarray, reference: np.ndarray) -> 
 
 
 def _ceilings(config: SimulateConfig, subject: int, hemisphere: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ceilings and dead vertices over the common vertices, so that a deleted vertex moves no other's."""
+    """Ceilings and mask of dead vertices, over all vertices, so that deleting some does not shift the others."""
     side = HEMISPHERES.index(hemisphere)
     n_vertices = config.n_vertices[side]
     shared = generator(config.seed, "shared ceiling", side).standard_normal(n_vertices)
@@ -197,7 +195,7 @@ def _ceilings(config: SimulateConfig, subject: int, hemisphere: str) -> tuple[np
     normal = np.sqrt(CEILING_AGREEMENT) * shared + np.sqrt(1 - CEILING_AGREEMENT) * rng.standard_normal(n_vertices)
     alpha, beta, top, zero_share = CEILINGS[subject - 1]
     ceiling = top * special.betaincinv(alpha, beta, special.ndtr(normal))
-    # Dead and silent vertices come from those that the subject has, so that each hemisphere holds some.
+    # Dead and silent vertices are chosen among those that the subject has, so that every hemisphere has some.
     silent = rng.permutation(np.flatnonzero(kept(config, subject, hemisphere)))
     n_zero = max(1, round(zero_share * n_vertices))
     ceiling[silent[: config.n_dead + n_zero]] = 0

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from featcache.backbone.checkpoint import Split
 from featcache.cache.pixels import Pixels
-from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError
@@ -16,14 +16,14 @@ from heads.config import TrainConfig
 
 @dataclass(frozen=True)
 class Targets:
-    """Responses of one subject's images in a batch.
+    """Responses of one subject's surface to its images in a batch.
 
-    rows : (n,) which images of the batch are this subject's
+    rows : (n,) int64, images of the batch that are this subject's
     responses : (n, n_vertices) float32
     """
 
     subject: str
-    hemisphere: str
+    surface: str
     rows: torch.Tensor
     responses: torch.Tensor
 
@@ -31,90 +31,110 @@ class Targets:
 class Images:
     """Training images of some subjects with their pixels and responses, split by one held-out fold.
 
-    An image is a pair (number of the subject, row of its files).
+    An image is a pair of numbers: the subject's, and the row among the subject's training images.
 
-    pixels : one a subject
-    fold : {'fold': the one held out, 'n_folds': ..., 'seed': ...}
+    Parameters
+    ----------
+    pixels : one a subject, in the same order
+    split : the fold that is held out
+
+    Attributes
+    ----------
+    trained, held_out : for each subject the rows to train on, and those of the held-out fold
+
+    Raises
+    ------
+    ValueError : pixels of other subjects
+    ConfigError : a held-out fold that is too small to score
     """
 
-    def __init__(self, subjects: Sequence[Subject], pixels: Sequence[Pixels], fold: dict[str, int]) -> None:
+    def __init__(self, subjects: Sequence[Subject], pixels: Sequence[Pixels], split: Split) -> None:
         self.subjects, self._pixels = tuple(subjects), tuple(pixels)
-        if [len(own.array) for own in pixels] != [len(subject.image_ids) for subject in subjects]:
+        if [len(subject_pixels.array) for subject_pixels in pixels] != [len(s.image_ids) for s in subjects]:
             raise ValueError("pixels are not those of the subjects")
-        self._responses = [{h: subject.responses(h) for h in HEMISPHERES} for subject in subjects]
-        self.trained, self.held_out = split(subjects, fold)
-        self._pairs = np.concatenate([_pairs(number, rows) for number, rows in enumerate(self.trained)])
+        self._responses = [
+            {surface: subject.responses(surface) for surface in subject.surfaces} for subject in subjects
+        ]
+        self.trained, self.held_out = split_rows(subjects, split)
+        self._pairs = np.concatenate([pairs_of(number, rows) for number, rows in enumerate(self.trained)])
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     @property
     def trained_ids(self) -> np.ndarray:
+        """Ids of all images to train on, each once."""
         return np.unique(np.concatenate([s.train.ids[r] for s, r in zip(self.subjects, self.trained, strict=True)]))
 
     @property
     def held_out_ids(self) -> np.ndarray:
+        """Ids of all images of the held-out fold, each once."""
         return np.unique(np.concatenate([s.train.ids[r] for s, r in zip(self.subjects, self.held_out, strict=True)]))
 
-    def epoch(self, seed: int, number: int, step: int) -> list[np.ndarray]:
-        """The pairs of each step of an epoch, (step, 2); those that do not fill one come in another epoch."""
+    def epoch(self, seed: int, number: int, n_images: int) -> list[np.ndarray]:
+        """Images of each step of an epoch, (n_images, 2), in an order that seed and number decide.
+
+        What does not fill a step is left out; it comes in another epoch.
+        """
         shuffled = np.random.default_rng((seed, number)).permutation(self._pairs)
-        return [shuffled[i : i + step] for i in range(0, len(shuffled) - step + 1, step)]
+        return [shuffled[i : i + n_images] for i in range(0, len(shuffled) - n_images + 1, n_images)]
 
     def read(self, pairs: np.ndarray) -> torch.Tensor:
-        """(n, 3, height, width) uint8"""
-        first = self._pixels[pairs[0, 0]]
-        out = np.empty((len(pairs), *first.array.shape[1:]), dtype=np.uint8)
+        """Pixels of some images, (n, 3, height, width) uint8."""
+        shape = self._pixels[pairs[0, 0]].array.shape[1:]
+        pixels = np.empty((len(pairs), *shape), dtype=np.uint8)
         for number in np.unique(pairs[:, 0]):
-            own = pairs[:, 0] == number
-            out[own] = self._pixels[number].array[pairs[own, 1]]
-        return torch.from_numpy(out).permute(0, 3, 1, 2)
+            of_subject = pairs[:, 0] == number
+            pixels[of_subject] = self._pixels[number].array[pairs[of_subject, 1]]
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
     def targets(self, pairs: np.ndarray) -> list[Targets]:
-        """The responses to these images, for each subject and hemisphere that has vertices."""
+        """Responses to some images, for each subject and each of its surfaces that has vertices."""
         return [
-            self._target(number, hemisphere, pairs)
+            self._target(number, surface, pairs)
             for number in np.unique(pairs[:, 0])
-            for hemisphere in HEMISPHERES
-            if self.subjects[number].n_vertices[hemisphere]
+            for surface, n_vertices in self.subjects[number].n_vertices.items()
+            if n_vertices
         ]
 
-    def _target(self, number: int, hemisphere: str, pairs: np.ndarray) -> Targets:
-        own = np.flatnonzero(pairs[:, 0] == number)
-        responses = np.ascontiguousarray(self._responses[number][hemisphere][pairs[own, 1]], dtype=np.float32)
-        return Targets(self.subjects[number].name, hemisphere, torch.from_numpy(own), torch.from_numpy(responses))
+    def _target(self, number: int, surface: str, pairs: np.ndarray) -> Targets:
+        rows = np.flatnonzero(pairs[:, 0] == number)
+        responses = np.ascontiguousarray(self._responses[number][surface][pairs[rows, 1]], dtype=np.float32)
+        return Targets(self.subjects[number].name, surface, torch.from_numpy(rows), torch.from_numpy(responses))
 
 
-def split(subjects: Sequence[Subject], fold: dict[str, int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Rows of each subject that are trained on, and rows that are held out.
+def split_rows(subjects: Sequence[Subject], split: Split) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Rows of each subject to train on, and rows of the held-out fold.
 
-    A picture that one subject is tested on may be a training image of another: it is trained on by none.
+    An image that one subject is tested on may be a training image of another: no subject is trained on it. Raises
+    ConfigError for a held-out fold of fewer than 2 images.
     """
     tested = np.concatenate([subject.test.ids for subject in subjects])
-    held_out = [assign_folds(s.train.ids, fold["n_folds"], fold["seed"]) == fold["fold"] for s in subjects]
+    held_out = [assign_folds(s.train.ids, split.n_folds, split.seed) == split.fold for s in subjects]
     for subject, mask in zip(subjects, held_out, strict=True):
         if mask.sum() < 2:
             raise ConfigError(
-                f"fold {fold['fold']} of {subject.name}",
+                f"fold {split.fold} of {subject.name}",
                 expected="2 or more held-out images to score",
                 found=mask.sum(),
                 remedy="add images, or ask for fewer --folds",
             )
-    shown = [~mask & ~np.isin(s.train.ids, tested) for s, mask in zip(subjects, held_out, strict=True)]
-    return [np.flatnonzero(mask) for mask in shown], [np.flatnonzero(mask) for mask in held_out]
+    trained = [~mask & ~np.isin(s.train.ids, tested) for s, mask in zip(subjects, held_out, strict=True)]
+    return [np.flatnonzero(mask) for mask in trained], [np.flatnonzero(mask) for mask in held_out]
 
 
-def _pairs(number: int, rows: np.ndarray) -> np.ndarray:
+def pairs_of(number: int, rows: np.ndarray) -> np.ndarray:
+    """(n, 2) the images of one subject: its number beside each row."""
     return np.stack([np.full(len(rows), number), rows], 1)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """How a step of the optimiser is cut into batches.
+    """How the images of one step of the optimiser are cut into batches.
 
-    batch : images a device and pass
-    passes : batches a device and step
-    group : passes whose predictions a correlation loss sees together, over all devices; 0: each batch alone
+    batch : images that a device takes at a time
+    passes : batches of a device in a step
+    group : batches of each device whose predictions a correlation loss sees together; 0: each batch alone
     devices : processes that train together
     """
 
@@ -125,16 +145,20 @@ class Steps:
 
     @property
     def images(self) -> int:
+        """Images of one step, on all devices."""
         return self.batch * self.passes * self.devices
 
     def groups(self, pairs: np.ndarray) -> list[np.ndarray]:
-        """(images, 2) of one step -> for each group (devices, passes of the group, batch, 2)."""
+        """The images of a step, (images, 2), by group: each (devices, passes of the group, batch, 2)."""
         passes = self.group or 1
         return list(pairs.reshape(-1, self.devices, passes, self.batch, 2))
 
 
 def plan_steps(config: TrainConfig, devices: int, n_images: int) -> Steps:
-    """Raises ConfigError where batches, accumulation and correlation batch do not fit each other or the images."""
+    """Steps of a training on this many devices and images.
+
+    Raises ConfigError where batches, accumulation and correlation batch do not fit each other or the images.
+    """
     batch, correlation = config.batch_size, config.correlation_batch if config.uses_correlation else 0
     together = batch * devices
     group = 0

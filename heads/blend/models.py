@@ -12,8 +12,9 @@ from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds, refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError
-from heads.features.sets import keep, newer_fault, own_stores
-from heads.fit.run import FOLDER, model_name
+from featcache.workdir import Workdir
+from heads.features.sets import keep, newer_fault, subject_stores
+from heads.fit.names import PredictionKey
 
 Members = dict[Subject, list[Store]]
 
@@ -29,7 +30,7 @@ def members_of(subjects: Sequence[Subject], work: Path, models: str = "*", exclu
     there = {subject: stores for subject in subjects if (stores := prediction_stores(subject, work))}
     if not there:
         raise StoreError(
-            work / FOLDER,
+            Workdir(work).predictions,
             expected="predictions for this tree",
             found="none",
             remedy="run 'extract' and 'fit-heads' first",
@@ -76,7 +77,7 @@ def prediction_stores(subject: Subject, work: Path) -> list[Store]:
 
     The others are named.
     """
-    stores = own_stores(subject, work / FOLDER, "fit-heads")
+    stores = subject_stores(subject, Workdir(work).predictions, "fit-heads")
     now = (image_digest(subject, work), response_digest(subject, work)) if stores else ("", "")
     about = subject_digests(subject)
 
@@ -91,7 +92,7 @@ def prediction_stores(subject: Subject, work: Path) -> list[Store]:
         return f"fitted with another {' and '.join(others)} than given now" if others else ""
 
     stores = keep(subject, stores, fault)
-    models = {store.name: model_name(store.key) for store in stores}
+    models = {store.name: PredictionKey.from_json(store.key).model for store in stores}
 
     def twin_fault(store: Store) -> str:  # two votes of one model would be a weight that nobody chose
         return newer_fault(store, [one for one in stores if models[one.name] == models[store.name]], "model")

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from featcache.config import DTYPES, POOLS, BackboneConfig, ExtractConfig, LayerConfig
+from featcache.workdir import Workdir
 from heads.commands.options import (
     DATA,
     WORK,
@@ -83,7 +84,6 @@ def extract(
 
     def call() -> Outcome:
         chosen = open_tree(data, noise_ceiling).select(subject)
-        from featcache.cache.extract import FOLDER
         from featcache.cache.extract import extract as run
 
         done = run(chosen, config, work)
@@ -91,6 +91,6 @@ def extract(
         stores = [
             {"subject": one.subject, "path": str(one.path), "images": one.n_images, "new": one.n_new} for one in done
         ]
-        return Outcome(f"{len(done)} stores, {new} new images in {work / FOLDER}", {"stores": stores})
+        return Outcome(f"{len(done)} stores, {new} new images in {Workdir(work).features}", {"stores": stores})
 
     return Job(config, call, as_json)

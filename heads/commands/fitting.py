@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featcache.config import PRODUCTS
+from featcache.workdir import Workdir
 from heads.commands.options import (
     DATA,
     WORK,
@@ -80,9 +81,6 @@ def fit_heads(
     sparsity: Annotated[
         float, typer.Option(help="spatial: penalty of maps that spread over many places.")
     ] = SpatialConfig.sparsity,
-    target: Annotated[
-        str, typer.Option(help="responses. blend: what the last blend predicts, to have it in one set of heads.")
-    ] = FitConfig.target,
     products: Annotated[str, typer.Option(help=f"How CUDA multiplies: {', '.join(PRODUCTS)}.")] = FitConfig.products,
     max_memory: Annotated[
         float, typer.Option(help="10^9 bytes that the process may take; 0: what is free.")
@@ -101,7 +99,6 @@ def fit_heads(
         device=device,
         products=products,
         max_memory=max_memory,
-        target=target,
         moments=MomentsConfig(**given(steps=epochs, learning_rate=learning_rate)),
         adamw=replace(
             adamw_of(head),
@@ -118,32 +115,21 @@ def fit_heads(
 def _fit(subjects: "Sequence[Subject]", config: FitConfig, work: Path) -> Outcome:
     from featcache.machine.progress import say
     from heads.fit.run import fit_heads as run
-    from heads.fit.run import folder_of, scores_by_model
+    from heads.fit.run import scores_by_model
     from heads.report.tables import as_json, print_table, score_table
 
-    if exact := config.exact_losses:
+    if exact := config.shared_losses:
         say(
             f"{', '.join(exact)}: closed form{', one model' if len(exact) > 1 else ''}; "
             "linear heads have the same optimum under mse, pearson and mnnpc"
         )
-    if config.target == "blend":
-        from heads.fit.distil import taught
-
-        subjects = taught(subjects, work)
     done = run(subjects, config, work)
     scores = scores_by_model(subjects, done)
-    what = "out-of-fold" if config.target == "responses" else "agreement with the blend, out-of-fold"
-    print_table(score_table(scores, what))
+    print_table(score_table(scores, "out-of-fold"))
     stores = [{"subject": f.subject, "model": f.model, "path": str(f.path), "weights": str(f.weights)} for f in done]
     result: dict[str, Any] = {"stores": stores, "scores": as_json(scores)}
-    if config.target == "blend":
-        from heads.fit.distil import agreement
-
-        result["agreement"] = agreement(subjects, done, work)
-        for model, r in result["agreement"].items():
-            typer.echo(f"agreement with the blend on test images: mean r {r:.4f}, {model}")
     new = sum(fitted.new for fitted in done)
-    return Outcome(f"{len(done)} fits, {new} of them new, in {folder_of(config, work)}", result)
+    return Outcome(f"{len(done)} fits, {new} of them new, in {Workdir(work).predictions}", result)
 
 
 def maps(
@@ -158,12 +144,12 @@ def maps(
 
     def call() -> Outcome:
         subjects = open_tree(data, noise_ceiling).select(subject)
-        from heads.maps.maps import FOLDER, export_maps
+        from heads.maps.maps import export_maps
 
         written, recovered = export_maps(subjects, models, work)
         for found in recovered:
             typer.echo("planted and found: " + ", ".join(f"{name} r = {value:.2f}" for name, value in found.items()))
         result = {"files": [str(path) for path in written], "recovery": recovered}
-        return Outcome(f"{len(written)} files in {work / FOLDER}", result)
+        return Outcome(f"{len(written)} files in {Workdir(work).maps}", result)
 
     return Job(None, call, as_json)

@@ -1,4 +1,4 @@
-"""pretrain, finetune and soup: images and responses -> checkpoints."""
+"""pretrain and finetune: images and responses -> checkpoints."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from heads.commands.options import (
     given,
     open_tree,
 )
-from heads.config import PAPER_SIZE, PRESETS, STAGES, SoupConfig, StageConfig, TrainConfig
+from heads.config import PAPER_SIZE, PRESETS, StageConfig, TrainConfig
 from heads.config import preset as settings_of
 from heads.recipes.steps import Job, Outcome
 
@@ -46,21 +46,37 @@ def _training_command(stage: str) -> Callable[..., Job]:
         weights: Weights = None,
         size: Size = None,
         init: Annotated[
-            str, typer.Option(help="stage1, hub, packaged, none, a weights file, or a checkpoint's folder.")
+            str,
+            typer.Option(
+                help="What it starts from: stage1, hub, packaged, none, a weights file, or a checkpoint's folder.",
+                rich_help_panel="Backbone",
+            ),
         ] = "stage1",
-        fold: Annotated[str, typer.Option(help="The fold held out, or all: each in turn.")] = "all",
-        folds: Annotated[int, typer.Option(help="Folds of the training images, by image id.")] = StageConfig.n_folds,
-        fold_seed: Annotated[int, typer.Option(help="Of the folds.")] = StageConfig.fold_seed,
-        preset: Annotated[str, typer.Option(help=f"Settings to start from: {', '.join(PRESETS)}.")] = "fast",
+        fold: Annotated[
+            str, typer.Option(help="The fold that is held out, or all: each in turn.", rich_help_panel="Data")
+        ] = "all",
+        folds: Annotated[
+            int, typer.Option(help="Number of folds of the training images, by image id.", rich_help_panel="Data")
+        ] = StageConfig.n_folds,
+        fold_seed: Annotated[int, typer.Option(help="Seed of the folds.", rich_help_panel="Data")] = (
+            StageConfig.fold_seed
+        ),
+        preset: Annotated[
+            str, typer.Option(help=f"Set of defaults: {', '.join(PRESETS)}.", rich_help_panel="Training")
+        ] = "fast",
         save_every: Annotated[
-            int, typer.Option(help="Steps between states to go on from, besides epochs; 0: none.")
+            int,
+            typer.Option(
+                help="Steps between saved states, from which an interrupted run goes on; 0: after epochs only.",
+                rich_help_panel="Output",
+            ),
         ] = StageConfig.save_every,
         image_cache: Annotated[
-            float, typer.Option(help="GB that decoded images may take on the disk.")
+            float, typer.Option(help="GB that decoded images may take on the disk.", rich_help_panel="Machine")
         ] = StageConfig.image_cache,
-        workers: Annotated[int, typer.Option(help="Threads that decode images.")] = StageConfig(
-            stage="pretrain"
-        ).workers,
+        workers: Annotated[
+            int, typer.Option(help="Threads that decode images.", rich_help_panel="Machine")
+        ] = StageConfig(stage=stage).workers,
         device: Device = StageConfig.device,
         as_json: AsJson = False,
         **settings: Any,
@@ -88,13 +104,19 @@ def _training_command(stage: str) -> Callable[..., Job]:
 
 
 def _with_settings(command: Callable[..., Job], leave_out: Sequence[str]) -> Callable[..., Job]:
-    """The command with every field of TrainConfig as an option, which reach it by name."""
+    """The command with every field of TrainConfig as an option; it gets them as keyword arguments."""
     signature = inspect.signature(command)
-    options = [one for one in signature.parameters.values() if one.kind is one.KEYWORD_ONLY]
-    options = [one for one in options if one.name not in leave_out]
+    options = [
+        option
+        for option in signature.parameters.values()
+        if option.kind is option.KEYWORD_ONLY and option.name not in leave_out
+    ]
     for setting in fields(TrainConfig):
-        kind: Any = Annotated[cast(type, setting.type) | None, typer.Option(help=setting.metadata["help"])]
-        options.append(inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+        option: Any = typer.Option(help=setting.metadata["help"], rich_help_panel=setting.metadata["panel"])
+        annotation: Any = Annotated[cast(type, setting.type) | None, option]
+        options.append(
+            inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
     command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
     command.__annotations__ = {option.name: option.annotation for option in options}
     return command
@@ -105,40 +127,16 @@ def _train(subjects: "Sequence[Subject]", config: StageConfig, work: Path) -> Ou
 
     done = train_stage(subjects, config, work)
     checkpoints = [
-        {"path": str(one.checkpoint.path), "score": one.checkpoint.facts["score"], "seconds": round(one.seconds, 1)}
-        for one in done
+        {
+            "path": str(trained.checkpoint.path),
+            "score": trained.checkpoint.facts.score,
+            "seconds": round(trained.seconds, 1),
+        }
+        for trained in done
     ]
-    new = sum(one.new for one in done)
-    found = f"{len(done)} checkpoints, {new} of them new, in {work / 'checkpoints'}"
-    return Outcome(found, {"checkpoints": checkpoints})
+    n_new = sum(trained.new for trained in done)
+    message = f"{len(done)} checkpoints, {n_new} of them new, in {work / 'checkpoints'}"
+    return Outcome(message, {"checkpoints": checkpoints})
 
 
 pretrain, finetune = _training_command("pretrain"), _training_command("finetune")
-
-
-def soup(
-    data: Data = DATA,
-    work: Work = WORK,
-    noise_ceiling: Ceiling = None,
-    subject: Subjects = "all",
-    models: Annotated[
-        str, typer.Option(help="Of the checkpoints whose folders or trainings match, such as '*-0a1b*,3c4d*'.")
-    ] = SoupConfig.models,
-    stage: Annotated[str, typer.Option(help=f"{', '.join(STAGES)}.")] = SoupConfig.stage,
-    as_json: AsJson = False,
-) -> Job:
-    """Average the weights of checkpoints that share a start: one more checkpoint of each family and fold."""
-    config = SoupConfig(stage=stage, models=models)
-
-    def call() -> Outcome:
-        subjects = open_tree(data, noise_ceiling).select(subject)
-        from heads.backbones.soup import make_soups
-        from heads.report.tables import print_table, soup_table, soups_as_json
-
-        done = make_soups(subjects, config, work)
-        print_table(soup_table(done))
-        new, below = sum(one.new for one in done), sum(one.score < one.best for one in done)
-        message = f"{len(done)} soups, {new} of them new, {below} below their best member, in {work / 'checkpoints'}"
-        return Outcome(message, {"soups": soups_as_json(done)})
-
-    return Job(config, call, as_json)

@@ -2,8 +2,6 @@
 
 from heads.config.blending import BLEND_PRESETS, BLENDS, LEVELS, BlendConfig, blend_preset
 from heads.config.fitting import (
-    HEADS,
-    SOLVERS,
     AdamWConfig,
     FitConfig,
     MomentsConfig,
@@ -13,7 +11,8 @@ from heads.config.fitting import (
     refuse_unread,
 )
 from heads.config.losses import CORRELATIONS, LEAST_SQUARES, LOSS_NAMES, loss_label, parse_loss
-from heads.config.training import PAPER_SIZE, PRESETS, STAGES, SoupConfig, StageConfig, TrainConfig, preset
+from heads.config.solvers import HEADS, SOLVERS
+from heads.config.training import PAPER_SIZE, PRESETS, STAGES, StageConfig, TrainConfig, preset
 
 __all__ = [
     "BLENDS",
@@ -32,7 +31,6 @@ __all__ = [
     "FitConfig",
     "MomentsConfig",
     "RidgeConfig",
-    "SoupConfig",
     "SpatialConfig",
     "StageConfig",
     "TrainConfig",

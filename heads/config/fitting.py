@@ -1,4 +1,4 @@
-"""Settings of heads on cached features."""
+"""Settings of heads on cached features: which heads, which losses, which solver."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -8,11 +8,8 @@ from typing import Any
 from featcache.config import DEVICES, PRODUCTS, at_least, one_of
 from featcache.errors import ConfigError
 from heads.config.checks import check_dropout, refuse_given
-from heads.config.losses import LEAST_SQUARES, loss_label, parse_loss, split_losses
-
-HEADS = ("linear", "roi", "spatial")
-SOLVERS = ("auto", "exact", "moments", "adamw", "trained")
-TARGETS = ("responses", "blend")
+from heads.config.losses import LOSS_SPECS, loss_label, parse_loss, split_losses
+from heads.config.solvers import HEADS, SOLVERS, SolverSpec, automatic_solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +33,12 @@ class AdamWConfig:
 
 
 def adamw_of(head: str) -> AdamWConfig:
-    """The settings that a head is trained with where nothing else is said."""
-    if head == "spatial":  # they start from the closed form, which long steps would only undo (docs/layers.md)
-        return AdamWConfig(learning_rate=1e-4, epochs=30, batch_size=32)
-    return AdamWConfig()
+    """Settings that a head is trained with where nothing else is said."""
+    return _ADAMW.get(head, AdamWConfig())
+
+
+# Spatial heads start from the closed form, which long steps would only undo (docs/layers.md).
+_ADAMW = {"spatial": AdamWConfig(learning_rate=1e-4, epochs=30, batch_size=32)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,27 +97,24 @@ class SpatialConfig:
 class FitConfig:
     """Which heads are fitted to a feature store, and how."""
 
-    loss: str = "mnnpc"  # a weighted sum of LOSS_NAMES, or several with commas between: a model of each
-    head: str = "linear"  # linear | roi | spatial
+    loss: str = "mnnpc"  # a weighted sum of losses, or several sums with commas between: a model of each
+    head: str = "linear"  # a name in HEADS
     layers: str = "joint"  # joint: all that were extracted | each: a model of every one | names, with commas between
-    solver: str = "auto"  # auto | exact | moments | adamw | trained, the heads that a checkpoint brought with it
+    solver: str = "auto"  # auto | a name in SOLVERS
     n_folds: int = 5  # of the training images, by image id
     seed: int = 0  # of the folds and of the gradient loop
     device: str = "auto"
-    products: str = (
-        "float32"  # float32 | tf32, on CUDA: of the products with responses, never those that are decomposed
-    )
+    # float32 | tf32, on CUDA: of the products with responses, never of those that are decomposed
+    products: str = "float32"
     max_memory: float = 0.0  # 10^9 bytes of main memory that the process may take; 0: what is free
-    target: str = "responses"  # responses | blend: what the last blend predicts in their place
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     moments: MomentsConfig = field(default_factory=MomentsConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
     spatial: SpatialConfig = field(default_factory=SpatialConfig)
 
     def __post_init__(self) -> None:
-        one_of("head", self.head, HEADS)
-        one_of("solver", self.solver, SOLVERS)
-        one_of("target", self.target, TARGETS)
+        one_of("head", self.head, tuple(HEADS))
+        one_of("solver", self.solver, ("auto", *SOLVERS))
         one_of("device", self.device, DEVICES)
         one_of("products", self.products, PRODUCTS)
         at_least("folds", self.n_folds, 2)
@@ -126,86 +122,110 @@ class FitConfig:
         at_least("max-memory", self.max_memory, 0)
         for loss in split_losses(self.loss):
             terms = parse_loss(loss)
-            if self.solver in ("exact", "moments") and not self._least_squares(terms):
+            if self.solver != "auto" and not SOLVERS[self.solver].serves(self.head, names_of(terms)):
                 raise ConfigError(
                     f"--solver {self.solver}",
-                    expected="--head linear and a loss of mse, pearson and mnnpc",
+                    expected=f"--head linear and a loss of {', '.join(_least_squares())}",
                     found=f"--head {self.head} --loss {loss_label(terms)}",
                     remedy="use --solver adamw",
                 )
 
     def variants(self) -> "list[FitConfig]":
-        """One for each loss; of losses whose heads are the same, the first."""
-        found: dict[str, FitConfig] = {}
+        """The settings with each of the losses alone; of losses whose heads are the same, the first."""
+        by_objective: dict[str, FitConfig] = {}
         for loss in split_losses(self.loss):
-            one = replace(self, loss=loss)
-            found.setdefault(one.objective, one)
-        return list(found.values())
-
-    def _least_squares(self, terms: Sequence[tuple[float, str]]) -> bool:
-        return self.head == "linear" and all(name in LEAST_SQUARES for _, name in terms)
+            variant = replace(self, loss=loss)
+            by_objective.setdefault(variant.objective, variant)
+        return list(by_objective.values())
 
     @property
     def terms(self) -> tuple[tuple[float, str], ...]:
+        """(weight, name) of each loss in the sum."""
         return parse_loss(self.loss)
 
     @property
-    def exact_reaches_optimum(self) -> bool:
-        return self._least_squares(self.terms)
-
-    @property
     def resolved_solver(self) -> str:
-        if self.solver == "auto":
-            return "exact" if self.exact_reaches_optimum else "adamw"
-        return self.solver
+        """The solver's name, with auto resolved."""
+        return automatic_solver(self.head, names_of(self.terms)) if self.solver == "auto" else self.solver
 
     @property
-    def exact_losses(self) -> list[str]:
-        """Those of the losses whose heads are found in closed form."""
-        return [loss for loss in split_losses(self.loss) if replace(self, loss=loss).resolved_solver == "exact"]
+    def solver_spec(self) -> SolverSpec:
+        """The solver's entry in SOLVERS, with auto resolved."""
+        return SOLVERS[self.resolved_solver]
+
+    @property
+    def builder(self) -> str:
+        """'module:name' of the function that builds the solver for these heads."""
+        head = HEADS[self.head].build if self.solver_spec.fits else None
+        return head or self.solver_spec.build
+
+    @property
+    def joint(self) -> bool:
+        """Whether one training serves several subjects."""
+        return self.solver_spec.fits and HEADS[self.head].settings is not None and self.spatial.space > 0
+
+    @property
+    def shared_losses(self) -> list[str]:
+        """Those of the losses whose heads are the same heads, because their solver has one objective for all."""
+        variants = [(loss, replace(self, loss=loss).solver_spec) for loss in split_losses(self.loss)]
+        return [loss for loss, spec in variants if spec.fits and spec.objective]
 
     @property
     def objective(self) -> str:
         """What the heads optimise, in a word: every loss that closed form serves has the same heads."""
-        return {"exact": "ridge", "trained": "trained"}.get(self.resolved_solver, loss_label(self.terms))
+        return self.solver_spec.objective or loss_label(self.terms)
 
     def key(self) -> dict[str, Any]:
         """What decides the heads, given features, responses and ceilings."""
-        if self.resolved_solver == "trained":  # with the backbone, whose key has everything
-            return {"head": "trained", "solver": "trained", "objective": "trained"}
-        solver = {"exact": self.ridge, "moments": self.moments, "adamw": self.adamw}[self.resolved_solver]
-        settings = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(solver).items()}
-        if self.head == "spatial":
-            settings |= vars(self.spatial)
-        common = {"head": self.head, "n_folds": self.n_folds, "seed": self.seed}
+        spec = self.solver_spec
+        if not spec.fits:  # its heads were trained with the backbone, whose key has everything
+            return {"head": spec.stored, "solver": spec.stored, "objective": self.objective}
+        key: dict[str, Any] = {"head": self.head, "n_folds": self.n_folds, "seed": self.seed}
         if self.products != "float32":
-            common["products"] = self.products
-        if self.target != "responses":
-            common["target"] = self.target
-        return common | {"solver": self.resolved_solver, "objective": self.objective, "settings": settings}
+            key["products"] = self.products
+        settings = self._settings(spec.settings) | self._settings(HEADS[self.head].settings)
+        return key | {"solver": spec.stored, "objective": self.objective, "settings": settings}
+
+    def _settings(self, name: str | None) -> dict[str, Any]:
+        settings = vars(getattr(self, name)) if name else {}
+        return {option: list(value) if isinstance(value, tuple) else value for option, value in settings.items()}
 
 
-# options of fit-heads that something reads, and not everything
-_OF_ADAMW = ("epochs", "learning_rate", "weight_decay", "batch_size")
-_OF_MOMENTS = ("epochs", "learning_rate")
+def _least_squares() -> list[str]:
+    return [name for name, spec in LOSS_SPECS.items() if spec.least_squares]
+
+
+def names_of(terms: Sequence[tuple[float, str]]) -> list[str]:
+    """Names of the losses in a sum."""
+    return [name for _, name in terms]
+
+
+def default_settings(head: str, spec: SolverSpec) -> dict[str, Any]:
+    """Settings of a solver and its heads where nothing is asked for."""
+    usual = FitConfig(head=head, adamw=adamw_of(head))
+    names = [name for name in (spec.settings, *(head.settings for head in HEADS.values())) if name]
+    return {option: value for name in names for option, value in vars(getattr(usual, name)).items()}
+
+
+# options of fit-heads that decide something for some solvers or heads, and not for all
+_OF_SOLVERS = tuple(dict.fromkeys(option for spec in SOLVERS.values() for option in spec.options))
 _OF_SPATIAL = tuple(setting.name for setting in fields(SpatialConfig))
-_OF_A_FIT = ("loss", "head", "target", "folds", "seed", *_OF_ADAMW, *_OF_SPATIAL)
+_OF_A_FIT = ("loss", "head", "folds", "seed", *_OF_SOLVERS, *_OF_SPATIAL)
 
 
 def refuse_unread(given: Collection[str], config: FitConfig) -> None:
     """Raise ConfigError for options of fit-heads that were given and decide nothing under these settings."""
-    variants = config.variants()
-    solvers = {one.resolved_solver for one in variants}
+    specs = {variant.resolved_solver: variant.solver_spec for variant in config.variants()}
     solver = f"--solver {config.solver}"
-    if solvers == {"trained"}:
+    if not any(spec.fits for spec in specs.values()):
         taken = f"{solver}, which takes the heads of a checkpoint as they are"
         refuse_given([name for name in _OF_A_FIT if name in given], "a solver that fits heads", taken)
-    unread = [name for name in _OF_ADAMW if name in given and not any(_reads(one, name) for one in solvers)]
-    chosen = "" if config.solver in solvers else f", which is exact for --head {config.head} and this loss"
-    refuse_given(unread, "--solver adamw", solver + chosen)
-    if config.head != "spatial":
+    read = {option for spec in specs.values() for option in spec.options}
+    chosen = (
+        "" if config.solver in specs else f", which is {' and '.join(specs)} for --head {config.head} and this loss"
+    )
+    refuse_given(
+        [name for name in _OF_SOLVERS if name in given and name not in read], "--solver adamw", solver + chosen
+    )
+    if HEADS[config.head].settings is None:
         refuse_given([name for name in _OF_SPATIAL if name in given], "--head spatial", f"--head {config.head}")
-
-
-def _reads(solver: str, option: str) -> bool:
-    return solver == "adamw" or (solver == "moments" and option in _OF_MOMENTS)

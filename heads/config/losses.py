@@ -1,34 +1,53 @@
-"""Losses by name, and how a sum of them is written."""
+"""Losses by name, and how a sum of them is written.
+
+A new loss is one file with a function and one entry in LOSS_SPECS (docs/extending.md).
+"""
 
 import math
 import re
+from dataclasses import dataclass
 
 from featcache.errors import ConfigError
 
-LOSS_NAMES = ("smooth_l1", "mse", "pearson", "mnnpc")
-CORRELATIONS = frozenset({"pearson", "mnnpc"})
 
-# Under each of these, and any sum of them, the best linear map of a vertex points in the least-squares direction:
-# mse by definition, the others because they fall as the vertex's r rises, and least squares maximises r.
-LEAST_SQUARES = frozenset({"mse", "pearson", "mnnpc"})
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """What has to be known of a loss before it is loaded."""
+
+    function: str  # 'module:name' of a function (predictions, responses, noise_ceiling) -> 0-d tensor
+    correlation: bool = False  # whether it compares images with each other, so that a batch needs two of a subject
+    # Whether the best linear map of a vertex points in the least-squares direction: mse by definition; others because
+    # they fall as the vertex's r rises, and least squares maximises r. Then any sum of such losses has that optimum.
+    least_squares: bool = False
+
+
+LOSS_SPECS: dict[str, LossSpec] = {
+    "smooth_l1": LossSpec(function="heads.scores.losses:smooth_l1"),
+    "mse": LossSpec(function="heads.scores.losses:mse", least_squares=True),
+    "pearson": LossSpec(function="heads.scores.losses:pearson", correlation=True, least_squares=True),
+    "mnnpc": LossSpec(function="heads.scores.losses:mnnpc", correlation=True, least_squares=True),
+}
+LOSS_NAMES = tuple(LOSS_SPECS)
+CORRELATIONS = frozenset(name for name, spec in LOSS_SPECS.items() if spec.correlation)
+LEAST_SQUARES = frozenset(name for name, spec in LOSS_SPECS.items() if spec.least_squares)
 
 _TERM = re.compile(r"(?:(?P<weight>\d+\.?\d*(?:e-?\d+)?|\.\d+)\*)?(?P<name>[a-z_0-9]+)")
 
 
 def split_losses(text: str) -> list[str]:
-    """'mnnpc,pearson' -> ['mnnpc', 'pearson']"""
+    """Split several losses: 'mnnpc,pearson' -> ['mnnpc', 'pearson']."""
     return text.replace(" ", "").split(",")
 
 
 def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
-    """'smooth_l1+0.5*mnnpc' -> ((1.0, 'smooth_l1'), (0.5, 'mnnpc')). Raises ConfigError."""
+    """Read a sum of losses: 'smooth_l1+0.5*mnnpc' -> ((1.0, 'smooth_l1'), (0.5, 'mnnpc')). Raises ConfigError."""
     terms = []
     for part in text.replace(" ", "").split("+"):
         match = _TERM.fullmatch(part)
-        if match is None or match["name"] not in LOSS_NAMES or not 0 < float(match["weight"] or 1) < math.inf:
+        if match is None or match["name"] not in LOSS_SPECS or not 0 < float(match["weight"] or 1) < math.inf:
             raise ConfigError(
                 "--loss",
-                expected=f"{', '.join(LOSS_NAMES)} or a weighted sum such as smooth_l1+0.5*mnnpc",
+                expected=f"{', '.join(LOSS_SPECS)} or a weighted sum such as smooth_l1+0.5*mnnpc",
                 found=f"{part!r} in {text!r}",
                 remedy="correct it",
             )
@@ -37,11 +56,11 @@ def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
         raise ConfigError(
             "--loss", expected="each loss once", found=f"one twice in {text!r}", remedy="add their weights up"
         )
-    return tuple(sorted(terms, key=lambda term: LOSS_NAMES.index(term[1])))
+    return tuple(sorted(terms, key=lambda term: list(LOSS_SPECS).index(term[1])))
 
 
 def loss_label(terms: tuple[tuple[float, str], ...]) -> str:
-    """The one way to write a loss: ((1.0, 'smooth_l1'), (0.5, 'mnnpc')) -> 'smooth_l1+0.5*mnnpc'."""
+    """Write a sum of losses as names have it: ((1.0, 'smooth_l1'), (0.5, 'mnnpc')) -> 'smooth_l1+0.5*mnnpc'."""
     return "+".join(name if weight == 1 else f"{_digits(weight)}*{name}" for weight, name in terms)
 
 

@@ -1,8 +1,9 @@
-"""Settings of the two stages that train backbones, and of their soups."""
+"""Settings of the two stages that train backbones."""
 
 import math
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from featcache.config import DEVICES, POOLED, BackboneConfig, LayerConfig, at_least, one_of
@@ -14,113 +15,141 @@ STAGES = ("pretrain", "finetune")
 PRECISIONS = ("float32", "bfloat16", "float16")
 HEAD_STARTS = ("default", "small", "fitted")
 STOPS = ("fold", "never")
-READOUTS = ("pooled", "spatial")
 
 
-def _option(default: Any, meaning: str) -> Any:
-    """A field that the command line offers as an option, with this help."""
-    return field(default=default, metadata={"help": meaning})
+@dataclass(frozen=True, kw_only=True)
+class HeadKind:
+    """One kind of heads that `--head` offers, as far as settings go; `heads.backbones.heads` builds them.
+
+    settings : names of the settings that only these heads read; with 'layers' and 'grid', they read places of layers
+    idle_weights : whether a step may leave weights of the heads without a gradient, as those of absent subjects
+    """
+
+    settings: tuple[str, ...] = ()
+    idle_weights: bool = False
 
 
-# settings of TrainConfig that only its spatial heads have
-_SPATIAL = ("layers", "grid", "space", "rank", "token_dropout", "smoothness", "sparsity")
+HEAD_KINDS = {
+    "pooled": HeadKind(),
+    "spatial": HeadKind(
+        settings=("layers", "grid", "space", "rank", "token_dropout", "smoothness", "sparsity"), idle_weights=True
+    ),
+}
+
+
+def _option(panel: str, default: Any, meaning: str) -> Any:
+    """A field that the command line offers as an option, with this help, in this group of `--help`."""
+    return field(default=default, metadata={"help": meaning, "panel": panel})
+
+
+_train, _more = partial(_option, "Training"), partial(_option, "Training, in detail")
+_heads, _spatial, _machine = partial(_option, "Heads"), partial(_option, "Spatial heads"), partial(_option, "Machine")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The gradient loop of backbone and heads together, for both stages. The defaults are the fast preset."""
+    """Training of a backbone and its heads together, for both stages. The defaults are the fast preset.
 
-    loss: str = _option("smooth_l1", f"{', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc.")
-    epochs: int = _option(5, "The learning rate reaches zero at the end of the last.")
-    batch_size: int = _option(32, "Images a device and pass.")
-    accumulate: int = _option(1, "Passes before each step of the optimiser.")
-    correlation_batch: int = _option(0, "Images that a correlation loss sees, over passes and devices; 0: one pass.")
-    learning_rate: float = _option(3e-4, "Of the backbone's last layer, at its highest.")
-    head_learning_rate: float = _option(1e-3, "Of the heads.")
-    layer_decay: float = _option(1.0, "Learning rate of a layer as a part of the next one's; 1: all the same.")
-    weight_decay: float = _option(0.05, "Decoupled; not on biases and norms.")
-    warmup: float = _option(0.0, "Epochs over which the learning rate rises from zero.")
-    clip_norm: float = _option(1.0, "Largest norm of the gradient; 0: any.")
-    ema: float = _option(0.0, "Decay a step, at most, of the average of the weights that is kept; 0: none.")
-    precision: str = _option("float32", f"{', '.join(PRECISIONS)}.")
-    freeze_norm: bool = _option(True, "Keep the batch statistics that the backbone came with.")
-    head_start: str = _option("fitted", "Stage 2: default (torch's), small (a tenth), or fitted (docs/training.md).")
-    augment: bool = _option(False, "Shifts and zooms of 3 %, brightness, contrast and saturation by a tenth.")
-    stop: str = _option("fold", "fold: keep the epoch that scores best on the held-out fold; never: keep the last.")
-    patience: int = _option(3, "Epochs without a better score before it stops.")
-    embedding: int = _option(512, "Stage 1: features of a subject.")
-    head: str = _option("pooled", "pooled: heads on the last layer's vector; spatial: on the places of several layers.")
-    layers: str = _option("auto", "Head spatial: what it reads: auto, all, or names or numbers with commas between.")
-    grid: str = _option("auto", "Head spatial: places a side of a layer: a number, native, or auto, 7 at most.")
-    space: int = _option(0, "Head spatial: outputs that all vertices are linear in; 0: each has maps of its own.")
-    rank: int = _option(1, "Head spatial: maps over places, each with channels of its own, an output and layer.")
-    token_dropout: float = _option(0.1, "Head spatial: part of a layer's places that an image lacks in training.")
-    smoothness: float = _option(0.0, "Head spatial: penalty of differences between neighbouring places.")
-    sparsity: float = _option(0.0, "Head spatial: penalty of maps that spread over many places.")
-    seed: int = _option(0, "Of batches, heads and dropout.")
+    The order of the fields is the order of the settings in checkpoint.json.
+    """
+
+    loss: str = _train("smooth_l1", f"{', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc.")
+    epochs: int = _train(5, "Passes over the training images. The learning rate is zero at the end of the last.")
+    batch_size: int = _train(32, "Images that a device takes at a time.")
+    accumulate: int = _more(1, "Batches before each step of the optimiser.")
+    correlation_batch: int = _more(
+        0, "Images over which pearson and mnnpc correlate, taken from several batches and devices; 0: one batch."
+    )
+    learning_rate: float = _train(3e-4, "Highest learning rate of the backbone's last layer.")
+    head_learning_rate: float = _train(1e-3, "Highest learning rate of the heads.")
+    layer_decay: float = _more(1.0, "Learning rate of a layer divided by that of the layer after it; 1: all equal.")
+    weight_decay: float = _more(0.05, "Decoupled weight decay (AdamW); biases and norms have none.")
+    warmup: float = _more(0.0, "Epochs over which the learning rate rises from zero.")
+    clip_norm: float = _more(1.0, "Largest norm of the gradient; longer ones are shortened to it. 0: no limit.")
+    ema: float = _more(0.0, "Largest decay a step of a running mean of the weights, which is then kept; 0: no mean.")
+    precision: str = _machine("float32", f"Precision of the arithmetic: {', '.join(PRECISIONS)}.")
+    freeze_norm: bool = _more(True, "Keep the batch statistics that the backbone came with.")
+    head_start: str = _heads(
+        "fitted",
+        "First weights of the heads: default (torch's), small (a tenth of these), or, in stage 2, fitted "
+        "(stage 1's heads, or closed form).",
+    )
+    augment: bool = _more(False, "Shift and zoom images by up to 3 %, brightness, contrast and saturation by 10 %.")
+    stop: str = _train("fold", "fold: keep the epoch that scores best on the held-out fold; never: keep the last.")
+    patience: int = _train(3, "With --stop fold: epochs without a better score after which training ends.")
+    embedding: int = _heads(512, "Stage 1: numbers that stand for a subject beside the features of an image.")
+    head: str = _heads("pooled", "pooled: heads read the last layer's vector; spatial: they read places of layers.")
+    layers: str = _spatial("auto", "Layers that are read: auto, all, or names or numbers with commas between.")
+    grid: str = _spatial("auto", "Places a side of a layer: a number, native, or auto (at most 7).")
+    space: int = _spatial(0, "Outputs of a common readout, in which all vertices are linear; 0: a readout a vertex.")
+    rank: int = _spatial(1, "Maps over places, each with weights of channels, for each output and layer.")
+    token_dropout: float = _spatial(0.1, "Part of a layer's places that are left out of an image in training.")
+    smoothness: float = _spatial(0.0, "Weight of a penalty of differences between neighbouring places of a map.")
+    sparsity: float = _spatial(0.0, "Weight of a penalty of maps that spread over many places.")
+    seed: int = _train(0, "Seed of the order of images, of the first weights of heads, and of dropout.")
 
     def __post_init__(self) -> None:
         parse_loss(self.loss)
         one_of("precision", self.precision, PRECISIONS)
         one_of("head-start", self.head_start, HEAD_STARTS)
         one_of("stop", self.stop, STOPS)
-        one_of("head", self.head, READOUTS)
+        one_of("head", self.head, tuple(HEAD_KINDS))
         for name, least in (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("patience", 1), ("embedding", 1)):
-            at_least(name.replace("_", "-"), getattr(self, name), least)
-        at_least("space", self.space, 0)
-        at_least("rank", self.rank, 1)
+            self._check(name, getattr(self, name) >= least, f"{least} or more", "raise it")
+        self._check("space", self.space >= 0, "0 or more", "raise it")
+        self._check("rank", self.rank >= 1, "1 or more", "raise it")
         for name in ("correlation_batch", "weight_decay", "warmup", "clip_norm", "smoothness", "sparsity", "seed"):
-            at_least(name.replace("_", "-"), getattr(self, name), 0)
-            if getattr(self, name) == math.inf:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')}", expected="a finite number", found="inf", remedy="correct it"
-                )
+            self._check(name, getattr(self, name) >= 0, "0 or more", "raise it")
+            self._check(name, getattr(self, name) < math.inf, "a finite number", "correct it")
         for name in ("learning_rate", "head_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')}",
-                    expected="a number above 0",
-                    found=getattr(self, name),
-                    remedy="correct it",
-                )
+            self._check(name, 0 < getattr(self, name) < math.inf, "a number above 0", "correct it")
         for name in ("ema", "layer_decay"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')}",
-                    expected="a number from 0 to 1",
-                    found=value,
-                    remedy="correct it",
-                )
+            self._check(name, 0 <= getattr(self, name) <= 1, "a number from 0 to 1", "correct it")
         check_dropout(self.token_dropout)
-        self._refuse_unread()
-        _ = self.tapped  # refuses a grid that is none
+        unread = [name for name in self._read_by_others() if getattr(self, name) != getattr(TrainConfig, name)]
+        for head, kind in HEAD_KINDS.items():
+            refuse_given([name for name in unread if name in kind.settings], f"--head {head}", f"--head {self.head}")
+        _ = self.tapped  # raises ConfigError for a grid that is none
 
-    def _refuse_unread(self) -> None:
-        """Settings of spatial heads decide nothing where there are none."""
-        given = [name for name in _SPATIAL if getattr(self, name) != getattr(TrainConfig, name)]
-        if self.head != "spatial":
-            refuse_given(given, "--head spatial", f"--head {self.head}")
+    def _check(self, name: str, right: bool, expected: str, remedy: str) -> None:
+        if not right:  # NaN compares as wrong everywhere
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(option, expected=expected, found=getattr(self, name), remedy=remedy)
+
+    @property
+    def kind(self) -> HeadKind:
+        """What the settings of `--head` mean."""
+        return HEAD_KINDS[self.head]
+
+    def _read_by_others(self) -> list[str]:
+        """Settings that only other kinds of heads read."""
+        names = [name for kind in HEAD_KINDS.values() for name in kind.settings]
+        return [name for name in names if name not in self.kind.settings]
 
     @property
     def tapped(self) -> LayerConfig:
         """The layers that the heads read."""
-        if self.head == "pooled":
+        if "layers" not in self.kind.settings:
             return LayerConfig(layers=(POOLED,))
         return LayerConfig(layers=tuple(self.layers.replace(" ", "").split(",")), grid=self.grid)
 
     @property
     def terms(self) -> tuple[tuple[float, str], ...]:
+        """The loss as pairs of weight and name."""
         return parse_loss(self.loss)
 
     @property
     def uses_correlation(self) -> bool:
+        """Whether a part of the loss is a correlation over images."""
         return any(name in CORRELATIONS for _, name in self.terms)
 
     def key(self) -> dict[str, Any]:
-        """What decides the weights that come out, given data, start and fold."""
-        spatial = () if self.head == "spatial" else ("head", *_SPATIAL)  # without them pooled heads stay what they were
-        settings = {name: value for name, value in vars(self).items() if name not in spatial}
-        if self.head == "spatial":
+        """Settings that decide the weights that come out, given data, start and fold."""
+        unread = set(self._read_by_others())
+        if self.head == TrainConfig.head:
+            unread.add("head")  # checkpoints of pooled heads are older than the choice, and keep their key
+        settings = {name: value for name, value in vars(self).items() if name not in unread}
+        if "layers" in settings:
             settings["layers"] = ",".join(self.tapped.layers)
         return settings | {"loss": loss_label(self.terms)}
 
@@ -131,7 +160,7 @@ PRESETS = ("fast", "paper")
 
 
 def preset(name: str, stage: str) -> TrainConfig:
-    """The settings of a stage under a preset of that name. Raises ConfigError."""
+    """Settings of a stage under a preset, one of PRESETS. Raises ConfigError."""
     one_of("preset", name, PRESETS)
     if name == "fast":
         # A batch of one subject is enough for correlations; shared among eight, it is not (docs/training.md).
@@ -148,25 +177,6 @@ def preset(name: str, stage: str) -> TrainConfig:
         freeze_norm=False,
         head_start="default",
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoupConfig:
-    """Which checkpoints are averaged."""
-
-    stage: str = "finetune"  # pretrain | finetune
-    models: str = "*"  # patterns of their folders' names or of their trainings' fingerprints, with commas between
-    device: str = "auto"
-    image_cache: float = 50.0  # 10^9 bytes that decoded images may take on the disk
-    workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 16))  # threads that decode images
-
-    def __post_init__(self) -> None:
-        one_of("stage", self.stage, STAGES)
-        one_of("device", self.device, DEVICES)
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        return tuple(part.strip() for part in self.models.split(","))
 
 
 @dataclass(frozen=True, kw_only=True)

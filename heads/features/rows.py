@@ -1,6 +1,5 @@
 """Rows of a feature store as heads read them: in memory where they fit, else chunk by chunk from the disk."""
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,14 +18,25 @@ class LayerRows:
 
     device : where rows are computed with; they are kept in main memory, as they are stored
     budget : bytes that may be kept; what does not fit is read anew whenever it is asked for
+    held : {array: rows, as they are stored} of some images alone, in place of those of the store
     """
 
-    def __init__(self, store: Store, arrays: Sequence[str], device: str, budget: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        arrays: Sequence[str],
+        device: str,
+        budget: float,
+        held: dict[str, np.ndarray] | None = None,
+    ) -> None:
         self._store, self.device, self._n_images = store, device, len(store.image_ids)
         self.grids = {name: _grid(store.arrays[name].shape[1:]) for name in arrays}
         self.channels = {name: store.arrays[name].shape[-1] for name in arrays}
-        self._held: dict[str, np.ndarray] = {}
+        self._held: dict[str, np.ndarray] = held or {}
         self._chunks: dict[tuple[str, int], np.ndarray] = {}
+        if held:
+            self._n_images = len(held[arrays[0]])
+            return
         for name in sorted(arrays, key=self.n_bytes):
             if sum(map(self.n_bytes, self._held)) + self.n_bytes(name) <= budget:
                 self._held[name] = store.read(name)
@@ -119,7 +129,7 @@ class LayerRows:
         window = torch.div(rank, _CHUNKS, rounding_mode="floor")
         return index[torch.argsort(window + torch.rand(len(index), device=index.device).double())]
 
-    def moments(self, name: str, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def mean_and_variance(self, name: str, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(n_places, n_channels) mean over the first rows; (n_channels,) variance over these rows and all places, each
         about its place's mean.
         """
@@ -138,10 +148,8 @@ class LayerRows:
 
     def subset(self, index: np.ndarray) -> "LayerRows":
         """Some images alone, in memory."""
-        some = copy.copy(self)
-        some._held = {name: self._stored(name, index) for name in self.grids}
-        some._n_images = len(index)
-        return some
+        held = {name: self._stored(name, index) for name in self.grids}
+        return LayerRows(self._store, tuple(self.grids), self.device, 0, held)
 
     def _ready(self, name: str, rows: np.ndarray) -> torch.Tensor:
         shape = (len(rows), self.n_places(name), self.channels[name])

@@ -2,24 +2,25 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from featcache.backbone.taps import CLASS_TOKEN
-from featcache.cache.extract import FOLDER
+from featcache.cache.keys import FeatureFacts, FeatureKey, FoldKey
 from featcache.cache.store import Store, list_stores
 from featcache.dataset.digests import image_digest
-from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Subject
 from featcache.machine.progress import say
+from featcache.workdir import Workdir
 from heads.features.rows import LayerRows
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """One subject's features of one model.
+    """The features of one subject that one model reads.
 
     stores : of a frozen backbone, the one store; of a trained one, a store for each fold that there is, in their order
     arrays : those that heads read; None: all there are
@@ -28,40 +29,51 @@ class FeatureSet:
     stores: tuple[Store, ...]
     arrays: tuple[str, ...] | None = None
 
+    @cached_property
+    def keys(self) -> tuple[FeatureKey, ...]:
+        """What decided the rows of each store."""
+        return tuple(FeatureKey.of(store) for store in self.stores)
+
+    @cached_property
+    def facts(self) -> tuple[FeatureFacts, ...]:
+        """What else is known of each store."""
+        return tuple(FeatureFacts.from_json(store.facts) for store in self.stores)
+
+    @cached_property
+    def trainings(self) -> tuple[FoldKey, ...]:
+        """The training of each store's backbone, and the fold that it did not see; () for a frozen backbone."""
+        return tuple(key.fold for key in self.keys if key.fold is not None)
+
     @property
     def trained(self) -> bool:
-        return self.stores[0].key["fold"] is not None
+        """Whether the backbone was trained, once for each fold."""
+        return bool(self.trainings)
+
+    @property
+    def held_out(self) -> tuple[int, ...]:
+        """The fold that each store's backbone did not see."""
+        return tuple(training.fold for training in self.trainings)
 
     @property
     def name(self) -> str:
+        """Names of the stores, with + between."""
         return "+".join(store.name for store in self.stores)
 
+    @property
     def label(self) -> str:
-        """Backbone, stage, and whether it is a mean of several trainings, for a person."""
-        first = self.stores[0].key
-        if not self.trained:
-            return first["backbone"]
-        return f"{first['backbone']}-{first['fold']['stage']}{'-soup' if 'soup' in first['fold'] else ''}"
+        """Backbone and, if it was trained, the stage, for a person."""
+        return "-".join([self.keys[0].backbone, *(training.label for training in self.trainings[:1])])
 
     def key(self) -> dict[str, Any]:
-        """What decides the features; of a trained backbone, those of all folds together."""
-        first = dict(self.stores[0].key)
+        """What decides the features, as prediction stores keep it; of a trained backbone, for all folds together."""
+        key = dict(self.stores[0].key)
         if self.arrays is not None:
-            first["read"] = list(self.arrays)
+            key["read"] = list(self.arrays)
         if not self.trained:
-            return first
-        weights = [store.key["weights"] for store in self.stores]
-        fold = {key: value for key, value in first["fold"].items() if key != "fold"}
-        return first | {"weights": weights, "fold": fold | {"held_out": self.held_out()}}
-
-    def held_out(self) -> list[int]:
-        """The fold that each store's backbone did not see."""
-        return [store.key["fold"]["fold"] for store in self.stores]
-
-    def folds(self, subject: Subject, n_folds: int = 0, seed: int = 0) -> np.ndarray:
-        """(n_train,) fold of each training image: those of the training, or as asked for where there was none."""
-        fold = self.stores[0].key["fold"] or {"n_folds": n_folds, "seed": seed}
-        return assign_folds(subject.train.ids, fold["n_folds"], fold["seed"])
+            return key
+        weights = [feature_key.weights for feature_key in self.keys]
+        training = {name: value for name, value in key["fold"].items() if name != "fold"}
+        return key | {"weights": weights, "fold": training | {"held_out": list(self.held_out)}}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,11 +81,12 @@ class FeatureSet:
         return tuple(self.stores[0].arrays) if self.arrays is None else self.arrays
 
     @property
-    def has_places(self) -> bool:
-        return any(self.stores[0].arrays[name].ndim > 2 for name in self.names)
+    def is_layered(self) -> bool:
+        """Whether heads read several arrays, or places of the image."""
+        return len(self.names) > 1 or any(self.stores[0].arrays[name].ndim > 2 for name in self.names)
 
     def read(self, device: str, budget: float) -> list[LayerRows]:
-        """Of each store, the rows of its arrays; `budget` bytes of each store may be kept in memory."""
+        """Rows of the arrays, for each store. budget : bytes of each store that may be kept in memory"""
         return [LayerRows(store, self.names, device, budget) for store in self.stores]
 
     def reading(self, layers: str) -> "list[FeatureSet]":
@@ -81,31 +94,35 @@ class FeatureSet:
 
         A layer's class token goes with it. Named layers that these features lack leave nothing to read.
         """
-        there = tuple(self.stores[0].arrays)
+        known = dict.fromkeys(layer_of(name) for name in self.stores[0].arrays)
         if layers == "joint":
             return [self]
         if layers == "each":
-            return [self._of((layer,)) for layer in dict.fromkeys(layer_of(name) for name in there)]
+            return [self._reading((layer,)) for layer in known]
         wanted = tuple(layers.replace(" ", "").split(","))
-        return [self._of(wanted)] if set(wanted) <= {layer_of(name) for name in there} else []
+        return [self._reading(wanted)] if set(wanted) <= known.keys() else []
 
-    def _of(self, layers: tuple[str, ...]) -> "FeatureSet":
+    def _reading(self, layers: tuple[str, ...]) -> "FeatureSet":
         arrays = tuple(name for name in self.stores[0].arrays if layer_of(name) in layers)
-        return replace(self, arrays=None if arrays == tuple(self.stores[0].arrays) else arrays)
+        return FeatureSet(self.stores, None if arrays == tuple(self.stores[0].arrays) else arrays)
+
+    def only(self, arrays: Sequence[str]) -> "FeatureSet":
+        """The same features, of which heads read some arrays alone."""
+        return replace(self, arrays=tuple(arrays))
 
     def seen_ids(self) -> list[np.ndarray]:
         """Ids of the images that each store's backbone was trained on."""
-        return [np.array(store.facts.get("seen_ids", []), dtype=np.int64) for store in self.stores]
+        return [np.array(facts.seen_ids or (), dtype=np.int64) for facts in self.facts]
 
 
 def layer_of(name: str) -> str:
-    """Of an array's name."""
+    """The layer that an array belongs to: its own name, or that of the layer whose class token it is."""
     return name.removesuffix(CLASS_TOKEN)
 
 
 def feature_sets(subject: Subject, work: Path) -> list[FeatureSet]:
     """The complete features of the subject's images as they are now; what is left out is named."""
-    stores = own_stores(subject, work / FOLDER, "extract")
+    stores = subject_stores(subject, Workdir(work).features, "extract")
     digest = image_digest(subject, work) if stores else ""
     stores = keep(subject, stores, lambda store: "" if store.key["images"] == digest else "made from other images")
     stores = keep(subject, stores, lambda store: _older_fault(store, stores))
@@ -113,10 +130,10 @@ def feature_sets(subject: Subject, work: Path) -> list[FeatureSet]:
     for store in stores:
         families.setdefault(_family(store), []).append(store)
     sets = [FeatureSet(tuple(sorted(family, key=_fold))) for family in families.values()]
-    for one in sets:
-        if one.trained and len(one.stores) < (n_folds := one.stores[0].key["fold"]["n_folds"]):
-            which = ", ".join(map(str, one.held_out()))
-            say(f"{subject.name}: {one.label()} has fold {which} of {n_folds}; only their images are predicted")
+    for features in sets:
+        if features.trained and len(features.stores) < (n_folds := features.trainings[0].n_folds):
+            folds = ", ".join(map(str, features.held_out))
+            say(f"{subject.name}: {features.label} has fold {folds} of {n_folds}; only their images are predicted")
     return sets
 
 
@@ -127,29 +144,31 @@ def _older_fault(store: Store, stores: Sequence[Store]) -> str:
 
 
 def newer_fault(store: Store, alike: Sequence[Store], what: str) -> str:
-    """Of complete stores that stand for one thing, the one that was written last counts."""
+    """Why a store is left out beside others that stand for the same thing: the one that was written last counts."""
     newest = max(alike, key=lambda other: (other.path / "committed.json").stat().st_mtime_ns)
     return "" if store is newest else f"{newest.name} is of the same {what} and newer"
 
 
 def _family(store: Store) -> str:
     """Equal for the folds of one training, and for nothing else."""
-    if store.key["fold"] is None:
+    training = store.key["fold"]
+    if training is None:
         return store.name
     alike = {name: value for name, value in store.key.items() if name not in ("weights", "fold")}
-    return repr(alike | {name: value for name, value in store.key["fold"].items() if name != "fold"})
+    return repr(alike | {name: value for name, value in training.items() if name != "fold"})
 
 
 def _fold(store: Store) -> int:
-    return store.key["fold"]["fold"] if store.key["fold"] else 0
+    training = FeatureKey.of(store).fold
+    return training.fold if training else 0
 
 
-def own_stores(subject: Subject, folder: Path, command: str) -> list[Store]:
+def subject_stores(subject: Subject, folder: Path, command: str) -> list[Store]:
     """The subject's stores in a folder that are complete and have the rows of its images, in their order."""
-    own = [store for store in list_stores(folder) if store.key["subject"] == subject.name]
-    if not own:
+    stores = [store for store in list_stores(folder) if store.key["subject"] == subject.name]
+    if not stores:
         say(f"{subject.name}: nothing in {folder}; run '{command}'")
-    complete = keep(subject, own, lambda store: "" if store.complete else f"not complete, run '{command}' again")
+    complete = keep(subject, stores, lambda store: "" if store.complete else f"not complete, run '{command}' again")
     return keep(subject, complete, lambda store: _row_fault(store, subject))
 
 

@@ -18,17 +18,16 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
 from featcache.backbone.weights import first_line
-from featcache.cache.extract import FOLDER as FEATURES
 from featcache.cache.store import Store, open_store
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
 from featcache.machine.progress import say
+from featcache.workdir import Workdir
 from heads.blend.models import chosen
 from heads.features.rows import LayerRows
-from heads.features.sets import own_stores
-from heads.fit.run import FOLDER as PREDICTIONS
-from heads.fit.run import WEIGHTS, score
+from heads.features.sets import subject_stores
+from heads.fit.run import score
 from heads.modules.spatial import SpatialReadout
 from heads.solvers.layers.priors import depths_of
 
@@ -79,12 +78,12 @@ def read_maps(store: Store, work: Path) -> dict[str, VertexMaps] | None:
 
     Raises StoreError for a file of weights that is missing, damaged or of other heads.
     """
-    features = [open_store(work / FEATURES / name) for name in store.facts["features"].split("+")]
+    features = [open_store(Workdir(work).features / name) for name in store.facts["features"].split("+")]
     arrays = tuple(store.key["features"].get("read") or features[0].arrays)
     rows = [LayerRows(one, arrays, "cpu", 0) for one in features]
     if all(np.prod(grid) == 1 for grid in rows[0].grids.values()):
         return None
-    path = work / WEIGHTS / f"{store.name}.safetensors"
+    path = Workdir(work).head_weights(store.name)
     try:
         with safe_open(path, "pt") as file:
             of = (file.metadata() or {}).get("predictions", store.name)
@@ -133,7 +132,7 @@ def _of_weights(own: dict[str, torch.Tensor], rows: LayerRows, store: Store) -> 
     for name in rows.grids:
         if (weights := own.get(f"{name}.weights")) is None:
             return {}
-        _, variance = rows.moments(name, store.n_train)
+        _, variance = rows.mean_and_variance(name, store.n_train)
         on_places = weights.reshape(rows.n_places(name), rows.channels[name], -1)
         sizes[name] = (on_places.square() * variance[:, None]).sum(1).sqrt().T
     return sizes
@@ -214,9 +213,15 @@ def export_maps(subjects: Sequence[Subject], pattern: str, work: Path) -> tuple[
 
 
 def _models(subjects: Sequence[Subject], pattern: str, work: Path) -> Iterator[tuple[Subject, Store]]:
-    pairs = [(subject, store) for subject in subjects for store in own_stores(subject, work / PREDICTIONS, "fit-heads")]
+    pairs = [
+        (subject, store)
+        for subject in subjects
+        for store in subject_stores(subject, Workdir(work).predictions, "fit-heads")
+    ]
     if not pairs:
-        raise StoreError(work / PREDICTIONS, expected="fitted heads", found="none", remedy="run 'fit-heads' first")
+        raise StoreError(
+            Workdir(work).predictions, expected="fitted heads", found="none", remedy="run 'fit-heads' first"
+        )
     wanted = chosen(list(dict.fromkeys(store.facts["model"] for _, store in pairs)), pattern)
     yield from ((subject, store) for subject, store in pairs if store.facts["model"] in wanted)
 

@@ -1,11 +1,26 @@
-"""Heads that a gradient trains. Each reduces to one LinearMap, so that whoever predicts knows one kind of head."""
+"""Linear heads: one layer for all vertices, or one more for each ROI. Each reduces to one LinearMap."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-from heads.solvers.ridge import LinearMap
+
+class LinearMap(NamedTuple):
+    """predictions = features @ weights + intercept
+
+    weights : (n_features, n_vertices) float32
+    intercept : (n_vertices,) float32
+    """
+
+    weights: torch.Tensor
+    intercept: torch.Tensor
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.intercept, features, self.weights)
+
 
 # torch's own start predicts noise of the size of the signal, which few images never wear down; zero would leave
 # correlation losses without a gradient.
@@ -82,4 +97,11 @@ class RoiHead(_Linear):
         return sums.index_add(1, self.vertex, outputs) * self.share
 
 
-Head = LinearHead | RoiHead
+def make_linear(n_features: int, n_vertices: int, rois: Sequence[np.ndarray]) -> LinearHead:
+    """One layer for all vertices, whatever the ROIs."""
+    return LinearHead(n_features, n_vertices)
+
+
+def make_roi(n_features: int, n_vertices: int, rois: Sequence[np.ndarray]) -> RoiHead:
+    """One layer for all vertices and one for each ROI that has any. rois : masks (n_vertices,)"""
+    return RoiHead(n_features, n_vertices, [torch.from_numpy(mask) for mask in rois if mask.any()])

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from featcache.backbone.network import Backbone, load_backbone
-from featcache.cache.extract import fused, rows_of
+from featcache.cache.sources import rows_of
 from featcache.cache.store import Row
 from featcache.config import BackboneConfig, LayerConfig
 from featcache.dataset.images import load_image
@@ -77,13 +77,13 @@ def network(config: BackboneConfig, layers: LayerConfig, dtype: str, device: str
     load = time.perf_counter() - began
     taps = backbone.taps(layers)
     rows = rows_of(backbone, taps)
-    read = fused(backbone, taps, device) if fold else backbone
+    read = backbone.optimised(taps) if fold else backbone
     size, half = backbone.transform_settings["input_size"], getattr(torch, dtype, torch.float32)
 
     def forward(n: int) -> None:
         with torch.inference_mode(), torch.autocast(device, half, enabled=half != torch.float32):
             pixels = torch.randint(256, (n, *size), dtype=torch.uint8, device=device)
-            read.features(read.normalise(pixels), taps)
+            read.read(read.normalise(pixels), taps)
 
     one = _fastest(lambda: forward(1), device, 1)
     n = next(n for most, n in _IMAGES if one < most)  # threads that wait for each other make single images look slow

@@ -13,7 +13,6 @@ from featcache.machine.progress import size_of
 from heads.scores.metrics import Summary, VertexScores, summarize
 
 if TYPE_CHECKING:  # a table of scores must not load what trains or blends
-    from heads.backbones.soup import Soup
     from heads.blend.overview import Model
     from heads.blend.run import Ensemble
     from heads.recipes.plan import Estimate
@@ -164,21 +163,6 @@ def model_table(models: "Sequence[Model]", accuracy: bool) -> Table:
     return table
 
 
-def soup_table(soups: "Sequence[Soup]") -> Table:
-    """A row for each mean of checkpoints: its score, its best member's, and the mean of its members' scores."""
-    table = Table(
-        title="score on the held-out fold: noise-normalised accuracy as a fraction, or mean r without ceilings",
-        title_justify="left",
-    )
-    table.add_column("checkpoint", overflow="fold")
-    for column in ("members", "soup", "best", "mean", "soup - best"):
-        table.add_column(column, justify="right")
-    for soup in soups:
-        numbers = [f"{value:.4f}" for value in (soup.score, soup.best, soup.mean)]
-        table.add_row(_where(soup.checkpoint.key), str(len(soup.members)), *numbers, f"{soup.score - soup.best:+.4f}")
-    return table
-
-
 def plan_table(estimates: "Sequence[Estimate]") -> Table:
     """A row for each step, and one for all of them: times and disk add up, and memory is that of the largest."""
     table = Table(title="estimates, as if nothing were done yet", title_justify="left", caption_justify="left")
@@ -217,30 +201,6 @@ def plan_as_json(estimates: "Sequence[Estimate]") -> dict[str, Any]:
     ]
     steps = [{"step": e.step.number, "command": e.step.command, "options": dict(e.step.own)} for e in estimates]
     return {"plan": [step | cost for step, cost in zip(steps, costs, strict=False)], "total": costs[-1]}
-
-
-def _where(key: Mapping[str, Any]) -> str:
-    """Stage or, in the second, subject; backbone and fold."""
-    who = key["subjects"] if key["stage"] == "finetune" else [key["stage"]]
-    return " ".join([*who, key["backbone"]["name"], f"fold {key['fold']['fold']}"])
-
-
-def soups_as_json(soups: "Sequence[Soup]") -> list[dict[str, Any]]:
-    """[{path, stage, subjects, fold, score, best, mean, new, members: [{name, training, score}]}]"""
-    return [
-        {
-            "path": str(soup.checkpoint.path),
-            "stage": soup.checkpoint.key["stage"],
-            "subjects": list(soup.checkpoint.key["subjects"]),
-            "fold": soup.checkpoint.fold["fold"],
-            "score": soup.score,
-            "best": soup.best,
-            "mean": soup.mean,
-            "new": soup.new,
-            "members": [{key: member[key] for key in ("name", "training", "score")} for member in soup.members],
-        }
-        for soup in soups
-    ]
 
 
 def print_table(table: Table) -> None:

@@ -7,7 +7,7 @@ them; those without a use for the ceiling only check it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from featcache.errors import ConfigError, FeatcacheError
+from heads.config.losses import LOSS_SPECS
+from heads.config.registry import load
 
 Matrix: TypeAlias = "Tensor | NDArray"
 Loss: TypeAlias = Callable[..., Tensor]
@@ -92,7 +94,20 @@ def mnnpc(predictions: Matrix, responses: Matrix, noise_ceiling: Matrix | None =
     return (distance**2 / noise_ceiling.masked_fill(noise_ceiling == 0, 1)).mean()
 
 
-LOSSES: dict[str, Loss] = {"smooth_l1": smooth_l1, "mse": mse, "pearson": pearson, "mnnpc": mnnpc}
+class _Losses(Mapping[str, Loss]):
+    """The loss functions by name, each loaded when it is first asked for: `heads.config.losses` lists them."""
+
+    def __getitem__(self, name: str) -> Loss:
+        return load(LOSS_SPECS[name].function)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(LOSS_SPECS)
+
+    def __len__(self) -> int:
+        return len(LOSS_SPECS)
+
+
+LOSSES: Mapping[str, Loss] = _Losses()
 
 
 def weighted_sum(terms: Sequence[tuple[float, str]]) -> Loss:

@@ -1,14 +1,43 @@
-"""What fitted heads say of images they were not trained on, and how folds are brought together."""
+"""The contract of every solver: what it is built from, what it is given, and what it hands back.
+
+A solver fits heads on all folds but one, for each fold in turn. `Problem` is what its builder is given, `Block` what
+`fit` is given, and `Fits` what comes back; `heads/fit/` does the rest without knowing what a head is.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from featcache.dataset.subject import Subject
-from heads.solvers.held_out import FoldHeads, FoldSolver
-from heads.solvers.ridge import LinearMap
+from heads.config import FitConfig
+from heads.features.sets import FeatureSet
+from heads.solvers.held_out import FoldPlan
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Responses that are fitted together: some vertices of one surface.
+
+    surface : its name
+    vertices : which of its vertices these are
+    responses : (n_train, n_vertices) float32, on the device that fits
+    noise_ceiling : (n_vertices,), fraction of variance in [0, 1]; None where not given
+    rois : masks (n_vertices,) of the ROIs
+    whole : (n_train, all vertices of the surface), for what is chosen for all of them together; memory-mapped
+    """
+
+    surface: str
+    vertices: slice
+    responses: torch.Tensor
+    noise_ceiling: np.ndarray | None = None
+    rois: tuple[np.ndarray, ...] = ()
+    whole: np.ndarray | torch.Tensor | None = None
 
 
 class Piece(NamedTuple):
@@ -28,6 +57,7 @@ class Piece(NamedTuple):
 class FoldFit(NamedTuple):
     """What was fitted without one fold.
 
+    held_out : predictions of the fold's images
     test : (n_test, n_vertices) predictions of the test images
     """
 
@@ -36,80 +66,93 @@ class FoldFit(NamedTuple):
 
 
 class Fits(NamedTuple):
-    """All folds.
+    """What was fitted to one block.
 
-    saved : {(prefix, part): tensor} what the heads are; the last axis is vertices, a prefix tells folds apart
+    folds : one for each held-out fold
+    saved : {(prefix, part): tensor}, the heads themselves; the last axis is vertices, a prefix tells folds apart
     """
 
     folds: list[FoldFit]
     saved: dict[tuple[str, str], torch.Tensor]
 
 
-class FoldPredictor(Protocol):
-    """Fits heads on all folds but one, for each in turn, and predicts."""
+class Solver(Protocol):
+    """Fits heads on all folds but one, for each fold in turn, and predicts the images of that fold.
 
-    vertex_block: int | None  # vertices it takes at a time; None: all at once
-
-    def fit(self, responses: torch.Tensor, **about: Any) -> Fits: ...
-
-
-class LinearFits:
-    """A solver whose heads are linear maps of a matrix of features.
-
-    features : (n_train + n_test, n_features) float32, one for all folds or one for each
-    names : of the saved maps: one where folds share their features, which is then the mean of theirs, or one a fold
+    vertex_block : vertices that it takes at a time; None: all of a surface at once
     """
 
-    def __init__(
-        self, solver: FoldSolver, features: Sequence[torch.Tensor], n_train: int, names: Sequence[str]
-    ) -> None:
-        self._solver, self._features, self._n_train, self._names = solver, features, n_train, names
-        self.vertex_block = solver.vertex_block
-        self._spreads: dict[int, _Trained] = {}
+    vertex_block: int | None
 
-    def fit(self, responses: torch.Tensor, **about: Any) -> Fits:
-        folds = self._solver.fit(responses, **about)
-        shared = len(self._features) == 1
-        fits = [self._predict(k, fold, self._features[0 if shared else k]) for k, fold in enumerate(folds)]
-        finals = [fold.final for fold in folds]
-        if shared:
-            finals = [LinearMap(*(torch.stack(parts).mean(0) for parts in zip(*finals, strict=True)))]
-        saved = {
-            (name, part): values
-            for name, head in zip(self._names, finals, strict=True)
-            for part, values in head._asdict().items()
-        }
-        return Fits(fits, saved)
+    def fit(self, block: Block) -> Fits:
+        """Fit heads to a block of responses, and predict held-out and test images by them."""
+        ...
 
-    def _predict(self, k: int, fold: FoldHeads, features: torch.Tensor) -> FoldFit:
-        if k not in self._spreads:
-            self._spreads[k] = _Trained(features[: self._n_train], fold)
-        trained = self._spreads[k]
-        pieces = [
-            Piece(
-                rows, head(features[rows]), trained.mean @ head.weights + head.intercept, trained.spread(head.weights)
-            )
-            for rows, head in fold.held_out
-        ]
-        return FoldFit(pieces, fold.final(features[self._n_train :]))
+    def memory(self, n_vertices: int) -> float:
+        """Bytes that it is expected to take for a surface of so many vertices, besides the program itself."""
+        ...
 
 
-class _Trained:
-    """The features that a fold's head was trained on, as far as the spread of its predictions needs them."""
+class Shared:
+    """What the fits of one run have in common on one set of features; the first that needs it makes it.
 
-    def __init__(self, features: torch.Tensor, fold: FoldHeads) -> None:
-        held_out = np.concatenate([rows for rows, _ in fold.held_out])
-        features = features[np.setdiff1d(np.arange(len(features)), held_out)]
-        self.mean, self._n_images = features.mean(0), len(features)
-        centred = features - self.mean
-        self._tall = len(features) > features.shape[1]
-        self._factor = centred.T @ centred if self._tall else centred
+    n_fits : how many fits there will be
+    """
 
-    def spread(self, weights: torch.Tensor) -> torch.Tensor:
-        """(n_vertices,) standard deviation of the predictions; 1 where they are constant."""
-        product = self._factor @ weights
-        squares = (weights * product).sum(0) if self._tall else product.square().sum(0)
-        return torch.where(squares > 0, squares / self._n_images, 1).sqrt()
+    def __init__(self, n_fits: int = 1) -> None:
+        self.n_fits = n_fits
+        self._made: dict[str, Any] = {}
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` gives, made once under this name."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+
+@dataclass(frozen=True, eq=False)
+class Trainee:
+    """One subject of a training that serves several."""
+
+    subject: Subject
+    features: FeatureSet
+    plan: FoldPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """All that a solver is built from: the features of one subject, on which images to fit, and settings.
+
+    features : of a frozen backbone, or of one that was trained once per fold
+    plan : folds, and on which images a choice may be made
+    device : 'cpu' or 'cuda'
+    work : the work folder, where checkpoints are
+    shared : what several losses on these features have in common
+    together, joint : all subjects that one training serves, if it serves several, and what their fits have in common
+    """
+
+    subject: Subject
+    features: FeatureSet
+    plan: FoldPlan
+    config: FitConfig
+    device: str = "cpu"
+    work: Path = Path()
+    shared: Shared = field(default_factory=Shared)
+    together: tuple[Trainee, ...] = ()
+    joint: Shared = field(default_factory=Shared)
+
+    @property
+    def n_train(self) -> int:
+        return len(self.subject.train)
+
+    @property
+    def n_test(self) -> int:
+        return len(self.subject.test)
+
+    @property
+    def n_vertices(self) -> tuple[int, ...]:
+        """Vertices of each surface."""
+        return tuple(self.subject.n_vertices.values())
 
 
 def level_and_spread(predictions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,8 +161,13 @@ def level_and_spread(predictions: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return mean, torch.where(spread > 0, spread, torch.ones_like(spread))
 
 
+def piece_of(predictions: torch.Tensor, rows: np.ndarray, trained: np.ndarray) -> Piece:
+    """Predictions of some rows, out of those of all images, with the level and spread of the rows trained on."""
+    return Piece(rows, predictions[rows], *level_and_spread(predictions[trained]))
+
+
 def comparable(pieces: Sequence[Piece], level: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The pieces' predictions, with the mean and spread of what their heads say of their training images made equal.
+    """Predictions of the pieces, brought to one level and one scale for each vertex.
 
     Heads of different folds differ in level and scale: a fold whose responses happen to be high leaves a low mean to
     the head trained without it, and each takes its own penalty. Pooled over folds, these steps give predictions of
@@ -132,43 +180,3 @@ def comparable(pieces: Sequence[Piece], level: torch.Tensor) -> Iterator[torch.T
     ratios = [common / piece.spread for piece in pieces]
     for piece, ratio in zip(pieces, ratios, strict=True):
         yield torch.addcmul(level - piece.mean * ratio, piece.predictions, ratio)
-
-
-def cross_validate(
-    predictor: FoldPredictor,
-    subject: Subject,
-    hemisphere: str,
-    advance: Callable[[int], None],
-    device: str = "cpu",
-) -> tuple[np.ndarray, dict[tuple[str, str], torch.Tensor]]:
-    """Predictions (n_train + n_test, n_vertices) float32 of one hemisphere, and the heads that made them, by name.
-
-    Training rows are predicted by heads that did not see them, and are NaN where there are none; test rows by the mean
-    over folds.
-    """
-    n_train, responses = len(subject.train), subject.responses(hemisphere)
-    n_vertices = responses.shape[1]
-    predictions = torch.full((n_train + len(subject.test), n_vertices), torch.nan)
-    saved: dict[tuple[str, str], torch.Tensor] = {}
-    step = predictor.vertex_block or max(n_vertices, 1)
-    about = {
-        "hemisphere": hemisphere,
-        "whole": responses,
-        "noise_ceiling": subject.noise_ceiling[hemisphere],
-        "rois": tuple(subject.rois[hemisphere].values()),
-    }
-    for block in (slice(start, min(start + step, n_vertices)) for start in range(0, n_vertices, step)):
-        y = torch.from_numpy(np.array(responses[:, block], dtype=np.float32)).to(device)
-        fits = predictor.fit(y, vertices=block, **about)
-        pieces = [piece for fold in fits.folds for piece in fold.held_out]
-        for piece, values in zip(pieces, comparable(pieces, y.mean(0)), strict=True):
-            predictions[torch.from_numpy(piece.rows), block] = values.cpu()
-        predictions[n_train:, block] = torch.stack([fold.test for fold in fits.folds]).mean(0).cpu()
-        for name, values in fits.saved.items():
-            if step >= n_vertices:
-                saved[name] = values.cpu()
-                continue
-            whole = saved.setdefault(name, values.new_empty((*values.shape[:-1], n_vertices), device="cpu"))
-            whole[..., block] = values.cpu()
-        advance(block.stop - block.start)
-    return predictions.numpy(), saved

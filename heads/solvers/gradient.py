@@ -1,95 +1,129 @@
-"""The only gradient loop: batches, loss, optimiser, schedule, early stop."""
+"""Heads that a gradient trains on cached features: batches, loss, optimiser, schedule, early stopping."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
-from featcache.dataset.splits import assign_folds, refuse_leak
-from featcache.errors import ConfigError
-from heads.config import AdamWConfig, FitConfig
-from heads.modules.linear import Head, LinearHead, RoiHead
+from heads.config import HEADS, AdamWConfig, FitConfig
+from heads.config.registry import load
+from heads.modules.linear import LinearMap
 from heads.scores.losses import Loss, weighted_sum
 from heads.scores.metrics import accuracy_from_r, pearson_r
-from heads.solvers.ridge import LinearMap
+from heads.solvers.base import Block, Fits, FoldFit, Problem, piece_of
+from heads.solvers.held_out import FoldPlan, Split
+from heads.solvers.linear import FoldHeads, LinearPredictions
+from heads.solvers.memory import Sizes, announce_whole, whole_bytes
 
 # The first gradients of a correlation loss are the largest, and torch's 0.999 would remember them for 1,000 steps.
 _BETAS = (0.9, 0.95)
 
 
-class AdamWFolds:
+def build(problem: Problem) -> "GradientSolver":
+    """Build the solver for heads that a gradient trains on one matrix of features. Raises ConfigError."""
+    features = [rows.dense() for rows in problem.features.read(problem.device, 0)]
+    announce_whole(problem, features[0].shape[1], "by gradient")
+    return GradientSolver(features, problem.plan, problem.config)
+
+
+class GradientSolver:
     """Heads trained by gradient on all folds but one, for each fold in turn.
 
-    features : (n_images, n_features) float32, on the device that trains
-    folds, image_ids : (n_images,)
+    features : (n_train + n_test, n_features) float32 on the device that trains, one for all folds or one for each
     """
 
     vertex_block: int | None = None  # a loss is a mean over vertices and stops for all of them together
 
-    def __init__(self, features: torch.Tensor, folds: np.ndarray, image_ids: np.ndarray, config: FitConfig) -> None:
-        self._features, self._folds, self._ids, self._config = features, folds, image_ids, config
+    def __init__(self, features: Sequence[torch.Tensor], plan: FoldPlan, config: FitConfig) -> None:
+        self._features, self._plan, self._config = list(features), plan, config
+        # what the splits refuse is refused before a store is made
+        self._splits = [plan.split(k, config.adamw.validation, config.seed) for k in range(len(plan))]
+        self._predictions = LinearPredictions(self._features, plan)
 
-    def splits(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each fold, rows to train on and rows to decide when to stop by. Raises ConfigError for too few images."""
-        return [stop_split(self._ids, self._folds, fold, self._config) for fold in range(self._folds.max() + 1)]
+    def memory(self, n_vertices: int) -> float:
+        sizes = Sizes.of_matrix(self._plan, self._features[0].shape, n_vertices)
+        return whole_bytes(sizes, HEADS[self._config.head].copies)
 
-    def fit(
-        self,
-        responses: torch.Tensor,
-        noise_ceiling: np.ndarray | None = None,
-        rois: Sequence[np.ndarray] = (),
-        **_: Any,
-    ) -> list[LinearMap]:
-        """One map a fold, for (n_images, n_vertices) float32 responses on the features' device.
+    def fit(self, block: Block) -> Fits:
+        heads = [self._train(k, split, block) for k, split in enumerate(self._splits)]
+        if all(isinstance(head, LinearMap) for head in heads[0]):
+            folds = [
+                FoldHeads(list(zip(split.parts, maps, strict=False)), maps[-1])
+                for split, maps in zip(self._splits, heads, strict=True)
+            ]
+            return self._predictions.fits(folds)
+        return self._fits_of_modules(heads, block)
 
-        noise_ceiling : (n_vertices,), fraction of variance in [0, 1], or None
-        rois : masks (n_vertices,), for the head that has a layer for each
-        """
-        return [self.fit_rows(t, [v], responses, noise_ceiling, rois)[0] for t, v in self.splits()]
-
-    def fit_rows(
-        self,
-        trained: np.ndarray,
-        choices: Sequence[np.ndarray],
-        responses: torch.Tensor,
-        noise_ceiling: np.ndarray | None = None,
-        rois: Sequence[np.ndarray] = (),
-        **_: Any,
-    ) -> list[LinearMap]:
-        """Train once on some rows; for each choice, rows too, the map of the epoch that scored best on those."""
-        for rows in choices:
-            refuse_leak(self._ids[trained], self._ids[rows], "early stopping")
-        mean, scale = _standardisation(self._features[trained])
+    def _train(self, k: int, split: Split, block: Block) -> list[Any]:
+        """Train once; for each choice, the head of the epoch that scored best on its rows."""
+        self._plan.refuse_leaks(split.choices, split.trained, "early stopping")
+        features = self._features[self._plan.source(k)][: self._plan.n_train]
+        mean, scale = _standardisation(features[split.trained])
         torch.manual_seed(self._config.seed)
-        head = _make_head(self._config.head, self._features.shape[1], responses.shape[1], rois)
-        best = train_head(
-            head.to(self._features.device),
-            [Task((self._features - mean) / scale, responses, trained, choices, noise_ceiling)],
-            weighted_sum(self._config.terms),
-            self._config.adamw,
-        )
-        weights = [one.weights / scale[:, None] for one in best]
-        whole = [LinearMap(w, one.intercept - mean @ w) for w, one in zip(weights, best, strict=True)]
-        return [calibrate(one, self._features[trained], responses[trained]) for one in whole]
+        head = load(str(HEADS[self._config.head].module))(features.shape[1], block.responses.shape[1], block.rois)
+        standardised = (features - mean) / scale
+        task = Task(standardised, block.responses, split.trained, split.choices, block.noise_ceiling)
+        best = train_head(head.to(features.device), [task], weighted_sum(self._config.terms), self._config.adamw)
+        return [self._unstandardised(head, mean, scale, features, split, block.responses) for head in best]
+
+    def _unstandardised(
+        self,
+        head: Any,
+        mean: torch.Tensor,
+        scale: torch.Tensor,
+        features: torch.Tensor,
+        split: Split,
+        responses: torch.Tensor,
+    ) -> Any:
+        """The head on features as they are stored: a LinearMap, calibrated, or a module with its standardisation."""
+        if not isinstance(head, LinearMap):
+            return _OnStored(head, mean, scale)
+        weights = head.weights / scale[:, None]
+        stored = LinearMap(weights, head.intercept - mean @ weights)
+        return calibrate(stored, features[split.trained], responses[split.trained])
+
+    @torch.no_grad()
+    def _fits_of_modules(self, heads: Sequence[Sequence["_OnStored"]], block: Block) -> Fits:
+        folds, saved = [], {}
+        for k, (split, choices) in enumerate(zip(self._splits, heads, strict=True)):
+            features = self._features[self._plan.source(k)]
+            folds.append(fold_fit((head(features) for head in choices), split, block.responses))
+            prefix = f"fold{self._plan.held_out[k]}."
+            saved |= {(prefix, f"head.{name}"): values for name, values in choices[-1].state_dict().items()}
+        return Fits(folds, saved)
 
 
-def stop_split(image_ids: np.ndarray, folds: np.ndarray, fold: int, config: FitConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and rows to decide when to stop by, all outside the fold, which is for scoring."""
-    outside = np.flatnonzero(folds != fold)
-    if len(outside) < 4:
-        raise ConfigError(
-            f"fold {fold}",
-            expected="4 or more images outside it, to train on and to decide when to stop",
-            found=len(outside),
-            remedy="add images, or give other --folds",
-        )
-    stop = assign_folds(image_ids[outside], config.adamw.validation, config.seed + 1) == 0
-    if not 2 <= stop.sum() <= len(outside) - 2:  # so few images that the draw left none for r: every tenth, by id
-        stop = np.zeros(len(outside), dtype=bool)
-        stop[np.argsort(image_ids[outside], kind="stable")[:: min(10, len(outside) // 2)]] = True
-    return outside[~stop], outside[stop]
+class _OnStored(nn.Module):
+    """A trained module behind the standardisation of the features that it was trained on."""
+
+    def __init__(self, head: nn.Module, mean: torch.Tensor, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.head((features - self.mean) / self.scale)
+
+
+def fold_fit(predictions: Iterable[torch.Tensor], split: Split, responses: torch.Tensor) -> FoldFit:
+    """What the heads of one fold say, each calibrated on the rows that it was trained on.
+
+    predictions : (n_images, n_vertices) of each choice's head
+    responses : (n_train, n_vertices)
+    """
+    pieces, test = [], responses[:0]
+    for choice, values in enumerate(predictions):
+        slope, shift = calibration(values[split.trained], responses[split.trained])
+        values = slope * values + shift
+        if choice < len(split.parts):
+            pieces.append(piece_of(values, split.parts[choice], split.trained))
+        test = values[len(responses) :]
+    return FoldFit(pieces, test)
 
 
 class Task(NamedTuple):
@@ -109,7 +143,7 @@ class Task(NamedTuple):
 
 
 def train_head(head: Any, tasks: Sequence[Task], loss: Loss, config: AdamWConfig) -> list[Any]:
-    """Train a head on the trained rows; for each choice, what `head.snapshot()` gave after the epoch that was best.
+    """Train a head on the trained rows; for each choice, the snapshot of the epoch that scored best on its rows.
 
     A head of several tasks is called with their number as well, and a batch is of one task; a choice is then made by
     the mean score over all their vertices. Batches differ between epochs; the torch seed decides them.
@@ -125,7 +159,7 @@ def train_head(head: Any, tasks: Sequence[Task], loss: Loss, config: AdamWConfig
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs * n_batches)
     cost = getattr(head, "regularisation", None)
     called = [head] if len(tasks) == 1 else [partial(head, number=number) for number in range(len(tasks))]
-    first = head.snapshot()
+    first = _snapshot(head)
     stops = [_Stop(first) for _ in tasks[0].choices]
     for _ in range(config.epochs):
         head.train()
@@ -137,12 +171,17 @@ def train_head(head: Any, tasks: Sequence[Task], loss: Loss, config: AdamWConfig
             optimiser.step()
             schedule.step()
         head.eval()
-        now = head.snapshot()
+        now = _snapshot(head)
         for choice, stop in enumerate(stops):
             stop.see(now, _overall(called, tasks, choice))
         if all(stop.waited >= config.patience for stop in stops):
             break
     return [stop.best for stop in stops]
+
+
+def _snapshot(head: Any) -> Any:
+    """The head as it is now: what its own `snapshot` gives, or a copy."""
+    return head.snapshot() if hasattr(head, "snapshot") else copy.deepcopy(head).requires_grad_(False)
 
 
 def _epoch(tasks: Sequence[Task], batch_size: int) -> list[tuple[int, torch.Tensor]]:
@@ -208,12 +247,6 @@ def _score(head: Any, features: Any, responses: torch.Tensor, noise_ceiling: np.
     if noise_ceiling is None or not noise_ceiling.any():
         return float(r.mean())
     return float(np.nanmean(accuracy_from_r(r, noise_ceiling)))
-
-
-def _make_head(kind: str, n_features: int, n_vertices: int, rois: Sequence[np.ndarray]) -> Head:
-    if kind == "linear":
-        return LinearHead(n_features, n_vertices)
-    return RoiHead(n_features, n_vertices, [torch.from_numpy(mask) for mask in rois if mask.any()])
 
 
 def _standardisation(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,171 +1,166 @@
-"""Solvers fold by fold: heads, and the images that each may be scored on.
+"""Which images a head is fitted to, chosen by and scored on, fold by fold: decided here and nowhere else.
 
-On features of a frozen backbone everything that is chosen (penalties, when to stop) is chosen on the images that the
-head was trained on. On features of a backbone that was trained on those images that would be worthless: it has learnt
-their responses, noise and all, and no penalty looks too small. There, choices are made on the held-out fold, and no
-image has a say in the head that predicts it: the fold is cut in parts, and each is predicted by the head that the
-other parts chose.
+On features of a frozen backbone everything that is chosen (penalties, when to stop) is chosen on images that the head
+may see: no image of the held-out fold has a say. On features of a backbone that was trained on those very images that
+would be worthless: it has learnt their responses, noise and all, and no penalty looks too small. There, choices are
+made on the held-out fold, and yet no image has a say in the head that predicts it: the fold is cut in parts, and each
+part is predicted by the head that the other parts chose.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from featcache.dataset.splits import assign_folds, refuse_leak
+from featcache.dataset.splits import assign_folds, check_folds, refuse_leak
+from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError
-from heads.config import FitConfig, RidgeConfig
-from heads.solvers.gradient import AdamWFolds
-from heads.solvers.ridge import VERTEX_BLOCK, LinearMap, eigenbasis, maps_of_penalties
+from heads.features.sets import FeatureSet
 
 _PARTS = 4  # of a held-out fold
 
 
-class FoldHeads(NamedTuple):
-    """Heads trained without one fold.
+class Split(NamedTuple):
+    """The rows of one fold for a solver that chooses when to stop.
 
-    held_out : [(row numbers, the map that predicts them out of fold)]
-    final : the map for images of no fold
+    trained : rows to fit to
+    choices : for each head, the rows that it is chosen by; the last head is for images of no fold
+    parts : the held-out rows that each of the first heads predicts
     """
 
-    held_out: list[tuple[np.ndarray, LinearMap]]
-    final: LinearMap
+    trained: np.ndarray
+    choices: list[np.ndarray]
+    parts: list[np.ndarray]
 
 
-class FoldSolver(Protocol):
-    """Fits heads on all folds but one, for each in turn."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FoldPlan:
+    """The folds of one subject's training images, and what each may be used for.
 
-    vertex_block: int | None  # vertices it takes at a time; None: all at once
-
-    def fit(self, responses: torch.Tensor, **about: Any) -> list[FoldHeads]: ...
-
-
-class FrozenFolds:
-    """A solver that makes one map a fold, on features that no fold's images have shaped."""
-
-    def __init__(self, solver: AdamWFolds, folds: np.ndarray) -> None:
-        self._solver, self._folds, self.vertex_block = solver, folds, solver.vertex_block
-
-    def fit(self, responses: torch.Tensor, **about: Any) -> list[FoldHeads]:
-        maps = self._solver.fit(responses, **about)
-        return [FoldHeads([(np.flatnonzero(self._folds == k), head)], head) for k, head in enumerate(maps)]
-
-
-class TrainedFolds:
-    """The heads that were trained with the backbone, as they are.
-
-    maps : {hemisphere: one for each held-out fold}
+    image_ids : (n_train,) int64
+    folds : (n_train,) the fold of each training image
+    held_out : the folds that are held out, in turn
+    trained : whether the features come from a backbone that was trained once for each held-out fold, on the others;
+        then there is one set of features for each, else one for all
     """
 
-    vertex_block: int | None = None
+    image_ids: np.ndarray
+    folds: np.ndarray
+    held_out: tuple[int, ...]
+    trained: bool
 
-    def __init__(self, maps: dict[str, list[LinearMap]], folds: np.ndarray, held_out: Sequence[int]) -> None:
-        self._maps, self._rows = maps, [np.flatnonzero(folds == k) for k in held_out]
+    @classmethod
+    def of_frozen(cls, image_ids: np.ndarray, n_folds: int, seed: int) -> "FoldPlan":
+        """The plan for a frozen backbone: every fold is held out in turn. Raises ConfigError for an empty fold."""
+        folds = assign_folds(image_ids, n_folds, seed)
+        check_folds(folds, n_folds)
+        return cls(image_ids=image_ids, folds=folds, held_out=tuple(range(n_folds)), trained=False)
 
-    def fit(self, responses: torch.Tensor, **about: Any) -> list[FoldHeads]:
-        maps = [LinearMap(*(part.to(responses.device) for part in head)) for head in self._maps[about["hemisphere"]]]
-        return [FoldHeads([(rows, head)], head) for rows, head in zip(self._rows, maps, strict=True)]
+    @classmethod
+    def of_features(cls, subject: Subject, features: FeatureSet, n_folds: int, seed: int) -> "FoldPlan":
+        """The plan for some features: the folds of the backbone's training, or those asked for where there was none.
+
+        Raises ConfigError for a fold without images.
+        """
+        if not features.trained:
+            return cls.of_frozen(subject.train.ids, n_folds, seed)
+        training = features.trainings[0]
+        folds = assign_folds(subject.train.ids, training.n_folds, training.seed)
+        check_folds(folds, training.n_folds)
+        return cls(image_ids=subject.train.ids, folds=folds, held_out=features.held_out, trained=True)
+
+    def __len__(self) -> int:
+        """Number of folds that are held out."""
+        return len(self.held_out)
+
+    @property
+    def n_train(self) -> int:
+        return len(self.folds)
+
+    @property
+    def n_sources(self) -> int:
+        """Sets of features: one for all folds, or one for each."""
+        return len(self) if self.trained else 1
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Names of what is saved of the heads: one for each set of features."""
+        return [f"fold{fold}." for fold in self.held_out] if self.trained else [""]
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Rows that are predicted out of fold."""
+        return np.flatnonzero(np.isin(self.folds, self.held_out))
+
+    def source(self, k: int) -> int:
+        """Number of the set of features that the k-th held-out fold reads."""
+        return k if self.trained else 0
+
+    def outside(self, k: int) -> np.ndarray:
+        """Rows to fit to, without the k-th held-out fold."""
+        return np.flatnonzero(self.folds != self.held_out[k])
+
+    def inside(self, k: int) -> np.ndarray:
+        """Rows of the k-th held-out fold."""
+        return np.flatnonzero(self.folds == self.held_out[k])
+
+    def parts(self, k: int) -> list[np.ndarray]:
+        """The held-out rows in the parts that are predicted by heads chosen apart; one part for a frozen backbone."""
+        if not self.trained:
+            return [self.inside(k)]
+        return clean_parts(self.image_ids, self.inside(k), self.held_out[k])
+
+    def n_choices(self, k: int) -> int:
+        """Heads of the k-th fold: one a part and, where parts are chosen for apart, one for images of no fold."""
+        return len(self.parts(k)) + self.trained
+
+    def split(self, k: int, one_in: int, seed: int) -> Split:
+        """The rows of the k-th fold for early stopping. Raises ConfigError for too few images.
+
+        one_in, seed : on a frozen backbone, one in so many images outside the fold decides when to stop
+        """
+        parts = self.parts(k)
+        if self.trained:
+            inside = self.inside(k)
+            return Split(self.outside(k), [*(np.setdiff1d(inside, part) for part in parts), inside], parts)
+        trained, stop = stop_split(self.image_ids, self.outside(k), self.held_out[k], one_in, seed)
+        return Split(trained, [stop], parts)
+
+    def refuse_leaks(self, choices: Sequence[np.ndarray], trained: np.ndarray, what: str) -> None:
+        """Raise LeakError where an image is both trained on and chosen by."""
+        for rows in choices:
+            refuse_leak(self.image_ids[trained], self.image_ids[rows], what)
 
 
-class TunedRidge:
-    """Closed form on features of a backbone that was trained without each held-out fold.
+def stop_split(
+    image_ids: np.ndarray, outside: np.ndarray, fold: int, one_in: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and rows to decide when to stop by, all outside a fold, which is for scoring.
 
-    features : (n_images, n_features) float32 for each of them
+    Raises ConfigError for fewer than 4 images outside the fold.
     """
-
-    vertex_block: int | None = VERTEX_BLOCK
-
-    def __init__(
-        self,
-        features: Sequence[torch.Tensor],
-        folds: np.ndarray,
-        held_out: Sequence[int],
-        image_ids: np.ndarray,
-        config: RidgeConfig,
-    ) -> None:
-        self._config = config
-        self._trained = [np.flatnonzero(folds != k) for k in held_out]
-        self._parts = [clean_parts(image_ids, np.flatnonzero(folds == k), k) for k in held_out]
-        self._bases = [eigenbasis(x[rows]) for x, rows in zip(features, self._trained, strict=True)]
-        self._scores = [basis.scores(x) for basis, x in zip(self._bases, features, strict=True)]
-
-    def fit(self, responses: torch.Tensor, **_: Any) -> list[FoldHeads]:
-        return [self._fit_fold(k, responses) for k in range(len(self._bases))]
-
-    def _fit_fold(self, k: int, responses: torch.Tensor) -> FoldHeads:
-        scores, rows, parts, basis = self._scores[k], self._trained[k], self._parts[k], self._bases[k]
-        penalties = basis.penalties(self._config.penalties)
-        target = responses[rows]
-        level = target.mean(0)
-        rotated = scores[rows].T @ target.sub_(level)
-        judged = [(scores[part], responses[part] - level) for part in parts]
-        errors = held_out_errors(basis.values, rotated, penalties, judged)
-        maps = [maps_of_penalties(basis, rotated, level, penalties[one.argmin(0)]) for one in errors]
-        return FoldHeads(list(zip(parts, maps[:-1], strict=True)), maps[-1])
-
-
-def held_out_errors(
-    values: torch.Tensor,
-    rotated: torch.Tensor,
-    penalties: torch.Tensor,
-    parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
-) -> torch.Tensor:
-    """(n_parts + 1, n_penalties, n_vertices) mean squared error over the other parts of a fold, and over all.
-
-    values, rotated : eigenvalues of X'X (rank,), and U'X'Y (rank, n_vertices)
-    parts : scores XU (n, rank) and centred responses (n, n_vertices) of each
-    """
-    squares = torch.stack(
-        [
-            torch.stack([(y - x @ (rotated / (values[:, None] + penalty))).square().sum(0) for penalty in penalties])
-            for x, y in parts
-        ]
-    )
-    counts = torch.tensor([len(y) for _, y in parts], device=squares.device)[:, None, None]
-    # added up and not subtracted from the whole: rounding would let a part's outliers have a say in its own choice
-    others = 1 - torch.eye(len(parts), device=squares.device, dtype=squares.dtype)
-    apart = torch.einsum("ij,jpv->ipv", others, squares) / (counts.sum() - counts)
-    return torch.cat([apart, squares.sum(0)[None] / counts.sum()])
-
-
-class TunedAdamW:
-    """Heads trained by gradient, on such features; when to stop is chosen as penalties are."""
-
-    vertex_block: int | None = None
-
-    def __init__(
-        self,
-        features: Sequence[torch.Tensor],
-        folds: np.ndarray,
-        held_out: Sequence[int],
-        image_ids: np.ndarray,
-        config: FitConfig,
-    ) -> None:
-        self._rows = [np.flatnonzero(folds != k) for k in held_out]
-        self._held_out = [np.flatnonzero(folds == k) for k in held_out]
-        self._parts = [clean_parts(image_ids, *pair) for pair in zip(self._held_out, held_out, strict=True)]
-        self._solvers = [AdamWFolds(x, folds, image_ids, config) for x in features]
-
-    def fit(self, responses: torch.Tensor, **about: Any) -> list[FoldHeads]:
-        return [self._fit_fold(k, responses, about) for k in range(len(self._solvers))]
-
-    def _fit_fold(self, k: int, responses: torch.Tensor, about: dict[str, Any]) -> FoldHeads:
-        held_out, parts = self._held_out[k], self._parts[k]
-        others = [np.setdiff1d(held_out, part) for part in parts]
-        maps = self._solvers[k].fit_rows(self._rows[k], [*others, held_out], responses, **about)
-        return FoldHeads(list(zip(parts, maps[:-1], strict=True)), maps[-1])
-
-
-def choices_of(image_ids: np.ndarray, folds: np.ndarray, fold: int, trained: bool) -> list[np.ndarray]:
-    """The held-out rows, in the parts for which choices are made apart: all in one where no choice is made on them."""
-    held_out = np.flatnonzero(folds == fold)
-    return clean_parts(image_ids, held_out, fold) if trained else [held_out]
+    if len(outside) < 4:
+        raise ConfigError(
+            f"fold {fold}",
+            expected="4 or more images outside it, to train on and to decide when to stop",
+            found=len(outside),
+            remedy="add images, or give other --folds",
+        )
+    stop = assign_folds(image_ids[outside], one_in, seed + 1) == 0
+    if not 2 <= stop.sum() <= len(outside) - 2:  # so few images that the draw left none for r: every tenth, by id
+        stop = np.zeros(len(outside), dtype=bool)
+        stop[np.argsort(image_ids[outside], kind="stable")[:: min(10, len(outside) // 2)]] = True
+    return outside[~stop], outside[stop]
 
 
 def clean_parts(image_ids: np.ndarray, held_out: np.ndarray, fold: int) -> list[np.ndarray]:
-    """Row numbers of a held-out fold in parts, by image id; the others have 2 images or more to choose each by."""
-    parts = [held_out[assign_folds(image_ids[held_out], _PARTS, fold) == part] for part in range(_PARTS)]
+    """Row numbers of a held-out fold in parts, by image id; the others have 2 images or more to choose each by.
+
+    Raises ConfigError for a fold that is too small.
+    """
+    numbers = assign_folds(image_ids[held_out], _PARTS, fold)
+    parts = [held_out[numbers == part] for part in range(_PARTS)]
     parts = [part for part in parts if len(part)]
     if len(parts) < 2 or max(map(len, parts)) > len(held_out) - 2:
         raise ConfigError(

@@ -21,16 +21,16 @@ Steps are looked at further and further apart.
 Nesterov 1983; Yao, Rosasco and Caponnetto 2007, https://doi.org/10.1007/s00365-006-0663-2
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
+from featcache.errors import ConfigError
 from heads.config import MomentsConfig, RidgeConfig
-from heads.solvers.base import Fits
+from heads.solvers.base import Block, Fits, Problem
 from heads.solvers.fold_axes import Fold, FoldAxes, Target
+from heads.solvers.memory import Sizes, blockwise_bytes, choose_block
 from heads.solvers.ridge import FULL, VERTEX_BLOCK, Eigenbasis, is_exact
 
 _TOGETHER = 128  # vertices that take their steps together: their weights and momentum stay in a cache
@@ -38,6 +38,34 @@ _NEXT = 1.25  # factor between two steps that are looked at
 _PATIENCE = 4  # looks without less error, of every vertex, after which there is no more
 
 Terms = Sequence[tuple[float, str]]
+
+
+def build(problem: Problem) -> "MomentSolver":
+    """Build the solver that descends on losses from moments. Raises ConfigError for features of a trained backbone."""
+    if problem.plan.trained:
+        raise ConfigError(
+            "--solver moments",
+            expected="features of a frozen backbone",
+            found=f"those of a checkpoint, {problem.features.name}",
+            remedy="use --solver ridge or adamw",
+        )
+    return problem.shared.once("moments", lambda: _Parts(problem)).solver(problem.config.terms)
+
+
+class _Parts:
+    """What the solvers of several losses have in common: axes and, where there is room, what is learnt from."""
+
+    def __init__(self, problem: Problem) -> None:
+        (rows,) = problem.features.read(problem.device, 0)
+        self._sizes, self._config = Sizes.of(problem, rows.n_features), problem.config.moments
+        self._block, keep = choose_block(problem, rows.n_features)
+        self._axes = FoldAxes(rows.dense(), problem.plan.folds, _by_rows)
+        self._targets: dict[tuple[str, int], list[Target]] | None = {} if keep else None
+
+    def solver(self, terms: Terms) -> "MomentSolver":
+        return MomentSolver(
+            self._axes, terms, self._config, sizes=self._sizes, vertex_block=self._block, targets=self._targets
+        )
 
 
 class Moments(NamedTuple):
@@ -91,7 +119,7 @@ class _At(NamedTuple):
 
 
 def loss_at(terms: Terms, moments: Moments, spread: torch.Tensor) -> _At:
-    """The weighted sum of losses of each vertex; their mean over vertices is that of heads.scores.losses.
+    """The weighted sum of losses of each vertex; their mean over vertices is that of heads/scores/losses.py.
 
     spread : (2, n_vertices) variance of the predictions, w'Ew, and their covariance with the responses, c'w
     """
@@ -100,24 +128,45 @@ def loss_at(terms: Terms, moments: Moments, spread: torch.Tensor) -> _At:
     safe = torch.where(constant, 1, variance)
     norm = (safe * torch.where(constant, 1, moments.response_variance)).sqrt()
     r = torch.where(constant, 0, covariance / norm)
-    distance = (1 - r) / 2
-    value, ours, own = torch.zeros_like(r), torch.zeros_like(r), torch.zeros_like(r)
+    value, of_covariances, of_weights = torch.zeros_like(r), torch.zeros_like(r), torch.zeros_like(r)
     for weight, name in terms:
-        if name == "mse":
+        if name in _OF_R:
+            part, slope = _OF_R[name](weight, (1 - r) / 2, moments.noise_ceiling)
+            value += part
+            of_covariances -= torch.where(constant, 0, slope / (2 * norm))
+            of_weights += torch.where(constant, 0, slope * r / (2 * safe))
+        else:  # mse, which alone is no function of r; `refuse_unknown` saw to that
             value += weight * (variance - 2 * covariance + moments.response_variance)
-            ours -= 2 * weight
-            own += 2 * weight
-            continue
-        slope = torch.full_like(r, weight)  # of the loss, as r's distance from 1 grows
-        if name == "mnnpc" and moments.noise_ceiling is not None:
-            ceiling = moments.noise_ceiling.masked_fill(moments.noise_ceiling == 0, 1)
-            value += weight * distance.square() / ceiling
-            slope = 2 * weight * distance / ceiling
-        else:
-            value += weight * distance
-        ours -= torch.where(constant, 0, slope / (2 * norm))
-        own += torch.where(constant, 0, slope * r / (2 * safe))
-    return _At(value, ours, own)
+            of_covariances -= 2 * weight
+            of_weights += 2 * weight
+    return _At(value, of_covariances, of_weights)
+
+
+def _pearson(weight: float, distance: torch.Tensor, noise_ceiling: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+    """The loss, and its slope as the distance (1 - r) / 2 grows."""
+    return weight * distance, torch.full_like(distance, weight)
+
+
+def _mnnpc(weight: float, distance: torch.Tensor, noise_ceiling: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+    if noise_ceiling is None:
+        return _pearson(weight, distance, None)
+    ceiling = noise_ceiling.masked_fill(noise_ceiling == 0, 1)
+    return weight * distance.square() / ceiling, 2 * weight * distance / ceiling
+
+
+_OF_R = {"pearson": _pearson, "mnnpc": _mnnpc}  # losses that moments give through r alone
+
+
+def refuse_unknown(terms: Terms) -> None:
+    """Raise ConfigError for a loss that cannot be computed from moments."""
+    for _, name in terms:
+        if name != "mse" and name not in _OF_R:
+            raise ConfigError(
+                "--solver moments",
+                expected=f"a loss of mse, {', '.join(_OF_R)}",
+                found=name,
+                remedy="use --solver adamw",
+            )
 
 
 def spread_of(weights: torch.Tensor, scaled: torch.Tensor, moments: Moments) -> torch.Tensor:
@@ -203,67 +252,55 @@ def _looks(steps: int) -> Iterator[int]:
     yield steps
 
 
-class MomentFits:
+class MomentSolver:
     """Linear heads by full-batch descent, on features that no fold's images have shaped.
 
-    features : (n_train + n_test, n_features) float32
-    folds : (n_train,) fold of each training image, in [0, n_folds)
-    keep : whether what is learnt from is kept for other losses: (n_folds, rank, n_vertices) float32 a hemisphere
+    axes : the principal axes of every fold
+    targets : what is learnt from, kept for other losses, by (surface, first vertex); None: it is not kept
     """
 
     def __init__(
         self,
-        features: torch.Tensor,
-        folds: np.ndarray,
+        axes: FoldAxes,
         terms: Terms,
         config: MomentsConfig,
+        *,
+        sizes: Sizes,
         vertex_block: int = VERTEX_BLOCK,
-        keep: bool = False,
+        targets: dict[tuple[str, int], list[Target]] | None = None,
     ) -> None:
-        self._terms, self._config, self._keep = tuple(terms), config, keep
-        self._axes = FoldAxes(features, folds, _by_rows)
+        refuse_unknown(terms)
+        self._axes, self._terms, self._config, self._sizes = axes, tuple(terms), config, sizes
         self.vertex_block: int | None = vertex_block
-        self._targets: dict[tuple[str, int], list[Target]] = {}
+        self._targets = targets
 
-    def with_terms(self, terms: Terms) -> "MomentFits":
-        """The same on another loss; what both learn from is computed once, and kept by whoever comes first."""
-        other = copy.copy(self)
-        other._terms = tuple(terms)
-        return other
+    def memory(self, n_vertices: int) -> float:
+        fixed, per_vertex = blockwise_bytes(self._sizes)
+        return fixed + per_vertex * min(self.vertex_block or n_vertices, n_vertices)
 
-    def fit(
-        self,
-        responses: torch.Tensor,
-        noise_ceiling: np.ndarray | None = None,
-        hemisphere: str = "",
-        vertices: slice = slice(0, None),
-        **_: Any,
-    ) -> Fits:
-        """For (n_train, n_vertices) float32 responses, which are the vertices of a hemisphere that the slice names.
-
-        noise_ceiling : of the whole hemisphere, fraction of variance in [0, 1], or None
-        """
+    def fit(self, block: Block) -> Fits:
         ceiling = None
-        if noise_ceiling is not None:
-            ceiling = torch.as_tensor(noise_ceiling[vertices], dtype=responses.dtype, device=responses.device)
-        pairs = zip(self._axes.folds, self._kept_targets(responses, hemisphere, vertices), strict=True)
+        if block.noise_ceiling is not None:
+            responses = block.responses
+            ceiling = torch.as_tensor(block.noise_ceiling, dtype=responses.dtype, device=responses.device)
+        pairs = zip(self._axes.folds, self._targets_of(block), strict=True)
         return self._axes.predict(((self._solve(fold, target, ceiling), target.mean) for fold, target in pairs), True)
 
-    def _kept_targets(self, responses: torch.Tensor, hemisphere: str, vertices: slice) -> Iterable[Target]:
-        key = hemisphere, vertices.start
-        if key in self._targets:
-            return self._targets[key]
-        targets = self._axes.targets(responses)
-        if not self._keep:
+    def _targets_of(self, block: Block) -> Iterable[Target]:
+        """What each fold learns from; computed once where it is kept."""
+        targets = self._axes.targets(block.responses)
+        if self._targets is None:
             return targets
-        found = [
-            t if _by_rows(fold.basis.n_images) else t._replace(rows=None)
-            for fold, t in zip(self._axes.folds, targets, strict=True)
-        ]
-        return self._targets.setdefault(key, found)
+        key = block.surface, block.vertices.start or 0
+        if key not in self._targets:
+            self._targets[key] = [
+                target if _by_rows(fold.basis.n_images) else target._replace(rows=None)
+                for fold, target in zip(self._axes.folds, targets, strict=True)
+            ]
+        return self._targets[key]
 
     def _solve(self, fold: Fold, target: Target, noise_ceiling: torch.Tensor | None) -> torch.Tensor:
-        """(rank, n_vertices) weights on the axes."""
+        """Weights on the axes, (rank, n_vertices)."""
         weights = torch.empty_like(target.rotated)
         own = fold.own if _by_rows(fold.basis.n_images) else None
         for start in range(0, weights.shape[1], _TOGETHER):

@@ -19,7 +19,7 @@ Golub, Heath and Wahba 1979, https://doi.org/10.1080/00401706.1979.10489751
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,26 +28,13 @@ from sklearn.utils.validation import check_is_fitted
 
 from featcache.errors import ConfigError
 from heads.config import RidgeConfig
+from heads.modules.linear import LinearMap
 
 _LOO_IMAGES = 1024  # up to here the exact error costs seconds
 _NULL = 1e-7  # eigenvalues below this part of the largest are rounding of float32 features
 FULL = 0.99  # a penalty that leaves fewer than 1 % of the degrees of freedom has no error left to judge it by
 TOGETHER = 1 << 22  # numbers in the predictions of penalties that are tried at once
 VERTEX_BLOCK = 2048  # vertices at a time: what is done to each number between two products stays in a cache
-
-
-class LinearMap(NamedTuple):
-    """predictions = features @ weights + intercept
-
-    weights : (n_features, n_vertices) float32
-    intercept : (n_vertices,) float32
-    """
-
-    weights: torch.Tensor
-    intercept: torch.Tensor
-
-    def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(self.intercept, features, self.weights)
 
 
 @dataclass(frozen=True)
@@ -173,6 +160,30 @@ def _loo_errors(
         residuals = responses[:, None] - fitted.view(len(scores), *h.shape[:1], -1)
         errors.append((residuals / out[:, :, None]).square().mean(0))
     return torch.cat(errors)
+
+
+def held_out_errors(
+    values: torch.Tensor,
+    rotated: torch.Tensor,
+    penalties: torch.Tensor,
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """(n_parts + 1, n_penalties, n_vertices) mean squared error over the other parts of a fold, and over all.
+
+    values, rotated : eigenvalues of X'X (rank,), and U'X'Y (rank, n_vertices)
+    parts : scores XU (n, rank) and centred responses (n, n_vertices) of each
+    """
+    squares = torch.stack(
+        [
+            torch.stack([(y - x @ (rotated / (values[:, None] + penalty))).square().sum(0) for penalty in penalties])
+            for x, y in parts
+        ]
+    )
+    counts = torch.tensor([len(y) for _, y in parts], device=squares.device)[:, None, None]
+    # added up and not subtracted from the whole: rounding would let a part's outliers have a say in its own choice
+    others = 1 - torch.eye(len(parts), device=squares.device, dtype=squares.dtype)
+    apart = torch.einsum("ij,jpv->ipv", others, squares) / (counts.sum() - counts)
+    return torch.cat([apart, squares.sum(0)[None] / counts.sum()])
 
 
 def is_exact(config: RidgeConfig, n_images: int) -> bool:

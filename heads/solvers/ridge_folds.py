@@ -1,73 +1,68 @@
 """Closed-form heads on all folds but one, for each fold in turn: a penalty per vertex on the fold's axes."""
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
 
 from heads.config import RidgeConfig
-from heads.solvers.base import Fits
+from heads.solvers.base import Block, Fits, Problem, Solver
 from heads.solvers.fold_axes import Fold, FoldAxes, Target
-from heads.solvers.ridge import TOGETHER, VERTEX_BLOCK, is_exact, penalty_errors
+from heads.solvers.held_out import FoldPlan
+from heads.solvers.layers.ridge import build_layered
+from heads.solvers.linear import FoldHeads, LinearPredictions
+from heads.solvers.memory import Sizes, announce_whole, blockwise_bytes, choose_block, whole_bytes
+from heads.solvers.ridge import (
+    VERTEX_BLOCK,
+    eigenbasis,
+    held_out_errors,
+    is_exact,
+    maps_of_penalties,
+    penalty_errors,
+)
 
 
-def memory_of(
-    n_images: tuple[int, int], n_features: int, n_vertices: Sequence[int], n_folds: int
-) -> tuple[float, float]:
-    """Bytes that a subject's fit takes whatever the block of vertices, and for each vertex of a block.
-
-    n_images : to train on, and to test
-    n_vertices : of each hemisphere
-    """
-    n_train, n_all, largest = n_images[0], sum(n_images), max(n_vertices)
-    rank = min(n_features, n_train)
-    features = n_all * n_features * 2 + (n_train + n_folds * n_images[1]) * rank + n_folds * rank * n_features
-    decomposition = 8 * rank * rank  # in float64, with what it works on
-    # responses are a file that is mapped, and count as long as nothing else needs their place
-    results = (n_all + n_train) * largest + 2 * n_features * sum(n_vertices)
-    block = (2 * n_folds + 4) * rank + 4 * n_train + n_folds * n_images[1] + n_features
-    return 4.0 * (features + decomposition + results) + 16.0 * TOGETHER, 4.0 * block
+def build(problem: Problem) -> Solver:
+    """Build the closed form that suits the features: under priors, of a frozen backbone, or of one trained per fold."""
+    if problem.features.is_layered:
+        return build_layered(problem)
+    features = [rows.dense() for rows in problem.features.read(problem.device, 0)]
+    if problem.plan.trained:
+        announce_whole(problem, features[0].shape[1], "closed form")
+        return TunedRidge(features, problem.plan, problem.config.ridge)
+    block, _ = choose_block(problem, features[0].shape[1])
+    return RidgeFolds(features[0], problem.plan, problem.config.ridge, vertex_block=block)
 
 
-def effort_of(
-    n_images: tuple[int, int], n_features: int, n_vertices: Sequence[int], n_folds: int, config: RidgeConfig
-) -> tuple[float, dict[int, int]]:
-    """About the floating-point operations of a subject's fit, and {side: number} of matrices that are decomposed."""
-    n_train, n_all, vertices = n_images[0], sum(n_images), sum(n_vertices)
-    n_fit, rank = n_train - n_train // n_folds, min(n_features, n_train - n_train // n_folds)
-    errors = len(config.penalties) * (n_fit if is_exact(config, n_fit) else 1)
-    of_fold = rank * vertices * (errors + 2 * n_features + n_all - n_fit)
-    return 2.0 * (n_all * n_features * (rank + vertices) + n_folds * of_fold), {rank: n_folds}
-
-
-class RidgeFits:
+class RidgeFolds:
     """Closed-form heads on features that no fold's images have shaped.
 
     features : (n_train + n_test, n_features) float32
-    folds : (n_train,) fold of each training image, in [0, n_folds)
     save : whether weights on the features are wanted, the mean over folds
     """
 
     def __init__(
         self,
         features: torch.Tensor,
-        folds: np.ndarray,
+        plan: FoldPlan,
         config: RidgeConfig,
+        *,
         save: bool = True,
         vertex_block: int = VERTEX_BLOCK,
     ) -> None:
-        self._config, self._save = config, save
+        self._config, self._save, self._plan, self._shape = config, save, plan, features.shape
         self.vertex_block: int | None = vertex_block
-        self._axes = FoldAxes(features, folds, lambda n_images: is_exact(config, n_images))
+        self._axes = FoldAxes(features, plan.folds, lambda n_images: is_exact(config, n_images))
 
-    def fit(self, responses: torch.Tensor, **_: Any) -> Fits:
-        """For (n_train, n_vertices) float32 responses."""
-        targets = zip(self._axes.folds, self._axes.targets(responses), strict=True)
+    def memory(self, n_vertices: int) -> float:
+        fixed, per_vertex = blockwise_bytes(Sizes.of_matrix(self._plan, self._shape, n_vertices))
+        return fixed + per_vertex * min(self.vertex_block or n_vertices, n_vertices)
+
+    def fit(self, block: Block) -> Fits:
+        targets = zip(self._axes.folds, self._axes.targets(block.responses), strict=True)
         return self._axes.predict(((self._solve(fold, target), target.mean) for fold, target in targets), self._save)
 
     def _solve(self, fold: Fold, target: Target) -> torch.Tensor:
-        """(rank, n_vertices) weights on the axes, each vertex under the penalty of its least error."""
+        """Weights on the axes, (rank, n_vertices), each vertex under the penalty of its least error."""
         values, n_images = fold.basis.values, fold.basis.n_images
         offered = fold.basis.penalties(self._config.penalties)
         rows = None
@@ -75,3 +70,41 @@ class RidgeFits:
             rows = fold.own, target.rows
         errors = penalty_errors(values, n_images, target.rotated, target.squares, offered, rows)
         return target.rotated.div_(values[:, None] + offered[errors.argmin(0)])
+
+
+class TunedRidge:
+    """Closed form on features of a backbone that was trained without each held-out fold.
+
+    features : (n_train + n_test, n_features) float32 for each of the held-out folds
+    """
+
+    vertex_block: int | None = VERTEX_BLOCK
+
+    def __init__(self, features: Sequence[torch.Tensor], plan: FoldPlan, config: RidgeConfig) -> None:
+        self._config, self._plan, self._shape = config, plan, features[0].shape
+        self._parts = [plan.parts(k) for k in range(len(plan))]
+        rows = [x[: plan.n_train] for x in features]
+        self._bases = [eigenbasis(x[plan.outside(k)]) for k, x in enumerate(rows)]
+        self._scores = [basis.scores(x) for basis, x in zip(self._bases, rows, strict=True)]
+        self._predictions = LinearPredictions(features, plan)
+
+    def memory(self, n_vertices: int) -> float:
+        return whole_bytes(Sizes.of_matrix(self._plan, self._shape, n_vertices))
+
+    def fit(self, block: Block) -> Fits:
+        return self._predictions.fits(self.heads(block.responses))
+
+    def heads(self, responses: torch.Tensor) -> list[FoldHeads]:
+        """The heads of each fold, for (n_train, n_vertices) responses."""
+        return [self._fit_fold(k, responses) for k in range(len(self._plan))]
+
+    def _fit_fold(self, k: int, responses: torch.Tensor) -> FoldHeads:
+        scores, rows, parts, basis = self._scores[k], self._plan.outside(k), self._parts[k], self._bases[k]
+        penalties = basis.penalties(self._config.penalties)
+        target = responses[rows]
+        level = target.mean(0)
+        rotated = scores[rows].T @ target.sub_(level)
+        judged = [(scores[part], responses[part] - level) for part in parts]
+        errors = held_out_errors(basis.values, rotated, penalties, judged)
+        maps = [maps_of_penalties(basis, rotated, level, penalties[error.argmin(0)]) for error in errors]
+        return FoldHeads(list(zip(parts, maps[:-1], strict=True)), maps[-1])

@@ -2,33 +2,35 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
 
-from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import refuse_leak
 from featcache.dataset.subject import Subject
-from heads.backbones.encoder import SpatialHeads, spatial_head_of
+from featcache.machine.memory import spare_memory
 from heads.config import FitConfig
 from heads.features.rows import LayerRows
+from heads.modules.by_subject import SpatialHeads
 from heads.modules.linear import SMALL
+from heads.modules.saved import spatial_head_of
 from heads.modules.spatial import SpatialReadout
 from heads.scores.losses import weighted_sum
-from heads.solvers.base import Fits, FoldFit, Piece, level_and_spread
-from heads.solvers.gradient import Task, calibration, stop_split, train_head
-from heads.solvers.held_out import clean_parts
-from heads.solvers.layers.axes import Basis, Seen, seen_under, way_of
+from heads.solvers.base import Block, Fits, FoldFit, Problem, Trainee
+from heads.solvers.gradient import Task, fold_fit, train_head
+from heads.solvers.held_out import FoldPlan, Split, clean_parts
+from heads.solvers.layers.axes import Basis, Seen, seen_under, way_for
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import Prior
 from heads.solvers.layers.ridge import flat_weights
+from heads.solvers.memory import FEATURE_SHARE, Sizes, whole_bytes
+from heads.solvers.trained import predict
 
-_BATCH = 256  # images a pass where heads only predict
 _EPS = 1e-5  # of the standardisation, torch's own
 
 Statistics = dict[str, tuple[torch.Tensor, torch.Tensor]]  # {array: (mean, variance) of each channel}
@@ -39,50 +41,67 @@ class Member:
     """One subject of a training.
 
     rows : of the one store, or of one store for each held-out fold
-    trained : whether the backbones saw the images outside each held-out fold
     """
 
     subject: Subject
     rows: list[LayerRows]
-    folds: np.ndarray
-    held_out: list[int]
-    trained: bool
+    plan: FoldPlan
 
     def of_fold(self, k: int) -> LayerRows:
-        return self.rows[k if len(self.rows) > 1 else 0]
+        """The rows that the k-th held-out fold reads."""
+        return self.rows[self.plan.source(k)]
 
 
-class SpatialFolds:
-    """Trains once a fold, when it is first asked for a prediction, and predicts for any member."""
+def build(problem: Problem) -> "SpatialSolver":
+    """Build the solver of one subject; subjects that share a response space are trained once, together.
+
+    Raises ConfigError for folds that are too small.
+    """
+    trainees = problem.together or (Trainee(problem.subject, problem.features, problem.plan),)
+    training = problem.joint.once("spatial heads", lambda: _training(problem, trainees))
+    return training.solver([trainee.subject for trainee in trainees].index(problem.subject))
+
+
+def _training(problem: Problem, trainees: Sequence[Trainee]) -> "SpatialTraining":
+    n_stores = sum(len(trainee.features.stores) for trainee in trainees)
+    budget = spare_memory(problem.config.max_memory) * FEATURE_SHARE / n_stores
+    members = [Member(one.subject, one.features.read(problem.device, budget), one.plan) for one in trainees]
+    training = SpatialTraining(members, problem.config, problem.device)
+    for number, member in enumerate(members):  # folds that are too small are refused before there is a store
+        for k in range(len(member.plan)):
+            training.split(number, k)
+    return training
+
+
+class SpatialTraining:
+    """Heads of some subjects: trains once a fold, when it is first asked for a prediction."""
 
     def __init__(self, members: Sequence[Member], config: FitConfig, device: str) -> None:
-        self._members, self.config, self._device = list(members), config, device
+        self._members, self._config, self._device = list(members), config, device
         self._heads: dict[int, list[_Heads]] = {}
         self._flat: dict[int, Seen] = {}
 
-    def of(self, number: int) -> "SpatialFits":
-        """The predictor of one member."""
-        return SpatialFits(self, self._members[number], number)
+    def solver(self, number: int) -> "SpatialSolver":
+        """The solver of one member."""
+        return SpatialSolver(self, self._members[number], number)
 
-    def split(self, number: int, k: int) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-        """A member's rows to train on, the rows of each choice of an epoch, and the held-out rows each choice predicts.
+    def split(self, number: int, k: int) -> Split:
+        """The rows of one member for the k-th held-out fold.
 
-        The last choice is for images of no fold; where choices are made outside the held-out fold, there is one.
-        Choices are of the same images for every member, and what one chooses by none is trained on.
+        Choices are of the same images for every member, and what one member chooses by none is trained on.
         """
-        member, fold = self._members[number], self._members[number].held_out[k]
-        ids = member.subject.train.ids
-        outside, held_out = np.flatnonzero(member.folds != fold), np.flatnonzero(member.folds == fold)
-        if not member.trained:
-            everyone = [one.subject.train.ids for one in self._members]
-            stops = [
-                stop_split(i, one.folds, fold, self.config)[1] for i, one in zip(everyone, self._members, strict=True)
-            ]
-            chosen = np.concatenate([i[stop] for i, stop in zip(everyone, stops, strict=True)])
-            return outside[~np.isin(ids[outside], chosen)], [stops[number]], [held_out]
-        scored = np.unique(np.concatenate([one.subject.train.ids[one.folds == fold] for one in self._members]))
-        parts = [held_out[np.isin(ids[held_out], scored[p])] for p in clean_parts(scored, np.arange(len(scored)), fold)]
-        return outside, [*(np.setdiff1d(held_out, part) for part in parts), held_out], parts
+        plan = self._members[number].plan
+        if not plan.trained:
+            splits = [one.plan.split(k, self._config.adamw.validation, self._config.seed) for one in self._members]
+            chosen = [one.plan.image_ids[split.choices[0]] for one, split in zip(self._members, splits, strict=True)]
+            outside = plan.outside(k)
+            trained = outside[~np.isin(plan.image_ids[outside], np.concatenate(chosen))]
+            return Split(trained, splits[number].choices, splits[number].parts)
+        inside, fold = plan.inside(k), plan.held_out[k]
+        scored = np.unique(np.concatenate([one.plan.image_ids[one.plan.inside(k)] for one in self._members]))
+        ids = [scored[part] for part in clean_parts(scored, np.arange(len(scored)), fold)]
+        parts = [inside[np.isin(plan.image_ids[inside], of_part)] for of_part in ids]
+        return Split(plan.outside(k), [*(np.setdiff1d(inside, part) for part in parts), inside], parts)
 
     def heads(self, k: int) -> "list[_Heads]":
         """The heads of one fold, one for each choice."""
@@ -91,7 +110,7 @@ class SpatialFolds:
         return self._heads[k]
 
     def _train(self, k: int) -> "list[_Heads]":
-        config = self.config
+        config = self._config
         tasks = [self._task(number, k) for number in range(len(self._members))]
         self._refuse_leaks(tasks, k)
         torch.manual_seed(config.seed)
@@ -108,11 +127,11 @@ class SpatialFolds:
         Gradients alone, from small random maps, end far below it (docs/layers.md). On features that were trained on
         those rows the error there is no guide, and the penalty is one for all.
         """
-        penalties = (1.0,) if self._members[0].trained else self.config.ridge.penalties
+        penalties = (1.0,) if self._members[0].plan.trained else self._config.ridge.penalties
         found = []
         for member, task in zip(self._members, tasks, strict=True):
             rows = member.of_fold(k)
-            kernels = LayerKernels(rows, len(member.folds), 0)
+            kernels = LayerKernels(rows, member.plan.n_train, 0)
             weights = flat_weights(kernels, self._basis(kernels, task.trained), task.responses, penalties)
             scales = {name: (variance + _EPS).sqrt() for name, (_, variance) in statistics.items()}
             found.append({n: w.T.reshape(w.shape[1], rows.n_places(n), -1) * scales[n] for n, w in weights.items()})
@@ -122,35 +141,35 @@ class SpatialFolds:
     def _basis(self, kernels: LayerKernels, trained: np.ndarray) -> Basis:
         """Under the flat prior; where folds share their features, what it is made of serves them all."""
         key = id(kernels.rows)
-        seen = self._flat.get(key) or seen_under(Prior(), kernels, way_of(kernels, kernels.n_train))
-        if not self._members[0].trained:
+        seen = self._flat.get(key) or seen_under(Prior(), kernels, way_for(kernels.n_train, kernels.rows.n_features))
+        if not self._members[0].plan.trained:
             self._flat[key] = seen
         return seen.basis(trained)
 
     def _task(self, number: int, k: int) -> Task:
         member = self._members[number]
-        subject = member.subject
-        both = np.concatenate([np.asarray(subject.responses(h), dtype=np.float32) for h in HEMISPHERES], 1)
-        ceilings = [one for h in HEMISPHERES if (one := subject.noise_ceiling[h]) is not None]
-        ceiling = np.concatenate(ceilings) if len(ceilings) == len(HEMISPHERES) else None
-        trained, choices, _ = self.split(number, k)
-        return Task(member.of_fold(k), torch.from_numpy(both).to(self._device), trained, choices, ceiling)
+        subject, split = member.subject, self.split(number, k)
+        responses = [np.asarray(subject.responses(surface), dtype=np.float32) for surface in subject.surfaces]
+        given = [ceiling for ceiling in subject.noise_ceiling.values() if ceiling is not None]
+        ceiling = np.concatenate(given) if len(given) == len(subject.surfaces) else None
+        together = torch.from_numpy(np.concatenate(responses, 1)).to(self._device)
+        return Task(member.of_fold(k), together, split.trained, split.choices, ceiling)
 
     def _refuse_leaks(self, tasks: Sequence[Task], k: int) -> None:
-        """What one subject is trained on must not be what another chooses by."""
-        ids = [member.subject.train.ids for member in self._members]
-        trained = np.concatenate([own[task.trained] for own, task in zip(ids, tasks, strict=True)])
-        for own, task, member in zip(ids, tasks, self._members, strict=True):
+        """Raise LeakError where one subject is trained on what another chooses by, or is scored on."""
+        plans = [member.plan for member in self._members]
+        trained = np.concatenate([plan.image_ids[task.trained] for plan, task in zip(plans, tasks, strict=True)])
+        for plan, task, member in zip(plans, tasks, self._members, strict=True):
+            name = member.subject.name
             for rows in task.choices:
-                refuse_leak(trained, own[rows], f"early stopping of {member.subject.name}")
-            fold = member.held_out[k]
-            refuse_leak(trained, own[member.folds == fold], f"fold {fold} of {member.subject.name}")
+                refuse_leak(trained, plan.image_ids[rows], f"early stopping of {name}")
+            refuse_leak(trained, plan.image_ids[plan.inside(k)], f"fold {plan.held_out[k]} of {name}")
 
     def _statistics(self, k: int) -> Statistics:
         """{array: (mean, variance) of each channel}, the means of the members'."""
         found = {}
         for name in self._members[0].of_fold(k).grids:
-            moments = [one.of_fold(k).moments(name, len(one.folds)) for one in self._members]
+            moments = [one.of_fold(k).mean_and_variance(name, one.plan.n_train) for one in self._members]
             places = torch.stack([mean for mean, _ in moments])
             within = torch.stack([variance for _, variance in moments]).mean(0)
             mean = places.mean((0, 1))
@@ -194,81 +213,39 @@ class _Heads(SpatialHeads):
         return copy.deepcopy(self).requires_grad_(False)
 
 
-class SpatialFits:
+class SpatialSolver:
     """The predictions of one member of a training."""
 
     vertex_block: int | None = None  # vertices share what is learnt
 
-    def __init__(self, folds: SpatialFolds, member: Member, number: int) -> None:
-        self._folds, self._member, self._number = folds, member, number
+    def __init__(self, training: SpatialTraining, member: Member, number: int) -> None:
+        self._training, self._member, self._number = training, member, number
 
-    def fit(self, responses: torch.Tensor, **about: Any) -> Fits:
-        """The responses only set the scale of predictions, on the rows that were trained on."""
-        hemisphere = about["hemisphere"]
-        fits: list[FoldFit] = []
+    def memory(self, n_vertices: int) -> float:
+        plan, n_features = self._member.plan, self._member.rows[0].n_features
+        n_images = plan.n_train + len(self._member.subject.test)
+        return whole_bytes(Sizes.of_matrix(plan, (n_images, n_features), n_vertices))
+
+    def fit(self, block: Block) -> Fits:
+        """Predict one surface; its responses only set the scale of predictions, on the rows that were trained on."""
+        folds: list[FoldFit] = []
         saved: dict[tuple[str, str], torch.Tensor] = {}
-        for k, fold in enumerate(self._member.held_out):
-            fits.append(self._fit_fold(k, hemisphere, responses))
-            last = self._folds.heads(k)[-1]
-            head = spatial_head_of(last.saved(), last.names, self._member.subject.name, hemisphere)
-            saved |= {(f"fold{fold}.", f"head.{key}"): value for key, value in head.state_dict().items()}
-        return Fits(fits, saved)
+        for k, fold in enumerate(self._member.plan.held_out):
+            split = self._training.split(self._number, k)
+            folds.append(fold_fit(self._predict(k, block.surface), split, block.responses))
+            last = self._training.heads(k)[-1]
+            head = spatial_head_of(last.saved(), last.names, self._member.subject.name, block.surface)
+            saved |= {(f"fold{fold}.", f"head.{name}"): tensor for name, tensor in head.state_dict().items()}
+        return Fits(folds, saved)
 
-    def _fit_fold(self, k: int, hemisphere: str, responses: torch.Tensor) -> FoldFit:
-        trained, _, parts = self._folds.split(self._number, k)
-        pieces, test = [], responses[:0]
-        for choice, values in enumerate(self._predict(k, hemisphere)):
-            slope, shift = calibration(values[trained], responses[trained])
-            values = slope * values + shift
-            if choice < len(parts):
-                pieces.append(piece_of(values, parts[choice], trained))
-            test = values[len(responses) :]
-        return FoldFit(pieces, test)
+    def _predict(self, k: int, surface: str) -> list[torch.Tensor]:
+        """(n_images, n_vertices) of each choice. Not kept: all surfaces under all choices would fill the memory."""
+        sizes = self._member.subject.n_vertices
+        first = sum(sizes[other] for other in list(sizes)[: list(sizes).index(surface)])
+        columns = slice(first, first + sizes[surface])
 
-    def _predict(self, k: int, hemisphere: str) -> list[torch.Tensor]:
-        """(n_images, n_vertices) of each choice. Not kept: both hemispheres under all choices would fill the memory."""
-        left = self._member.subject.n_vertices[HEMISPHERES[0]]
-        columns = slice(0, left) if hemisphere == HEMISPHERES[0] else slice(left, None)
-
-        def of_hemisphere(rows: dict[str, torch.Tensor], head: _Heads) -> torch.Tensor:
+        def of_surface(rows: dict[str, torch.Tensor], head: _Heads) -> torch.Tensor:
             return head(rows, self._number)[:, columns]
 
-        heads = [partial(of_hemisphere, head=head) for head in self._folds.heads(k)]
+        heads = [partial(of_surface, head=head) for head in self._training.heads(k)]
         return predict(heads, self._member.of_fold(k))
-
-
-class TrainedSpatialFits:
-    """Spatial heads that were trained with the backbones, as they are.
-
-    heads : {hemisphere: one for each held-out fold}, {array: rows} -> (n_images, n_vertices)
-    """
-
-    vertex_block: int | None = None
-
-    def __init__(
-        self, heads: dict[str, list[nn.Module]], rows: Sequence[LayerRows], folds: np.ndarray, held_out: Sequence[int]
-    ) -> None:
-        self._heads, self._rows, self._folds, self._held_out = heads, rows, folds, held_out
-
-    def fit(self, responses: torch.Tensor, **about: Any) -> Fits:
-        fits: list[FoldFit] = []
-        saved: dict[tuple[str, str], torch.Tensor] = {}
-        for head, rows, fold in zip(self._heads[about["hemisphere"]], self._rows, self._held_out, strict=True):
-            (values,) = predict([head.to(responses.device)], rows)
-            piece = piece_of(values, np.flatnonzero(self._folds == fold), np.flatnonzero(self._folds != fold))
-            fits.append(FoldFit([piece], values[len(responses) :]))
-            saved |= {(f"fold{fold}.", f"head.{key}"): value for key, value in head.state_dict().items()}
-        return Fits(fits, saved)
-
-
-def piece_of(predictions: torch.Tensor, rows: np.ndarray, trained: np.ndarray) -> Piece:
-    """Of predictions of all images, those of some rows, with the level and spread of those that were trained on."""
-    return Piece(rows, predictions[rows], *level_and_spread(predictions[trained]))
-
-
-@torch.inference_mode()
-def predict(heads: Sequence[Callable[..., torch.Tensor]], rows: LayerRows) -> list[torch.Tensor]:
-    """(n_images, n_vertices) of each head, in one pass over the rows."""
-    batches = np.array_split(np.arange(len(rows)), -(-len(rows) // _BATCH))
-    parts = [[head(read) for head in heads] for read in map(rows.__getitem__, batches)]
-    return [torch.cat(own) for own in zip(*parts, strict=True)]

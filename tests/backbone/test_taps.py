@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from featcache.backbone.network import Backbone, described_layers, load_backbone
+from featcache.backbone.network import TimmBackbone, described_layers, load_backbone
 from featcache.backbone.taps import choose_taps, layer_names, map_shapes
 from featcache.config import BackboneConfig, LayerConfig, fingerprint
 from featcache.errors import BackboneError, ConfigError
@@ -18,11 +18,11 @@ POOLS = {"avg": functional.adaptive_avg_pool2d, "max": functional.adaptive_max_p
 RESNET = ("act1", "layer1", "layer2", "layer3", "layer4")
 
 
-def network(name: str, size: int | None = 96) -> Backbone:
+def network(name: str, size: int | None = 96) -> TimmBackbone:
     return load_backbone(BackboneConfig(name=name, weights="none", size=size))
 
 
-def pictures(backbone: Backbone, n: int = 2) -> torch.Tensor:
+def pictures(backbone: TimmBackbone, n: int = 2) -> torch.Tensor:
     return torch.randn(n, *backbone.transform_settings["input_size"], generator=torch.Generator().manual_seed(0))
 
 
@@ -56,7 +56,7 @@ def test_rows_are_what_the_modules_give_pooled_to_the_grid(name, size, pool):
     images, taps = pictures(backbone), backbone.taps(LayerConfig(layers=("all",), grid="2", pool=pool))
     output, seen = hooked(backbone.model, images, taps.grids)
     with torch.no_grad():
-        rows = backbone.features(images, taps)
+        rows = backbone.read(images, taps)
     torch.testing.assert_close(rows["pooled"], output)
     assert len(taps.grids) == len(layer_names(backbone.model))
     for layer, values in seen.items():
@@ -72,7 +72,7 @@ def test_native_is_every_place_and_auto_at_most_7(name, size):
         taps = backbone.taps(LayerConfig(layers=("all",), grid=grid))
         _, seen = hooked(backbone.model, images, taps.grids)
         with torch.no_grad():
-            rows = backbone.features(images, taps)
+            rows = backbone.read(images, taps)
         for layer, values in seen.items():
             whole = as_map(values, getattr(backbone.model, "num_prefix_tokens", 0))
             sides = min(whole.shape[2], most), min(whole.shape[3], most)
@@ -85,7 +85,7 @@ def test_the_class_token_is_an_array_of_its_own_before_its_layer():
     images, taps = pictures(backbone), backbone.taps(LayerConfig(layers=("1", "-1")))
     _, seen = hooked(backbone.model, images, taps.grids)
     with torch.no_grad():
-        rows = backbone.features(images, taps)
+        rows = backbone.read(images, taps)
     assert list(rows) == ["blocks.1.cls", "blocks.1", "blocks.5.cls", "blocks.5"]
     for layer, values in seen.items():
         torch.testing.assert_close(rows[f"{layer}.cls"], values[:, 0])
@@ -117,7 +117,7 @@ def test_a_transformer_without_any_prefix_tokens_is_read_too():
     images, taps = pictures(backbone), backbone.taps(LayerConfig(layers=("all",), grid="native"))
     output, seen = hooked(backbone.model, images, taps.grids)
     with torch.no_grad():
-        rows = backbone.features(images, taps)
+        rows = backbone.read(images, taps)
     torch.testing.assert_close(rows["pooled"], output)
     for layer, values in seen.items():
         torch.testing.assert_close(rows[layer].flatten(1, 2), values)
@@ -182,7 +182,7 @@ def test_the_key_of_the_pooled_layer_alone_is_what_older_caches_have():
         assert network("test_resnet").taps(config).key() == {"layers": ["pooled"]}
 
 
-def test_the_recipe_tells_layers_grids_and_pools_apart_and_nothing_else():
+def test_keys_tell_layers_grids_and_pools_apart_and_nothing_else():
     backbone = network("test_resnet")
 
     def key(layers, grid="auto", pool="avg"):
@@ -222,7 +222,7 @@ def test_shapes_are_those_of_rows():
     backbone = network("test_vit", None)
     taps = backbone.taps(LayerConfig(layers=("auto",), grid="3"))
     with torch.no_grad():
-        rows = backbone.features(pictures(backbone, 3), taps)
+        rows = backbone.read(pictures(backbone, 3), taps)
     assert backbone.shapes(taps) == {name: tuple(values.shape[1:]) for name, values in rows.items()}
 
 
@@ -230,9 +230,9 @@ def test_one_layer_alone_is_what_it_is_among_all():
     backbone = network("test_convnext")
     images = pictures(backbone)
     with torch.no_grad():
-        whole = backbone.features(images, backbone.taps(LayerConfig(layers=("all",))))
+        whole = backbone.read(images, backbone.taps(LayerConfig(layers=("all",))))
         for name, values in whole.items():
-            (alone,) = backbone.features(images, backbone.taps(LayerConfig(layers=(name,)))).values()
+            (alone,) = backbone.read(images, backbone.taps(LayerConfig(layers=(name,)))).values()
             np.testing.assert_allclose(alone, values, rtol=1e-5, atol=1e-6)
 
 
@@ -240,7 +240,7 @@ def test_a_network_whose_layers_timm_cannot_read_names_the_way_out():
     class Plain(nn.Module):
         pass
 
-    with pytest.raises(BackboneError, match="Plain has none; use --layers pooled, or another backbone"):
+    with pytest.raises(BackboneError, match="found Plain, which has none; use --layers pooled, or another backbone"):
         layer_names(Plain())
 
 

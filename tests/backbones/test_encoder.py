@@ -8,9 +8,9 @@ import torch
 
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import FSAVERAGE_VERTICES, HEMISPHERES
-from heads.backbones.encoder import AllSubjects, OneSubject, linear_map_of, output_columns
-from heads.modules.linear import SMALL
-from heads.solvers.ridge import LinearMap
+from heads.modules.by_subject import AllSubjects, OneSubject, output_columns
+from heads.modules.linear import SMALL, LinearMap
+from heads.modules.saved import linear_map_of
 
 N_FEATURES = 7
 

@@ -341,7 +341,8 @@ def test_a_single_step_is_at_the_full_rate_and_timm_has_nothing_to_warn_of(tiny,
 
 def test_earlier_layers_have_smaller_rates_and_biases_no_decay():
     from featcache.backbone.network import load_backbone
-    from heads.backbones.encoder import AllSubjects, Encoder
+    from heads.backbones.encoder import Encoder
+    from heads.modules.by_subject import AllSubjects
 
     network = load_backbone(BACKBONE).model.requires_grad_(True)
     heads = AllSubjects(network.num_features, ["a"], {("a", "lh"): torch.arange(3)}, 4, 1.0)

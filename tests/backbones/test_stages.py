@@ -21,11 +21,11 @@ from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.dataset.splits import assign_folds
 from featcache.errors import CheckpointError, ConfigError, LeakError
-from heads.backbones.encoder import linear_map_of
 from heads.backbones.stages import train_stage
 from heads.config import AdamWConfig, FitConfig, StageConfig, TrainConfig
 from heads.features.sets import feature_sets
 from heads.fit.run import fit_heads, prediction_key, scores_by_model
+from heads.modules.saved import linear_map_of
 from heads.scores.metrics import pearson_r
 from heads.solvers.registry import trained_heads
 

@@ -12,19 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from featcache.backbone.checkpoint import Checkpoint
-from featcache.backbone.network import Backbone, load_backbone
+from featcache.backbone.network import TimmBackbone, load_backbone
 from featcache.cache import extract as extract_module
 from featcache.cache import store as store_module
-from featcache.cache.extract import FOLDER, Extracted, _plan, extract
+from featcache.cache.extract import Extracted, _plan, extract
 from featcache.cache.pixels import cache_pixels
 from featcache.cache.store import Store, open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
 from featcache.dataset.algonauts import open_challenge
-from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Subject
-from featcache.errors import ChallengeError, CheckpointError, ConfigError, StoreError
-from support.checkpoints import N_FOLDS, write_checkpoint
+from featcache.errors import ChallengeError, ConfigError, StoreError
+from featcache.workdir import Workdir
 
 BACKBONE = BackboneConfig(name="test_resnet", weights="none", size=48)
 CONFIG = ExtractConfig(backbone=BACKBONE, batch_size=3, workers=2)
@@ -40,8 +38,16 @@ def run(tree: Path, work: Path, config: ExtractConfig = CONFIG) -> list[Extracte
     return extract(open_challenge(tree).subjects, config, work)
 
 
+def subjects_of(tree: Path) -> tuple[Subject, ...]:
+    return open_challenge(tree).subjects
+
+
+def stores(results: list[Extracted]) -> list[Store]:
+    return [open_store(result.path) for result in results]
+
+
 def rows(results: list[Extracted]) -> list[np.ndarray]:
-    return [open_store(result.path).read("pooled") for result in results]
+    return [store.read("pooled") for store in stores(results)]
 
 
 def test_rows_are_the_network_on_each_image_training_then_test(tiny, tmp_path):
@@ -68,7 +74,7 @@ def test_a_second_run_runs_nothing(tiny, tmp_path, monkeypatch, said):
 def test_an_interrupted_run_ends_bit_equal(tiny, tmp_path, monkeypatch, stop_at):
     """Stopped in the batch `stop_at`, run again: the same bits as a run that was never stopped."""
     whole = rows(run(tiny, tmp_path / "whole"))
-    honest, calls = Backbone.features, []
+    honest, calls = TimmBackbone.read, []
 
     def stopping(self, images, layers):
         calls.append(len(images))
@@ -76,10 +82,10 @@ def test_an_interrupted_run_ends_bit_equal(tiny, tmp_path, monkeypatch, stop_at)
             raise KeyboardInterrupt
         return honest(self, images, layers)
 
-    monkeypatch.setattr(Backbone, "features", stopping)
+    monkeypatch.setattr(TimmBackbone, "read", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(tiny, tmp_path / "stopped")
-    monkeypatch.setattr(Backbone, "features", honest)
+    monkeypatch.setattr(TimmBackbone, "read", honest)
     again = run(tiny, tmp_path / "stopped")
     assert [a.tobytes() for a in rows(again)] == [b.tobytes() for b in whole]
     committed = 8 * (3 * stop_at // 9)  # batches of 3 fill a commit of 8 in three: 3 + 3 + 2
@@ -89,18 +95,20 @@ def test_an_interrupted_run_ends_bit_equal(tiny, tmp_path, monkeypatch, stop_at)
 KILLED = """
 import sys, time
 from pathlib import Path
-from featcache import store
-from featcache.backbone.network import Backbone
+from featcache.cache import store
+from featcache.backbone.network import TimmBackbone
 from featcache.dataset.algonauts import open_challenge
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
 from featcache.cache.extract import extract
 store._CHUNK_ROWS = 8
-honest = Backbone.features
+honest = TimmBackbone.read
 def slow(self, images, layers):
     time.sleep(0.1)
     return honest(self, images, layers)
-Backbone.features = slow
-config = ExtractConfig(BackboneConfig("test_resnet", "none", 48), dtype="float32", batch_size=3, workers=2)
+TimmBackbone.read = slow
+config = ExtractConfig(
+    backbone=BackboneConfig(name="test_resnet", weights="none", size=48), dtype="float32", batch_size=3, workers=2
+)
 extract(open_challenge(Path(sys.argv[1])).subjects, config, Path(sys.argv[2]))
 """
 
@@ -110,7 +118,7 @@ def test_a_killed_process_goes_on_bit_equal(tiny, tmp_path):
     for waited in (0.3, 0.7):  # seconds after the first commit: twice, at different places
         process = subprocess.Popen([sys.executable, "-c", KILLED, tiny, tmp_path / "killed"], cwd=Path.cwd())
         deadline = time.monotonic() + 120
-        while not list((tmp_path / "killed" / FOLDER).glob("*/committed.json")) and time.monotonic() < deadline:
+        while not list(Workdir(tmp_path / "killed").features.glob("*/committed.json")) and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(waited)
         os.kill(process.pid, signal.SIGKILL)
@@ -170,7 +178,7 @@ def test_an_image_that_cannot_be_decoded_keeps_what_was_committed(tree, tmp_path
     path.write_bytes(good[:-50])
     with pytest.raises(ChallengeError, match=path.name):
         run(tree, tmp_path)
-    store = next((tmp_path / FOLDER).iterdir())
+    store = next(Workdir(tmp_path).features.iterdir())
     layers = ("pooled", "act1", "layer1", "layer2", "layer3", "layer4")
     assert open_store(store).committed == dict.fromkeys(layers, 16)
 
@@ -220,12 +228,6 @@ def test_a_cuda_that_is_not_there_is_refused(tiny, tmp_path, monkeypatch):
         run(tiny, tmp_path, ExtractConfig(backbone=BACKBONE, device="cuda"))
 
 
-@pytest.fixture
-def said(said: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr("featcache.backbone.checkpoint.say", said.append)
-    return said
-
-
 def test_cached_pixels_give_the_bits_that_image_files_give(tiny, tmp_path, monkeypatch):
     expected = run(tiny, tmp_path / "files")
     cache_pixels(open_challenge(tiny).subjects, load_backbone(BACKBONE), tmp_path / "cached", 1, 2)
@@ -262,193 +264,6 @@ def test_a_run_interrupted_on_files_goes_on_with_cached_pixels_bit_equal(tiny, t
     assert [a.tobytes() for a in rows(again)] == [b.tobytes() for b in whole]
 
 
-AUTO = replace(CONFIG, checkpoint="auto")
-
-
-def subjects_of(tree: Path) -> tuple[Subject, ...]:
-    return open_challenge(tree).subjects
-
-
-def stores(results: list[Extracted]) -> list[Store]:
-    return [open_store(result.path) for result in results]
-
-
-def folds(results: list[Extracted]) -> list[tuple[str, int | None]]:
-    recipes = [store.key for store in stores(results)]
-    return [(key["subject"], key["fold"] and key["fold"]["fold"]) for key in recipes]
-
-
-FROZEN = [("subj01", None), ("subj02", None)]
-
-
-def assert_rows_are_of(checkpoint: Checkpoint, store: Store, subject: Subject) -> None:
-    backbone = checkpoint.backbone()
-    images = torch.stack([backbone.transform(Image.open(path).convert("RGB")) for path in subject.image_paths])
-    expected = backbone.pooled(images).numpy()
-    np.testing.assert_allclose(store.read("pooled"), expected, rtol=1e-3, atol=1e-4)
-
-
-def test_auto_takes_every_finished_checkpoint_and_says_what_it_leaves_out(tiny, tmp_path, said):
-    subjects = subjects_of(tiny)
-    made = [write_checkpoint(subjects, tmp_path, fold=fold, finished=fold < 2) for fold in range(3)]
-    results = run(tiny, tmp_path, AUTO)
-    assert folds(results) == [("subj01", 0), ("subj02", 0), ("subj01", 1), ("subj02", 1)]
-    for k, store in enumerate(stores(results)):
-        assert_rows_are_of(made[k // 2], store, subjects[k % 2])
-    assert {line for line in said if "left out" in line} == {
-        f"{subject.name}: left out {made[2].name}: its training is not finished; run the same command again"
-        for subject in subjects
-    }
-    assert sum(line.startswith("2 checkpoints in") for line in said) == 1
-
-
-def test_a_store_of_a_checkpoint_says_how_it_was_trained_and_on_which_of_its_images(tiny, tmp_path):
-    subjects = subjects_of(tiny)
-    made = [write_checkpoint(subjects, tmp_path, fold=fold) for fold in range(2)]
-    for k, store in enumerate(stores(run(tiny, tmp_path, AUTO))):
-        checkpoint, subject = made[k // 2], subjects[k % 2]
-        assert store.key["fold"] == {
-            "stage": "pretrain",
-            "training": checkpoint.training,
-            "fold": k // 2,
-            "n_folds": N_FOLDS,
-            "seed": 0,
-        }
-        ids = subject.train.ids
-        trained_here = set(ids[assign_folds(ids, N_FOLDS, 0) != k // 2].tolist())
-        assert trained_here <= set(store.facts["seen_ids"])
-        assert set(store.facts["seen_ids"]) == set(checkpoint.facts["seen_ids"]) & set(subject.image_ids.tolist())
-        assert store.key["weights"] == checkpoint.backbone().digest
-        assert store.facts["origin"] == f"checkpoint {checkpoint.name}"
-
-
-def test_a_test_image_that_another_subject_trained_on_counts_as_seen(tiny, tmp_path):
-    first, second = subjects_of(tiny)
-    ids = np.concatenate([second.train.ids, first.train.ids[:1], second.test.ids[1:]])
-    shared = replace(second, test=replace(second.test, ids=ids[len(second.train) :]))
-    made = write_checkpoint(
-        [first, shared], tmp_path, fold=int(assign_folds(first.train.ids[:1], N_FOLDS, 0)[0] + 1) % 3
-    )
-    results = extract([shared], AUTO, tmp_path)
-    seen = stores(results)[0].facts["seen_ids"]
-    assert first.train.ids[0] in made.seen_ids and first.train.ids[0] in seen
-    assert set(seen) == set(made.seen_ids.tolist()) & set(shared.image_ids.tolist())
-
-
-@pytest.mark.parametrize("checkpoint", ["auto", "none"])
-def test_without_checkpoints_the_backbone_reads_as_its_weights_came(tiny, tmp_path, checkpoint):
-    results = run(tiny, tmp_path, replace(CONFIG, checkpoint=checkpoint))
-    assert folds(results) == FROZEN
-    for store in stores(results):
-        assert store.key["weights"] == load_backbone(BACKBONE).digest and "seen_ids" not in store.facts
-
-
-def test_none_ignores_checkpoints_and_finds_the_frozen_store_again(tiny, tmp_path):
-    first = run(tiny, tmp_path)
-    write_checkpoint(subjects_of(tiny), tmp_path)
-    again = run(tiny, tmp_path)
-    assert folds(again) == FROZEN and [(r.path, r.n_new) for r in again] == [(r.path, 0) for r in first]
-
-
-def test_a_second_run_with_checkpoints_runs_nothing_and_each_fold_has_its_own_store(tiny, tmp_path, monkeypatch, said):
-    for fold in range(2):
-        write_checkpoint(subjects_of(tiny), tmp_path, fold=fold)
-    first = run(tiny, tmp_path, AUTO)
-    assert len({r.path for r in first}) == 4 and not any("a new store" in line for line in said)
-    monkeypatch.setattr("featcache.cache.extract._forward", lambda *_: pytest.fail("ran the model again"))
-    assert [(r.path, r.n_new) for r in run(tiny, tmp_path, AUTO)] == [(r.path, 0) for r in first]
-
-
-def test_auto_gives_each_subject_the_checkpoints_that_were_trained_on_it(tiny, tmp_path):
-    for subject in subjects_of(tiny):
-        write_checkpoint([subject], tmp_path, stage="finetune")
-    results = run(tiny, tmp_path, AUTO)
-    assert sorted(folds(results)) == [("subj01", 0), ("subj02", 0)]
-    for store, subject in zip(sorted(stores(results), key=lambda s: s.key["subject"]), subjects_of(tiny), strict=True):
-        assert set(store.facts["seen_ids"]) <= set(subject.train.ids.tolist())
-        assert store.key["fold"]["stage"] == "finetune"
-
-
-def test_auto_falls_back_where_no_checkpoint_is_of_the_backbone_that_is_asked_for(tiny, tmp_path):
-    write_checkpoint(subjects_of(tiny), tmp_path, name="test_convnext")
-    assert folds(run(tiny, tmp_path, AUTO)) == FROZEN
-    results = run(tiny, tmp_path, replace(AUTO, backbone=replace(BACKBONE, name=None)))
-    assert folds(results) == [("subj01", 0), ("subj02", 0)]
-    assert {store.key["backbone"] for store in stores(results)} == {"test_convnext"}
-
-
-def test_naming_a_backbone_finds_its_trainings_whatever_they_began_with(tiny, tmp_path):
-    """Weights that were not asked for have a default, which is no reason to pass a checkpoint over."""
-    made = write_checkpoint(subjects_of(tiny), tmp_path)
-    named = replace(AUTO, backbone=replace(BACKBONE, weights="hub"))
-    ((checkpoint, served),) = extract_module._sources(subjects_of(tiny), named, tmp_path)
-    assert checkpoint.path == made.path and [subject.name for subject in served] == ["subj01", "subj02"]
-
-
-def test_auto_leaves_out_checkpoints_of_another_tree_and_says_so(tree, tmp_path, said):
-    work = tmp_path / "work"
-    made = write_checkpoint(subjects_of(tree), work)
-    path = sorted((tree / "subj01/training_split/training_images").iterdir())[2]
-    Image.fromarray(np.asarray(Image.open(path)) ^ 1).save(path)
-    found = folds(run(tree, work, AUTO))
-    assert ("subj02", 0) in found and ("subj01", 0) not in found
-    assert (
-        f"subj01: left out {made.name}: expected a checkpoint of this tree; found one of other images of subj01" in said
-    )
-
-
-@pytest.mark.parametrize("given", ["name", "path"])
-def test_a_checkpoint_is_taken_by_name_or_path_and_alone(tiny, tmp_path, given):
-    subjects = subjects_of(tiny)
-    made = [write_checkpoint(subjects, tmp_path / "trained", fold=fold) for fold in range(2)]
-    work = tmp_path / ("trained" if given == "name" else "other")
-    wanted = made[1].name if given == "name" else str(made[1].path)
-    results = run(tiny, work, replace(CONFIG, checkpoint=wanted))
-    assert folds(results) == [("subj01", 1), ("subj02", 1)]
-    for store, subject in zip(stores(results), subjects, strict=True):
-        assert_rows_are_of(made[1], store, subject)
-
-
-def test_a_checkpoint_reads_at_its_own_size_unless_another_is_asked_for(tiny, tmp_path):
-    write_checkpoint(subjects_of(tiny), tmp_path, size=64)
-    for size, expected in ((None, 64), (48, 48)):
-        results = run(tiny, tmp_path, replace(AUTO, backbone=replace(BACKBONE, size=size)))
-        assert folds(results) == [("subj01", 0), ("subj02", 0)]
-        assert {store.key["transform"]["input_size"][-1] for store in stores(results)} == {expected}
-
-
-def test_a_checkpoint_of_another_architecture_is_refused(tiny, tmp_path):
-    made = write_checkpoint(subjects_of(tiny), tmp_path, name="test_convnext")
-    named = replace(CONFIG, checkpoint=str(made.path))
-    message = r"expected a checkpoint of test_resnet; found one of test_convnext; name --backbone test_convnext"
-    with pytest.raises(CheckpointError, match=message):
-        run(tiny, tmp_path, named)
-    assert not (tmp_path / FOLDER).exists()
-    assert len(run(tiny, tmp_path, replace(named, backbone=replace(BACKBONE, name=None)))) == 2
-
-
-def test_a_checkpoint_of_another_tree_is_refused(tree, tmp_path):
-    work = tmp_path / "work"
-    made = write_checkpoint(subjects_of(tree), work)
-    path = tree / "subj02/training_split/training_fmri/lh_training_fmri.npy"
-    np.save(path, np.load(path) * 2)
-    message = r"found one of other responses of subj02; choose another checkpoint, or train one on this tree"
-    with pytest.raises(CheckpointError, match=message):
-        run(tree, work, replace(CONFIG, checkpoint=made.name))
-    assert not (work / FOLDER).exists()
-
-
-def test_a_checkpoint_that_did_not_train_on_a_subject_is_refused_for_it(tiny, tmp_path):
-    made = write_checkpoint(subjects_of(tiny)[:1], tmp_path, stage="finetune")
-    with pytest.raises(CheckpointError, match="expected a checkpoint that was trained on subj02; found subj01"):
-        run(tiny, tmp_path, replace(CONFIG, checkpoint=made.name))
-
-
-def test_a_checkpoint_that_is_not_there_is_refused(tiny, tmp_path):
-    with pytest.raises(CheckpointError, match=r"nowhere: expected a checkpoint's folder; found no checkpoint.json"):
-        run(tiny, tmp_path, replace(CONFIG, checkpoint="nowhere"))
-
-
 # --- layers
 
 
@@ -474,7 +289,7 @@ def test_vectors_are_float32_and_maps_float16_of_the_network_itself(tiny, tmp_pa
         }
         images = torch.stack([backbone.transform(Image.open(path).convert("RGB")) for path in subject.image_paths])
         with torch.no_grad():
-            expected = backbone.features(images, backbone.taps(SOME.layers))
+            expected = backbone.read(images, backbone.taps(SOME.layers))
         for name, values in expected.items():
             np.testing.assert_allclose(store.read(name), values, rtol=2e-3, atol=1e-3)
 
@@ -482,18 +297,18 @@ def test_vectors_are_float32_and_maps_float16_of_the_network_itself(tiny, tmp_pa
 @pytest.fixture
 def loud(tiny, monkeypatch):
     """A network whose layer2 is a million times as loud for one image of each subject, in the third commit."""
-    honest, backbone = Backbone.features, load_backbone(BACKBONE)
+    honest, backbone = TimmBackbone.read, load_backbone(BACKBONE)
     images = [backbone.transform(Image.open(subject.image_paths[LOUD]).convert("RGB")) for subject in subjects_of(tiny)]
 
-    def features(self, pixels, taps):
+    def read(self, pixels, taps):
         out = honest(self, pixels, taps)
         if "layer2" in out:
             same = [(pixels - one).abs().amax((1, 2, 3)) < 1e-5 for one in images]
             out["layer2"] = out["layer2"] * torch.where(same[0] | same[1], 1e6, 1.0)[:, None, None, None]
         return out
 
-    monkeypatch.setattr(Backbone, "features", features)
-    return features
+    monkeypatch.setattr(TimmBackbone, "read", read)
+    return read
 
 
 def test_a_layer_beyond_float16_becomes_float32_from_its_first_row_and_alone(tiny, tmp_path, loud, said):
@@ -508,7 +323,7 @@ def test_a_layer_beyond_float16_becomes_float32_from_its_first_row_and_alone(tin
         found = store.read("layer2")
         images = torch.stack([backbone.transform(Image.open(path).convert("RGB")) for path in subject.image_paths])
         with torch.no_grad():
-            expected = backbone.features(images, backbone.taps(SOME.layers))["layer2"].numpy()
+            expected = backbone.read(images, backbone.taps(SOME.layers))["layer2"].numpy()
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
         assert np.abs(found[LOUD]).max() > 65_504
         assert not np.array_equal(found[0], found[0].astype(np.float16))  # not what was rounded before
@@ -553,15 +368,15 @@ def test_a_run_interrupted_while_a_layer_is_widened_ends_bit_equal(tiny, tmp_pat
 
 
 def test_nan_in_a_layer_is_refused_and_not_taken_for_an_overflow(tiny, tmp_path, monkeypatch):
-    honest = Backbone.features
+    honest = TimmBackbone.read
 
     def broken(self, images, taps):
         return {name: v * torch.nan if name == "layer4" else v for name, v in honest(self, images, taps).items()}
 
-    monkeypatch.setattr(Backbone, "features", broken)
+    monkeypatch.setattr(TimmBackbone, "read", broken)
     with pytest.raises(StoreError, match="found NaN or infinity in layer4"):
         run(tiny, tmp_path, SOME)
-    assert {str(array.dtype) for array in open_store(next((tmp_path / FOLDER).iterdir())).arrays.values()} == {
+    assert {str(array.dtype) for array in open_store(next(Workdir(tmp_path).features.iterdir())).arrays.values()} == {
         "float16",
         "float32",
     }
@@ -609,7 +424,7 @@ def test_a_disk_too_small_for_all_subjects_is_refused_before_an_image_is_read(ti
     monkeypatch.setattr(extract_module, "_reader", lambda *_: pytest.fail("read images"))
     with pytest.raises(StoreError, match=r"of free disk; found .* make room or choose another --work"):
         run(tiny, tmp_path, SOME)
-    assert list((tmp_path / FOLDER).iterdir()) == []
+    assert list(Workdir(tmp_path).features.iterdir()) == []
 
 
 def test_a_rerun_needs_no_room_for_what_is_there(tiny, tmp_path, monkeypatch):

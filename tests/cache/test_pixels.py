@@ -12,12 +12,13 @@ from PIL import Image
 
 from featcache.backbone.network import Backbone, load_backbone
 from featcache.cache import pixels as pixels_module
-from featcache.cache.pixels import FOLDER, Pixels, cache_pixels, find_pixels
+from featcache.cache.pixels import Pixels, cache_pixels, find_pixels
 from featcache.config import BackboneConfig
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.images import load_image
 from featcache.dataset.subject import Subject
 from featcache.errors import ChallengeError, StoreError
+from featcache.workdir import Workdir
 
 SIZE = 48
 
@@ -34,12 +35,6 @@ def backbone() -> Backbone:
 @pytest.fixture
 def subjects(tiny: Path) -> tuple[Subject, ...]:
     return open_challenge(tiny).subjects
-
-
-@pytest.fixture
-def said(said: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr("featcache.cache.pixels.say", said.append)
-    return said
 
 
 @pytest.fixture
@@ -75,7 +70,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop_at: Path | None = None) -> lis
 
 
 def files(work: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (work / FOLDER).glob("[!.]*")}
+    return {path.name: path.read_bytes() for path in Workdir(work).pixels.glob("[!.]*")}
 
 
 def used_at(found: list[Pixels], time: int) -> None:
@@ -157,7 +152,7 @@ def test_an_image_that_cannot_be_decoded_is_named_and_keeps_what_was_committed(t
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ChallengeError, match=path.name):
         cache(open_challenge(tree).subjects, backbone, tmp_path)
-    (record,) = (tmp_path / FOLDER).glob("*.json")
+    (record,) = Workdir(tmp_path).pixels.glob("*.json")
     assert json.loads(record.read_text())["images"] == 16
 
 
@@ -217,7 +212,7 @@ def test_more_than_the_limit_is_refused_in_one_line_and_removes_nothing(subjects
     cache(subjects, backbone_of(size=32), tmp_path)
     before = files(tmp_path)
     no_decoding(monkeypatch)
-    with pytest.raises(StoreError, match=r"in --image-cache 0.0004 GB; they need .* lower --size") as found:
+    with pytest.raises(StoreError, match=r"into --image-cache 0.0004 GB; found .* lower --size") as found:
         cache(subjects, backbone, tmp_path, limit_gb=0.0004)
     assert "\n" not in str(found.value) and files(tmp_path) == before
 
@@ -233,7 +228,7 @@ def test_the_limit_removes_what_was_not_used_for_longest(subjects, tmp_path, sai
     room = n_bytes(subjects, 56) + n_bytes(subjects, 48) + n_bytes(subjects, 32) + 10_000
     new = cache(subjects, backbone_of(size=56), tmp_path, room / 1e9)
     kept = {one.path for one in [*new, *old[48], *old[32]]}
-    assert set((tmp_path / FOLDER).glob("[!.]*")) == kept | {path.with_suffix(".json") for path in kept}
+    assert set(Workdir(tmp_path).pixels.glob("[!.]*")) == kept | {path.with_suffix(".json") for path in kept}
     assert sorted(line for line in said if "removed" in line) == sorted(
         f"removed {one.path}, to keep the images below {room / 1e9:g} GB" for one in old[40]
     )
@@ -245,7 +240,7 @@ def test_the_limit_never_removes_what_is_asked_for(subjects, backbone, tmp_path,
     decoded = counted(monkeypatch)
     found = cache(subjects, backbone, tmp_path, n_bytes(subjects, SIZE) / 1e9)
     assert len(found) == 2 and sorted(decoded) == sorted(subjects[1].image_paths)
-    assert set((tmp_path / FOLDER).glob("*.npy")) == {one.path for one in found}
+    assert set(Workdir(tmp_path).pixels.glob("*.npy")) == {one.path for one in found}
 
 
 def test_images_that_are_there_are_served_below_any_limit(subjects, backbone, tmp_path):
@@ -268,7 +263,7 @@ def test_what_an_interrupted_run_claimed_is_not_asked_of_the_disk_again(
     counted(monkeypatch, stop_at=subjects[0].image_paths[9])
     with pytest.raises(KeyboardInterrupt):
         cache(subjects[:1], backbone, tmp_path)
-    (path,) = (tmp_path / FOLDER).glob("*.npy")
+    (path,) = Workdir(tmp_path).pixels.glob("*.npy")
     assert path.stat().st_blocks * 512 >= n_bytes(subjects[:1], SIZE)
     counted(monkeypatch)
     monkeypatch.setattr("featcache.cache.pixels.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
@@ -301,7 +296,7 @@ def test_a_disk_that_fills_while_room_is_claimed_is_one_line(subjects, backbone,
     monkeypatch.setattr("featcache.cache.pixels.os.posix_fallocate", full)
     with pytest.raises(StoreError, match="GB of free disk for the images"):
         cache(subjects[:1], backbone, tmp_path)
-    assert not list((tmp_path / "pixels").glob("*.npy"))
+    assert not list(Workdir(tmp_path).pixels.glob("*.npy"))
 
 
 def test_a_file_system_that_promises_nothing_serves_all_the_same(subjects, backbone, tmp_path, monkeypatch):

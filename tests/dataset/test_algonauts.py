@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY
 from PIL import Image
 
-from featcache.dataset.algonauts import deep_faults, open_challenge, scan_tree
+from featcache.dataset.algonauts import deep_faults, image_folder, image_name, list_images, open_challenge, scan_tree
 from featcache.errors import ChallengeError
 
 TRAIN, TEST = "subj01/training_split/training_images", "subj01/test_split/test_images"
@@ -183,7 +183,7 @@ def test_fractions_and_percent_give_the_same_ceilings(tree, tmp_path):
 
 
 def test_a_ceiling_folder_that_is_not_there_is_refused(tree, tmp_path):
-    with pytest.raises(ChallengeError, match="--noise-ceiling: expected a folder"):
+    with pytest.raises(ChallengeError, match=r"--noise-ceiling: expected a folder of subj01/lh.npy .* found no folder"):
         open_challenge(tree, tmp_path / "nowhere")
 
 
@@ -202,14 +202,6 @@ def test_subjects_hold_what_the_files_say(tiny):
             assert np.array_equal(subject.rois["lh"][name], labels == label)
 
 
-def test_subjects_are_selected_by_number_or_name(tiny):
-    challenge = open_challenge(tiny)
-    assert challenge.select("all") == challenge.subjects
-    assert challenge.select("2") == challenge.select("subj02") == challenge.subjects[1:]
-    with pytest.raises(ChallengeError, match="--subject: expected one of subj01, subj02; found 'subj03'"):
-        challenge.select("1,3")
-
-
 def test_images_of_any_mode_and_size_are_no_fault(tree):
     paths = sorted((tree / TRAIN).iterdir())
     Image.new("L", (7, 300)).save(paths[0])
@@ -220,14 +212,10 @@ def test_images_of_any_mode_and_size_are_no_fault(tree):
 
 
 def test_a_test_image_that_another_subject_trains_on_is_noted(tree):
-    own = {path.name.partition("nsd-")[2] for path in (tree / TRAIN).iterdir()}
-    other = next(
-        p.name.partition("nsd-")[2]
-        for p in sorted((tree / "subj02/training_split/training_images").iterdir())
-        if p.name.partition("nsd-")[2] not in own
-    )
+    subjects = open_challenge(tree).subjects
+    image_id = next(number for number in subjects[1].train.ids if number not in subjects[0].train.ids)
     path = first(tree / TEST)
-    path.rename(path.with_name(f"test-0001_nsd-{other}"))
+    path.rename(path.with_name(image_name("test", 1, image_id)))
     assert any(note.startswith("1 test images of one subject") for note in open_challenge(tree).notes)
 
 
@@ -253,7 +241,7 @@ def test_a_file_of_the_other_unit_is_a_fault(tree):
 
 
 def test_a_ceiling_folder_without_ceilings_is_refused(tree):
-    with pytest.raises(ChallengeError, match=r"--noise-ceiling: expected subj01/lh.npy and so on; found none"):
+    with pytest.raises(ChallengeError, match=r"--noise-ceiling: expected a folder .* found none of these in"):
         open_challenge(tree, tree / "subj01")
 
 
@@ -264,5 +252,43 @@ def test_other_bytes_under_an_array_s_name_are_a_fault(tree, name, content):
     assert any(f"{name}: expected a whole .npy file of numbers" in fault for fault in faults_of(tree))
 
 
-def test_a_subject_named_twice_is_one_subject(tiny):
-    assert len(open_challenge(tiny).select("1,1,subj01")) == 1
+def test_images_come_in_the_order_of_their_numbers(tmp_path):
+    for name in ("train-0010_nsd-00003.png", "train-0002_nsd-00009.jpeg", "train-0001_nsd-72999.JPG", ".DS_Store"):
+        (tmp_path / name).touch()
+    for number in range(3, 10):
+        (tmp_path / f"train-{number:04d}_nsd-{number:05d}.png").touch()
+    images, faults = list_images(tmp_path, "train")
+    assert not faults
+    assert images.ids.tolist() == [72999, 9, *range(3, 10), 3]
+    assert [path.name[6:10] for path in images.paths] == [f"{n:04d}" for n in range(1, 11)]
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["train-0001_nsd-00001.png", "train-0003_nsd-00002.png"], "found 1 missing: 2"),
+        (["train-0000_nsd-00001.png", "train-0001_nsd-00002.png"], "numbered from 1; found number 0"),
+        (["train-0001_nsd-00001.png", "train-0001_nsd-00002.png"], "found number 1 in train-0001_nsd-00001.png"),
+        (["train-0001_nsd-00001.png", "picture.png"], "expected a name such as train-0001_nsd-00013.png"),
+        (["train-0001_nsd-00001.png", "test-0002_nsd-00002.png"], "expected a name such as train-0001_nsd-00013.png"),
+    ],
+)
+def test_wrong_names_are_faults(tmp_path, names, problem):
+    for name in names:
+        (tmp_path / name).touch()
+    _, faults = list_images(tmp_path, "train")
+    assert [problem in str(fault) for fault in faults] == [True]
+
+
+def test_names_are_read_as_they_are_made(tmp_path):
+    folder = image_folder(tmp_path, "test")
+    assert folder == tmp_path / "test_split" / "test_images"
+    assert image_folder(tmp_path, "train") == tmp_path / "training_split" / "training_images"
+    folder.mkdir(parents=True)
+    names = [image_name("test", number, image_id) for number, image_id in enumerate((13, 72_999), start=1)]
+    assert names == ["test-0001_nsd-00013.png", "test-0002_nsd-72999.png"]
+    for name in names:
+        (folder / name).touch()
+    images, faults = list_images(folder, "test")
+    assert not faults and images.ids.tolist() == [13, 72_999]
+    assert images.paths == tuple(folder / name for name in names)

@@ -1,3 +1,5 @@
+"""Digests follow contents, and nothing else."""
+
 import os
 from dataclasses import replace
 from pathlib import Path

@@ -1,10 +1,12 @@
+"""Any image that Pillow reads becomes 8-bit RGB, and a damaged one is refused."""
+
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from featcache.dataset.images import list_images, load_image
+from featcache.dataset.images import image_fault, load_image
 from featcache.errors import ChallengeError
 
 
@@ -61,31 +63,9 @@ def test_truncated_image_is_refused_with_its_name(tmp_path, suffix):
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(ChallengeError, match=f"a.{suffix}: expected a whole PNG or JPEG"):
         load_image(path)
+    fault = image_fault(path)
+    assert fault is not None and fault.path == path and fault.expected == "a whole PNG or JPEG image"
 
 
-def test_images_come_in_the_order_of_their_numbers(tmp_path):
-    for name in ("train-0010_nsd-00003.png", "train-0002_nsd-00009.jpeg", "train-0001_nsd-72999.JPG", ".DS_Store"):
-        (tmp_path / name).touch()
-    for number in range(3, 10):
-        (tmp_path / f"train-{number:04d}_nsd-{number:05d}.png").touch()
-    images, faults = list_images(tmp_path, "train")
-    assert not faults
-    assert images.ids.tolist() == [72999, 9, *range(3, 10), 3]
-    assert [path.name[6:10] for path in images.paths] == [f"{n:04d}" for n in range(1, 11)]
-
-
-@pytest.mark.parametrize(
-    ("names", "problem"),
-    [
-        (["train-0001_nsd-00001.png", "train-0003_nsd-00002.png"], "found 1 missing: 2"),
-        (["train-0000_nsd-00001.png", "train-0001_nsd-00002.png"], "numbered from 1; found number 0"),
-        (["train-0001_nsd-00001.png", "train-0001_nsd-00002.png"], "found number 1 in train-0001_nsd-00001.png"),
-        (["train-0001_nsd-00001.png", "picture.png"], "expected a name such as train-0001_nsd-00013.png"),
-        (["train-0001_nsd-00001.png", "test-0002_nsd-00002.png"], "expected a name such as train-0001_nsd-00013.png"),
-    ],
-)
-def test_wrong_names_are_faults(tmp_path, names, problem):
-    for name in names:
-        (tmp_path / name).touch()
-    _, faults = list_images(tmp_path, "train")
-    assert [problem in str(fault) for fault in faults] == [True]
+def test_a_whole_image_has_no_fault(tmp_path):
+    assert image_fault(save(tmp_path / "a.png", GREY)) is None

@@ -1,3 +1,5 @@
+"""Names of labels are read from any numpy, and no file runs code."""
+
 import os
 import pickle
 from pathlib import Path

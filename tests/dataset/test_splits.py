@@ -1,7 +1,5 @@
 """Folds are a function of the image alone, and no image is scored by what was trained on it."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -82,18 +80,26 @@ def test_seeds_give_unrelated_folds():
 
 @pytest.mark.parametrize("n_folds", [1, 0, -3])
 def test_fewer_than_two_folds_are_refused(n_folds):
-    with pytest.raises(ConfigError, match=f"at least 2, but got {n_folds}"):
+    with pytest.raises(ConfigError, match=f"--folds: expected 2 or more; found {n_folds}; raise it"):
         assign_folds([1, 2, 3], n_folds, 0)
 
 
-@pytest.mark.parametrize("image_ids", [[-1, 2], [0.5, 1.0], ["7"], [[1, 2]]])
-def test_ids_that_are_no_list_of_naturals_are_refused(image_ids):
-    with pytest.raises(FeatcacheError, match="image ids must be"):
+@pytest.mark.parametrize(
+    ("image_ids", "problem"),
+    [
+        ([-1, 2], "expected integers >= 0; found -1"),
+        ([0.5, 1.0], "expected integers >= 0; found values of type float64"),
+        (["7"], "expected integers >= 0; found values of type <U1"),
+        ([[1, 2]], r"expected one list, \(n_images,\); found the shape \(1, 2\)"),
+    ],
+)
+def test_ids_that_are_no_list_of_naturals_are_refused(image_ids, problem):
+    with pytest.raises(FeatcacheError, match=f"image ids: {problem}"):
         assign_folds(image_ids, 5, 0)
 
 
 def test_empty_fold_is_refused():
-    with pytest.raises(ConfigError, match="leave fold 1, 3 empty; ask for fewer --folds"):
+    with pytest.raises(ConfigError, match="each of the 4 folds; found none of 4 images in fold 1, 3; ask for fewer"):
         check_folds([0, 2, 2, 0], 4)
     check_folds([0, 2, 1, 0], 3)
 
@@ -102,12 +108,12 @@ def test_leak_is_refused_in_one_line():
     with pytest.raises(LeakError) as raised:
         refuse_leak([9, 3, 5, 3], np.array([5, 8, 3]), "fold 2 of ridge")
     message = str(raised.value)
-    assert message.startswith("fold 2 of ridge must be scored on images that it was not trained on, but 2 images are")
+    assert message.startswith("fold 2 of ridge: expected images that it was not trained on; found 2 on both sides")
     assert "(id 3, 5)" in message and "\n" not in message
 
 
 def test_leak_names_the_first_few():
-    with pytest.raises(LeakError, match=r"but 100 images are on both sides \(id 0, 1, 2, 3, 4, \.\.\.\)"):
+    with pytest.raises(LeakError, match=r"found 100 on both sides of the split \(id 0, 1, 2, 3, 4, \.\.\.\)"):
         refuse_leak(range(100), range(200), "a head")
 
 

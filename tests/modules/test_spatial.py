@@ -11,11 +11,12 @@ from featcache.config import BackboneConfig
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import HEMISPHERES
 from featcache.errors import ConfigError
-from heads.backbones.encoder import SpatialHeads, saved_shapes, spatial_head_of
 from heads.backbones.loop import EncoderTraining, _still_statistics
 from heads.backbones.stages import train_stage
 from heads.config import StageConfig, TrainConfig
 from heads.modules import spatial
+from heads.modules.by_subject import SpatialHeads
+from heads.modules.saved import saved_shapes, spatial_head_of
 from heads.modules.spatial import SpatialReadout, Standardise
 
 SHAPES = {"pooled": (9,), "stages.0": (5, 4, 8), "stages.1": (3, 3, 12), "stages.1.cls": (12,)}

@@ -8,13 +8,13 @@ from featcache.cache.store import Row, create_store
 from featcache.dataset.splits import assign_folds
 from heads.config import RidgeConfig
 from heads.features.rows import LayerRows
+from heads.modules.linear import LinearMap
 from heads.scores.metrics import pearson_r
 from heads.solvers.base import LinearFits, Piece, comparable, level_and_spread
 from heads.solvers.held_out import TrainedFolds, TunedRidge
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import prior_set
 from heads.solvers.layers.ridge import DualFolds
-from heads.solvers.ridge import LinearMap
 
 N_FOLDS, N_TRAIN, N_TEST, N_FEATURES, N_VERTICES = 3, 90, 8, 10, 4
 IDS = np.random.default_rng(2).permutation(73_000)[:N_TRAIN]

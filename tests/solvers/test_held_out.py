@@ -7,9 +7,9 @@ import torch
 from featcache.dataset.splits import assign_folds
 from featcache.errors import ConfigError
 from heads.config import AdamWConfig, FitConfig, RidgeConfig
+from heads.modules.linear import LinearMap
 from heads.scores.metrics import pearson_r
 from heads.solvers.held_out import TrainedFolds, TunedAdamW, TunedRidge, clean_parts
-from heads.solvers.ridge import LinearMap
 from heads.solvers.ridge_folds import RidgeFits
 
 N_FOLDS, N_IMAGES, N_FEATURES, N_VERTICES = 3, 150, 12, 5

@@ -18,13 +18,13 @@ from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import ImageFiles, Subject
 from featcache.errors import ConfigError, LeakError
-from heads.backbones.encoder import spatial_head_of
 from heads.backbones.stages import train_stage
 from heads.config import AdamWConfig, FitConfig, SpatialConfig, StageConfig, TrainConfig
 from heads.features.rows import LayerRows
 from heads.features.sets import feature_sets
 from heads.fit.run import fit_heads
 from heads.modules.linear import LinearHead
+from heads.modules.saved import spatial_head_of
 from heads.modules.spatial import SpatialReadout
 from heads.scores.losses import LOSSES
 from heads.scores.metrics import pearson_r
@@ -663,7 +663,7 @@ def test_spatial_heads_of_a_checkpoint_predict_what_the_encoder_did(tiny, checkp
         assert not np.isin(subject.train.ids[held_out], checkpoint.seen_ids).any()
         (pixels,) = cache_pixels([subject], backbone, tmp_path, 1.0, 1)
         with torch.inference_mode():
-            rows = backbone.features(backbone.normalise(pixels.read(held_out)), backbone.taps(SPATIAL.tapped))
+            rows = backbone.read(backbone.normalise(pixels.read(held_out)), backbone.taps(SPATIAL.tapped))
         for hemisphere in HEMISPHERES:
             head = spatial_head_of(checkpoint.heads(), [subject.name], subject.name, hemisphere)
             responses = torch.from_numpy(np.array(subject.responses(hemisphere)))

@@ -87,11 +87,11 @@ class Seen:
         )
 
 
-def way_of(kernels: LayerKernels, n_images: int) -> str:
-    """Of what there are few, which sets the size of what is decomposed for so many images to train on."""
-    if min(n_images, kernels.rows.n_features) > LANDMARKS:
+def way_for(n_images: int, n_features: int) -> str:
+    """Of what there are few, for so many images to fit to: it sets the size of what is decomposed."""
+    if min(n_images, n_features) > LANDMARKS:
         return "landmarks"
-    return "images" if kernels.rows.n_features >= n_images else "features"
+    return "images" if n_features >= n_images else "features"
 
 
 def seen_under(prior: Prior, kernels: LayerKernels, way: str) -> Seen:

@@ -6,9 +6,9 @@ layer has the same share of the kernel's trace, times what the prior says of its
 kernel costs one pass over the store, in blocks of images.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,14 @@ _MIXED = 1 << 25  # numbers in the dual weights of the places that are multiplie
 BLUR = 0.75  # standard deviation over places, in cells of a 7 x 7 grid (docs/layers.md has the measurement)
 
 
+class _Statistics(NamedTuple):
+    """What kernels need of all training images, {array: tensor}."""
+
+    means: dict[str, torch.Tensor]  # (n_places, n_channels)
+    spreads: dict[str, torch.Tensor]  # (n_channels,)
+    traces: dict[str, torch.Tensor]  # (n_places,)
+
+
 class LayerKernels:
     """Kernels of one store's images under any prior.
 
@@ -27,15 +35,20 @@ class LayerKernels:
     stack_bytes : memory that kernels of single places may take; where they fit, each is computed once
     """
 
-    def __init__(self, rows: LayerRows, n_train: int, stack_bytes: float) -> None:
+    def __init__(
+        self, rows: LayerRows, n_train: int, stack_bytes: float, statistics: "_Statistics | None" = None
+    ) -> None:
         self.rows, self.n_train = rows, n_train
         self._prepared: dict[str, torch.Tensor] = {}  # with the stack, because both are for few images
         self._depths = depths_of(list(rows.grids))
         self._blurs = {name: _blur_matrix(grid).to(rows.device) for name, grid in rows.grids.items()}
-        moments = {name: rows.moments(name, n_train) for name in rows.grids}
-        self.means = {name: mean for name, (mean, _) in moments.items()}
-        self._spreads = {name: torch.where(v > 0, v, 1).sqrt() for name, (_, v) in moments.items()}
-        self._traces = {name: self._trace(name) for name in rows.grids}
+        if statistics is None:
+            moments = {name: rows.mean_and_variance(name, n_train) for name in rows.grids}
+            self.means = {name: mean for name, (mean, _) in moments.items()}
+            self._spreads = {name: torch.where(v > 0, v, 1).sqrt() for name, (_, v) in moments.items()}
+            self._traces = {name: self._trace(name) for name in rows.grids}
+        else:
+            self.means, self._spreads, self._traces = statistics
         self._last: tuple[Prior, torch.Tensor] | None = None
         self._stack_limit = stack_bytes
         self._stack: torch.Tensor | None = self._place_kernels() if self._fits() else None
@@ -106,11 +119,8 @@ class LayerKernels:
 
     def of_some(self, index: np.ndarray) -> "LayerKernels":
         """The same of some images, with the means, scales and traces of all."""
-        some = copy.copy(self)
-        some.rows, some._prepared = self.rows.subset(index), {}
-        some._stack, some._last = None, None
-        some._stack = some._place_kernels() if some._fits() else None
-        return some
+        statistics = _Statistics(self.means, self._spreads, self._traces)
+        return LayerKernels(self.rows.subset(index), self.n_train, self._stack_limit, statistics)
 
     def shares(self, prior: Prior) -> dict[str, torch.Tensor]:
         """{array: (n_places,)} what each place's kernel is multiplied with."""

@@ -7,27 +7,37 @@ more images than a kernel can be decomposed for).
 
 Every vertex has a penalty under every prior. Its prediction is the mean over priors, weighed by how well each did:
 exp(-n / 8 * error / variance), where the error is leave-one-out or generalised on the n training images (see
-heads.ridge), or on held-out images where the backbone was trained on the others (see held_out.py). A single best prior
+ridge.py), or on held-out images where the backbone was trained on the others (see held_out.py). A single best prior
 is noisier; the mean was better on every recording tried (docs/layers.md).
 
 Penalties over groups of features: Dupré la Tour et al. 2022, https://doi.org/10.1016/j.neuroimage.2022.119728
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from featcache.machine.device import matrix_products
+from featcache.machine.memory import memory_at_start, refuse_above, said, spare_memory
+from featcache.machine.progress import say
 from heads.config import RidgeConfig
 from heads.features.rows import BLOCK_BYTES
-from heads.solvers.base import Fits, FoldFit, Piece, level_and_spread
-from heads.solvers.held_out import choices_of, held_out_errors
-from heads.solvers.layers.axes import LANDMARKS, Basis, Seen, basis_of_features, landmark_features, seen_under, way_of
+from heads.solvers.base import Block, Fits, FoldFit, Piece, Problem, level_and_spread
+from heads.solvers.held_out import FoldPlan
+from heads.solvers.layers.axes import LANDMARKS, Basis, Seen, basis_of_features, landmark_features, seen_under, way_for
 from heads.solvers.layers.kernels import BLUR, LayerKernels
-from heads.solvers.layers.priors import CENTRES, DEPTH_WIDTH, DEPTHS, NARROW_IMAGES, WIDTHS, Prior
-from heads.solvers.ridge import TOGETHER, is_exact, penalties_of, penalty_errors
+from heads.solvers.layers.priors import CENTRES, DEPTH_WIDTH, DEPTHS, NARROW_IMAGES, WIDTHS, Prior, prior_set
+from heads.solvers.memory import CACHE_SHARE, FEATURE_SHARE, STACK_SHARE
+from heads.solvers.ridge import TOGETHER, held_out_errors, is_exact, penalties_of, penalty_errors
+
+_WAYS = {
+    "images": "dual, by kernels of images",
+    "features": "primal",
+    "landmarks": "by kernels with landmark images",
+}
 
 _SHARPNESS = 1 / 8  # of the mean over priors, per training image
 _NEGLIGIBLE = 0.01  # a prior with less than this part of the best one's weight is left out
@@ -65,124 +75,175 @@ class _Tried(NamedTuple):
     penalty: torch.Tensor
 
 
-class DualFolds:
+def build_layered(problem: Problem) -> "LayeredRidge":
+    """Build the closed form under priors over layers and places; says its way and its memory.
+
+    Raises ConfigError beyond --max-memory.
+    """
+    config, features, plan = problem.config, problem.features, problem.plan
+    free = spare_memory(config.max_memory)
+    rows = features.read(problem.device, free * FEATURE_SHARE / len(features.stores))
+    kernels = [LayerKernels(one, plan.n_train, free * STACK_SHARE / len(rows)) for one in rows]
+    priors = prior_set(rows[0].grids, DEPTHS if len(features.names) > 1 else (None,), plan.n_train)
+    ridge = replace(config.ridge, penalties=PENALTIES)
+    solver = LayeredRidge(kernels, plan, ridge, priors, cache_bytes=free * CACHE_SHARE)
+    peak = memory_at_start() + solver.memory(max(problem.n_vertices))
+    refuse_above(config.max_memory, peak)
+    streamed = list(dict.fromkeys(name for one in rows for name in one.streamed))
+    say(
+        f"{problem.subject.name}: {rows[0].n_features:,} features, {len(plan.outside(0)):,} images to fit to: "
+        f"{_WAYS[solver.way]}; {said(peak)}"
+        + (f"; {', '.join(streamed)} read from the store block by block" if streamed else "")
+        + ("; too little to keep decompositions, which are made again as they are needed" if solver.forgets else "")
+    )
+    return solver
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayeredSizes:
+    """Counts that the memory of a fit under priors follows from.
+
+    n_fit : training images of each held-out fold
+    n_choices : heads of a fold that choose for themselves, at most
+    n_sources : sets of features, one for all folds or one for each
+    stack_bytes : of kernels of single places, where there is room for them
+    held_bytes : of features that are kept in memory
+    """
+
+    n_train: int
+    n_images: int
+    n_fit: tuple[int, ...]
+    n_choices: int
+    n_sources: int
+    n_features: int
+    n_priors: int
+    trained: bool
+    stack_bytes: float
+    held_bytes: float
+    cache_bytes: float
+
+    @property
+    def way(self) -> str:
+        """What is decomposed: see heads/solvers/layers/axes.py."""
+        return way_for(min(self.n_fit), self.n_features)
+
+    @property
+    def searched(self) -> bool:
+        """Whether the priors that serve are found on a part of the images first."""
+        return self.n_train > _SEARCH_IMAGES and self.n_priors > _FINALISTS
+
+    @property
+    def decomposed_bytes(self) -> float:
+        """Of all decompositions that serve any responses."""
+        if self.way == "images":
+            of_prior = 4.0 * self.n_images * sum(self.n_fit)
+        else:
+            n = min(LANDMARKS, self.n_features)
+            of_prior = 4.0 * n * (self.n_images * self.n_sources + n * len(self.n_fit))
+        return (_FINALISTS if self.searched else self.n_priors) * of_prior
+
+    @property
+    def forgets(self) -> bool:
+        """Whether decompositions do not fit into their memory, and every use of one computes it."""
+        return self.decomposed_bytes > self.cache_bytes
+
+    @property
+    def n_saved(self) -> int:
+        """Sets of weights that are saved: the mean over folds, or one for each."""
+        return len(self.n_fit) if self.trained else 1
+
+    def saved_bytes(self, n_vertices: int) -> float:
+        """Of the weights of a surface; 0 for those that are too many to save."""
+        weights = 4.0 * self.n_features * n_vertices * self.n_saved
+        return weights if weights <= _WEIGHTS_BYTES else 0.0
+
+    def memory(self, n_vertices: int) -> float:
+        """About what fitting a surface takes: features, decompositions, predictions of every choice, responses."""
+        block = min(n_vertices, _VERTEX_BLOCK) if not self.forgets else n_vertices
+        per_fold = 4.0 * self.n_images * block * self.n_choices
+        # a kernel, its centred copy, and both in float64
+        decomposition = 28.0 * self.n_images * (self.n_images if self.way == "images" else LANDMARKS)
+        kept = 0.0 if self.forgets else self.decomposed_bytes
+        duals = 2 * min(4.0 * self.n_priors * self.n_images * block, _PENDING_BYTES)
+        errors = 16.0 * max(TOGETHER, self.n_train * block)
+        # read, centred, scaled, blurred, weighed
+        blocks = 6.0 * min(4 * self.n_images * self.n_features, BLOCK_BYTES)
+        weights = 4 * self.saved_bytes(n_vertices)  # of two surfaces, and while they are written
+        responded = per_fold * len(self.n_fit) + 12.0 * self.n_train * block
+        total = self.stack_bytes + decomposition + kept + responded + duals + errors + blocks + weights
+        return 1.2 * (total + self.held_bytes)  # a fifth for what the allocator cannot use again
+
+
+class LayeredRidge:
     """Kernel ridge heads on all folds but one, for each fold in turn.
 
     kernels : of the one store, or of one store for each held-out fold
     priors : what to choose from
-    trained : whether the backbones saw the images outside each held-out fold
     cache_bytes : memory for decompositions, which serve any responses
     """
 
     def __init__(
         self,
         kernels: Sequence[LayerKernels],
-        folds: np.ndarray,
-        held_out: Sequence[int],
-        image_ids: np.ndarray,
+        plan: FoldPlan,
         config: RidgeConfig,
         priors: Sequence[Prior],
-        trained: bool,
+        *,
         cache_bytes: float,
     ) -> None:
-        self._kernels, self._config, self._trained = list(kernels), config, trained
-        self._rows = [np.flatnonzero(folds != k) for k in held_out]
-        self._choices = [choices_of(image_ids, folds, k, trained) for k in held_out]
-        self._names = [f"fold{k}." for k in held_out] if len(kernels) > 1 or trained else [""]
-        self._n_train, self._n_images = len(folds), len(kernels[0].rows)
+        self._kernels, self._config, self._plan = list(kernels), config, plan
+        self._rows = [plan.outside(k) for k in range(len(plan))]
+        self._choices = [plan.parts(k) for k in range(len(plan))]
+        self._n_train, self._n_images = plan.n_train, len(kernels[0].rows)
         self._all = list(priors)
-        self._priors = [self._all for _ in held_out]
+        self._priors = [self._all for _ in self._rows]
+        self._sizes = self._counted(cache_bytes)
         shuffled = np.random.default_rng(0).permutation(self._n_train)
-        searched = self._n_train > _SEARCH_IMAGES and len(priors) > _FINALISTS
-        self._sample = np.sort(shuffled[:_SEARCH_IMAGES]) if searched else None
-        self._searched_for: Any = None
+        self._sample = np.sort(shuffled[:_SEARCH_IMAGES]) if self._sizes.searched else None
+        self._searched_for: str | None = None
         self._sampled: LayerKernels | None = None
-        self.way = way_of(kernels[0], min(map(len, self._rows)))
-        self._whole = (_FINALISTS if searched else len(priors)) * self._basis_bytes()
-        self._cache: dict[tuple[Prior, int], Basis] | None = {} if self._whole <= cache_bytes else None
+        self.way, self.forgets = self._sizes.way, self._sizes.forgets
+        self._cache: dict[tuple[Prior, int], Basis] | None = None if self.forgets else {}
         # without the cache every block of vertices would cost all decompositions anew
-        self.vertex_block = None if self._cache is None else _VERTEX_BLOCK
+        self.vertex_block: int | None = None if self.forgets else _VERTEX_BLOCK
 
-    @property
-    def forgets(self) -> bool:
-        """Whether decompositions do not fit into their memory, and every use of one computes it."""
-        return self._cache is None
-
-    def _basis_bytes(self) -> float:
-        """Of one prior's bases on all folds."""
-        if self.way == "images":
-            return 4.0 * self._n_images * sum(map(len, self._rows))
-        n = min(LANDMARKS, self._kernels[0].rows.n_features)
-        return 4.0 * n * (self._n_images * len(self._kernels) + n * len(self._rows))
-
-    def peak_bytes(self, n_vertices: int) -> float:
-        """About what fitting a hemisphere takes, besides the features that are kept: decompositions, predictions of
-        every choice, and what goes with the responses.
-        """
-        block = min(n_vertices, self.vertex_block or n_vertices)
-        n_choices = max(len(choices) + self._trained for choices in self._choices)
-        per_fold = 4.0 * self._n_images * block * n_choices
-        stacks = sum(kernels.stack_bytes for kernels in self._kernels)
-        if self._sample is not None:
-            stacks += self._kernels[0].stack_bytes_of(len(self._sample))
-        # a kernel, its centred copy, and both in float64
-        decomposition = 28.0 * self._n_images * (self._n_images if self.way == "images" else LANDMARKS)
-        kept = self._whole if self._cache is not None else 0.0
-        duals = 2 * min(4.0 * len(self._all) * self._n_images * block, _PENDING_BYTES)
-        errors = 16.0 * max(TOGETHER, self._n_train * block)
+    def _counted(self, cache_bytes: float) -> LayeredSizes:
         rows = self._kernels[0].rows
-        blocks = 6.0 * min(4 * len(rows) * rows.n_features, BLOCK_BYTES)  # read, centred, scaled, blurred, weighed
-        weights = 4 * self.saved_bytes(n_vertices)  # of both hemispheres, and while they are written
-        responded = per_fold * len(self._rows) + 12.0 * self._n_train * block
-        return stacks + decomposition + kept + responded + duals + errors + blocks + weights
+        stacks = float(sum(kernels.stack_bytes for kernels in self._kernels))
+        if self._n_train > _SEARCH_IMAGES and len(self._all) > _FINALISTS:
+            stacks += self._kernels[0].stack_bytes_of(_SEARCH_IMAGES)
+        return LayeredSizes(
+            n_train=self._n_train,
+            n_images=self._n_images,
+            n_fit=tuple(map(len, self._rows)),
+            n_choices=max(map(self._plan.n_choices, range(len(self._plan)))),
+            n_sources=len(self._kernels),
+            n_features=rows.n_features,
+            n_priors=len(self._all),
+            trained=self._plan.trained,
+            stack_bytes=stacks,
+            held_bytes=float(sum(kernels.rows.held_bytes for kernels in self._kernels)),
+            cache_bytes=cache_bytes,
+        )
 
-    def saved_bytes(self, n_vertices: int) -> float:
-        """Of a hemisphere's weights; 0 for those that are too many to save."""
-        weights = 4.0 * self._kernels[0].rows.n_features * n_vertices * len(self._names)
-        return weights if weights <= _WEIGHTS_BYTES else 0.0
+    def memory(self, n_vertices: int) -> float:
+        return self._sizes.memory(n_vertices)
 
-    def effort(self, n_vertices: int) -> tuple[float, dict[int, int]]:
-        """About the floating-point operations of fitting so many vertices, and {side: number} of matrices that are
-        decomposed. As if the mean took every prior that is tried.
-        """
-        n, n_fit, n_folds = self._n_images, len(self._rows[0]), len(self._rows)
-        rows, kernel = self._kernels[0].rows, self._kernels[0]
-        searched, landmarks = self._sample is not None, self.way == "landmarks"
-        rank = min(n_fit, rows.n_features, LANDMARKS if landmarks else n_fit)
-        tried = _FINALISTS if searched else len(self._all)
-        found = min(tried * n_folds, len(self._all)) if searched else tried  # by one fold or another
-        windows = 1 if kernel.stack_bytes else len({(one.x, one.y, one.width) for one in self._all})
-        seen = n * (LANDMARKS * found if landmarks else n * min(windows, found)) * rows.n_features * len(self._kernels)
-        errors = len(self._config.penalties) * (n_fit if is_exact(self._config, n_fit) and not self._trained else 1)
-        of_prior = rank * (n * rank + n_vertices * (n_fit + errors + 2 * n))
-        places = sum(map(rows.n_places, rows.grids))
-        weights = n * n_vertices * (rows.n_features + tried * places)
-        flops = seen + n_folds * (tried * of_prior + weights)
-        decomposed = {rank: tried * n_folds * (4 if self.forgets else 1)}  # or twice for each hemisphere
-        if searched:
-            few = min(_SEARCH_LANDMARKS, rows.n_features)
-            flops += _SEARCH_IMAGES**2 * rows.n_features * (1 if kernel.stack_bytes_of(_SEARCH_IMAGES) else windows)
-            decomposed[few] = decomposed.get(few, 0) + 2 * len(self._all) * (n_folds + len(self._kernels))
-        return 2.0 * flops, decomposed
-
-    def fit(self, responses: torch.Tensor, whole: Any = None, **_: Any) -> Fits:
-        """For (n_train, n_vertices) float32 responses.
-
-        whole : the hemisphere's, where these are a block of its vertices; priors are sought for all of them
-        """
-        if self._sample is not None and (whole is None or self._searched_for is not whole):
-            self._searched_for = whole
+    def fit(self, block: Block) -> Fits:
+        """Fit heads under all priors, or those that serve the whole surface best where there are many images."""
+        responses = block.responses
+        if self._sample is not None and (block.whole is None or self._searched_for != block.surface):
+            self._searched_for = block.surface
             with matrix_products("float32"):
-                self._priors = self._finalists(responses if whole is None else whole)
+                self._priors = self._finalists(responses if block.whole is None else block.whole)
             if self._cache is not None:  # what an earlier search found must not add up
                 self._cache = {key: one for key, one in self._cache.items() if key[0] in self._priors[key[1]]}
         tried: list[dict[Prior, _Tried]] = [{} for _ in self._rows]
         for prior, k, basis in self._bases(lambda prior, k: prior in self._priors[k]):
             tried[k][prior] = self._try(basis, k, responses)
         weights = [_weights(one, len(rows)) for one, rows in zip(tried, self._rows, strict=True)]
-        n_choices = [len(choices) + self._trained for choices in self._choices]
-        mixes = [_Mix(n, rows, self._n_images, responses) for n, rows in zip(n_choices, self._rows, strict=True)]
-        saved = _Saved(self._kernels, len(self._rows), self._names, responses.shape[1])
+        mixes = [_Mix(self._plan.n_choices(k), rows, self._n_images, responses) for k, rows in enumerate(self._rows)]
+        saved = _Saved(self._kernels, self._plan, responses.shape[1], self._sizes.saved_bytes(responses.shape[1]) > 0)
         for prior, k, basis in self._bases(lambda prior, k: prior in weights[k]):
             saved.add(prior, k, basis, *mixes[k].add(basis, tried[k][prior].penalty, weights[k][prior]))
         fits = [self._fit(k, mix) for k, mix in enumerate(mixes)]
@@ -199,7 +260,7 @@ class DualFolds:
     def _basis(self, prior: Prior, k: int, products: dict[int, Seen]) -> Basis:
         if self._cache is not None and (prior, k) in self._cache:
             return self._cache[prior, k]
-        source = k if len(self._kernels) > 1 else 0
+        source = self._plan.source(k)
         with matrix_products("float32"):  # what is decomposed needs all its digits
             if source not in products:
                 products[source] = seen_under(prior, self._kernels[source], self.way)
@@ -215,7 +276,7 @@ class DualFolds:
         rotated = basis.rotated(target)
         variance = target.square().mean(0)
         variance = torch.where(variance > 0, variance, torch.ones_like(variance))
-        if self._trained:
+        if self._plan.trained:
             parts = [(basis.scores(part), responses[part] - responses[rows].mean(0)) for part in choices]
             errors = held_out_errors(basis.values, rotated, penalties, parts)
         else:
@@ -241,14 +302,13 @@ class DualFolds:
         some = torch.as_tensor(np.sort(columns)) if isinstance(responses, torch.Tensor) else np.sort(columns)
         y = torch.as_tensor(responses[self._sample][:, some], device=self._kernels[0].rows.device).float()
         explained = [torch.empty(len(self._all), y.shape[1], device=y.device) for _ in self._rows]
-        shared = len(self._kernels) == 1
         for source, whole in enumerate(self._kernels):
             kernels = self._sampled or whole.of_some(self._sample)
-            if shared:  # for the other hemisphere
+            if not self._plan.trained:  # for the other surfaces
                 self._sampled = kernels
             for number, prior in enumerate(self._all):
                 seen = landmark_features(kernels.kernel(prior)[:, :_SEARCH_LANDMARKS], slice(_SEARCH_LANDMARKS))[0]
-                for k in range(len(self._rows)) if shared else [source]:
+                for k in [source] if self._plan.trained else range(len(self._rows)):
                     explained[k][number] = self._explained(seen, np.isin(self._sample, self._rows[k]), y)
         return [[self._all[c] for c in _between_them(one)] for one in explained]
 
@@ -329,18 +389,16 @@ class _Mix:
 class _Saved:
     """Weights on the features as they are stored, added up over priors, and over folds where these share features."""
 
-    def __init__(self, kernels: Sequence[LayerKernels], n_folds: int, names: Sequence[str], n_vertices: int) -> None:
-        self._kernels, self._n_folds, self._names, self._n_vertices = kernels, n_folds, names, n_vertices
-        self._shared = len(names) == 1 and n_folds > 1
-        self._pending: list[dict[Prior, torch.Tensor]] = [{} for _ in names]
-        self._weights: list[dict[str, torch.Tensor]] = [{} for _ in names]
-        self._kept = 4.0 * kernels[0].rows.n_features * n_vertices * len(names) <= _WEIGHTS_BYTES
+    def __init__(self, kernels: Sequence[LayerKernels], plan: FoldPlan, n_vertices: int, kept: bool) -> None:
+        self._kernels, self._plan, self._n_vertices, self._kept = kernels, plan, n_vertices, kept
+        self._pending: list[dict[Prior, torch.Tensor]] = [{} for _ in plan.prefixes]
+        self._weights: list[dict[str, torch.Tensor]] = [{} for _ in plan.prefixes]
 
     def add(self, prior: Prior, k: int, basis: Basis, some: torch.Tensor, weights: torch.Tensor) -> None:
         """weights : (rank, len(some)) on the axes of fold k, of some vertices"""
         if not self._kept:
             return
-        own = 0 if self._shared else k
+        own = self._plan.source(k)
         pending = self._pending[own]
         if prior not in pending:
             n_images = len(self._kernels[0].rows)
@@ -350,12 +408,12 @@ class _Saved:
             pending[prior] = weights.new_zeros(n_images, self._n_vertices)
         index, dual = basis.dual(weights)
         rows = torch.as_tensor(index, device=some.device)[:, None]
-        pending[prior][rows, some] += dual / (self._n_folds if self._shared else 1)
+        pending[prior][rows, some] += dual / (1 if self._plan.trained else len(self._plan))
 
     def _flush(self, own: int) -> None:
         pending, self._pending[own] = self._pending[own], {}
         if pending:
-            kernels, weights = self._kernels[own if len(self._kernels) > 1 else 0], self._weights[own]
+            kernels, weights = self._kernels[own], self._weights[own]
             for name, values in kernels.weights(list(pending), torch.stack(list(pending.values()))).items():
                 weights[name] = weights[name] + values if name in weights else values
 
@@ -363,13 +421,13 @@ class _Saved:
         """means : each fold's mean prediction over all training images, which is that of their mean features"""
         if not self._kept:
             return {}
-        for own in range(len(self._names)):
+        for own in range(len(self._weights)):
             self._flush(own)
-        if self._shared:
+        if not self._plan.trained:
             means = [torch.stack(list(means)).mean(0)]
         found = {}
-        for k, (prefix, weights) in enumerate(zip(self._names, self._weights, strict=True)):
-            kernels = self._kernels[k if len(self._kernels) > 1 else 0]
+        for k, (prefix, weights) in enumerate(zip(self._plan.prefixes, self._weights, strict=True)):
+            kernels = self._kernels[k]
             found[prefix, "intercept"] = means[k] - sum(kernels.means[n].flatten() @ w for n, w in weights.items())
             found |= {(prefix, f"{name}.weights"): values for name, values in weights.items()}
         return found

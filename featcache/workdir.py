@@ -1,0 +1,88 @@
+"""Every folder and file under --work: the one place that knows their names."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Workdir:
+    """The folder of --work, in which the stages find what earlier stages wrote. Nothing here touches the disk."""
+
+    root: Path
+
+    @property
+    def index(self) -> Path:
+        """Folder of JSON files that remember the digests of images and responses."""
+        return self.root / "index"
+
+    def image_index(self, subject: str) -> Path:
+        """Remembered digests of a subject's image files."""
+        return self.index / f"{subject}.json"
+
+    def response_index(self, subject: str) -> Path:
+        """Remembered digests of a subject's response files."""
+        return self.index / f"{subject}-responses.json"
+
+    @property
+    def pixels(self) -> Path:
+        """Folder of decoded images: a .npy file for each subject and size, and a .json record beside it."""
+        return self.root / "pixels"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of trained backbones: a folder for each stage, fold and, in the second stage, subject."""
+        return self.root / "checkpoints"
+
+    @property
+    def features(self) -> Path:
+        """Folder of feature stores: one for each subject and backbone, or each fold of a trained backbone."""
+        return self.root / "features.zarr"
+
+    @property
+    def predictions(self) -> Path:
+        """Folder of prediction stores: one for each subject and model."""
+        return self.root / "predictions.zarr"
+
+    @property
+    def heads(self) -> Path:
+        """Folder of the weights of fitted heads: a file for each prediction store."""
+        return self.root / "heads"
+
+    def head_weights(self, store: str) -> Path:
+        """Weights of the heads that made a prediction store, by the name of that store."""
+        return self.heads / f"{store}.safetensors"
+
+    @property
+    def maps(self) -> Path:
+        """Folder of maps of what heads read: .npz, .csv and .png files, named by prediction store."""
+        return self.root / "maps"
+
+    @property
+    def submission(self) -> Path:
+        """Folder of the last blend: a folder of predictions for each subject, and the three files below."""
+        return self.root / "submission"
+
+    @property
+    def submission_staging(self) -> Path:
+        """Folder in which a blend is written before it becomes `submission`, whole or not at all."""
+        return self.root / ".submission"
+
+    @property
+    def saved_blend(self) -> Path:
+        """Coefficients of the last blend, for use on other predictions."""
+        return self.submission / "blend.safetensors"
+
+    @property
+    def blend_weights(self) -> Path:
+        """Weights of the last blend as JSON, for people."""
+        return self.submission / "weights.json"
+
+    @property
+    def blend_picture(self) -> Path:
+        """The same weights as a picture, where matplotlib is installed."""
+        return self.submission / "weights.png"
+
+    @property
+    def submission_zip(self) -> Path:
+        """The file to hand in: the predictions of every subject of the challenge."""
+        return self.root / "submission.zip"

@@ -1,0 +1,123 @@
+"""Heads of each kind that `--head` offers, as a stage of training builds them and as the second stage starts them.
+
+A new kind is a module in `heads.modules`, its settings in `heads.config.training.HEAD_KINDS`, and an entry in BUILDERS.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from featcache.backbone.checkpoint import Checkpoint
+from featcache.backbone.network import Backbone
+from featcache.config import POOLED
+from featcache.dataset.subject import Subject
+from heads.backbones.batches import Images, pairs_of
+from heads.config import StageConfig
+from heads.modules.by_subject import AllSubjects, OneSubject, SpatialHeads, SubjectHeads, output_columns
+from heads.modules.linear import SMALL, LinearMap
+from heads.modules.saved import linear_map_of, saved_shapes
+from heads.modules.spatial import Shapes
+from heads.solvers.ridge import RidgeHead
+
+_FEATURE_BATCH = 64  # images a pass where only features are asked for
+
+
+@dataclass(frozen=True)
+class FirstWeights:
+    """What heads of the second stage may start from.
+
+    checkpoint : of the backbone; None for one as its weights came
+    backbone : as it is before training, on the device of the training
+    """
+
+    checkpoint: Checkpoint | None
+    backbone: Backbone
+    images: Images
+
+
+@dataclass(frozen=True)
+class Builder:
+    """How heads of one kind come to be.
+
+    build : (shapes of rows, subjects, settings, size of the first weights) -> heads
+    start : gives heads of the second stage their first weights; returns what to say of it, or ''
+    """
+
+    build: Callable[[Shapes, Sequence[Subject], StageConfig, float], SubjectHeads]
+    start: Callable[[SubjectHeads, FirstWeights], str]
+
+
+def build_heads(shapes: Shapes, subjects: Sequence[Subject], config: StageConfig) -> SubjectHeads:
+    """Heads of a stage with random first weights. shapes : {array: shape of a row} of what they read."""
+    size = 1.0 if config.train.head_start == "default" else SMALL
+    return BUILDERS[config.train.head].build(shapes, subjects, config, size)
+
+
+def start_heads(heads: SubjectHeads, first: FirstWeights, config: StageConfig) -> str:
+    """Give the heads the first weights that the settings ask for; returns what to say of it, or ''."""
+    if config.stage != "finetune" or config.train.head_start != "fitted":
+        return ""
+    return BUILDERS[config.train.head].start(heads, first)
+
+
+def _build_pooled(shapes: Shapes, subjects: Sequence[Subject], config: StageConfig, size: float) -> SubjectHeads:
+    n_features = shapes[POOLED][0]
+    if config.stage == "finetune":
+        return OneSubject(n_features, subjects[0], size)
+    names = [subject.name for subject in subjects]
+    return AllSubjects(n_features, names, output_columns(subjects), config.train.embedding, size)
+
+
+def _start_pooled(heads: SubjectHeads, first: FirstWeights) -> str:
+    """Start where stage 1's heads ended for this subject; without pooled ones, from the closed form."""
+    assert isinstance(heads, OneSubject)
+    subject, checkpoint = first.images.subjects[0], first.checkpoint
+    tensors = checkpoint.heads() if checkpoint is not None and checkpoint.key.stage == "pretrain" else {}
+    if checkpoint is not None and tensors and not saved_shapes(tensors):
+        names = list(checkpoint.key.subjects)
+        heads.start_from({s: linear_map_of(tensors, names, subject.name, s) for s in subject.surfaces})
+    else:
+        heads.start_from(_fitted_maps(first.backbone, first.images))
+    return ""
+
+
+def _build_spatial(shapes: Shapes, subjects: Sequence[Subject], config: StageConfig, size: float) -> SubjectHeads:
+    return SpatialHeads(shapes, subjects, config.train, size)
+
+
+def _start_spatial(heads: SubjectHeads, first: FirstWeights) -> str:
+    """Start where the checkpoint's heads ended, if they have the same shape."""
+    assert isinstance(heads, SpatialHeads)
+    checkpoint = first.checkpoint
+    if checkpoint is not None and heads.start_from(checkpoint.heads(), list(checkpoint.key.subjects)):
+        return ""
+    return "heads start from small random maps; the start has none of the same --layers, --grid and shape"
+
+
+BUILDERS: Mapping[str, Builder] = {
+    "pooled": Builder(_build_pooled, _start_pooled),
+    "spatial": Builder(_build_spatial, _start_spatial),
+}
+
+
+def _fitted_maps(backbone: Backbone, images: Images) -> dict[str, LinearMap]:
+    """Ridge regression of the first subject's responses on pooled features, on the images to train on, by surface."""
+    subject, rows = images.subjects[0], images.trained[0]
+    features = _pooled_features(backbone, images, rows)
+    maps = {}
+    for surface in subject.surfaces:
+        responses = torch.from_numpy(np.asarray(subject.responses(surface)[rows]))
+        head = RidgeHead().fit(features, responses)
+        maps[surface] = LinearMap(head.weights_, head.intercept_)
+    return maps
+
+
+@torch.inference_mode()
+def _pooled_features(backbone: Backbone, images: Images, rows: np.ndarray) -> torch.Tensor:
+    """(len(rows), n_features) float32 of the first subject's images, on the CPU."""
+    device = next(backbone.model.parameters()).device
+    batches = [pairs_of(0, rows[i : i + _FEATURE_BATCH]) for i in range(0, len(rows), _FEATURE_BATCH)]
+    features = [backbone.pooled(backbone.normalise(images.read(batch).to(device))) for batch in batches]
+    return torch.cat(features).float().cpu()

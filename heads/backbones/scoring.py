@@ -1,0 +1,58 @@
+"""Score of an encoder on the fold that is held out from it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from featcache.backbone.network import Backbone
+from heads.backbones.batches import Images, pairs_of
+from heads.backbones.encoder import Encoder
+from heads.scores.metrics import VertexScores, pearson_r, summarize
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out images of a training, and how they are read.
+
+    backbone : what the encoder's backbone was made from, for its transform
+    batch_size : images a pass; sums inside a network depend on it in their last bits
+    """
+
+    images: Images
+    backbone: Backbone
+    batch_size: int
+    accelerator: Accelerator
+
+    def score(self, encoder: Encoder) -> float:
+        """The challenge's metric of the held-out fold as a fraction, or mean r where there are no noise ceilings.
+
+        It is over the vertices of all subjects together. Processes share the images.
+        """
+        scores = []
+        for number, (subject, rows) in enumerate(zip(self.images.subjects, self.images.held_out, strict=True)):
+            share = np.array_split(rows, self.accelerator.num_processes)[self.accelerator.process_index]
+            predicted = self.predict(encoder, number, share)
+            for surface in subject.surfaces:
+                predictions = np.concatenate(gather_object([predicted[surface]]))
+                r = pearson_r(predictions, subject.responses(surface)[rows])
+                scores.append(VertexScores(subject.name, surface, r, subject.noise_ceiling[surface]))
+        overall = summarize(scores)[-1]
+        return overall.mean_r if overall.accuracy is None else overall.accuracy / 100
+
+    @torch.inference_mode()
+    def predict(self, encoder: Encoder, number: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Predictions of one subject's images, {surface: (len(rows), n_vertices)}, by the encoder in evaluation."""
+        encoder.eval()
+        device, subject = self.accelerator.device, self.images.subjects[number]
+        columns = {surface: encoder.heads.columns[subject.name, surface].to(device) for surface in subject.surfaces}
+        predicted = {surface: [np.empty((0, len(index)), dtype=np.float32)] for surface, index in columns.items()}
+        for start in range(0, len(rows), self.batch_size):
+            pairs = pairs_of(number, rows[start : start + self.batch_size])
+            images = self.backbone.normalise(self.images.read(pairs).to(device))
+            outputs = encoder(images, torch.full((len(pairs),), number, device=device))
+            for surface, index in columns.items():
+                predicted[surface].append(outputs[:, index].float().cpu().numpy())
+        return {surface: np.concatenate(parts) for surface, parts in predicted.items()}

@@ -1,0 +1,99 @@
+"""Solvers and heads by name: the two tables that know all of them.
+
+A new solver is one file with a builder and one entry in SOLVERS; a new head is one file with a module and one entry in
+HEADS (docs/extending.md). Nobody else compares their names.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from heads.config.losses import LOSS_SPECS
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverSpec:
+    """What has to be known of a solver before it is loaded."""
+
+    build: str  # 'module:name' of a function (Problem) -> Solver (see heads/solvers/base.py)
+    stored: str  # its name in the key of a prediction store
+    settings: str | None = None  # the field of FitConfig that holds its settings
+    options: tuple[str, ...] = ()  # options of fit-heads that it reads, beyond those that every solver reads
+    automatic: bool = False  # whether --solver auto may take it; the first in the table that serves is taken
+    linear_least_squares: bool = False  # whether it serves linear heads under losses with that optimum alone
+    fits: bool = True  # False: it takes heads as they are, so that loss, head and folds decide nothing
+    random: bool = False  # whether its heads depend on the seed, beyond the folds
+    reads_noise_ceiling: bool = False
+    under_priors: bool = False  # whether it fits several layers, or places, under priors
+    objective: str | None = None  # what all its heads optimise, in a word; None: the loss says it
+    word: str | None = None  # before the objective in a model's name, where another solver has the same objectives
+    named_settings: bool = True  # whether settings that are not the default are part of a model's name
+
+    def serves(self, head: str, losses: Sequence[str]) -> bool:
+        """Whether it can fit these heads under a sum of these losses."""
+        return not self.linear_least_squares or (
+            HEADS[head].linear and all(LOSS_SPECS[loss].least_squares for loss in losses)
+        )
+
+
+SOLVERS: dict[str, SolverSpec] = {
+    "ridge": SolverSpec(
+        build="heads.solvers.ridge_folds:build",
+        stored="exact",
+        settings="ridge",
+        automatic=True,
+        linear_least_squares=True,
+        objective="ridge",
+        under_priors=True,
+        named_settings=False,  # it chooses penalties by itself
+    ),
+    "moments": SolverSpec(
+        build="heads.solvers.moments:build",
+        stored="moments",
+        settings="moments",
+        options=("epochs", "learning_rate"),
+        linear_least_squares=True,
+        reads_noise_ceiling=True,
+        word="moments",
+    ),
+    "adamw": SolverSpec(
+        build="heads.solvers.gradient:build",
+        stored="adamw",
+        settings="adamw",
+        options=("epochs", "learning_rate", "weight_decay", "batch_size"),
+        automatic=True,
+        random=True,
+        reads_noise_ceiling=True,
+    ),
+    "trained": SolverSpec(
+        build="heads.solvers.trained:build", stored="trained", fits=False, objective="trained", named_settings=False
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """What has to be known of a kind of head before it is loaded."""
+
+    module: str | None = None  # 'module:name' of a function (n_features, n_vertices, rois) -> module, on one matrix
+    build: str | None = None  # or of a function (Problem) -> Solver, for heads that read something else
+    linear: bool = False  # whether it is one linear layer, whose optimum closed form can find
+    reads_rois: bool = False
+    copies: int = 1  # layers that predict each vertex, at most: what memory is estimated from
+    settings: str | None = None  # the field of FitConfig that holds its settings
+
+
+HEADS: dict[str, HeadSpec] = {
+    "linear": HeadSpec(module="heads.modules.linear:make_linear", linear=True),
+    "roi": HeadSpec(module="heads.modules.linear:make_roi", reads_rois=True, copies=2),
+    "spatial": HeadSpec(build="heads.solvers.spatial:build", settings="spatial"),
+}
+
+
+def solver_of(stored: str) -> SolverSpec:
+    """The solver that a prediction store names in its key."""
+    return next(spec for spec in SOLVERS.values() if spec.stored == stored)
+
+
+def automatic_solver(head: str, losses: Sequence[str]) -> str:
+    """The solver that --solver auto takes for these heads and losses."""
+    return next(name for name, spec in SOLVERS.items() if spec.automatic and spec.serves(head, losses))

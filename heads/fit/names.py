@@ -1,0 +1,191 @@
+"""What a prediction store says of itself: the key that decides its rows, facts beside it, and the name of its model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featcache.config import LayerConfig, fingerprint
+from featcache.dataset.digests import response_digest, subject_digests
+from featcache.dataset.subject import Subject
+from heads.config import HEADS, FitConfig
+from heads.config.fitting import default_settings
+from heads.config.solvers import SolverSpec, solver_of
+from heads.features.sets import FeatureSet
+from heads.solvers.held_out import FoldPlan
+from heads.solvers.layers.ridge import METHOD
+
+# What belongs to a subject and not to a model: without these, keys of one model agree across subjects.
+_OF_A_SUBJECT = ("subject", "images", "image_ids", "responses", "noise_ceiling", "rois", "joint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionKey:
+    """Everything that decides the rows of a prediction store. What is None is not part of the key.
+
+    features : what decides the features (see FeatureSet.key)
+    responses : digest of the responses
+    noise_ceiling, rois : digests by surface, where the solver or the head reads them
+    kernels : how priors are chosen and weighed, where heads are fitted under priors
+    head, solver, objective : what was fitted, how, and to what; the solver by its stored name
+    n_folds, seed : folds of the training images, and randomness
+    settings : of the solver and the head
+    joint : keys of the other subjects that were trained together with this one
+    """
+
+    subject: str
+    features: Mapping[str, Any]
+    responses: str
+    noise_ceiling: Mapping[str, str | None] | None = None
+    rois: Mapping[str, Any] | None = None
+    kernels: Mapping[str, Any] | None = None
+    head: str
+    n_folds: int | None = None
+    seed: int | None = None
+    products: str | None = None
+    target: str | None = None  # of stores of an earlier version, which could be fitted to a blend
+    solver: str
+    objective: str
+    settings: Mapping[str, Any] | None = None
+    joint: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_json(cls, key: Mapping[str, Any]) -> "PredictionKey":
+        """Read the key of a prediction store."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in key.items() if name in names})
+
+    def to_json(self) -> dict[str, Any]:
+        """The key as stores keep it."""
+        return {"kind": "predictions"} | {name: value for name, value in vars(self).items() if value is not None}
+
+    @property
+    def backbone(self) -> str:
+        """Name of the network."""
+        return str(self.features["backbone"])
+
+    @property
+    def fold(self) -> Mapping[str, Any] | None:
+        """How the backbone was trained: stage, n_folds, seed, held_out; None for a frozen one."""
+        return self.features["fold"]
+
+    @property
+    def folds(self) -> tuple[int, int]:
+        """Number and seed of the folds that the predictions are out of."""
+        fold = self.fold or {"n_folds": self.n_folds, "seed": self.seed}
+        return int(fold["n_folds"]), int(fold["seed"])
+
+    @property
+    def read(self) -> Sequence[str]:
+        """Names of the layers that heads read."""
+        return self.features.get("read", self.features["layers"])
+
+    @property
+    def spec(self) -> SolverSpec:
+        """The solver's entry in SOLVERS."""
+        return solver_of(self.solver)
+
+    @property
+    def head_words(self) -> list[str]:
+        """Head and objective; once where they are one word, as of the heads that a checkpoint brought with it."""
+        words = [self.head, *([self.spec.word] if self.spec.word else []), self.objective]
+        return list(dict.fromkeys([*words, *(["distilled"] if self.target else [])]))
+
+    @property
+    def model(self) -> str:
+        """The name of the model, the same for every subject: words that tell models apart, and six digits.
+
+        Backbone, size, stage, layers and their grid, head and objective always, other settings where they are not the
+        default. The digits change with everything that decides the model.
+        """
+        # a backbone that was trained has other weights for every fold and, in stage 2, for every subject
+        left_out = (*_OF_A_SUBJECT, "weights") if self.fold else _OF_A_SUBJECT
+        features = {name: value for name, value in self.features.items() if name not in left_out}
+        model = {name: value for name, value in self.to_json().items() if name not in _OF_A_SUBJECT}
+        digits = fingerprint(model | {"features": features})[:6]
+        return " ".join([*self._feature_words(), *self.head_words, *self._setting_words(), digits])
+
+    def _feature_words(self) -> list[str]:
+        """Backbone and size, stage, layers and their grids, pooling if not avg, precision if not float32."""
+        read, features = self.read, self.features
+        layers = "+".join(read) if len(read) < 3 else f"{len(read)} layers"
+        size = features["transform"]["input_size"][-1]
+        words = [f"{self.backbone}@{size}{self._stage_words()} {layers}"]
+        grids = {"x".join(map(str, grid)): None for layer, grid in features.get("grids", {}).items() if layer in read}
+        words += ["/".join(grids)] if grids else []
+        words += [features["pool"]] if grids and features["pool"] != LayerConfig.pool else []
+        return words + ([features["dtype"]] if features["dtype"] != "float32" else [])
+
+    def _stage_words(self) -> str:
+        if self.fold is None:
+            return ""
+        words = f" {self.fold['stage']}"
+        if "soup" in self.fold:  # of an earlier version, which could average checkpoints
+            words += f" soup of {self.fold['soup']}"
+        held_out = self.fold["held_out"]
+        if len(held_out) < self.fold["n_folds"]:  # its score is over other images than a whole model's
+            words += f" fold {','.join(map(str, held_out))}"
+        return words
+
+    def _setting_words(self) -> list[str]:
+        """Settings that are not what the head is fitted with where nothing is asked for."""
+        usual: dict[str, Any] = {"n_folds": FitConfig.n_folds, "seed": FitConfig.seed, "products": FitConfig.products}
+        given = {name: default if (value := getattr(self, name)) is None else value for name, default in usual.items()}
+        if self.spec.named_settings:
+            usual |= default_settings(self.head, self.spec)
+            given |= self.settings or {}
+        changed = {name: value for name, value in given.items() if value != usual.get(name, value)}
+        return [f"{name.removeprefix('n_').replace('_', ' ')} {value}" for name, value in changed.items()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionFacts:
+    """What is known of a prediction store besides its key.
+
+    model : the name of its model
+    features : names of the feature stores, with + between
+    torch : version
+    seen_ids : for each held-out fold of a trained backbone, the ids of the images that it was trained on
+    """
+
+    model: str
+    features: str
+    torch: str = ""
+    seen_ids: Sequence[Sequence[int]] | None = None
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> "PredictionFacts":
+        """Read the facts of a prediction store."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in facts.items() if name in names})
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as stores keep them."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @property
+    def seen(self) -> list[np.ndarray]:
+        """`seen_ids` as arrays."""
+        return [np.array(ids, dtype=np.int64) for ids in self.seen_ids or ()]
+
+
+def prediction_key(
+    subject: Subject, features: FeatureSet, plan: FoldPlan, config: FitConfig, work: Path
+) -> PredictionKey:
+    """The key of the predictions of these heads, on these features, for this subject."""
+    key, spec, digests = config.key(), config.solver_spec, subject_digests(subject)
+    if plan.trained and spec.fits:  # its training chose the folds; a seed is of the loop alone
+        training = features.trainings[0]
+        key |= {"n_folds": training.n_folds} | ({} if spec.random else {"seed": training.seed})
+    reads_rois = spec.fits and HEADS[config.head].reads_rois
+    return PredictionKey(
+        subject=subject.name,
+        features=features.key(),
+        responses=response_digest(subject, work),
+        noise_ceiling=digests["noise_ceiling"] if spec.reads_noise_ceiling else None,
+        rois=digests["rois"] if reads_rois else None,
+        kernels=METHOD if spec.under_priors and features.is_layered else None,
+        **key,
+    )

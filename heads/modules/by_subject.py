@@ -1,0 +1,243 @@
+"""Heads that are trained together with a backbone: of one subject, or of several beside each other.
+
+They read {array: rows}, as the tapped layers give it, and put out one row of numbers an image, (n_images, n_outputs).
+`columns` says which of these outputs are a subject's vertices, so that training and scoring know nothing else of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from featcache.config import POOLED
+from featcache.dataset.subject import Subject
+from heads.config import SpatialConfig, TrainConfig
+from heads.modules.linear import LinearMap, RoiHead, linear_layer
+from heads.modules.saved import saved_shapes, shape_tensors
+from heads.modules.spatial import Rows, Shapes, SpatialReadout, Standardise
+
+Columns = dict[tuple[str, str], torch.Tensor]  # {(subject, surface): (n_vertices,) int64, the outputs that they are}
+
+_SPACE = "space"  # name of the rows that vertices are linear in, among rows that have the names of arrays
+
+
+class SubjectHeads(nn.Module):
+    """Base of all heads by subject: ({array: rows}, numbers of the subjects, (n_images,)) -> (n_images, n_outputs).
+
+    names : subjects, in the order of their numbers
+    columns : outputs that are each subject's vertices
+    """
+
+    def __init__(self, names: Sequence[str], columns: Columns) -> None:
+        super().__init__()
+        self.names, self.columns = tuple(names), columns
+        self.n_outputs = 1 + max((int(outputs.max()) for outputs in columns.values() if len(outputs)), default=-1)
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        """The tensors that a checkpoint keeps; `heads.modules.saved` reads them."""
+        raise NotImplementedError
+
+    def penalty(self) -> torch.Tensor | None:
+        """What a step of training adds to its loss, a number; None where there is nothing to add."""
+        return None
+
+    def _column_tensors(self) -> dict[str, torch.Tensor]:
+        return {f"columns.{subject}.{surface}": outputs for (subject, surface), outputs in self.columns.items()}
+
+
+class AllSubjects(SubjectHeads):
+    """Pooled heads of stage 1: features beside a learnt embedding of the subject, then linear and batch norm.
+
+    One layer for all surfaces is the same as a layer for each: nothing in it mixes outputs.
+
+    start : size of the first outputs, 1 for torch's own
+    """
+
+    def __init__(self, n_features: int, names: Sequence[str], columns: Columns, n_embedding: int, start: float) -> None:
+        super().__init__(names, columns)
+        self.embedding = nn.Embedding(len(names), n_embedding)
+        # without bias: the norm takes the mean out
+        self.linear = nn.Linear(n_features + n_embedding, self.n_outputs, bias=False)
+        self.norm = nn.BatchNorm1d(self.n_outputs)
+        nn.init.constant_(self.norm.weight, start)  # the standard deviation of the outputs before training
+
+    def forward(self, rows: Rows, subjects: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.norm(self.linear(torch.cat([rows[POOLED], self.embedding(subjects)], 1)))
+        return outputs
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        floats = {key: value for key, value in self.state_dict().items() if value.is_floating_point()}
+        return floats | self._column_tensors()
+
+
+class OneSubject(SubjectHeads):
+    """Pooled heads of stage 2: a layer for each surface and one for each ROI; a vertex has the mean of its layers."""
+
+    def __init__(self, n_features: int, subject: Subject, start: float) -> None:
+        super().__init__([subject.name], _side_by_side(subject))
+        # this attribute is in the names of tensors in states of interrupted runs, so it keeps its name
+        self.hemispheres = nn.ModuleDict(
+            {
+                surface: RoiHead(
+                    n_features,
+                    subject.n_vertices[surface],
+                    [torch.from_numpy(mask) for mask in subject.rois[surface].values() if mask.any()],
+                    start,
+                )
+                for surface in subject.surfaces
+            }
+        )
+
+    def forward(self, rows: Rows, subjects: torch.Tensor) -> torch.Tensor:
+        return torch.cat([head(rows[POOLED]) for head in self.hemispheres.values()], 1)
+
+    def start_from(self, maps: Mapping[str, LinearMap]) -> None:
+        """Make every layer of a surface the same map, {surface: map}, so that their mean is that map."""
+        for surface, linear_map in maps.items():
+            self._head(surface).start_from(linear_map)
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        maps = {surface: self._head(surface).linear_map() for surface in self.hemispheres}
+        return {
+            f"{self.names[0]}.{surface}.{part}": tensor.detach()
+            for surface, linear_map in maps.items()
+            for part, tensor in linear_map._asdict().items()
+        }
+
+    def _head(self, surface: str) -> RoiHead:
+        return cast(RoiHead, self.hemispheres[surface])
+
+
+class SpatialHeads(SubjectHeads):
+    """Heads on places, of both stages: each subject has its own, for all of its surfaces.
+
+    The outputs of an image are its subject's vertices, from the first output on; those that are left over are 0. So one
+    output means other vertices for another subject.
+
+    Parameters
+    ----------
+    shapes : {array: shape of a row} of what is read
+    config : `space`, `rank`, `token_dropout`, `smoothness` and `sparsity`. With a space, one readout of all subjects
+        gives its outputs, and each subject's vertices are linear in them
+    start : size of the first weights, 1 for torch's own
+    """
+
+    def __init__(
+        self, shapes: Shapes, subjects: Sequence[Subject], config: TrainConfig | SpatialConfig, start: float
+    ) -> None:
+        columns = {key: outputs for subject in subjects for key, outputs in _side_by_side(subject).items()}
+        super().__init__([subject.name for subject in subjects], columns)
+        self._shapes, self._config, self._start = dict(shapes), config, start
+        self.standardise = Standardise(shapes)
+        self.space = self._readout(config.space, 1.0) if config.space else None
+        self.subjects = nn.ModuleList(self._vertices(sum(subject.n_vertices.values())) for subject in subjects)
+
+    def _readout(self, n_outputs: int, start: float) -> SpatialReadout:
+        config = self._config
+        return SpatialReadout(self._shapes, n_outputs, config.rank, config.token_dropout, start, standardised=True)
+
+    def _vertices(self, n_vertices: int) -> nn.Module:
+        """What gives one subject's vertices: a readout of its own, or a linear layer on the space."""
+        if self.space is None:
+            return self._readout(n_vertices, self._start)
+        return linear_layer(self.space.n_outputs, n_vertices, self._start)
+
+    def forward(self, rows: Rows, subjects: torch.Tensor) -> torch.Tensor:
+        rows = self.standardise(rows)
+        inputs = rows if self.space is None else {_SPACE: self.space(rows)}
+        if len(self.subjects) == 1:
+            return self._padded(0, inputs)
+        outputs, order = [], []
+        for number in subjects.unique().tolist():
+            images = (subjects == number).nonzero().flatten()
+            outputs.append(self._padded(number, {name: values[images] for name, values in inputs.items()}))
+            order.append(images)
+        return torch.cat(outputs)[torch.cat(order).argsort()]
+
+    def of_subject(self, rows: Rows, number: int) -> torch.Tensor:
+        """(n_images, n_vertices) of all surfaces, where all images are one subject's."""
+        rows = self.standardise(rows)
+        outputs: torch.Tensor = self.subjects[number](rows if self.space is None else self.space(rows))
+        return outputs
+
+    def _padded(self, number: int, inputs: Rows) -> torch.Tensor:
+        outputs = self.subjects[number](inputs if self.space is None else inputs[_SPACE])
+        return nn.functional.pad(outputs, (0, self.n_outputs - outputs.shape[1]))
+
+    def regularisation(self) -> torch.Tensor:
+        """Cost of the spatial maps under `smoothness` and `sparsity`: the mean over all readouts."""
+        readouts = [module for module in (self.space, *self.subjects) if isinstance(module, SpatialReadout)]
+        costs = [readout.regularisation(self._config.smoothness, self._config.sparsity) for readout in readouts]
+        return torch.stack(costs).mean()
+
+    def penalty(self) -> torch.Tensor | None:
+        return self.regularisation() if self._config.smoothness or self._config.sparsity else None
+
+    def start_from(self, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> bool:
+        """Take over the heads that a checkpoint has for these subjects; False, and no change, where shapes differ.
+
+        Parameters
+        ----------
+        tensors : heads of the checkpoint, as `saved` gave them
+        names : subjects of the checkpoint, in its order
+        """
+        if not set(self.names) <= set(names) or saved_shapes(tensors) != list(self._shapes.items()):
+            return False
+        current = self.state_dict()
+        taken = {key: tensors.get(f"heads.{self._name_among(key, names)}") for key in current}
+        if any(value is None or value.shape != current[key].shape for key, value in taken.items()):
+            return False
+        self.load_state_dict(taken)
+        return True
+
+    def _name_among(self, key: str, names: Sequence[str]) -> str:
+        """Name that one of the tensors here has in heads of these subjects, where a subject's number may differ."""
+        kind, _, rest = key.partition(".")
+        if kind != "subjects":
+            return key
+        number, _, rest = rest.partition(".")
+        return f"subjects.{list(names).index(self.names[int(number)])}.{rest}"
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        tensors = {f"heads.{key}": value for key, value in self.state_dict().items()}
+        return tensors | self._column_tensors() | shape_tensors(self._shapes)
+
+
+def output_columns(subjects: Sequence[Subject]) -> Columns:
+    """Outputs of stage 1 that are each subject's vertices.
+
+    With the fsaverage masks of every subject, one output is one place on the surface: the outputs are the union of all
+    subjects' vertices, and a vertex that a subject lacks is not among its columns. Without them, columns of two
+    subjects mean nothing to each other, and every subject has outputs of its own.
+    """
+    columns: Columns = {}
+    offset = 0
+    for surface in dict.fromkeys(surface for subject in subjects for surface in subject.surfaces):
+        sharing = [subject for subject in subjects if surface in subject.surfaces]
+        outputs, n_outputs = _outputs_of(sharing, surface)
+        for subject, index in zip(sharing, outputs, strict=True):
+            columns[subject.name, surface] = torch.as_tensor(index + offset)
+        offset += n_outputs
+    return columns
+
+
+def _outputs_of(subjects: Sequence[Subject], surface: str) -> tuple[list[np.ndarray], int]:
+    """Outputs of one surface from 0: those of each subject's vertices, and how many there are in all."""
+    masks = [mask for subject in subjects if (mask := subject.fsaverage[surface]) is not None]
+    if len(masks) == len(subjects):
+        output_of_place = np.cumsum(np.logical_or.reduce(masks)) - 1
+        return [output_of_place[mask] for mask in masks], int(output_of_place[-1]) + 1
+    ends = np.cumsum([subject.n_vertices[surface] for subject in subjects])
+    starts = np.concatenate([[0], ends[:-1]])
+    return [np.arange(start, end) for start, end in zip(starts, ends, strict=True)], int(ends[-1])
+
+
+def _side_by_side(subject: Subject) -> Columns:
+    """The vertices of one subject, surface after surface."""
+    columns, offset = {}, 0
+    for surface in subject.surfaces:
+        columns[subject.name, surface] = torch.arange(offset, offset + subject.n_vertices[surface])
+        offset += subject.n_vertices[surface]
+    return columns

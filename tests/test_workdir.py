@@ -1,0 +1,41 @@
+"""Each name under --work stands for one place, and asking for it makes nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from featcache.workdir import Workdir
+
+WORK = Workdir(Path("work"))
+
+
+def test_every_name_is_a_place_of_its_own_in_the_work_folder(tmp_path: Path):
+    work = Workdir(tmp_path)
+    names = [name for name, member in vars(Workdir).items() if isinstance(member, property)]
+    places = [getattr(work, name) for name in names]
+    places += [work.image_index("subj01"), work.response_index("subj01"), work.head_weights("subj01-a-0123456789ab")]
+    assert len(set(places)) == len(places) and all(tmp_path in place.parents for place in places)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (WORK.features, "features.zarr"),
+        (WORK.predictions, "predictions.zarr"),
+        (WORK.heads, "heads"),
+        (WORK.head_weights("a"), "heads/a.safetensors"),
+        (WORK.checkpoints, "checkpoints"),
+        (WORK.pixels, "pixels"),
+        (WORK.maps, "maps"),
+        (WORK.image_index("subj01"), "index/subj01.json"),
+        (WORK.response_index("subj01"), "index/subj01-responses.json"),
+        (WORK.submission, "submission"),
+        (WORK.saved_blend, "submission/blend.safetensors"),
+        (WORK.blend_weights, "submission/weights.json"),
+        (WORK.blend_picture, "submission/weights.png"),
+        (WORK.submission_zip, "submission.zip"),
+    ],
+)
+def test_names_stay_those_that_work_folders_have(place: Path, name: str):
+    assert place == Path("work") / name
