@@ -31,13 +31,56 @@ def at_least(option: str, value: float, minimum: float) -> None:
         raise ConfigError(f"--{option}", expected=f"{minimum} or more", found=value, remedy="raise it")
 
 
+def option(default: Any, meaning: str, panel: str, **more: str) -> Any:
+    """Field of a settings class that the command line offers as an option.
+
+    Parameters
+    ----------
+    default : its value where none is given; a function makes one, as of `field(default_factory=...)`
+    meaning : the help text
+    panel : the group of `--help` that it stands in
+    more : name, on the command line, where it is not that of the field; envvar, which gives the option too; shown,
+        what help says of the default
+    """
+    metadata = {"help": meaning, "panel": panel} | more
+    return (
+        field(default_factory=default, metadata=metadata)
+        if callable(default)
+        else field(default=default, metadata=metadata)
+    )
+
+
+def usual_workers() -> int:
+    """Threads that decode images where the user does not say: one a core, 16 at most."""
+    return min(os.cpu_count() or 1, 16)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """Which network reads the images, and with which weights; None where the user did not say."""
 
-    name: str | None = None  # any name timm knows
-    weights: str | None = None  # hub | packaged | none | path of a .safetensors or .pth file
-    size: int | None = None  # pixels on a side; None: the size the weights were trained at
+    name: str | None = option(
+        None,
+        "Network that reads the images: any model name of timm.",
+        "Backbone",
+        name="backbone",
+        envvar="FEATCACHE_BACKBONE",
+        shown=DEFAULT_BACKBONE,
+    )
+    weights: str | None = option(
+        None,
+        "Its weights: hub (downloaded), packaged (with the demo extra), none (random), or a .safetensors or .pth file.",
+        "Backbone",
+        envvar="FEATCACHE_WEIGHTS",
+        shown=DEFAULT_WEIGHTS,
+    )
+    size: int | None = option(
+        None,
+        "Pixels on a side of the images that it reads.",
+        "Backbone",
+        envvar="FEATCACHE_SIZE",
+        shown="as its weights were trained",
+    )
 
     def __post_init__(self) -> None:
         if self.size is not None:
@@ -63,8 +106,8 @@ class LayerConfig:
     """Which layers are kept, and on which grid of places over the image."""
 
     layers: tuple[str, ...] = ("auto",)  # auto, all, pooled, names, or numbers from 0
-    grid: str = "auto"  # places on a side: a number | native, as many as the layer has | auto, at most 7
-    pool: str = "avg"  # avg | max of the places that become one place of the grid
+    grid: str = option("auto", "Places on a side of each layer: a number, native, or auto (7 at most).", "Layers")
+    pool: str = option("avg", f"What a place keeps of the finer map of the network: {', '.join(POOLS)}.", "Layers")
 
     def __post_init__(self) -> None:
         one_of("pool", self.pool, POOLS)
@@ -80,13 +123,15 @@ class ExtractConfig:
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     layers: LayerConfig = field(default_factory=LayerConfig)
-    # precision of the backbone's arithmetic; auto: bfloat16 on a CPU that multiplies it, float32 elsewhere
-    dtype: str = "auto"
-    batch_size: int = 32  # images in a forward pass
-    workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 16))  # threads that decode images
-    device: str = "auto"
-    # none: the backbone as its weights come | auto: every checkpoint of it in the work folder, or none where there is
-    # none | the name or the folder of one checkpoint
+    dtype: str = option(
+        "auto",
+        f"Precision of the network: {', '.join(DTYPES)}. auto: bfloat16 on a CPU that multiplies it, else float32.",
+        "Machine",
+    )
+    batch_size: int = option(32, "Images that the network reads at a time.", "Machine")
+    workers: int = option(usual_workers, "Threads that decode images.", "Machine")
+    device: str = option("auto", f"Where to compute: {', '.join(DEVICES)}.", "Machine")
+    # none: the backbone as its weights come | auto: the work folder's checkpoints of it, if any | a checkpoint's folder
     checkpoint: str = "none"
 
     def __post_init__(self) -> None:

@@ -111,7 +111,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module in (
         *speakers,
         "heads.backbones.loop",
-        "heads.solvers.registry",
+        "heads.solvers.memory",
+        "heads.solvers.layers.ridge",
         "heads.fit.run",
         "heads.blend.run",
         "heads.blend.plot",

@@ -299,8 +299,8 @@ LAYERS = ("extract", "--layers", "pooled,layer2,layer4", "--grid", "2")
 
 def reads(fitted: dict) -> set[tuple[str, ...]]:
     """The layers that each prediction store says it was fitted to."""
-    recipes = [open_store(Path(store["path"])).recipe["features"] for store in fitted["stores"]]
-    return {tuple(recipe.get("read", recipe["layers"])) for recipe in recipes}
+    keys = [open_store(Path(store["path"])).key["features"] for store in fitted["stores"]]
+    return {tuple(key.get("read", key["layers"])) for key in keys}
 
 
 def test_layers_lists_what_extract_takes(work, capfd):
@@ -322,6 +322,7 @@ def test_layers_need_no_weights_and_no_tree(capfd):
 @pytest.mark.parametrize(
     ("layers", "read"),
     [
+        ("all", {("pooled", "layer2", "layer4")}),
         ("joint", {("pooled", "layer2", "layer4")}),
         ("each", {("pooled",), ("layer2",), ("layer4",)}),
         ("layer4,pooled", {("pooled", "layer4")}),
@@ -393,7 +394,7 @@ def test_heads_of_checkpoints_where_there_are_none_ask_for_training(work, capfd)
 def test_a_layer_that_was_not_extracted_is_one_line_that_lists_those_that_were(work, capfd):
     run(capfd, *LAYERS)
     line = fails(capfd, "fit-heads", "--layers", "layer9")
-    assert "joint, each, or layers that were extracted (pooled, layer2, layer4); found 'layer9'" in line
+    assert "all, each, or layers that were extracted (pooled, layer2, layer4); found 'layer9'" in line
     assert not (work / "predictions.zarr").exists()
 
 

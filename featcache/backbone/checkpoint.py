@@ -22,7 +22,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from featcache.backbone.network import Backbone, load_backbone
+from featcache.backbone.network import TimmBackbone, load_backbone
 from featcache.backbone.weights import first_line
 from featcache.config import BackboneConfig, fingerprint
 from featcache.dataset.digests import file_digest
@@ -30,8 +30,8 @@ from featcache.dataset.subject import Subject
 from featcache.errors import CheckpointError
 from featcache.machine.files import replace_json
 from featcache.machine.progress import say
+from featcache.workdir import Workdir
 
-FOLDER = "checkpoints"
 FORMAT = 1
 DESCRIPTION = "checkpoint.json"
 _ORIGIN = "featcache checkpoint"  # in the header of its weights files
@@ -168,12 +168,13 @@ class CheckpointFacts:
         """The facts as they are on the disk; what is not known is left out."""
         values = {name: getattr(self, name) for name in _FACT_NAMES}
         values |= {"scores": list(self.scores), "seen_ids": list(self.seen_ids)}
-        unknown = {"versions": {}, "taps": None, "digests": {}, "weights": None, "epoch": None, "score": None}
-        json = {name: value for name, value in values.items() if name not in unknown or value != unknown[name]}
+        unknown = [name for name in _UNKNOWN_AT_FIRST if values[name] in (None, {})]
+        json = {name: value for name, value in values.items() if name not in unknown}
         return json | dict(self.other)
 
 
 _FACT_NAMES = tuple(one.name for one in fields(CheckpointFacts) if one.name != "other")
+_UNKNOWN_AT_FIRST = ("versions", "taps", "digests", "weights", "epoch", "score")
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ class Checkpoint:
         except (OSError, safetensors.SafetensorError) as error:
             raise _damaged(self.path, f"{path.name} cannot be read ({error})") from error
 
-    def backbone(self, device: str = "cpu", size: int | None = None) -> Backbone:
+    def backbone(self, device: str = "cpu", size: int | None = None) -> TimmBackbone:
         """The backbone at the size it was trained at, or another. Raises CheckpointError or BackboneError."""
         path, trained = self._weights("backbone"), self.key.backbone
         config = BackboneConfig(name=trained.name, weights=str(path), size=size or trained.size)
@@ -266,7 +267,7 @@ class Checkpoint:
 
 def checkpoint_path(work: Path, key: CheckpointKey) -> Path:
     """Folder of the checkpoint that has this key."""
-    return work / FOLDER / f"{key.label}-{fingerprint(key.to_json())}"
+    return Workdir(work).checkpoints / f"{key.label}-{fingerprint(key.to_json())}"
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -284,7 +285,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path, key, CheckpointFacts.from_json(description["facts"]))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
-            path, expected="a checkpoint's folder", found=f"no {DESCRIPTION}", remedy=f"name a folder in {FOLDER}"
+            path, expected="a checkpoint's folder", found=f"no {DESCRIPTION}", remedy="name a folder in checkpoints"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"{DESCRIPTION} cannot be read") from error
@@ -292,7 +293,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def list_checkpoints(work: Path) -> list[Checkpoint]:
     """Every checkpoint in a work folder, by name."""
-    return _inside(work / FOLDER)
+    return _inside(Workdir(work).checkpoints)
 
 
 def _inside(folder: Path) -> list[Checkpoint]:
@@ -306,7 +307,7 @@ def siblings(checkpoint: Checkpoint) -> list[Checkpoint]:
 
 def find_checkpoint(work: Path, name: str) -> Checkpoint:
     """The checkpoint in a folder, given as a path or by its name in the work folder."""
-    inside = work / FOLDER / name
+    inside = Workdir(work).checkpoints / name
     return open_checkpoint(inside if inside.is_dir() else Path(name))
 
 

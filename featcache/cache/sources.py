@@ -1,6 +1,6 @@
 """Which backbone reads the images of which subjects: one as its weights came, or checkpoints of a training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def load_source(checkpoint: Checkpoint | None, config: ExtractConfig, device: st
     backbone = _load(checkpoint, config, device)
     taps = backbone.taps(config.layers)
     backbone = backbone.optimised(taps)
-    return Source(backbone, checkpoint, taps, rows_of(backbone, taps), device)
+    return Source(backbone, checkpoint, taps, stored_rows(backbone.shapes(taps)), device)
 
 
 def _load(checkpoint: Checkpoint | None, config: ExtractConfig, device: str) -> Backbone:
@@ -120,7 +120,6 @@ def _load(checkpoint: Checkpoint | None, config: ExtractConfig, device: str) -> 
     return load_backbone(config.backbone, device)
 
 
-def rows_of(backbone: Backbone, taps: Taps) -> dict[str, Row]:
-    """{array: what a row of it is}. Maps are large and are stored as float16, vectors as float32."""
-    shapes = backbone.shapes(taps)
+def stored_rows(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Row]:
+    """{array: its row} for shapes of rows. Maps are large and are stored as float16, vectors as float32."""
     return {name: Row(shape, "float16" if len(shape) > 1 else "float32") for name, shape in shapes.items()}

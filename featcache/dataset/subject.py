@@ -1,6 +1,6 @@
 """Subjects of a dataset, their images and responses; nothing here knows a folder layout."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,13 +109,18 @@ class Challenge:
 
         Raises ChallengeError for a name that is not in the dataset.
         """
-        if names == "all":
-            return self.subjects
         by_name = {subject.name: subject for subject in self.subjects}
-        wanted = [f"subj{int(part):02d}" if part.isdigit() else part for part in names.split(",")]
-        for name in wanted:
-            if name not in by_name:
-                raise ChallengeError(
-                    "--subject", expected=f"one of {', '.join(by_name)}", found=f"{name!r}", remedy="choose from those"
-                )
-        return tuple(by_name[name] for name in dict.fromkeys(wanted))
+        return tuple(by_name[name] for name in names_in(names, list(by_name)))
+
+
+def names_in(names: str, known: Sequence[str]) -> list[str]:
+    """Names of the subjects that '--subject' chooses. Raises ChallengeError for one that is not known."""
+    if names == "all":
+        return list(known)
+    wanted = [f"subj{int(part):02d}" if part.isdigit() else part for part in names.split(",")]
+    for name in wanted:
+        if name not in known:
+            raise ChallengeError(
+                "--subject", expected=f"one of {', '.join(known)}", found=f"{name!r}", remedy="choose from those"
+            )
+    return list(dict.fromkeys(wanted))

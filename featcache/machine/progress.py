@@ -20,6 +20,17 @@ def say(message: str) -> None:
     _stderr.print(message)
 
 
+@contextmanager
+def silenced(quiet: bool) -> Iterator[None]:
+    """Print no messages and no bars while the block runs, if `quiet`."""
+    before = _stderr.quiet
+    _stderr.quiet = before or quiet
+    try:
+        yield
+    finally:
+        _stderr.quiet = before
+
+
 def size_of(n_bytes: float) -> str:
     """Number of bytes in the unit that suits it, powers of 1000: '1.2 MB'."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):

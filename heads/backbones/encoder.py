@@ -7,7 +7,7 @@ from torch import nn
 
 from featcache.backbone.taps import Taps
 from heads.backbones.batches import Targets
-from heads.config import CORRELATIONS
+from heads.config.losses import LOSS_SPECS
 from heads.modules.by_subject import Columns, SubjectHeads
 from heads.scores.losses import LOSSES
 
@@ -47,7 +47,7 @@ def encoder_loss(
     predicted = [outputs[t.rows.to(outputs.device)][:, columns[t.subject, t.surface]] for t in targets]
     total = outputs.new_zeros(())
     for weight, name in terms:
-        counted = [k for k, t in enumerate(targets) if name not in CORRELATIONS or len(t.rows) > 1]
+        counted = [k for k, t in enumerate(targets) if len(t.rows) > 1 or not LOSS_SPECS[name].correlation]
         n_values = [targets[k].responses.numel() for k in counted]
         for k, n in zip(counted, n_values, strict=True):
             t = targets[k]

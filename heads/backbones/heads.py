@@ -1,20 +1,24 @@
-"""Heads of each kind that `--head` offers, as a stage of training builds them and as the second stage starts them.
+"""Heads of each kind that `--head` offers: how a stage of training builds them, and how the second stage starts them.
 
-A new kind is a module in `heads.modules`, its settings in `heads.config.training.HEAD_KINDS`, and an entry in BUILDERS.
+`heads.config.training.HEAD_KINDS` knows all kinds. Of each it names two functions:
+
+- build (shapes of rows, subjects, config, size of the first weights) -> heads with random first weights;
+- start (heads, first weights) -> what to say of it, or ''; it gives heads of the second stage their first weights.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from featcache.backbone.checkpoint import Checkpoint
-from featcache.backbone.network import Backbone
+from featcache.backbone.network import TimmBackbone
 from featcache.config import POOLED
 from featcache.dataset.subject import Subject
 from heads.backbones.batches import Images, pairs_of
 from heads.config import StageConfig
+from heads.config.registry import load
 from heads.modules.by_subject import AllSubjects, OneSubject, SpatialHeads, SubjectHeads, output_columns
 from heads.modules.linear import SMALL, LinearMap
 from heads.modules.saved import linear_map_of, saved_shapes
@@ -33,36 +37,27 @@ class FirstWeights:
     """
 
     checkpoint: Checkpoint | None
-    backbone: Backbone
+    backbone: TimmBackbone
     images: Images
-
-
-@dataclass(frozen=True)
-class Builder:
-    """How heads of one kind come to be.
-
-    build : (shapes of rows, subjects, settings, size of the first weights) -> heads
-    start : gives heads of the second stage their first weights; returns what to say of it, or ''
-    """
-
-    build: Callable[[Shapes, Sequence[Subject], StageConfig, float], SubjectHeads]
-    start: Callable[[SubjectHeads, FirstWeights], str]
 
 
 def build_heads(shapes: Shapes, subjects: Sequence[Subject], config: StageConfig) -> SubjectHeads:
     """Heads of a stage with random first weights. shapes : {array: shape of a row} of what they read."""
     size = 1.0 if config.train.head_start == "default" else SMALL
-    return BUILDERS[config.train.head].build(shapes, subjects, config, size)
+    heads: SubjectHeads = load(config.train.kind.build)(shapes, subjects, config, size)
+    return heads
 
 
 def start_heads(heads: SubjectHeads, first: FirstWeights, config: StageConfig) -> str:
     """Give the heads the first weights that the settings ask for; returns what to say of it, or ''."""
     if config.stage != "finetune" or config.train.head_start != "fitted":
         return ""
-    return BUILDERS[config.train.head].start(heads, first)
+    note: str = load(config.train.kind.start)(heads, first)
+    return note
 
 
-def _build_pooled(shapes: Shapes, subjects: Sequence[Subject], config: StageConfig, size: float) -> SubjectHeads:
+def build_pooled(shapes: Shapes, subjects: Sequence[Subject], config: StageConfig, size: float) -> SubjectHeads:
+    """Heads on the pooled features, of all subjects in the first stage, of one in the second."""
     n_features = shapes[POOLED][0]
     if config.stage == "finetune":
         return OneSubject(n_features, subjects[0], size)
@@ -70,7 +65,7 @@ def _build_pooled(shapes: Shapes, subjects: Sequence[Subject], config: StageConf
     return AllSubjects(n_features, names, output_columns(subjects), config.train.embedding, size)
 
 
-def _start_pooled(heads: SubjectHeads, first: FirstWeights) -> str:
+def start_pooled(heads: SubjectHeads, first: FirstWeights) -> str:
     """Start where stage 1's heads ended for this subject; without pooled ones, from the closed form."""
     assert isinstance(heads, OneSubject)
     subject, checkpoint = first.images.subjects[0], first.checkpoint
@@ -83,11 +78,12 @@ def _start_pooled(heads: SubjectHeads, first: FirstWeights) -> str:
     return ""
 
 
-def _build_spatial(shapes: Shapes, subjects: Sequence[Subject], config: StageConfig, size: float) -> SubjectHeads:
+def build_spatial(shapes: Shapes, subjects: Sequence[Subject], config: StageConfig, size: float) -> SubjectHeads:
+    """Heads on places of layers, of either stage."""
     return SpatialHeads(shapes, subjects, config.train, size)
 
 
-def _start_spatial(heads: SubjectHeads, first: FirstWeights) -> str:
+def start_spatial(heads: SubjectHeads, first: FirstWeights) -> str:
     """Start where the checkpoint's heads ended, if they have the same shape."""
     assert isinstance(heads, SpatialHeads)
     checkpoint = first.checkpoint
@@ -96,13 +92,7 @@ def _start_spatial(heads: SubjectHeads, first: FirstWeights) -> str:
     return "heads start from small random maps; the start has none of the same --layers, --grid and shape"
 
 
-BUILDERS: Mapping[str, Builder] = {
-    "pooled": Builder(_build_pooled, _start_pooled),
-    "spatial": Builder(_build_spatial, _start_spatial),
-}
-
-
-def _fitted_maps(backbone: Backbone, images: Images) -> dict[str, LinearMap]:
+def _fitted_maps(backbone: TimmBackbone, images: Images) -> dict[str, LinearMap]:
     """Ridge regression of the first subject's responses on pooled features, on the images to train on, by surface."""
     subject, rows = images.subjects[0], images.trained[0]
     features = _pooled_features(backbone, images, rows)
@@ -115,7 +105,7 @@ def _fitted_maps(backbone: Backbone, images: Images) -> dict[str, LinearMap]:
 
 
 @torch.inference_mode()
-def _pooled_features(backbone: Backbone, images: Images, rows: np.ndarray) -> torch.Tensor:
+def _pooled_features(backbone: TimmBackbone, images: Images, rows: np.ndarray) -> torch.Tensor:
     """(len(rows), n_features) float32 of the first subject's images, on the CPU."""
     device = next(backbone.model.parameters()).device
     batches = [pairs_of(0, rows[i : i + _FEATURE_BATCH]) for i in range(0, len(rows), _FEATURE_BATCH)]

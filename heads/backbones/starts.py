@@ -6,7 +6,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from featcache.backbone.checkpoint import (
-    FOLDER,
     Checkpoint,
     Split,
     StartKey,
@@ -16,11 +15,12 @@ from featcache.backbone.checkpoint import (
     siblings,
     usable,
 )
-from featcache.backbone.network import Backbone, load_backbone
+from featcache.backbone.network import TimmBackbone, load_backbone
 from featcache.config import BackboneConfig
 from featcache.dataset.digests import digests
 from featcache.dataset.subject import Subject
 from featcache.errors import CheckpointError, LeakError
+from featcache.workdir import Workdir
 from heads.config import StageConfig
 
 
@@ -32,7 +32,7 @@ class Start:
     settings : of the first weights, before any training
     """
 
-    backbone: Backbone
+    backbone: TimmBackbone
     checkpoint: Checkpoint | None
     settings: BackboneConfig
 
@@ -46,7 +46,7 @@ class Starts:
     """Finds the start of each fold and subject of a stage. Folds that start from the same weights share one."""
 
     def __init__(self, config: StageConfig, work: Path) -> None:
-        self._config, self._work = config, work
+        self._config, self._work, self._folder = config, work, Workdir(work).checkpoints
         self._load = lru_cache(maxsize=1)(self._load_start)
         self._digests = lru_cache(maxsize=None)(lambda subject: digests(subject, work))
 
@@ -82,11 +82,11 @@ class Starts:
             names = ", ".join(min(one.name for one in checkpoints if one.training == t) for t in trainings)
             raise CheckpointError(
                 "--init stage1",
-                expected=f"one stage-1 training in {self._work / FOLDER}",
+                expected=f"one stage-1 training in {self._folder}",
                 found=f"{len(trainings)} ({names})",
                 remedy="name the folder of one with --init",
             )
-        return _of_fold(checkpoints, split, f"of {subject.name} in {self._work / FOLDER}")
+        return _of_fold(checkpoints, split, f"of {subject.name} in {self._folder}")
 
     def _admits(self, checkpoint: Checkpoint) -> bool:
         asked, trained = self._config.backbone, checkpoint.key.backbone

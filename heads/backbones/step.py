@@ -166,7 +166,8 @@ class Gradients:
 def augmentation() -> Callable[[torch.Tensor], torch.Tensor]:
     """Random change of an image: small enough that what was in a receptive field stays there, and never a flip."""
     move = v2.RandomAffine(0, translate=(0.03, 0.03), scale=(0.97, 1.03), interpolation=v2.InterpolationMode.BILINEAR)
-    return v2.Compose([move, v2.ColorJitter(0.1, 0.1, 0.1)])
+    change: Callable[[torch.Tensor], torch.Tensor] = v2.Compose([move, v2.ColorJitter(0.1, 0.1, 0.1)])
+    return change
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """models and blend: predictions -> submission."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,93 +11,103 @@ from featcache.errors import ConfigError
 from heads.commands.options import (
     DATA,
     WORK,
-    AsJson,
     Ceiling,
-    Chosen,
     Data,
-    Exclude,
     Subjects,
     Work,
+    command,
     given,
     on_command_line,
     open_tree,
 )
-from heads.config import BLEND_PRESETS, BLENDS, LEVELS, BlendConfig, blend_preset
-from heads.recipes.steps import Job, Outcome
+from heads.config import BLEND_PRESETS, BlendConfig, blend_preset
+from heads.recipes.jobs import Job, Outcome
+
+_PRESETS = {name: vars(blend_preset(name)) for name in BLEND_PRESETS}
 
 
+def _pattern(name: str) -> Any:
+    """The option of a field of BlendConfig, for a command that has no other of its fields."""
+    (setting,) = (field for field in fields(BlendConfig) if field.name == name)
+    return typer.Option(help=setting.metadata["help"], rich_help_panel="Blend")
+
+
+@command()
 def models(
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
-    chosen: Chosen = BlendConfig.models,
-    exclude: Exclude = BlendConfig.exclude,
-    as_json: AsJson = False,
+    models: Annotated[str, _pattern("models")] = BlendConfig.models,
+    exclude: Annotated[str, _pattern("exclude")] = BlendConfig.exclude,
 ) -> Job:
-    """List what there is to blend: each model, its score fold by fold, and how alike models are."""
+    """List the models that there are to blend: their scores, fold by fold, and how alike they are."""
 
     def call() -> Outcome:
         subjects = open_tree(data, noise_ceiling).select(subject)
         from heads.blend.overview import list_models
-        from heads.report.tables import model_table, print_table
+        from heads.report.models import model_table
+        from heads.report.printing import print_table
 
-        found, accuracy = list_models(subjects, work, chosen, exclude)
+        found, accuracy = list_models(subjects, work, models, exclude)
         print_table(model_table(found, accuracy))
-        return Outcome(f"{len(found)} models in {work}", {"models": [vars(one) for one in found]})
+        return Outcome(f"{len(found)} models in {work}", {"models": [vars(model) for model in found]})
 
-    return Job(None, call, as_json)
+    return Job(None, call)
 
 
+@command(BlendConfig, old={"recipe": "preset"}, presets={BlendConfig: _PRESETS})
 def blend(
     context: typer.Context,
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
     preset: Annotated[
-        str, typer.Option(help=f"What the next options start from: {', '.join(BLEND_PRESETS)}.")
+        str,
+        typer.Option(
+            help=f"Set of defaults: {', '.join(BLEND_PRESETS)}. best: what scored best. paper: as published.",
+            rich_help_panel="Blend",
+        ),
     ] = BLEND_PRESETS[0],
-    method: Annotated[str | None, typer.Option(help=f"{', '.join(BLENDS)}. [{BlendConfig.method}]")] = None,
-    per: Annotated[
-        str | None, typer.Option(help=f"What has weights of its own: {', '.join(LEVELS)}. [{BlendConfig.per}]")
-    ] = None,
-    chosen: Chosen = BlendConfig.models,
-    exclude: Exclude = BlendConfig.exclude,
     apply: Annotated[
-        Path | None, typer.Option(help="Learn nothing: put these predictions through a blend that was saved.")
+        Path | None,
+        typer.Option(
+            help="A blend that was saved: put these predictions through it, and learn nothing.",
+            rich_help_panel="Blend",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of bags, bootstrap and permutations.")] = BlendConfig.seed,
-    as_json: AsJson = False,
+    **options: Any,
 ) -> Job:
-    """Blend every model, score the blend, and write the submission."""
+    """Blend all models, score the blend, and write the submission."""
     if apply is not None:
         _refuse_beside_apply(on_command_line(context))
-    overrides = given(method=method, per=per)
-    config = replace(blend_preset(preset), **overrides, models=chosen, exclude=exclude, seed=seed)
+    config = replace(blend_preset(preset), **given(BlendConfig, options))
 
     def call() -> Outcome:
         challenge = open_tree(data, noise_ceiling)
         from heads.blend import run as ensemble
-        from heads.report.tables import blend_as_json, gain_lines, print_table, score_table
+        from heads.report.blends import blend_as_json, gain_lines
+        from heads.report.printing import print_table
+        from heads.report.scores import score_table
 
         if apply is not None:
             return _handed_in(ensemble.apply(challenge, apply, work), work, {})
         done = ensemble.blend(challenge, config, work)
-        print_table(score_table(done.scores, f"out-of-fold, blend weights ({config.label}) learnt on other folds"))
+        title = f"Out-of-fold scores; weights of the blend ({config.label}) were learnt on other folds"
+        print_table(score_table(done.scores, title))
         for line in gain_lines(done):
             typer.echo(line)
         return _handed_in(done.submission, work, blend_as_json(done))
 
-    return Job(config, call, as_json)
+    return Job(config, call)
 
 
 def _refuse_beside_apply(options: Sequence[str]) -> None:
     """Raise ConfigError for options of learning, which a saved blend has no use for."""
-    for name in ("preset", "method", "per", "chosen", "exclude", "seed"):
+    for name in ("preset", "recipe", "method", "per", "models", "exclude", "seed"):
         if name in options:
-            option = "models" if name == "chosen" else name
             raise ConfigError(
-                f"--{option}",
+                f"--{name}",
                 expected="no --apply beside it, which takes a blend as it was saved",
                 found="both",
                 remedy="leave one of them out",

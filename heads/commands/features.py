@@ -1,96 +1,87 @@
 """layers and extract: backbones and checkpoints -> cached features."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from featcache.config import DTYPES, POOLS, BackboneConfig, ExtractConfig, LayerConfig
+from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
 from featcache.workdir import Workdir
-from heads.commands.options import (
-    DATA,
-    WORK,
-    AsJson,
-    Ceiling,
-    Data,
-    Device,
-    Name,
-    Size,
-    Subjects,
-    Weights,
-    Work,
-    backbone_of,
-    open_tree,
-)
-from heads.recipes.steps import Job, Outcome
+from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, open_tree, read
+from heads.recipes.jobs import Job, Outcome
 
 
+@command()
 def layers(
     backbone: Annotated[str, typer.Argument(help="Any model name of timm.")],
-    size: Size = None,
-    as_json: AsJson = False,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            envvar="FEATCACHE_SIZE",
+            help="Pixels on a side of the images that it reads.",
+            rich_help_panel="Backbone",
+            show_default="as its weights were trained",
+        ),
+    ] = None,
 ) -> Job:
-    """List the layers of a backbone that can be cached, with their maps."""
+    """List the layers of a backbone that can be cached, with the size of their maps."""
 
     def call() -> Outcome:
         from featcache.backbone.network import described_layers
-        from heads.report.tables import layer_table, print_table
+        from heads.report.layers import layer_table
+        from heads.report.printing import print_table
 
         maps = described_layers(BackboneConfig(name=backbone, size=size))
         print_table(layer_table(maps))
         rows = [{"layer": name, "channels": c, "height": h, "width": w} for name, (c, h, w) in maps.items()]
         return Outcome(f"{backbone}: {len(maps)} layers, and pooled", {"layers": rows})
 
-    return Job(None, call, as_json)
+    return Job(None, call)
 
 
+@command(BackboneConfig, LayerConfig, ExtractConfig)
 def extract(
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
-    backbone: Name = None,
-    weights: Weights = None,
-    size: Size = None,
     checkpoint: Annotated[
-        str, typer.Option(help="auto: those in the work folder, if any. none: the backbone as it is. Or a folder.")
+        str,
+        typer.Option(
+            help="Trained weights. auto: those in the work folder, if there are any. none: the backbone as it came. Or "
+            "the folder of a checkpoint.",
+            rich_help_panel="Backbone",
+        ),
     ] = "auto",
     layers: Annotated[
-        str, typer.Option(help="auto, all, pooled, or names or numbers with commas between; 'layers' lists them.")
-    ] = "auto",
-    grid: Annotated[
-        str, typer.Option(help="Places a side of each layer: a number, native, or auto (7 at most).")
-    ] = LayerConfig.grid,
-    pool: Annotated[
-        str, typer.Option(help=f"Over the places that a cell takes in: {', '.join(POOLS)}.")
-    ] = LayerConfig.pool,
-    dtype: Annotated[
-        str, typer.Option(help=f"Precision: {', '.join(DTYPES)}. auto: bfloat16 on a CPU that has it, or float32.")
-    ] = ExtractConfig.dtype,
-    batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = ExtractConfig.batch_size,
-    workers: Annotated[int, typer.Option(help="Threads that decode while the model runs.")] = ExtractConfig().workers,
-    device: Device = ExtractConfig.device,
-    as_json: AsJson = False,
+        str,
+        typer.Option(
+            help="Layers to keep: auto (pooled and up to 6 others), all, pooled, or names or numbers with commas "
+            "between; the command 'layers' lists them.",
+            rich_help_panel="Layers",
+        ),
+    ] = ",".join(LayerConfig.layers),
+    **options: Any,
 ) -> Job:
-    """Run a backbone over every image once and cache what its layers say."""
-    config = ExtractConfig(
-        backbone=backbone_of(backbone, weights, size),
-        layers=LayerConfig(layers=tuple(layers.replace(" ", "").split(",")), grid=grid, pool=pool),
-        dtype=dtype,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
+    """Run a backbone over every image once, and cache what its layers say."""
+    config = read(
+        ExtractConfig,
+        options,
+        backbone=read(BackboneConfig, options),
+        layers=read(LayerConfig, options, layers=tuple(layers.replace(" ", "").split(","))),
         checkpoint=checkpoint,
     )
+    return Job(config, lambda: _extract(data, noise_ceiling, subject, config, work))
 
-    def call() -> Outcome:
-        chosen = open_tree(data, noise_ceiling).select(subject)
-        from featcache.cache.extract import extract as run
 
-        done = run(chosen, config, work)
-        new = sum(one.n_new for one in done)
-        stores = [
-            {"subject": one.subject, "path": str(one.path), "images": one.n_images, "new": one.n_new} for one in done
-        ]
-        return Outcome(f"{len(done)} stores, {new} new images in {Workdir(work).features}", {"stores": stores})
+def _extract(data: Path, noise_ceiling: Path | None, subject: str, config: ExtractConfig, work: Path) -> Outcome:
+    subjects = open_tree(data, noise_ceiling).select(subject)
+    from featcache.cache.extract import extract as run
 
-    return Job(config, call, as_json)
+    done = run(subjects, config, work)
+    n_new = sum(store.n_new for store in done)
+    stores = [
+        {"subject": store.subject, "path": str(store.path), "images": store.n_images, "new": store.n_new}
+        for store in done
+    ]
+    return Outcome(f"{len(done)} stores, {n_new} new images in {Workdir(work).features}", {"stores": stores})

@@ -7,140 +7,94 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featcache.config import PRODUCTS
 from featcache.workdir import Workdir
 from heads.commands.options import (
     DATA,
     WORK,
-    AsJson,
     Ceiling,
     Data,
-    Device,
     Subjects,
     Work,
+    command,
     given,
     on_command_line,
     open_tree,
+    read,
 )
-from heads.config import HEADS, LOSS_NAMES, SOLVERS, FitConfig, MomentsConfig, SpatialConfig, adamw_of, refuse_unread
-from heads.recipes.steps import Job, Outcome
+from heads.config import HEADS, AdamWConfig, FitConfig, MomentsConfig, SpatialConfig, adamw_of, refuse_unread
+from heads.recipes.jobs import Job, Outcome
 
 if TYPE_CHECKING:
     from featcache.dataset.subject import Subject
 
+_OLD_SOLVERS = {"exact": "ridge"}  # {name in earlier versions: name}
+_LOOPS = {head: vars(adamw_of(head)) for head in HEADS} | {
+    "moments": {"epochs": MomentsConfig.steps, "learning_rate": MomentsConfig.learning_rate}
+}
 
-def _either(name: str) -> str:
-    """A default of the gradient loop, and that of spatial heads where it is another."""
-    usual, spatial = (getattr(adamw_of(head), name) for head in ("linear", "spatial"))
-    return f"{usual}" if usual == spatial else f"{usual}; spatial {spatial}"
 
-
+@command(FitConfig, AdamWConfig, SpatialConfig, old={"seed": "seed"}, presets={AdamWConfig: _LOOPS})
 def fit_heads(
     context: typer.Context,
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
-    loss: Annotated[
-        str,
-        typer.Option(help=f"{', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc; several: with commas."),
-    ] = FitConfig.loss,
-    head: Annotated[
-        str,
-        typer.Option(help=f"{', '.join(HEADS)}; roi: a layer a hemisphere and one an ROI; spatial: maps over places."),
-    ] = FitConfig.head,
-    layers: Annotated[
-        str, typer.Option(help="joint: all that were extracted. each: a model of every one. Or names.")
-    ] = FitConfig.layers,
-    solver: Annotated[str, typer.Option(help=f"{', '.join(SOLVERS)}.")] = FitConfig.solver,
-    folds: Annotated[int, typer.Option(help="Folds of the training images, by image id.")] = FitConfig.n_folds,
-    seed: Annotated[int, typer.Option(help="Of the folds and of the gradient loop.")] = FitConfig.seed,
-    epochs: Annotated[
-        int | None,
-        typer.Option(help=f"adamw, moments: the most. [{_either('epochs')}; moments {MomentsConfig.steps}]"),
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            help=f"adamw: at the first step. [{_either('learning_rate')}] moments: in units of the curvature. "
-            f"[{MomentsConfig.learning_rate}]"
-        ),
-    ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help=f"adamw: decoupled. [{_either('weight_decay')}]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help=f"adamw: images a step. [{_either('batch_size')}]")] = None,
-    rank: Annotated[int, typer.Option(help="spatial: maps over places, an output and layer.")] = SpatialConfig.rank,
-    space: Annotated[
-        int, typer.Option(help="spatial: outputs that the vertices of all subjects are linear in; 0: each alone.")
-    ] = SpatialConfig.space,
-    token_dropout: Annotated[
-        float, typer.Option(help="spatial: part of the places that an image lacks in training.")
-    ] = SpatialConfig.token_dropout,
-    smoothness: Annotated[
-        float, typer.Option(help="spatial: penalty of differences between neighbouring places.")
-    ] = SpatialConfig.smoothness,
-    sparsity: Annotated[
-        float, typer.Option(help="spatial: penalty of maps that spread over many places.")
-    ] = SpatialConfig.sparsity,
-    products: Annotated[str, typer.Option(help=f"How CUDA multiplies: {', '.join(PRODUCTS)}.")] = FitConfig.products,
-    max_memory: Annotated[
-        float, typer.Option(help="10^9 bytes that the process may take; 0: what is free.")
-    ] = FitConfig.max_memory,
-    device: Device = FitConfig.device,
-    as_json: AsJson = False,
+    **options: Any,
 ) -> Job:
-    """Fit heads to every cached feature store, out of fold."""
-    config = FitConfig(
-        loss=loss,
-        head=head,
-        layers=layers,
-        solver=solver,
-        n_folds=folds,
-        seed=seed,
-        device=device,
-        products=products,
-        max_memory=max_memory,
-        moments=MomentsConfig(**given(steps=epochs, learning_rate=learning_rate)),
-        adamw=replace(
-            adamw_of(head),
-            **given(epochs=epochs, learning_rate=learning_rate, weight_decay=weight_decay, batch_size=batch_size),
-        ),
-        spatial=SpatialConfig(
-            rank=rank, space=space, token_dropout=token_dropout, smoothness=smoothness, sparsity=sparsity
-        ),
+    """Fit heads to all cached features, and predict every image by heads that were fitted without it."""
+    solver = _OLD_SOLVERS.get(options["solver"], options["solver"])
+    loop = given(AdamWConfig, options)
+    steps = {"steps": loop["epochs"]} if "epochs" in loop else {}
+    config = read(
+        FitConfig,
+        options | {"solver": solver},
+        moments=replace(MomentsConfig(), **steps, **{name: loop[name] for name in ("learning_rate",) if name in loop}),
+        adamw=replace(adamw_of(options["head"]), **loop),
+        spatial=read(SpatialConfig, options),
     )
     refuse_unread(on_command_line(context), config)
-    return Job(config, lambda: _fit(open_tree(data, noise_ceiling).select(subject), config, work), as_json)
+    return Job(config, lambda: _fit(open_tree(data, noise_ceiling).select(subject), config, work))
 
 
 def _fit(subjects: "Sequence[Subject]", config: FitConfig, work: Path) -> Outcome:
     from featcache.machine.progress import say
     from heads.fit.run import fit_heads as run
     from heads.fit.run import scores_by_model
-    from heads.report.tables import as_json, print_table, score_table
+    from heads.report.printing import print_table
+    from heads.report.scores import score_table, scores_as_json
 
-    if exact := config.shared_losses:
+    if shared := config.shared_losses:
         say(
-            f"{', '.join(exact)}: closed form{', one model' if len(exact) > 1 else ''}; "
+            f"{', '.join(shared)}: closed form{', one model' if len(shared) > 1 else ''}; "
             "linear heads have the same optimum under mse, pearson and mnnpc"
         )
     done = run(subjects, config, work)
     scores = scores_by_model(subjects, done)
-    print_table(score_table(scores, "out-of-fold"))
-    stores = [{"subject": f.subject, "model": f.model, "path": str(f.path), "weights": str(f.weights)} for f in done]
-    result: dict[str, Any] = {"stores": stores, "scores": as_json(scores)}
-    new = sum(fitted.new for fitted in done)
-    return Outcome(f"{len(done)} fits, {new} of them new, in {Workdir(work).predictions}", result)
+    print_table(score_table(scores, "Out-of-fold scores"))
+    stores = [
+        {"subject": fit.subject, "model": fit.model, "path": str(fit.path), "weights": str(fit.weights)} for fit in done
+    ]
+    result: dict[str, Any] = {"stores": stores, "scores": scores_as_json(scores)}
+    n_new = sum(fit.new for fit in done)
+    return Outcome(f"{len(done)} fits, {n_new} of them new, in {Workdir(work).predictions}", result)
 
 
+@command()
 def maps(
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
-    models: Annotated[str, typer.Option(help="Of the models whose names match, such as '*spatial*'.")] = "*",
-    as_json: AsJson = False,
+    models: Annotated[
+        str,
+        typer.Option(
+            help="Models to take, by name: patterns such as '*spatial*', several with commas between.",
+            rich_help_panel="Blend",
+        ),
+    ] = "*",
 ) -> Job:
-    """Write where in the image, and in which layers, heads look: per vertex, per ROI, and plotted."""
+    """Write where in the image, and in which layers, heads look: for each vertex, for each ROI, and as pictures."""
 
     def call() -> Outcome:
         subjects = open_tree(data, noise_ceiling).select(subject)
@@ -152,4 +106,4 @@ def maps(
         result = {"files": [str(path) for path in written], "recovery": recovered}
         return Outcome(f"{len(written)} files in {Workdir(work).maps}", result)
 
-    return Job(None, call, as_json)
+    return Job(None, call)

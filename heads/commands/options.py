@@ -1,66 +1,214 @@
-"""Options that several commands have, and the challenge tree that they name."""
+"""How commands get their options: those that several have, and those that are fields of settings.
 
+A command is an ordinary function that returns a Job. `command` gives it an option for every field of its settings that
+has a help text (see `featcache.config.option`), and the options that every command has. So a default and its meaning
+are written once, in the settings, and an option of one name means one thing.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
-from featcache.config import DEFAULT_BACKBONE, DEFAULT_WEIGHTS, BackboneConfig
 from featcache.errors import ConfigError
+from heads.recipes.jobs import Job
 
 if TYPE_CHECKING:
     from featcache.dataset.subject import Challenge
 
-Data = Annotated[Path, typer.Option("--data", envvar="FEATCACHE_DATA", help="The challenge tree.")]
-Work = Annotated[Path, typer.Option("--work", envvar="FEATCACHE_WORK", help="Where stores and results go.")]
+T = TypeVar("T")
+
+Data = Annotated[
+    Path,
+    typer.Option("--data", envvar="FEATCACHE_DATA", help="Folder of the dataset.", rich_help_panel="Data"),
+]
+Work = Annotated[
+    Path,
+    typer.Option(
+        "--work", envvar="FEATCACHE_WORK", help="Folder of all that commands write and read.", rich_help_panel="Data"
+    ),
+]
 Ceiling = Annotated[
     Path | None,
     typer.Option(
         "--noise-ceiling",
         envvar="FEATCACHE_NOISE_CEILING",
-        help="Folder of subjXX/{lh,rh}.npy, percent or fraction. Default: noise_ceiling in the tree, if there.",
+        help="Folder of noise ceilings, subjXX/{lh,rh}.npy, in percent or as fractions.",
+        rich_help_panel="Data",
+        show_default="noise_ceiling in the dataset, if it is there",
     ),
 ]
-Subjects = Annotated[str, typer.Option("--subject", help="all, or numbers such as 1,3.")]
-Name = Annotated[
-    str | None,
-    typer.Option("--backbone", envvar="FEATCACHE_BACKBONE", help=f"Any model name of timm. [{DEFAULT_BACKBONE}]"),
+Subjects = Annotated[
+    str, typer.Option("--subject", help="Subjects: all, or numbers such as 1,3.", rich_help_panel="Data")
 ]
-Weights = Annotated[
-    str | None,
-    typer.Option("--weights", envvar="FEATCACHE_WEIGHTS", help=f"hub, packaged, none or a file. [{DEFAULT_WEIGHTS}]"),
-]
-Size = Annotated[
-    int | None,
-    typer.Option("--size", envvar="FEATCACHE_SIZE", help="Pixels on a side. [what the weights were trained at]"),
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Make the last line of stdout a JSON object.")]
-
-Chosen = Annotated[
-    str, typer.Option("--models", help="Those whose names match, such as 'convnext*'; several: with commas.")
-]
-Exclude = Annotated[str, typer.Option("--exclude", help="But for those whose names match.")]
 
 DATA, WORK = Path("data/challenge"), Path("work")
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """The options that have a value: None leaves the choice to the settings."""
-    return {name: value for name, value in options.items() if value is not None}
+def _show_help(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+_OUTPUT = {
+    "as_json": Annotated[
+        bool, typer.Option("--json", help="Make the last line of stdout a JSON object.", rich_help_panel="Output")
+    ],
+    "quiet": Annotated[
+        bool, typer.Option("--quiet", help="No progress on stderr; errors still.", rich_help_panel="Output")
+    ],
+    "show_help": Annotated[
+        bool,
+        typer.Option(
+            "--help",
+            "-h",
+            help="Show this message and exit.",
+            rich_help_panel="Output",
+            is_eager=True,
+            expose_value=False,
+            callback=_show_help,
+        ),
+    ],
+}
+# groups of options in --help, from what a beginner needs first
+PANELS = (
+    "Data",
+    "Backbone",
+    "Layers",
+    "Heads",
+    "Spatial heads",
+    "Blend",
+    "Training",
+    "Training, in detail",
+    "Machine",
+    "Output",
+)
+
+
+def command(
+    *settings: type,
+    old: Mapping[str, str] | None = None,
+    presets: Mapping[type, Mapping[str, Mapping[str, Any]]] | None = None,
+    leave_out: Collection[str] = (),
+) -> Callable[[Callable[..., Job]], Callable[..., Job]]:
+    """Decorator that gives a command the options of its settings, and those that every command has.
+
+    The function takes them by the names of the fields; of a name that several settings have, there is one option. Use
+    `read` to build the settings.
+
+    Parameters
+    ----------
+    settings : settings classes
+    old : {name of an option in earlier versions: name of the parameter}; it still works, and help leaves it out
+    presets : {settings class: {preset: {field: its value}}}; an option that is not given is None then, and help shows
+        the values under all presets
+    leave_out : fields that are no options of this command
+    """
+
+    def decorated(function: Callable[..., Job]) -> Callable[..., Job]:
+        signature = inspect.signature(function)
+        own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        parameters = {one.name: one.replace(kind=one.KEYWORD_ONLY) for one in own}
+        for kind in settings:
+            for setting in _offered(kind):
+                if setting.name not in (*parameters, *leave_out):
+                    parameters[setting.name] = _parameter(setting, (presets or {}).get(kind))
+        for name, parameter in (old or {}).items():
+            parameters[f"old_{name}"] = _hidden(name, parameters[parameter])
+        for name, annotation in _OUTPUT.items():
+            parameters[name] = _keyword(name, annotation, False)
+
+        @functools.wraps(function)
+        def run(*, as_json: bool, quiet: bool, show_help: bool, **options: Any) -> Job:
+            for name, parameter in (old or {}).items():
+                if (value := options.pop(f"old_{name}")) is not None:
+                    options[parameter] = value
+            return replace(function(**options), as_json=as_json, quiet=quiet)
+
+        described = cast(Any, run)
+        described.__signature__ = signature.replace(parameters=sorted(parameters.values(), key=_panel))
+        described.__annotations__ = {name: one.annotation for name, one in parameters.items()}
+        return run
+
+    return decorated
+
+
+def _panel(parameter: inspect.Parameter) -> int:
+    """Number of the group that an option is in; 0 for what is in none, such as arguments."""
+    options = getattr(parameter.annotation, "__metadata__", ())
+    panels = [option.rich_help_panel for option in options if option.rich_help_panel]
+    return PANELS.index(panels[0]) + 1 if panels else 0
+
+
+def _offered(settings: type) -> list[Field[Any]]:
+    return [setting for setting in fields(settings) if "help" in setting.metadata]
+
+
+def _parameter(setting: Field[Any], presets: Mapping[str, Mapping[str, Any]] | None) -> inspect.Parameter:
+    about, default = setting.metadata, _default(setting)
+    shown: str | bool = about.get("shown", default not in (None, ""))
+    kind: Any = setting.type
+    if presets is not None:
+        shown, default, kind = _values(setting.name, presets), None, kind | None
+    option = typer.Option(
+        *([f"--{about['name']}"] if "name" in about else []),
+        envvar=about.get("envvar"),
+        help=about["help"],
+        rich_help_panel=about["panel"],
+        show_default=shown,
+    )
+    return _keyword(setting.name, Annotated[kind, option], default)
+
+
+def _default(setting: Field[Any]) -> Any:
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
+
+
+def _values(name: str, presets: Mapping[str, Mapping[str, Any]]) -> str:
+    """The value under the first preset, and under the others where it differs: '5; paper: 12'."""
+    values = {preset: _shown(settings[name]) for preset, settings in presets.items() if name in settings}
+    first = next(iter(values.values()))
+    return "; ".join([first, *(f"{preset}: {value}" for preset, value in values.items() if value != first)])
+
+
+def _shown(value: Any) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def _hidden(name: str, parameter: inspect.Parameter) -> inspect.Parameter:
+    kind = parameter.annotation.__origin__
+    option = typer.Option(f"--{name.replace('_', '-')}", hidden=True)
+    return _keyword(f"old_{name}", Annotated[kind | None, option], None)
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def read(settings: type[T], options: Mapping[str, Any], **more: Any) -> T:
+    """Build settings of the options that are theirs; those that are None are left to their defaults."""
+    return settings(**given(settings, options), **more)
+
+
+def given(settings: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of some settings that have a value, by the names of their fields."""
+    return {one.name: options[one.name] for one in _offered(settings) if options.get(one.name) is not None}
 
 
 def on_command_line(context: typer.Context) -> list[str]:
-    """The options that were given there, and not by the environment or by default."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-
-
-def backbone_of(name: str | None, weights: str | None, size: int | None) -> BackboneConfig:
-    return BackboneConfig(name=name, weights=weights, size=size)
+    """Names of the options that were given there, as they are said, with _ for -; not those of the environment."""
+    sources = {one: context.get_parameter_source(str(one.name)) for one in context.command.params}
+    given_there = [one for one, source in sources.items() if source and source.name == "COMMANDLINE"]
+    return [one.opts[0].removeprefix("--").replace("-", "_") for one in given_there]
 
 
 def existing(data: Path) -> Path:
+    """The folder of a dataset, if it is there. Raises ConfigError."""
     if not data.is_dir():
         raise ConfigError(
             "--data",
@@ -73,6 +221,7 @@ def existing(data: Path) -> Path:
 
 
 def open_tree(data: Path, noise_ceiling: Path | None) -> "Challenge":
+    """Open a dataset, and say what its user should know of it."""
     from featcache.dataset.algonauts import open_challenge
     from featcache.machine.progress import say
 

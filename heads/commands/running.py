@@ -6,11 +6,15 @@ from typing import Annotated, cast
 import typer
 import typer.core
 
-from featcache.config import ExtractConfig
-from heads.commands.options import DATA, WORK, AsJson, Ceiling, Data, Device, Subjects, Work, on_command_line
-from heads.recipes.steps import Job, Outcome, commands_of, read_recipe, ready, run_steps
+from featcache.config import DEVICES, ExtractConfig
+from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, on_command_line
+from heads.recipes.jobs import Job, Outcome
+from heads.recipes.steps import commands_of, read_recipe, ready, run_steps
+
+_FOR_EVERY_STEP = ("data", "work", "noise_ceiling", "subject", "device")
 
 
+@command()
 def run(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="A file of commands in order, such as recipes/demo.toml.")],
@@ -18,17 +22,21 @@ def run(
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
-    device: Device = ExtractConfig.device,
+    device: Annotated[
+        str, typer.Option(help=f"Where to compute: {', '.join(DEVICES)}.", rich_help_panel="Machine")
+    ] = ExtractConfig.device,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what each step is expected to take, and run nothing.")
+        bool,
+        typer.Option(
+            "--plan",
+            help="Print the memory and disk that each step will take, and run nothing.",
+            rich_help_panel="Output",
+        ),
     ] = False,
-    as_json: AsJson = False,
 ) -> Job:
-    """Run every step of a recipe, or go on where it stopped. Options given here go to every step."""
+    """Run all steps of a recipe, or go on where it stopped. Options that are given here go to every step."""
     for_all = {
-        name.replace("_", "-"): context.params[name]
-        for name in on_command_line(context)
-        if name in ("data", "work", "noise_ceiling", "subject", "device")
+        name.replace("_", "-"): context.params[name] for name in on_command_line(context) if name in _FOR_EVERY_STEP
     }
     group = cast(typer.core.TyperGroup, context.find_root().command)
     steps = [ready(group, step) for step in read_recipe(recipe, commands_of(group), for_all)]
@@ -38,7 +46,8 @@ def run(
     subjects = subjects_of(steps)
 
     def show() -> Outcome:
-        from heads.report.tables import plan_as_json, plan_table, print_table
+        from heads.report.plans import plan_as_json, plan_table
+        from heads.report.printing import print_table
 
         estimates = estimates_of(steps, subjects)
         print_table(plan_table(estimates))
@@ -48,4 +57,4 @@ def run(
         results, code = run_steps(steps, say)
         return Outcome(f"{recipe}: {len(results)} of {len(steps)} steps", {"steps": results}, code)
 
-    return Job(None, show if plan else call, as_json)
+    return Job(None, show if plan else call)

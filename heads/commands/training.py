@@ -1,125 +1,73 @@
 """pretrain and finetune: images and responses -> checkpoints."""
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from featcache.config import BackboneConfig
 from featcache.errors import ConfigError
-from heads.commands.options import (
-    DATA,
-    WORK,
-    AsJson,
-    Ceiling,
-    Data,
-    Device,
-    Name,
-    Size,
-    Subjects,
-    Weights,
-    Work,
-    backbone_of,
-    given,
-    open_tree,
-)
+from featcache.workdir import Workdir
+from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, given, open_tree, read
 from heads.config import PAPER_SIZE, PRESETS, StageConfig, TrainConfig
 from heads.config import preset as settings_of
-from heads.recipes.steps import Job, Outcome
+from heads.recipes.jobs import Job, Outcome
 
 if TYPE_CHECKING:
     from featcache.dataset.subject import Subject
 
+_OLD_HEADS = {"pooled": "linear"}  # {name in earlier versions: name}
 
-def _training_command(stage: str) -> Callable[..., Job]:
-    """The command of one stage of training."""
 
-    def command(
-        *,
+def _training_command(stage: str, meaning: str) -> Callable[..., Job]:
+    """The command of one stage of training. meaning : its help text"""
+
+    @command(
+        BackboneConfig,
+        StageConfig,
+        TrainConfig,
+        old={"recipe": "preset"},
+        presets={TrainConfig: {name: vars(settings_of(name, stage)) for name in PRESETS}},
+        leave_out=("init",) if stage == "pretrain" else (),
+    )
+    def train(
         data: Data = DATA,
         work: Work = WORK,
         noise_ceiling: Ceiling = None,
         subject: Subjects = "all",
-        backbone: Name = None,
-        weights: Weights = None,
-        size: Size = None,
-        init: Annotated[
-            str,
-            typer.Option(
-                help="What it starts from: stage1, hub, packaged, none, a weights file, or a checkpoint's folder.",
-                rich_help_panel="Backbone",
-            ),
-        ] = "stage1",
         fold: Annotated[
             str, typer.Option(help="The fold that is held out, or all: each in turn.", rich_help_panel="Data")
         ] = "all",
-        folds: Annotated[
-            int, typer.Option(help="Number of folds of the training images, by image id.", rich_help_panel="Data")
-        ] = StageConfig.n_folds,
-        fold_seed: Annotated[int, typer.Option(help="Seed of the folds.", rich_help_panel="Data")] = (
-            StageConfig.fold_seed
-        ),
         preset: Annotated[
-            str, typer.Option(help=f"Set of defaults: {', '.join(PRESETS)}.", rich_help_panel="Training")
-        ] = "fast",
-        save_every: Annotated[
-            int,
+            str,
             typer.Option(
-                help="Steps between saved states, from which an interrupted run goes on; 0: after epochs only.",
-                rich_help_panel="Output",
+                help=f"Set of defaults: {', '.join(PRESETS)}. paper: as published, at {PAPER_SIZE} pixels.",
+                rich_help_panel="Training",
             ),
-        ] = StageConfig.save_every,
-        image_cache: Annotated[
-            float, typer.Option(help="GB that decoded images may take on the disk.", rich_help_panel="Machine")
-        ] = StageConfig.image_cache,
-        workers: Annotated[
-            int, typer.Option(help="Threads that decode images.", rich_help_panel="Machine")
-        ] = StageConfig(stage=stage).workers,
-        device: Device = StageConfig.device,
-        as_json: AsJson = False,
-        **settings: Any,
+        ] = PRESETS[0],
+        **options: Any,
     ) -> Job:
         if not fold.isdecimal() and fold != "all":
+            last = options["n_folds"] - 1
             raise ConfigError(
-                "--fold", expected=f"all or a number from 0 to {folds - 1}", found=f"{fold!r}", remedy="correct it"
+                "--fold", expected=f"all or a number from 0 to {last}", found=f"{fold!r}", remedy="correct it"
             )
-        config = StageConfig(
+        options |= {"head": _OLD_HEADS.get(options["head"], options["head"])}
+        size = options["size"] or (PAPER_SIZE if preset == "paper" else None)
+        config = read(
+            StageConfig,
+            options,
             stage=stage,
-            train=replace(settings_of(preset, stage), **given(**settings)),
-            backbone=backbone_of(backbone, weights, size or (PAPER_SIZE if preset == "paper" else None)),
-            init=init,
+            train=replace(settings_of(preset, stage), **given(TrainConfig, options)),
+            backbone=read(BackboneConfig, options | {"size": size}),
             fold=None if fold == "all" else int(fold),
-            n_folds=folds,
-            fold_seed=fold_seed,
-            device=device,
-            save_every=save_every,
-            image_cache=image_cache,
-            workers=workers,
         )
-        return Job(config, lambda: _train(open_tree(data, noise_ceiling).select(subject), config, work), as_json)
+        return Job(config, lambda: _train(open_tree(data, noise_ceiling).select(subject), config, work))
 
-    return _with_settings(command, leave_out=() if stage == "finetune" else ("init",))
-
-
-def _with_settings(command: Callable[..., Job], leave_out: Sequence[str]) -> Callable[..., Job]:
-    """The command with every field of TrainConfig as an option; it gets them as keyword arguments."""
-    signature = inspect.signature(command)
-    options = [
-        option
-        for option in signature.parameters.values()
-        if option.kind is option.KEYWORD_ONLY and option.name not in leave_out
-    ]
-    for setting in fields(TrainConfig):
-        option: Any = typer.Option(help=setting.metadata["help"], rich_help_panel=setting.metadata["panel"])
-        annotation: Any = Annotated[cast(type, setting.type) | None, option]
-        options.append(
-            inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        )
-    command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
-    command.__annotations__ = {option.name: option.annotation for option in options}
-    return command
+    train.__doc__ = meaning
+    return train
 
 
 def _train(subjects: "Sequence[Subject]", config: StageConfig, work: Path) -> Outcome:
@@ -135,8 +83,9 @@ def _train(subjects: "Sequence[Subject]", config: StageConfig, work: Path) -> Ou
         for trained in done
     ]
     n_new = sum(trained.new for trained in done)
-    message = f"{len(done)} checkpoints, {n_new} of them new, in {work / 'checkpoints'}"
+    message = f"{len(done)} checkpoints, {n_new} of them new, in {Workdir(work).checkpoints}"
     return Outcome(message, {"checkpoints": checkpoints})
 
 
-pretrain, finetune = _training_command("pretrain"), _training_command("finetune")
+pretrain = _training_command("pretrain", "Train a backbone on all subjects at once: stage 1.")
+finetune = _training_command("finetune", "Train a backbone on each subject alone: stage 2.")

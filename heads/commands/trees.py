@@ -1,30 +1,38 @@
-"""simulate and check: a challenge tree made, and one looked through."""
+"""simulate and check: a dataset that is made up, and one that is looked through."""
 
 from typing import Annotated
 
 import typer
 
-from featcache.config import ExtractConfig
-from heads.commands.options import DATA, AsJson, Ceiling, Data, existing
-from heads.recipes.steps import Job, Outcome
+from featcache.config import usual_workers
+from heads.commands.options import DATA, Ceiling, Data, command, existing
+from heads.recipes.jobs import Job, Outcome
 
 
+@command(old={"size": "image_size"})
 def simulate(
     data: Data = DATA,
     full: Annotated[
-        bool, typer.Option("--full", help="The real challenge's counts: 73,000 images, 39,548 vertices.")
+        bool,
+        typer.Option(
+            "--full", help="As many as the real challenge has: 73,000 images, 39,548 vertices.", rich_help_panel="Data"
+        ),
     ] = False,
-    subjects: Annotated[int, typer.Option(help="Number of subjects.")] = 8,
-    images: Annotated[int, typer.Option(help="Training images of a subject.")] = 200,
-    test_images: Annotated[int, typer.Option(help="Test images of a subject.")] = 40,
-    shared: Annotated[int, typer.Option(help="Training images that all subjects saw.")] = 50,
-    vertices: Annotated[int, typer.Option(help="Vertices of both hemispheres together.")] = 989,
-    size: Annotated[int, typer.Option(help="Pixels on a side of an image.")] = 128,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
-    workers: Annotated[int | None, typer.Option(help="Processes. Default: one a core.")] = None,
-    as_json: AsJson = False,
+    subjects: Annotated[int, typer.Option(help="Number of subjects.", rich_help_panel="Data")] = 8,
+    images: Annotated[int, typer.Option(help="Training images of a subject.", rich_help_panel="Data")] = 200,
+    test_images: Annotated[int, typer.Option(help="Test images of a subject.", rich_help_panel="Data")] = 40,
+    shared: Annotated[int, typer.Option(help="Training images that all subjects saw.", rich_help_panel="Data")] = 50,
+    vertices: Annotated[int, typer.Option(help="Vertices of both hemispheres.", rich_help_panel="Data")] = 989,
+    image_size: Annotated[int, typer.Option(help="Pixels on a side of an image.", rich_help_panel="Data")] = 128,
+    seed: Annotated[
+        int, typer.Option(help="Seed of everything random; the same seed gives the same bytes.", rich_help_panel="Data")
+    ] = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that draw images.", rich_help_panel="Machine", show_default="one a core"),
+    ] = None,
 ) -> Job:
-    """Write a challenge tree whose ground truth is known."""
+    """Write a small dataset whose true responses are known, to try everything on."""
     from featcache.machine.progress import steps
     from featcache.simulate import SimulateConfig
     from featcache.simulate import simulate as run
@@ -39,7 +47,7 @@ def simulate(
             n_test=test_images,
             n_shared=shared,
             n_vertices=(left, vertices - left),
-            image_size=size,
+            image_size=image_size,
             seed=seed,
             workers=workers,
         )
@@ -50,16 +58,18 @@ def simulate(
             run(config, data, update)
         return Outcome(f"wrote {data}", {"data": str(data)})
 
-    return Job(config, call, as_json, is_done=data.is_dir)
+    return Job(config, call, is_done=data.is_dir)
 
 
+@command()
 def check(
     data: Data = DATA,
     noise_ceiling: Ceiling = None,
-    workers: Annotated[int, typer.Option(help="Threads that decode images.")] = ExtractConfig().workers,
-    as_json: AsJson = False,
+    workers: Annotated[int, typer.Option(help="Threads that decode images.", rich_help_panel="Machine")] = (
+        usual_workers()
+    ),
 ) -> Job:
-    """List everything that is wrong with a challenge tree."""
+    """List everything that is wrong with a dataset."""
 
     def call() -> Outcome:
         from featcache.dataset.algonauts import deep_faults, scan_tree
@@ -74,7 +84,7 @@ def check(
         for fault in faults:
             typer.echo(str(fault))
         result = {"data": str(data), "faults": [str(fault) for fault in faults], "notes": challenge.notes}
-        found = f"{data}: {len(challenge.subjects)} subjects, {total} images, {len(faults)} faults"
-        return Outcome(found, result, code=1 if faults else 0)
+        message = f"{data}: {len(challenge.subjects)} subjects, {total} images, {len(faults)} faults"
+        return Outcome(message, result, code=1 if faults else 0)
 
-    return Job(None, call, as_json)
+    return Job(None, call)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from featcache.config import at_least, one_of
+from featcache.config import at_least, one_of, option
 
 BLENDS = ("uniform", "score", "greedy", "nnls")
 LEVELS = ("all", "hemisphere", "roi", "vertex")
@@ -12,12 +12,14 @@ LEVELS = ("all", "hemisphere", "roi", "vertex")
 class BlendConfig:
     """How models are weighed against each other, for each subject."""
 
-    method: str = "score"  # uniform | score | greedy | nnls
-    per: str = "vertex"  # all | hemisphere | roi | vertex: what has weights of its own
+    method: str = option("score", f"How weights are found: {', '.join(BLENDS)} (docs/blend.md).", "Blend")
+    per: str = option("vertex", f"What has weights of its own: {', '.join(LEVELS)}.", "Blend")
     by: str = "model"  # model | backbone: what has a weight; the models of one backbone are averaged first
-    models: str = "*"  # patterns of names, with commas between: which models
-    exclude: str = ""  # patterns as well: which of them not
-    seed: int = 0  # of the bags of a greedy blend, the bootstrap and the permutations
+    models: str = option(
+        "*", "Models to take, by name: patterns such as 'convnext*', several with commas between.", "Blend"
+    )
+    exclude: str = option("", "Models to leave out, likewise.", "Blend")
+    seed: int = option(0, "Seed of everything random: bags of models, bootstrap and permutations.", "Blend")
 
     def __post_init__(self) -> None:
         one_of("method", self.method, BLENDS)

@@ -5,10 +5,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from featcache.config import DEVICES, PRODUCTS, at_least, one_of
+from featcache.config import DEVICES, PRODUCTS, at_least, one_of, option
 from featcache.errors import ConfigError
 from heads.config.checks import check_dropout, refuse_given
-from heads.config.losses import LOSS_SPECS, loss_label, parse_loss, split_losses
+from heads.config.losses import LOSS_NAMES, LOSS_SPECS, loss_label, parse_loss, split_losses
 from heads.config.solvers import HEADS, SOLVERS, SolverSpec, automatic_solver
 
 
@@ -16,10 +16,14 @@ from heads.config.solvers import HEADS, SOLVERS, SolverSpec, automatic_solver
 class AdamWConfig:
     """The gradient loop of the heads."""
 
-    learning_rate: float = 3e-4  # at the first step; falls to zero on a cosine
-    weight_decay: float = 0.1  # decoupled, on the weights and not on the intercepts
-    epochs: int = 60  # the most; the cosine ends there
-    batch_size: int = 128  # images a step; a correlation loss sees no others
+    learning_rate: float = option(
+        3e-4,
+        "adamw: at the first step; it falls to zero on a cosine. moments: in units of the curvature.",
+        "Training",
+    )
+    weight_decay: float = option(0.1, "adamw: decoupled, on weights and not on intercepts.", "Training")
+    epochs: int = option(60, "adamw, moments: passes over the training images, at most.", "Training")
+    batch_size: int = option(128, "adamw: images a step. A correlation loss compares these and no others.", "Training")
     patience: int = 10  # epochs without a better validation score before it stops
     validation: int = 10  # one in so many training images decides when to stop, and is not trained on
 
@@ -79,11 +83,19 @@ class MomentsConfig:
 class SpatialConfig:
     """Spatial heads on cached layers: maps over places times maps over channels (see heads.modules.spatial)."""
 
-    rank: int = 4  # such products an output and layer
-    space: int = 0  # outputs that the vertices of all subjects are linear in, trained together; 0: each subject alone
-    token_dropout: float = 0.3  # part of a layer's places that an image lacks in training
-    smoothness: float = 0.1  # penalty of differences between neighbouring places
-    sparsity: float = 0.0  # penalty of maps that spread over many places
+    rank: int = option(
+        4, "Maps over places, each with weights of channels, for each output and layer.", "Spatial heads"
+    )
+    space: int = option(
+        0, "Outputs that the vertices of all subjects share, trained together; 0: each subject alone.", "Spatial heads"
+    )
+    token_dropout: float = option(
+        0.3, "Part of a layer's places that are left out of an image in training.", "Spatial heads"
+    )
+    smoothness: float = option(
+        0.1, "Weight of a penalty of differences between neighbouring places of a map.", "Spatial heads"
+    )
+    sparsity: float = option(0.0, "Weight of a penalty of maps that spread over many places.", "Spatial heads")
 
     def __post_init__(self) -> None:
         at_least("rank", self.rank, 1)
@@ -97,16 +109,36 @@ class SpatialConfig:
 class FitConfig:
     """Which heads are fitted to a feature store, and how."""
 
-    loss: str = "mnnpc"  # a weighted sum of losses, or several sums with commas between: a model of each
-    head: str = "linear"  # a name in HEADS
-    layers: str = "joint"  # joint: all that were extracted | each: a model of every one | names, with commas between
-    solver: str = "auto"  # auto | a name in SOLVERS
-    n_folds: int = 5  # of the training images, by image id
-    seed: int = 0  # of the folds and of the gradient loop
-    device: str = "auto"
-    # float32 | tf32, on CUDA: of the products with responses, never of those that are decomposed
-    products: str = "float32"
-    max_memory: float = 0.0  # 10^9 bytes of main memory that the process may take; 0: what is free
+    loss: str = option(
+        "mnnpc",
+        f"What heads optimise: {', '.join(LOSS_NAMES)}, or a weighted sum such as smooth_l1+0.5*mnnpc; several with "
+        "commas between, a model of each.",
+        "Heads",
+    )
+    head: str = option(
+        "linear",
+        f"Kind of head: {', '.join(HEADS)}. linear: one layer. roi: one layer for a surface and one for each ROI. "
+        "spatial: maps over the places of layers.",
+        "Heads",
+    )
+    layers: str = option(
+        "all",
+        "Layers that heads read, out of those that were extracted: all, in one model; each, a model of every layer; or "
+        "names with commas between, in one model.",
+        "Layers",
+    )
+    solver: str = option(
+        "auto",
+        f"How heads are fitted: {', '.join(SOLVERS)}. auto: ridge, the closed form, where it has the optimum of the "
+        "loss, else adamw. trained: the heads that were trained with the backbone.",
+        "Heads",
+    )
+    n_folds: int = option(5, "Number of folds of the training images, by image id.", "Data", name="folds")
+    seed: int = option(0, "Seed of the folds. The gradient loop of adamw starts from it too.", "Data", name="fold-seed")
+    device: str = option("auto", f"Where to compute: {', '.join(DEVICES)}.", "Machine")
+    # of the products with responses, never of those that are decomposed
+    products: str = option("float32", f"How CUDA multiplies matrices: {', '.join(PRODUCTS)}.", "Machine")
+    max_memory: float = option(0.0, "Main memory that the process may take, in 10^9 bytes; 0: what is free.", "Machine")
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     moments: MomentsConfig = field(default_factory=MomentsConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
@@ -118,7 +150,7 @@ class FitConfig:
         one_of("device", self.device, DEVICES)
         one_of("products", self.products, PRODUCTS)
         at_least("folds", self.n_folds, 2)
-        at_least("seed", self.seed, 0)
+        at_least("fold-seed", self.seed, 0)
         at_least("max-memory", self.max_memory, 0)
         for loss in split_losses(self.loss):
             terms = parse_loss(loss)
@@ -210,7 +242,7 @@ def default_settings(head: str, spec: SolverSpec) -> dict[str, Any]:
 # options of fit-heads that decide something for some solvers or heads, and not for all
 _OF_SOLVERS = tuple(dict.fromkeys(option for spec in SOLVERS.values() for option in spec.options))
 _OF_SPATIAL = tuple(setting.name for setting in fields(SpatialConfig))
-_OF_A_FIT = ("loss", "head", "folds", "seed", *_OF_SOLVERS, *_OF_SPATIAL)
+_OF_A_FIT = ("loss", "head", "folds", "fold_seed", "seed", *_OF_SOLVERS, *_OF_SPATIAL)
 
 
 def refuse_unread(given: Collection[str], config: FitConfig) -> None:

@@ -1,15 +1,14 @@
 """Settings of the two stages that train backbones."""
 
 import math
-import os
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from featcache.config import DEVICES, POOLED, BackboneConfig, LayerConfig, at_least, one_of
+from featcache.config import DEVICES, POOLED, BackboneConfig, LayerConfig, at_least, one_of, option, usual_workers
 from featcache.errors import ConfigError
 from heads.config.checks import check_dropout, refuse_given
-from heads.config.losses import CORRELATIONS, LOSS_NAMES, loss_label, parse_loss
+from heads.config.losses import LOSS_NAMES, LOSS_SPECS, loss_label, parse_loss
 
 STAGES = ("pretrain", "finetune")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -19,31 +18,36 @@ STOPS = ("fold", "never")
 
 @dataclass(frozen=True, kw_only=True)
 class HeadKind:
-    """One kind of heads that `--head` offers, as far as settings go; `heads.backbones.heads` builds them.
+    """What has to be known of one kind of heads before it is loaded."""
 
-    settings : names of the settings that only these heads read; with 'layers' and 'grid', they read places of layers
-    idle_weights : whether a step may leave weights of the heads without a gradient, as those of absent subjects
-    """
-
-    settings: tuple[str, ...] = ()
-    idle_weights: bool = False
+    build: str  # 'module:name' of a function (shapes, subjects, config, size) -> SubjectHeads; heads/backbones/heads.py
+    start: str  # 'module:name' of a function (heads, first weights) -> note, for heads of stage 2
+    settings: tuple[str, ...] = ()  # those that no other heads read; with 'layers' and 'grid', they read places
+    idle_weights: bool = False  # whether a step may leave weights without a gradient, as those of absent subjects
 
 
+# A new kind of heads is one file and one entry here.
 HEAD_KINDS = {
-    "pooled": HeadKind(),
+    "linear": HeadKind(build="heads.backbones.heads:build_pooled", start="heads.backbones.heads:start_pooled"),
     "spatial": HeadKind(
-        settings=("layers", "grid", "space", "rank", "token_dropout", "smoothness", "sparsity"), idle_weights=True
+        build="heads.backbones.heads:build_spatial",
+        start="heads.backbones.heads:start_spatial",
+        settings=("layers", "grid", "space", "rank", "token_dropout", "smoothness", "sparsity"),
+        idle_weights=True,
     ),
 }
 
 
-def _option(panel: str, default: Any, meaning: str) -> Any:
-    """A field that the command line offers as an option, with this help, in this group of `--help`."""
-    return field(default=default, metadata={"help": meaning, "panel": panel})
+def _in_panel(panel: str, default: Any, meaning: str) -> Any:
+    return option(default, meaning, panel)
 
 
-_train, _more = partial(_option, "Training"), partial(_option, "Training, in detail")
-_heads, _spatial, _machine = partial(_option, "Heads"), partial(_option, "Spatial heads"), partial(_option, "Machine")
+_train, _more = partial(_in_panel, "Training"), partial(_in_panel, "Training, in detail")
+_heads, _spatial, _machine = (
+    partial(_in_panel, "Heads"),
+    partial(_in_panel, "Spatial heads"),
+    partial(_in_panel, "Machine"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,10 @@ class TrainConfig:
     stop: str = _train("fold", "fold: keep the epoch that scores best on the held-out fold; never: keep the last.")
     patience: int = _train(3, "With --stop fold: epochs without a better score after which training ends.")
     embedding: int = _heads(512, "Stage 1: numbers that stand for a subject beside the features of an image.")
-    head: str = _heads("pooled", "pooled: heads read the last layer's vector; spatial: they read places of layers.")
+    head: str = _heads(
+        "linear",
+        "Kind of head. linear: one layer on the network's last vector. spatial: maps over the places of layers.",
+    )
     layers: str = _spatial("auto", "Layers that are read: auto, all, or names or numbers with commas between.")
     grid: str = _spatial("auto", "Places a side of a layer: a number, native, or auto (at most 7).")
     space: int = _spatial(0, "Outputs of a common readout, in which all vertices are linear; 0: a readout a vertex.")
@@ -141,13 +148,13 @@ class TrainConfig:
     @property
     def uses_correlation(self) -> bool:
         """Whether a part of the loss is a correlation over images."""
-        return any(name in CORRELATIONS for _, name in self.terms)
+        return any(LOSS_SPECS[name].correlation for _, name in self.terms)
 
     def key(self) -> dict[str, Any]:
         """Settings that decide the weights that come out, given data, start and fold."""
         unread = set(self._read_by_others())
         if self.head == TrainConfig.head:
-            unread.add("head")  # checkpoints of pooled heads are older than the choice, and keep their key
+            unread.add("head")  # checkpoints of linear heads are older than the choice, and keep their key
         settings = {name: value for name, value in vars(self).items() if name not in unread}
         if "layers" in settings:
             settings["layers"] = ",".join(self.tapped.layers)
@@ -187,20 +194,27 @@ class StageConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     # pretrain: what it starts from. finetune: of which stage-1 checkpoint, unless `init` names another start
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    init: str = "stage1"  # finetune only: stage1 | hub | packaged | none | a weights file | a checkpoint's folder
+    init: str = option(
+        "stage1",
+        "What training starts from: stage1 (the checkpoint of stage 1), hub, packaged, none, a weights file, or the "
+        "folder of a checkpoint.",
+        "Backbone",
+    )
     fold: int | None = None  # the one held out; None: each in turn
-    n_folds: int = 5
-    fold_seed: int = 0  # the folds of fit-heads with the same number and seed
-    device: str = "auto"
-    save_every: int = 0  # steps between states to go on from, besides the end of each epoch; 0: none
-    image_cache: float = 50.0  # 10^9 bytes that decoded images may take on the disk
-    workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 16))  # threads that decode images
+    n_folds: int = option(5, "Number of folds of the training images, by image id.", "Data", name="folds")
+    fold_seed: int = option(0, "Seed of the folds; those of fit-heads with the same number and seed.", "Data")
+    device: str = option("auto", f"Where to compute: {', '.join(DEVICES)}.", "Machine")
+    save_every: int = option(
+        0, "Steps between saved states, from which an interrupted run goes on; 0: after epochs only.", "Machine"
+    )
+    image_cache: float = option(50.0, "Disk that decoded images may take, in 10^9 bytes.", "Machine")
+    workers: int = option(usual_workers, "Threads that decode images.", "Machine")
 
     def __post_init__(self) -> None:
         one_of("stage", self.stage, STAGES)
         one_of("device", self.device, DEVICES)
         at_least("folds", self.n_folds, 2)
-        at_least("seed", self.fold_seed, 0)
+        at_least("fold-seed", self.fold_seed, 0)
         at_least("save-every", self.save_every, 0)
         at_least("workers", self.workers, 1)
         if self.fold is not None and not 0 <= self.fold < self.n_folds:

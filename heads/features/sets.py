@@ -90,21 +90,9 @@ class FeatureSet:
         return [LayerRows(store, self.names, device, budget) for store in self.stores]
 
     def reading(self, layers: str) -> "list[FeatureSet]":
-        """What heads read under --layers: all layers jointly, each alone, or those that are named.
-
-        A layer's class token goes with it. Named layers that these features lack leave nothing to read.
-        """
-        known = dict.fromkeys(layer_of(name) for name in self.stores[0].arrays)
-        if layers == "joint":
-            return [self]
-        if layers == "each":
-            return [self._reading((layer,)) for layer in known]
-        wanted = tuple(layers.replace(" ", "").split(","))
-        return [self._reading(wanted)] if set(wanted) <= known.keys() else []
-
-    def _reading(self, layers: tuple[str, ...]) -> "FeatureSet":
-        arrays = tuple(name for name in self.stores[0].arrays if layer_of(name) in layers)
-        return FeatureSet(self.stores, None if arrays == tuple(self.stores[0].arrays) else arrays)
+        """What heads read under --layers: one set for each model (see `models_of`)."""
+        stored = tuple(self.stores[0].arrays)
+        return [replace(self, arrays=None if read == stored else read) for read in models_of(stored, layers)]
 
     def only(self, arrays: Sequence[str]) -> "FeatureSet":
         """The same features, of which heads read some arrays alone."""
@@ -113,6 +101,24 @@ class FeatureSet:
     def seen_ids(self) -> list[np.ndarray]:
         """Ids of the images that each store's backbone was trained on."""
         return [np.array(facts.seen_ids or (), dtype=np.int64) for facts in self.facts]
+
+
+def models_of(arrays: Sequence[str], layers: str) -> list[tuple[str, ...]]:
+    """The arrays that each model reads, out of those of a store, in their order.
+
+    layers : all, in one model | each, a model of every layer | names with commas between, in one model. A layer's class
+        token goes with it. Where a named layer is missing there is no model.
+    """
+    names = list(dict.fromkeys(map(layer_of, arrays)))
+    if layers in ("all", "joint"):  # joint: its name in earlier versions
+        chosen = [names]
+    elif layers == "each":
+        chosen = [[name] for name in names]
+    else:
+        chosen = [layers.replace(" ", "").split(",")]
+    return [
+        tuple(array for array in arrays if layer_of(array) in wanted) for wanted in chosen if set(wanted) <= set(names)
+    ]
 
 
 def layer_of(name: str) -> str:

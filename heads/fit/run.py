@@ -83,7 +83,7 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
         known = dict.fromkeys(layer_of(name) for sets in stored.values() for each in sets for name in each.names)
         raise ConfigError(
             "--layers",
-            expected=f"joint, each, or layers that were extracted ({', '.join(known)})",
+            expected=f"all, each, or layers that were extracted ({', '.join(known)})",
             found=repr(config.layers),
             remedy=f"choose among those, or extract with --layers {config.layers}",
         )

@@ -150,7 +150,7 @@ class SpatialHeads(SubjectHeads):
         if len(self.subjects) == 1:
             return self._padded(0, inputs)
         outputs, order = [], []
-        for number in subjects.unique().tolist():
+        for number in sorted(set(subjects.tolist())):
             images = (subjects == number).nonzero().flatten()
             outputs.append(self._padded(number, {name: values[images] for name, values in inputs.items()}))
             order.append(images)

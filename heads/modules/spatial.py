@@ -1,7 +1,7 @@
-"""Heads that read maps: which channels matter, and where in the image, are learnt apart.
+"""Heads that read maps: they learn which channels matter and where in the image in separate weights.
 
-A vertex's weights on a layer are a map over places times a map over channels, summed over a few ranks: for 7 x 7 places
-of 300 channels that is 349 numbers a rank instead of 14,700, which a few thousand images can tell.
+A vertex's weights on a layer are weights of places times weights of channels, summed over a few ranks. For 7 x 7 places
+of 300 channels that is 349 numbers a rank instead of 14,700: few enough to be learnt from a few thousand images.
 
 Source: Klindt et al., Neural system identification for large populations separating "what" and "where" (2017).
 """
@@ -19,15 +19,17 @@ from heads.modules.linear import SMALL
 Rows = dict[str, torch.Tensor]  # {array: (n_images, n_features), or (n_images, height, width, n_channels)}
 Shapes = Mapping[str, tuple[int, ...]]  # {array: shape of a row}
 
-_NOISE = 0.1  # of the first spatial maps, as a part of a uniform one
-_LARGEST = 2**24  # numbers that a product of channels may keep for the way back; larger ones are computed again
+_NOISE = 0.1  # standard deviation of the first spatial maps, as a part of the uniform map around which they are
+_LARGEST = 2**24  # numbers that a product of channels may keep for the backward pass; larger ones are computed again
 
 
 class Standardise(nn.Module):
-    """{array: rows} -> the same with each channel at mean 0 and variance 1 over images and places.
+    """{array: rows} -> the same rows with each channel at mean 0 and variance 1 over images and places.
 
-    By running statistics, in training as in evaluation: they follow a backbone that is trained along, no image depends
-    on the others of its batch, and statistics that are given stay as they are.
+    It uses running statistics, in training as in evaluation. So they follow a backbone that is trained along, no image
+    depends on the others of its batch, and statistics that are given (`fix`) stay as they are.
+
+    shapes : {array: shape of a row}
     """
 
     def __init__(self, shapes: Shapes) -> None:
@@ -36,21 +38,25 @@ class Standardise(nn.Module):
         self.channels = nn.ModuleList(_Channels(shape[-1]) for shape in shapes.values())
 
     def forward(self, rows: Rows) -> Rows:
-        return {array: one(rows[array].float()) for array, one in zip(self._arrays, self.channels, strict=True)}
+        pairs = zip(self._arrays, self.channels, strict=True)
+        return {array: channels(rows[array].float()) for array, channels in pairs}
 
     @torch.no_grad()
     def fix(self, statistics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Use these and no others. statistics : {array: (mean (n_channels,), variance (n_channels,))}"""
-        for array, one in zip(self._arrays, cast("list[_Channels]", list(self.channels)), strict=True):
+        """Use these statistics and no others, {array: (mean (n_channels,), variance (n_channels,))}."""
+        for array, channels in zip(self._arrays, cast("list[_Channels]", list(self.channels)), strict=True):
             mean, variance = statistics[array]
-            one.running_mean.copy_(mean)
-            one.running_var.copy_(variance)
-            one.num_batches_tracked.fill_(1)
-            one.momentum = 0.0
+            channels.running_mean.copy_(mean)
+            channels.running_var.copy_(variance)
+            channels.num_batches_tracked.fill_(1)
+            channels.momentum = 0.0
 
 
 class _Channels(nn.modules.batchnorm._BatchNorm):
-    """A batch norm, for whoever keeps the statistics of those still; it normalises by what it remembers."""
+    """Standardisation of one array's channels by running statistics.
+
+    It is a batch norm by class, so that what holds the statistics of batch norms still holds these still too.
+    """
 
     running_mean: torch.Tensor
     running_var: torch.Tensor
@@ -69,22 +75,25 @@ class _Channels(nn.modules.batchnorm._BatchNorm):
     def _remember(self, values: torch.Tensor) -> None:
         variance, mean = torch.var_mean(values.flatten(0, -2), 0, correction=0)
         self.num_batches_tracked += 1
-        share = max(self.momentum or 0.0, 1 / int(self.num_batches_tracked))  # the first batches count alike
+        share = max(self.momentum or 0.0, 1 / int(self.num_batches_tracked))  # the first batches count equally
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(variance, share)
 
 
 class SpatialReadout(nn.Module):
-    """{array: rows} -> (n_images, n_outputs)
+    """Readout of maps and vectors: {array: rows} -> (n_images, n_outputs).
 
-    Of a layer's map X (n_places, n_channels), output v takes sum over ranks r of sum over places and channels of
-    spatial[v, r, place] X[place, channel] channels[v, r, channel]; of a vector, a linear map. Layers are mixed by a
-    softmax of each output's own.
+    From a layer's map X, (n_places, n_channels), output v takes the sum over ranks r, places p and channels c of
+    ``spatial[v, r, p] X[p, c] channels[v, r, c]``; from a vector it takes a linear map. An output is the sum of its
+    layers, weighed by the softmax of its row of `mixture`, plus its `bias`.
 
-    shapes : {array: shape of a row}, (height, width, n_channels) of maps and (n_features,) of vectors
-    dropout : probability of leaving a place of a layer out of an image, while training
+    Parameters
+    ----------
+    shapes : {array: shape of a row}: (height, width, n_channels) of maps and (n_features,) of vectors
+    rank : pairs of weights of places and weights of channels that each output has on a layer
+    dropout : probability that a place of a layer is left out of an image, in training
     start : size of the first weights, 1 for torch's own
-    standardised : the rows are already, so that several readouts share one standardisation
+    standardised : whether the rows are standardised already, as where several readouts share one standardisation
     """
 
     def __init__(
@@ -106,9 +115,9 @@ class SpatialReadout(nn.Module):
 
     @torch.no_grad()
     def start_from(self, weights: Mapping[str, torch.Tensor], bias: torch.Tensor) -> None:
-        """Take the product of maps that is closest to given weights, layer by layer.
+        """Take the products of places and channels that are closest to given weights, layer by layer.
 
-        weights : {array: (n_outputs, n_places, n_channels)} on standardised rows; bias : (n_outputs,)
+        weights : {array: (n_outputs, n_places, n_channels)} of standardised rows; bias : (n_outputs,)
         """
         self.mixture.zero_()
         self.bias.copy_(bias)
@@ -130,43 +139,51 @@ class SpatialReadout(nn.Module):
         return values * kept
 
     def regularisation(self, smoothness: float, sparsity: float) -> torch.Tensor:
-        """What to add to a loss: a mean over the spatial maps of all outputs, ranks and layers, blind to their sizes.
+        """Penalty of the spatial maps, to add to a loss: a mean over outputs, ranks and layers.
 
-        smoothness : weight of the mean squared difference of neighbouring places, in mean squares of the map
-        sparsity : weight of the mean absolute value, in roots of that mean square
+        A map that is multiplied by a number costs the same.
+
+        smoothness : weight of the mean squared difference of neighbouring places, over the map's mean square
+        sparsity : weight of the mean absolute value, over the root of that mean square
         """
-        maps = [one.spatial.unflatten(2, shape[:2]) for _, shape, one in self._readers() if isinstance(one, _MapReader)]
+        maps = [
+            reader.spatial.reshape(*reader.spatial.shape[:2], *shape[:2])
+            for _, shape, reader in self._readers()
+            if isinstance(reader, _MapReader)
+        ]
         total = self.bias.new_zeros(())
-        for one in maps:
-            size = one.square().mean((2, 3)).clamp_min(torch.finfo(one.dtype).tiny)
-            rough = sum(step.square().mean((2, 3)) for d in (2, 3) if (step := one.diff(dim=d)).numel())
-            dense = one.abs().mean((2, 3)) / size.sqrt()
+        for places in maps:
+            size = places.square().mean((2, 3)).clamp_min(torch.finfo(places.dtype).tiny)
+            rough = sum(step.square().mean((2, 3)) for d in (2, 3) if (step := places.diff(dim=d)).numel())
+            dense = places.abs().mean((2, 3)) / size.sqrt()
             total = total + (smoothness * (rough / size) + sparsity * dense).mean() / len(maps)
         return total
 
     @torch.no_grad()
     def maps(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Where each output looks, and at which layers, by the sizes of its weights on standardised channels.
+        """Places and layers that each output looks at, by the sizes of its weights of standardised channels.
 
-        Returns ({layer: (n_outputs, height, width)} without vectors, (n_outputs, n_arrays) in their order); over the
-        places of a layer, and over arrays, they sum to 1.
+        Returns
+        -------
+        places : {array: (n_outputs, height, width)} of each array that is a map; the places of a map sum to 1
+        layers : (n_outputs, n_arrays), in the order of the arrays; they sum to 1
         """
-        where, sizes = {}, []
-        for array, shape, one in self._readers():
-            squares = one.squares()
+        places, sizes = {}, []
+        for array, shape, reader in self._readers():
+            squares = reader.squares()
             sizes.append(squares.sum(1).sqrt())
             if len(shape) > 1:
-                where[array] = functional.normalize(squares.sqrt(), p=1, dim=1).unflatten(1, shape[:2])
-        return where, functional.normalize(self.mixture.softmax(1) * torch.stack(sizes, 1), p=1, dim=1)
+                places[array] = functional.normalize(squares.sqrt(), p=1, dim=1).reshape(self.n_outputs, *shape[:2])
+        return places, functional.normalize(self.mixture.softmax(1) * torch.stack(sizes, 1), p=1, dim=1)
 
     def _readers(self) -> "list[tuple[str, tuple[int, ...], _VectorReader | _MapReader]]":
-        """[(array, shape of a row, what reads it)]"""
+        """The arrays with what reads them, as [(array, shape of a row, reader)]."""
         readers = cast("list[_VectorReader | _MapReader]", list(self.layers))
-        return [(array, shape, one) for (array, shape), one in zip(self.shapes.items(), readers, strict=True)]
+        return [(array, shape, reader) for (array, shape), reader in zip(self.shapes.items(), readers, strict=True)]
 
 
 class _VectorReader(nn.Module):
-    """(n_images, n_features) -> (n_images, n_outputs)"""
+    """Linear map of a vector: (n_images, n_features) -> (n_images, n_outputs)."""
 
     def __init__(self, n_features: int, n_outputs: int, start: float) -> None:
         super().__init__()
@@ -176,19 +193,19 @@ class _VectorReader(nn.Module):
         return functional.linear(values, self.channels)
 
     def start_from(self, weights: torch.Tensor) -> None:
-        """(n_outputs, 1, n_features)"""
+        """Take these weights, (n_outputs, 1, n_features)."""
         self.channels.copy_(weights[:, 0])
 
     def squares(self) -> torch.Tensor:
-        """(n_outputs, 1) summed squares of the weights"""
+        """Squares of the weights, summed over features: (n_outputs, 1)."""
         return self.channels.square().sum(1, keepdim=True)
 
 
 class _MapReader(nn.Module):
-    """(n_images, height, width, n_channels) -> (n_images, n_outputs)
+    """Products of places and channels on a map: (n_images, height, width, n_channels) -> (n_images, n_outputs).
 
-    spatial : (n_outputs, rank, n_places), first near 1 / sqrt(n_places); over another such root it weighs the places.
-        So maps have norm 1 at first, and as many steps turn one into a peak as turn a channel on.
+    spatial : (n_outputs, rank, n_places), sqrt(n_places) times the weights of the places. It begins near
+        1 / sqrt(n_places), so a map has norm 1 and becomes a peak in as many steps as a channel needs to be turned on
     channels : (n_outputs, rank, n_channels)
     """
 
@@ -202,7 +219,10 @@ class _MapReader(nn.Module):
         return _contract(values.flatten(1, 2), self.spatial / self.spatial.shape[2] ** 0.5, self.channels)
 
     def start_from(self, weights: torch.Tensor) -> None:
-        """(n_outputs, n_places, n_channels): by the largest singular values, the maps over places with norm 1."""
+        """Take the products closest to these weights, (n_outputs, n_places, n_channels), by singular values.
+
+        Weights of places have norm 1 afterwards.
+        """
         rank, n_places = self.spatial.shape[1:]
         _, vectors = torch.linalg.eigh(weights @ weights.transpose(1, 2))  # the smaller side, ascending
         kept = min(rank, n_places)
@@ -211,9 +231,9 @@ class _MapReader(nn.Module):
         self.channels[:, kept:] = 0.0
 
     def squares(self) -> torch.Tensor:
-        """(n_outputs, n_places) squares of the weights, summed over channels"""
-        alike = self.channels @ self.channels.transpose(1, 2)  # (n_outputs, rank, rank)
-        return torch.einsum("vrp,vrs,vsp->vp", self.spatial, alike, self.spatial).clamp_min(0) / self.spatial.shape[2]
+        """Squares of the weights, summed over channels: (n_outputs, n_places)."""
+        gram = self.channels @ self.channels.transpose(1, 2)  # (n_outputs, rank, rank)
+        return torch.einsum("vrp,vrs,vsp->vp", self.spatial, gram, self.spatial).clamp_min(0) / self.spatial.shape[2]
 
 
 def _reader(shape: tuple[int, ...], n_outputs: int, rank: int, start: float) -> _VectorReader | _MapReader:
@@ -223,16 +243,16 @@ def _reader(shape: tuple[int, ...], n_outputs: int, rank: int, start: float) -> 
 
 
 def _uniform(start: float, *shape: int) -> nn.Parameter:
-    """`start` times what torch starts a linear layer with, from channels, the last axis."""
+    """Random weights, `start` times those of a linear layer in torch whose inputs are the last axis."""
     bound = start * shape[-1] ** -0.5
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
 def _contract(values: torch.Tensor, spatial: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
-    """Values (n, P, C), spatial (V, R, P), channels (V, R, C) -> (n, V): their product summed over P, C and R.
+    """Product of values (n, P, C), spatial (V, R, P) and channels (V, R, C), summed over P, C and R: (n, V).
 
-    Channels first, (V R, n P), however many they are: as fast as any other order, or faster. Where that is large it is
-    made for some outputs at a time, and made again on the way back.
+    Channels are summed first, (V R, n P): no other order was faster. Where that is large, it is computed for some
+    outputs at a time, and again in the backward pass.
     """
     n_outputs, rank = channels.shape[:2]
     block = max(1, _LARGEST // (rank * values.shape[0] * values.shape[1]))
@@ -240,11 +260,11 @@ def _contract(values: torch.Tensor, spatial: torch.Tensor, channels: torch.Tenso
         return _product(values, spatial, channels)
     parts = []
     for first in range(0, n_outputs, block):
-        own = values, spatial[first : first + block], channels[first : first + block]
-        again = torch.is_grad_enabled()
-        parts.append(
-            checkpoint(_product, *own, use_reentrant=False, preserve_rng_state=False) if again else _product(*own)
-        )
+        factors = values, spatial[first : first + block], channels[first : first + block]
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_product, *factors, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_product(*factors))
     return torch.cat(parts, 1)
 
 

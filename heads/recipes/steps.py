@@ -10,33 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
-import typer
 from typer.core import TyperGroup
 
 from featcache.errors import ConfigError, FeatcacheError
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command leaves: a line for a person, a JSON object for a program, and an exit code."""
-
-    message: str
-    result: dict[str, Any]
-    code: int = 0
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a command line asks for: its options are read and its settings checked, and nothing is done yet.
-
-    config : the settings that it is called with; None where there are none
-    is_done : whether there is nothing to do, of a command that would not see to that itself
-    """
-
-    config: Any
-    call: Callable[[], Outcome]
-    as_json: bool = False
-    is_done: Callable[[], bool] = lambda: False
+from heads.recipes.jobs import Job, usage_fault
 
 
 @dataclass(frozen=True)
@@ -48,8 +25,6 @@ class Option:
     off: str = ""
 
 
-# what a command line that cannot be read raises; typer may carry click inside itself, where it has no name to import
-UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 Commands = Mapping[str, Mapping[str, Option]]  # {command: {option, without dashes: what it is}}
 _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {  # in words, and what TOML may have for it
     int: ("a whole number", (int,)),
@@ -59,6 +34,7 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {  # in words, and what TOML 
     Path: ("a path", (str,)),
 }
 _PARTS = ("title", "options", "steps")
+_OF_THE_COMMAND_LINE = ("help", "json", "quiet")  # options that a recipe cannot give
 
 
 @dataclass(frozen=True)
@@ -196,7 +172,7 @@ def _options_of(command: Any) -> dict[str, Option]:
         kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
         kind = next((part for part in get_args(kind) if part in _KINDS), kind)  # of int | None
         found[one.opts[0].removeprefix("--")] = Option(kind, one.opts[0], *one.secondary_opts[:1])
-    return {name: option for name, option in found.items() if name != "json"}
+    return {name: option for name, option in found.items() if name not in _OF_THE_COMMAND_LINE}
 
 
 @dataclass(frozen=True)
@@ -216,11 +192,14 @@ def ready(group: TyperGroup, step: Step) -> Ready:
         return Ready(step, command.invoke(context), dict(context.params))
     except FeatcacheError as error:
         raise located(error, step) from error
-    except UsageError as error:
-        message = getattr(error, "format_message", error.__str__)()
-        expected = f"options of {step.command}"
+    except Exception as error:
+        if (fault := usage_fault(error)) is None:
+            raise
         raise ConfigError(
-            step.where, expected=expected, found=message, remedy="correct it, or the environment"
+            step.where,
+            expected=f"options of {step.command}",
+            found=fault,
+            remedy="correct it, or the environment",
         ) from error
 
 

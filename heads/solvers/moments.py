@@ -22,6 +22,7 @@ Nesterov 1983; Yao, Rosasco and Caponnetto 2007, https://doi.org/10.1007/s00365-
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -275,7 +276,7 @@ class MomentSolver:
         self._targets = targets
 
     def memory(self, n_vertices: int) -> float:
-        fixed, per_vertex = blockwise_bytes(self._sizes)
+        fixed, per_vertex = blockwise_bytes(replace(self._sizes, n_vertices=(n_vertices,)))
         return fixed + per_vertex * min(self.vertex_block or n_vertices, n_vertices)
 
     def fit(self, block: Block) -> Fits:

@@ -14,12 +14,15 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 from featcache.backbone.checkpoint import (
-    FOLDER,
     Checkpoint,
+    CheckpointFacts,
+    CheckpointKey,
+    Split,
     find_checkpoint,
     list_checkpoints,
     load_state,
     open_checkpoint,
+    prune,
     record,
     save_state,
     save_weights,
@@ -27,12 +30,13 @@ from featcache.backbone.checkpoint import (
     usable,
 )
 from featcache.backbone.network import load_backbone
-from featcache.config import BackboneConfig
+from featcache.config import BackboneConfig, fingerprint
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.digests import digests
 from featcache.dataset.subject import Subject
 from featcache.errors import BackboneError, CheckpointError
-from support.checkpoints import HEADS, N_FOLDS, key_of, trained_weights, write_checkpoint
+from featcache.workdir import Workdir
+from support.checkpoints import HEADS, N_FOLDS, key_of, mean_like, trained_weights, write_checkpoint
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -75,8 +79,8 @@ def raising(error: Exception) -> Any:
 def test_what_was_recorded_is_opened_again(made):
     again = open_checkpoint(made.path)
     assert again == made and again.name == made.path.name and again.finished
-    assert again.fold == {"fold": 0, "n_folds": N_FOLDS, "seed": 0}
-    assert again.seen_ids.dtype == np.int64 and again.seen_ids.tolist() == made.facts["seen_ids"]
+    assert again.fold == 0 and again.key.split == Split(fold=0, n_folds=N_FOLDS, seed=0)
+    assert again.seen_ids.dtype == np.int64 and tuple(again.seen_ids.tolist()) == made.facts.seen_ids
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
@@ -123,11 +127,11 @@ def test_recording_removes_folders_that_are_no_longer_named(made):
     for folder in ("epoch-002", "state-001-000000", "state-001-000004"):
         (made.path / folder).mkdir()
         (made.path / folder / "file").write_text("x")
-    record(replace(made, facts=made.facts | {"state": "state-001-000004"}))
+    record(replace(made, facts=replace(made.facts, state="state-001-000004")))
     left = {path.name for path in made.path.iterdir()}
     assert left == {"checkpoint.json", "epoch-001", "state-001-000004"}
     (made.path / "epoch-002").mkdir()
-    record(replace(made, facts=made.facts | {"weights": "epoch-002"}))
+    record(replace(made, facts=replace(made.facts, weights="epoch-002")))
     assert {path.name for path in made.path.iterdir()} == {"checkpoint.json", "epoch-002"}
 
 
@@ -138,7 +142,7 @@ def test_recording_keeps_what_is_named_as_it_was(made):
 
 
 def test_a_run_that_stopped_before_its_record_is_no_checkpoint(subjects, tmp_path):
-    save_weights(tmp_path / FOLDER / "pretrain-x-fold0-abc" / "epoch-001", HEADS, HEADS)
+    save_weights(Workdir(tmp_path).checkpoints / "pretrain-x-fold0-abc" / "epoch-001", HEADS, HEADS)
     assert list_checkpoints(tmp_path) == [] and list_checkpoints(tmp_path / "nowhere") == []
 
 
@@ -200,13 +204,13 @@ def test_weights_that_are_not_what_was_written_are_refused(made, subjects, tmp_p
 
 def without_digests(made):
     """As checkpoints were before their facts had any."""
-    return replace(made, facts={key: value for key, value in made.facts.items() if key != "digests"})
+    return replace(made, facts=replace(made.facts, digests={}))
 
 
 def test_an_older_checkpoint_without_digests_still_loads(made):
     record(without_digests(made))
     again = open_checkpoint(made.path)
-    assert "digests" not in again.facts and again.heads().keys() == HEADS.keys()
+    assert "digests" not in again.facts.to_json() and again.heads().keys() == HEADS.keys()
     assert again.backbone().digest == made.backbone().digest
 
 
@@ -229,7 +233,7 @@ def test_weights_that_are_missing_are_refused(made):
 
 
 def test_a_run_without_a_finished_epoch_has_no_weights(made):
-    early = replace(made, facts={key: value for key, value in made.facts.items() if key != "weights"})
+    early = replace(made, facts=replace(made.facts, weights=None))
     for load in (early.backbone, early.heads):
         with pytest.raises(CheckpointError, match="found a run without a finished epoch; run it again"):
             load()
@@ -300,7 +304,7 @@ def test_a_full_disk_leaves_nothing_of_an_epoch_and_everything_of_the_last(made,
         save_file(tensors, path)
 
     monkeypatch.setattr("featcache.backbone.checkpoint.save_file", full)
-    with pytest.raises(CheckpointError, match=r"expected to save epoch-002; found: .* GB free\); make room"):
+    with pytest.raises(CheckpointError, match=r"expected to save epoch-002; found .* GB free\); make room"):
         save_weights(made.path / "epoch-002", HEADS, HEADS)
     assert not (made.path / "epoch-002").exists() and files(made.path) == before
     assert open_checkpoint(made.path).backbone().digest
@@ -313,7 +317,7 @@ def test_a_full_disk_leaves_nothing_of_a_state_and_everything_of_the_last(made, 
     save_state(made.path / "state-001-000000", {"epoch": 1})
     before = files(made.path)
     monkeypatch.setattr("featcache.backbone.checkpoint.torch.save", raising(error))
-    with pytest.raises(CheckpointError, match="expected to save state-001-000004; found") as found:
+    with pytest.raises(CheckpointError, match="expected to save state-001-000004; found ") as found:
         save_state(made.path / "state-001-000004", {"epoch": 1})
     assert "\n" not in str(found.value) and files(made.path) == before
     assert load_state(made.path / "state-001-000000") == {"epoch": 1}
@@ -322,8 +326,9 @@ def test_a_full_disk_leaves_nothing_of_a_state_and_everything_of_the_last(made, 
 def test_weights_written_again_replace_what_a_killed_run_left(made):
     (made.path / "epoch-002").mkdir()
     (made.path / "epoch-002" / "backbone.safetensors").write_bytes(b"half")
-    save_weights(made.path / "epoch-002", made.backbone().model.state_dict(), {"linear.weight": torch.zeros(2, 3)})
-    later = replace(made, facts=made.facts | {"weights": "epoch-002"})
+    heads = {"linear.weight": torch.zeros(2, 3)}
+    written = save_weights(made.path / "epoch-002", made.backbone().model.state_dict(), heads)
+    later = replace(made, facts=replace(made.facts, weights="epoch-002", digests=written))
     assert torch.equal(later.heads()["linear.weight"], torch.zeros(2, 3))
     assert later.backbone().digest == made.backbone().digest
 
@@ -341,59 +346,54 @@ def test_a_training_is_one_over_its_folds(subjects, tmp_path):
     [{"settings": {"epochs": 3, "loss": "mse"}}, {"size": 64}, {"name": "test_convnext"}, {"stage": "finetune"}],
 )
 def test_another_training_has_another_fingerprint(subjects, tmp_path, about):
-    one, other = key_of(subjects, tmp_path), key_of(subjects, tmp_path, **about)
-    assert Checkpoint(tmp_path, one, {}).training != Checkpoint(tmp_path, other, {}).training
+    assert key_of(subjects, tmp_path).training != key_of(subjects, tmp_path, **about).training
 
 
 def test_a_second_stage_is_one_training_over_folds_and_subjects(subjects, tmp_path):
     """Weights differ from fold to fold where it starts; the training that they came from does not."""
     starts = [write_checkpoint(subjects, tmp_path, fold=fold) for fold in range(2)]
-    recipes = [
+    keys = [
         key_of([subject], tmp_path, fold=fold, stage="finetune", start=start)
         for fold, start in enumerate(starts)
         for subject in subjects
     ]
-    assert len({key["start"]["weights"] for key in recipes}) == 2
-    assert len({Checkpoint(tmp_path, key, {}).training for key in recipes}) == 1
+    assert len({key.start.weights for key in keys}) == 2
+    assert len({key.training for key in keys}) == 1
     directly = key_of(subjects[:1], tmp_path, stage="finetune")
     other = write_checkpoint(subjects, tmp_path, settings={"epochs": 3})
     elsewhere = key_of(subjects[:1], tmp_path, stage="finetune", start=other)
-    assert len({Checkpoint(tmp_path, key, {}).training for key in (recipes[0], directly, elsewhere)}) == 3
+    assert len({key.training for key in (keys[0], directly, elsewhere)}) == 3
 
 
 def test_a_first_stage_on_other_subjects_is_another_training(subjects, tmp_path):
     both, first = key_of(subjects, tmp_path), key_of(subjects[:1], tmp_path)
-    assert Checkpoint(tmp_path, both, {}).training != Checkpoint(tmp_path, first, {}).training
+    assert both.training != first.training
 
 
 @pytest.mark.parametrize(
-    ("changed", "fault"),
+    ("changed", "found"),
     [
-        ([], ""),
-        (["images"], "expected a checkpoint of this tree; found one of other images of subj02"),
-        (["responses"], "expected a checkpoint of this tree; found one of other responses of subj02"),
-        (
-            ["images", "responses"],
-            "expected a checkpoint of this tree; found one of other images and responses of subj02",
-        ),
+        (["images"], "one of other images of subj02"),
+        (["responses"], "one of other responses of subj02"),
+        (["images", "responses"], "one of other images and responses of subj02"),
     ],
 )
-def test_another_tree_is_named_by_what_differs(made, subjects, tmp_path, changed, fault):
-    here = {subject.name: digests(subject, tmp_path) for subject in subjects}
-    here["subj02"] |= dict.fromkeys(changed, "0")
-    assert made.tree_fault(here) == fault
-    assert made.tree_fault({"subj01": here["subj01"]}) == ""
-    if fault:
-        with pytest.raises(CheckpointError, match=f"{made.path}: {fault}; choose another checkpoint, or train one"):
-            made.refuse_other_tree(here)
-    else:
-        made.refuse_other_tree(here)
+def test_another_tree_is_named_by_what_differs(made, subjects, tmp_path, changed, found):
+    current = {subject.name: digests(subject, tmp_path) for subject in subjects}
+    assert made.tree_fault(current) is None
+    made.refuse_other_tree(current)
+    current["subj02"] |= dict.fromkeys(changed, "0")
+    assert made.tree_fault(current) == ("a checkpoint of this tree", found)
+    assert made.tree_fault({"subj01": current["subj01"]}) is None
+    message = f"{made.path}: expected a checkpoint of this tree; found {found}; choose another checkpoint, or train one"
+    with pytest.raises(CheckpointError, match=message):
+        made.refuse_other_tree(current)
 
 
 def test_a_subject_that_it_was_not_trained_on_is_named(subjects, tmp_path):
     made = write_checkpoint(subjects[:1], tmp_path, stage="finetune")
-    here = {subject.name: digests(subject, tmp_path) for subject in subjects}
-    assert made.tree_fault(here) == "expected a checkpoint that was trained on subj02; found subj01"
+    current = {subject.name: digests(subject, tmp_path) for subject in subjects}
+    assert made.tree_fault(current) == ("a checkpoint that was trained on subj02", "subj01")
     assert [made.concerns(subject) for subject in subjects] == [True, False]
 
 
@@ -416,5 +416,76 @@ def test_usable_are_the_finished_ones_of_this_tree_and_the_others_are_named(tree
 
 
 def test_a_record_is_json_that_anyone_can_read(made):
-    about = json.loads((made.path / "checkpoint.json").read_text())
-    assert about == {"format": 1, "recipe": made.key, "facts": made.facts}
+    description = json.loads((made.path / "checkpoint.json").read_text())
+    assert description == {"format": 1, "recipe": made.key.to_json(), "facts": made.facts.to_json()}
+
+
+KEY = {
+    "kind": "checkpoint",
+    "stage": "finetune",
+    "subjects": {"subj03": {"images": "0a", "rois": {"lh": {"V1": "1b"}}}},
+    "backbone": {"name": "convnext_xlarge", "weights": "hub", "size": 224},
+    "transform": {"input_size": [3, 224, 224], "crop_pct": 0.95},
+    "timm": "1.0.9",
+    "start": {"weights": "2c", "training": "3d"},
+    "fold": {"fold": 2, "n_folds": 5, "seed": 7},
+    "settings": {"loss": "mse", "epochs": 5},
+    "devices": 1,
+}
+FACTS = {
+    "label": "finetune-subj03-convnext_xlarge-fold2",
+    "origin": "timm's pretrained weights",
+    "versions": {"torch": "2.4"},
+    "scores": [0.1, 0.25],
+    "finished": False,
+    "seen_ids": [4, 9],
+    "taps": {"layers": ["pooled"]},
+    "digests": {"epoch-002/heads.safetensors": "4e"},
+    "weights": "epoch-002",
+    "epoch": 2,
+    "score": 0.25,
+    "state": "state-002-000000",
+}
+
+
+@pytest.mark.parametrize("left_out", [(), ("devices",)])
+@pytest.mark.parametrize("more", [{}, {"later": {"than": "this"}}])
+def test_a_key_is_on_the_disk_what_it_was_and_so_is_its_fingerprint(left_out, more):
+    """With their order; keys of the first checkpoints lack the number of devices, and others may know more."""
+    json_key = {name: value for name, value in KEY.items() if name not in left_out} | more
+    key = CheckpointKey.from_json(json_key)
+    assert list(key.to_json().items()) == list(json_key.items())
+    shared = {name: value for name, value in json_key.items() if name not in ("fold", "start", "subjects")}
+    assert key.training == fingerprint(shared | {"start": "3d"})
+    assert (key.label, key.backbone.size, key.split.n_folds) == ("finetune-subj03-convnext_xlarge-fold2", 224, 5)
+
+
+@pytest.mark.parametrize("left_out", [(), ("taps", "digests"), ("digests", "weights", "epoch", "score")])
+@pytest.mark.parametrize("more", [{}, {"later": {"than": "this"}}])
+def test_facts_are_on_the_disk_what_they_were(left_out, more):
+    json_facts = {name: value for name, value in FACTS.items() if name not in left_out} | more
+    facts = CheckpointFacts.from_json(json_facts)
+    assert list(facts.to_json().items()) == list(json_facts.items())
+    assert facts.scores == (0.1, 0.25) and facts.seen_ids == (4, 9)
+
+
+def test_facts_that_do_not_say_which_images_it_saw_are_refused(made):
+    """Nothing could be held out from it."""
+    path = made.path / "checkpoint.json"
+    description = json.loads(path.read_text())
+    del description["facts"]["seen_ids"]
+    path.write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match=r"checkpoint.json cannot be read"):
+        open_checkpoint(made.path)
+
+
+def test_a_mean_of_checkpoints_of_an_earlier_version_is_read(made, tmp_path):
+    mean = mean_like(made, tmp_path)
+    assert mean.key.mean_of == (made.training, "0123456789ab") and made.key.mean_of == ()
+    assert mean.name.startswith("pretrain-test_resnet-soup-fold0-") and mean.facts.label == mean.key.label
+    assert mean.finished and mean.training != made.training and siblings(mean) == [mean]
+    assert mean.backbone().digest == made.backbone().digest and mean.heads().keys() == made.heads().keys()
+    description = json.loads((mean.path / "checkpoint.json").read_text())
+    assert mean.key.to_json() == description["recipe"] and mean.facts.to_json() == description["facts"]
+    prune(mean)
+    assert open_checkpoint(mean.path).heads()

@@ -1,6 +1,4 @@
-"""Folding batch norms changes features by rounding, and nothing where it cannot be done."""
-
-from __future__ import annotations
+"""Fusing batch norms changes features by rounding, and changes nothing where it cannot be done."""
 
 import pytest
 import timm
@@ -11,7 +9,7 @@ from featcache.backbone.fuse import fuse_batch_norms
 
 
 def with_statistics(model):
-    """Batch norms as training leaves them; fresh ones change nothing, and folding them would show nothing."""
+    """Batch norms as training leaves them; fresh ones change nothing, and fusing them would show nothing."""
     torch.manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -80,7 +78,7 @@ class _Branches(nn.Module):
 
 @pytest.mark.parametrize("kind", [_Twice, _Branches])
 @torch.no_grad()
-def test_what_cannot_be_folded_stays(kind):
+def test_what_cannot_be_fused_stays(kind):
     model = with_statistics(kind())
     images = torch.randn(2, 3, 8, 8)
     fused = fuse_batch_norms(model)

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from featcache.cache import store as store_module
 from featcache.cache.store import Row, Store, create_store, list_stores, nearest, open_store
 from featcache.errors import StoreError
 
-RECIPE = {"kind": "features", "size": 224}
+KEY = {"kind": "features", "size": 224}
 IDS = np.arange(100, 110)
 ROWS = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
 
@@ -24,7 +22,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return create_store(tmp_path / "features.zarr", "a", RECIPE, IDS, 7, {"pooled": 3, "stem": 2}, {"origin": "test"})
+    return create_store(tmp_path / "features.zarr", "a", KEY, IDS, 7, {"pooled": 3, "stem": 2}, {"origin": "test"})
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def test_what_was_appended_is_read_after_reopening(filled):
     again = open_store(filled.path)
     assert np.array_equal(again.read("pooled"), ROWS) and np.array_equal(again.read("stem", 3, 9), ROWS[3:9, :2])
     assert again.image_ids.tolist() == IDS.tolist() and again.n_train == 7
-    assert again.key == RECIPE and again.facts == {"origin": "test"} and again.complete
+    assert again.key == KEY and again.facts == {"origin": "test"} and again.complete
     assert list(again.arrays) == ["pooled", "stem"]
 
 
@@ -141,13 +139,13 @@ def test_a_miss_names_the_nearest_store_and_the_setting(store, tmp_path):
     far = create_store(store.path.parent, "b", {"kind": "x", "size": 1, "dtype": "x"}, IDS, 7, {"pooled": 3}, {})
     found = nearest({"kind": "features", "size": 384}, [far, store])
     assert found is not None and found[0].name == store.name and found[1] == {"size": (384, 224)}
-    assert nearest(RECIPE, []) is None
+    assert nearest(KEY, []) is None
 
 
 def test_a_store_that_cannot_fit_on_the_disk_is_refused_before_it_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 100})())
     with pytest.raises(StoreError, match=r"GB of free disk; found 0.0 GB"):
-        create_store(tmp_path / "f", "a", RECIPE, IDS, 7, {"pooled": 3}, {})
+        create_store(tmp_path / "f", "a", KEY, IDS, 7, {"pooled": 3}, {})
     assert list((tmp_path / "f").iterdir()) == []
 
 
@@ -179,7 +177,7 @@ MAPS = np.random.default_rng(1).standard_normal((10, 3, 2, 5)).astype(np.float16
 @pytest.fixture
 def layered(tmp_path: Path) -> Store:
     rows = {"pooled": 3, "low": Row((3, 2, 5), "float16"), "deep": Row((1, 1, 4), "float16")}
-    return create_store(tmp_path / "layers.zarr", "a", RECIPE, IDS, 7, rows, {})
+    return create_store(tmp_path / "layers.zarr", "a", KEY, IDS, 7, rows, {})
 
 
 def test_maps_in_float16_come_back_bit_by_bit(layered):
@@ -215,15 +213,15 @@ def test_rows_of_a_map_that_were_never_written_are_refused(layered):
 def test_a_chunk_has_as_many_images_whatever_the_precision(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(store_module, "_CHUNK_ROWS", 256)
     monkeypatch.setattr(store_module, "_CHUNK_BYTES", 4 * 30 * 8)
-    one = create_store(tmp_path / dtype, "a", RECIPE, np.arange(100), 7, {"low": Row((3, 2, 5), dtype)}, {})
+    one = create_store(tmp_path / dtype, "a", KEY, np.arange(100), 7, {"low": Row((3, 2, 5), dtype)}, {})
     assert one.chunk_rows("low") == 8
 
 
 def test_the_room_that_a_store_needs_is_counted_by_precision(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 10 * 30 * 2})())
-    create_store(tmp_path / "a", "a", RECIPE, IDS, 7, {"low": Row((3, 2, 5), "float16")}, {})
+    create_store(tmp_path / "a", "a", KEY, IDS, 7, {"low": Row((3, 2, 5), "float16")}, {})
     with pytest.raises(StoreError, match="of free disk"):
-        create_store(tmp_path / "b", "a", RECIPE, IDS, 7, {"low": Row((3, 2, 5))}, {})
+        create_store(tmp_path / "b", "a", KEY, IDS, 7, {"low": Row((3, 2, 5))}, {})
 
 
 def test_widening_empties_one_array_and_leaves_the_others(layered):
@@ -272,33 +270,3 @@ def test_a_store_that_was_interrupted_while_it_was_widened_can_be_opened_and_wid
     again.append({"low": MAPS.astype(np.float32)})
     assert np.array_equal(again.read("low"), MAPS.astype(np.float32))
     assert [store.name for store in list_stores(layered.path.parent)] == [layered.name]
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    n_rows=st.integers(1, 40),
-    chunk_rows=st.integers(0, 4),
-    shape=st.sampled_from([(3,), (2, 3), (1, 1, 5), (0,)]),
-    dtype=st.sampled_from(["float16", "float32"]),
-    data=st.data(),
-)
-def test_rows_are_those_that_zarr_reads(n_rows, chunk_rows, shape, dtype, data, tmp_path_factory):
-    folder, chunk = tmp_path_factory.mktemp("rows"), 2**chunk_rows
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_module, "_CHUNK_ROWS", chunk)
-        store = create_store(folder, "s", {}, np.arange(n_rows), n_rows, {"a": Row(shape, dtype)}, {})
-    values = np.random.default_rng(0).normal(size=(n_rows, *shape)).astype(dtype)
-    store.append({"a": values})
-    start = data.draw(st.integers(0, n_rows))
-    stop = data.draw(st.integers(start, n_rows))  # a part of the last chunk, or nothing
-    rows = store.read("a", start, stop)
-    assert rows.dtype == values.dtype
-    np.testing.assert_array_equal(rows, values[start:stop])
-    np.testing.assert_array_equal(rows, store.arrays["a"][start:stop])
-
-
-def test_a_chunk_that_was_cut_short_is_noticed(filled):
-    path = chunk_files(filled, "pooled")[0]
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(StoreError, match="fails its checksum"):
-        filled.read("pooled")

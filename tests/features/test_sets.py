@@ -9,6 +9,7 @@ from featcache.cache.store import Row, create_store
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.splits import assign_folds
 from heads.features.sets import feature_sets
+from heads.solvers.held_out import FoldPlan
 
 
 @pytest.fixture
@@ -37,8 +38,9 @@ def test_folds_of_one_training_are_one_model_in_order(subject, tmp_path):
     (one,) = feature_sets(subject, tmp_path)
     assert one.held_out() == [0, 1, 2] and one.key()["weights"] == ["w0", "w1", "w2"]
     assert [float(rows.dense()[0, 0]) for rows in one.read("cpu", 0)] == [0, 1, 2]
-    expected = assign_folds(subject.train.ids, 3, 7)
-    np.testing.assert_array_equal(one.folds(subject, 5, 0), expected)
+    plan = FoldPlan.of_features(subject, one, 5, 0)
+    np.testing.assert_array_equal(plan.folds, assign_folds(subject.train.ids, 3, 7))
+    assert plan.trained and plan.held_out == (0, 1, 2)
 
 
 def test_trainings_layers_and_frozen_backbones_stay_apart(subject, tmp_path):
@@ -84,14 +86,14 @@ def layered(subject, tmp_path):
 
 def test_joint_is_all_layers_and_the_key_of_the_store(layered):
     (one,) = layered.reading("joint")
-    assert one.names == tuple(LAYERED) and one.has_places and "read" not in one.key()
+    assert one.names == tuple(LAYERED) and one.is_layered and "read" not in one.key()
     assert one.key() == layered.key()
 
 
 def test_each_is_every_layer_alone_with_its_class_token(layered):
     sets = layered.reading("each")
     assert [one.names for one in sets] == [("pooled",), ("a.cls", "a"), ("b",)]
-    assert [one.has_places for one in sets] == [False, True, True]
+    assert [one.is_layered for one in sets] == [False, True, True]
     assert [one.key()["read"] for one in sets] == [["pooled"], ["a.cls", "a"], ["b"]]
 
 
@@ -126,4 +128,4 @@ def test_layers_that_features_lack_leave_nothing_to_read(layered, layers):
 def test_each_of_features_with_one_layer_is_those_features(subject, tmp_path):
     store(subject, tmp_path)
     (one,) = feature_sets(subject, tmp_path)
-    assert [other.key() for other in one.reading("each")] == [one.key()] and not one.has_places
+    assert [other.key() for other in one.reading("each")] == [one.key()] and not one.is_layered

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from heads.modules.linear import LinearHead, RoiHead
+from heads.modules.linear import LinearHead, LinearMap, RoiHead, make_linear, make_roi
 
 N_FEATURES, N_VERTICES = 5, 8
 
@@ -130,3 +130,29 @@ def test_buffers_follow_the_state_but_are_not_trained():
     head = RoiHead(N_FEATURES, N_VERTICES, masks(MASKS))
     assert {name for name, _ in head.named_parameters()} == {"layer.weight", "layer.bias"}
     assert {"vertex", "share"} <= head.state_dict().keys()
+
+
+def test_heads_are_made_from_masks_and_rois_without_vertices_have_no_layer():
+    rois = [np.array(MASKS[name], dtype=bool) for name in MASKS]
+    assert isinstance(make_linear(N_FEATURES, N_VERTICES, rois), LinearHead)
+    head = make_roi(N_FEATURES, N_VERTICES, rois)
+    n_outputs = N_VERTICES + sum(map(sum, MASKS.values()))
+    assert head.layer.weight.shape == (n_outputs, N_FEATURES)
+    assert make_roi(N_FEATURES, N_VERTICES, rois[:1]).vertex.tolist() == [*range(N_VERTICES), 0, 1, 2]
+
+
+def test_a_roi_head_that_starts_from_a_map_predicts_what_it_does():
+    start = LinearMap(torch.randn(N_FEATURES, N_VERTICES), torch.randn(N_VERTICES))
+    head = RoiHead(N_FEATURES, N_VERTICES, masks(MASKS))
+    head.start_from(start)
+    features = some_features().float()
+    torch.testing.assert_close(head(features), start(features))
+
+
+def test_a_snapshot_stays_what_it_was():
+    head, features = LinearHead(N_FEATURES, N_VERTICES), some_features().float()
+    kept, before = head.snapshot(), head(features).detach()
+    with torch.no_grad():
+        head.layer.weight.add_(1)
+    torch.testing.assert_close(kept(features), before)
+    assert not kept.weights.requires_grad

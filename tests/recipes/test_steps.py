@@ -11,7 +11,8 @@ import pytest
 import typer
 
 import cli
-from heads.recipes.steps import Job, Option, commands_of, read_recipe
+from heads.recipes.jobs import Job
+from heads.recipes.steps import Option, commands_of, read_recipe
 from support.commands import SMALL, fails, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,7 +187,7 @@ GOOD = '[[steps]]\nrun = "extract"\nlayers = "pooled"\n[[steps]]\nrun = "fit-hea
         ("[[steps]]\nlayers = 'auto'", r"r.toml, step 1: expected run = and a command; found nothing; add it"),
         ("[[steps]]\nrun = ['extract']", r"step 1: expected run = and a command; found \['extract'\]"),
         (GOOD + "[[steps]]\nrun = 'belnd'", r"r.toml, step 3: expected one of .*; found 'belnd'; did you mean blend\?"),
-        (GOOD + "[[steps]]\nrun = 'run'", r"step 3: expected one of simulate, .*; found 'run'"),
+        (GOOD + "[[steps]]\nrun = 'run'", r"step 3: expected one of extract, .*; found 'run'"),
         (
             GOOD + "[[steps]]\nrun = 'blend'\nloss = 'mse'",
             r"step 3 \(blend\): expected an option of blend; found 'loss'",
@@ -253,10 +254,10 @@ def test_a_tree_that_an_earlier_step_simulates_need_not_be_there(work, write, tm
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
 def test_recipes_of_the_repository_are_checked_without_a_mistake(tree, path, monkeypatch, capfd):
-    """Planned on no time at all: building the networks is not what is checked."""
+    """Nothing is estimated: outlines of the networks are not what is checked."""
     monkeypatch.setattr("heads.recipes.plan.estimates_of", lambda steps, subjects: [])
-    monkeypatch.setattr("heads.report.tables.plan_table", lambda estimates: "")
-    monkeypatch.setattr("heads.report.tables.plan_as_json", lambda estimates: {})
+    monkeypatch.setattr("heads.report.plans.plan_table", lambda estimates: "")
+    monkeypatch.setattr("heads.report.plans.plan_as_json", lambda estimates: {})
     if path.stem == "demo":
         shutil.rmtree(tree)  # which its first step makes
     assert cli.run(["run", str(path), "--data", str(tree), "--plan"]) == 0, capfd.readouterr().err
@@ -265,7 +266,7 @@ def test_recipes_of_the_repository_are_checked_without_a_mistake(tree, path, mon
 def test_the_paper_recipe_trains_every_backbone_of_the_paper_under_every_loss():
     steps = read_recipe(ROOT / "recipes/paper.toml", commands_of(typer.main.get_command(cli.app)), {})
     trained = [step for step in steps if step.command in ("pretrain", "finetune")]
-    assert all("--recipe=paper" in step.arguments for step in trained)
+    assert all("--preset=paper" in step.arguments for step in trained)
     tuned = {(step.own["backbone"], step.own["loss"]) for step in trained if step.command == "finetune"}
     assert len(tuned) == 7 * 3 and len(trained) == 7 + 7 * 3
     assert {step.own["backbone"] for step in trained[:7]} == {backbone for backbone, _ in tuned}

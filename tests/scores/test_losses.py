@@ -186,7 +186,7 @@ def test_no_argument_is_edited(name, as_type):
 def test_ceiling_that_is_no_fraction_is_refused(name, bad):
     predictions, responses, ceiling = matrices()
     ceiling[4] = bad
-    with pytest.raises(FeatcacheError, match=r"fraction of variance in \[0, 1\].*divide percent by 100"):
+    with pytest.raises(FeatcacheError, match=r"fractions of variance in \[0, 1\].*divide percent by 100"):
         LOSSES[name](predictions, responses, ceiling)
 
 
@@ -195,7 +195,7 @@ def test_ceiling_that_is_no_fraction_is_refused(name, bad):
 def test_wrong_shape_is_refused(name, shape):
     predictions, responses, ceiling = matrices()
     for pair in ((predictions, np.zeros(shape)), (np.zeros(shape), responses)):
-        with pytest.raises(FeatcacheError, match="must both be"):
+        with pytest.raises(FeatcacheError, match=r"predictions and responses: expected \(n_images, n_vertices\) both"):
             LOSSES[name](*pair, ceiling)
 
 
@@ -209,7 +209,7 @@ def test_wrong_shape_of_the_ceiling_is_refused(name, shape):
 
 @correlation_losses
 def test_batch_of_one_image_is_refused(name):
-    with pytest.raises(FeatcacheError, match="at least 2 images"):
+    with pytest.raises(FeatcacheError, match="expected 2 images or more"):
         LOSSES[name](*matrices((1, 7)))
 
 
@@ -237,11 +237,11 @@ def test_weighted_sum_keeps_the_gradient():
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
-        ([], "at least one term"),
-        ([(1.0, "mnpc")], "must be one of smooth_l1, mse, pearson, mnnpc, but got 'mnpc'"),
-        ([(0.0, "mse")], "finite and above 0"),
-        ([(-1.0, "mse")], "finite and above 0"),
-        ([(float("nan"), "mse")], "finite and above 0"),
+        ([], "expected one term or more; found none"),
+        ([(1.0, "mnpc")], "--loss: expected one of smooth_l1, mse, pearson, mnnpc; found 'mnpc'"),
+        ([(0.0, "mse")], "weight of mse: expected a finite number above 0"),
+        ([(-1.0, "mse")], "weight of mse: expected a finite number above 0"),
+        ([(float("nan"), "mse")], "weight of mse: expected a finite number above 0"),
     ],
 )
 def test_weighted_sum_refuses_what_it_cannot_add(terms, message):

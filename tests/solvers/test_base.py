@@ -1,22 +1,21 @@
 """Out-of-fold predictions of different heads are put on one level and scale, from what their heads saw alone."""
 
 import numpy as np
-import pytest
 import torch
 
 from featcache.cache.store import Row, create_store
+from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.splits import assign_folds
-from heads.config import RidgeConfig
+from heads.config import FitConfig, RidgeConfig
 from heads.features.rows import LayerRows
-from heads.modules.linear import LinearMap
 from heads.scores.metrics import pearson_r
-from heads.solvers.base import LinearFits, Piece, comparable, level_and_spread
-from heads.solvers.held_out import TrainedFolds, TunedRidge
+from heads.solvers.base import Piece, Problem, Shared, comparable, level_and_spread, piece_of
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import prior_set
-from heads.solvers.layers.ridge import DualFolds
+from heads.solvers.layers.ridge import LayeredRidge
+from support.plans import block_of, plan_of
 
-N_FOLDS, N_TRAIN, N_TEST, N_FEATURES, N_VERTICES = 3, 90, 8, 10, 4
+N_FOLDS, N_TRAIN, N_VERTICES = 3, 90, 4
 IDS = np.random.default_rng(2).permutation(73_000)[:N_TRAIN]
 FOLDS = assign_folds(IDS, N_FOLDS, 0)
 
@@ -76,60 +75,28 @@ def test_level_and_spread_are_mean_and_deviation_and_1_where_nothing_varies():
     np.testing.assert_allclose(spread, [values[:, 0].numpy().std(), 1, values[:, 2].numpy().std()])
 
 
-def planted(seed=0, n_features=N_FEATURES):
-    rng = np.random.default_rng(seed)
-    features = torch.tensor(rng.normal(size=(N_TRAIN + N_TEST, n_features)) + 2, dtype=torch.float32)
-    weights = torch.tensor(rng.normal(size=(n_features, N_VERTICES)), dtype=torch.float32)
-    noise = torch.tensor(rng.normal(size=(N_TRAIN, N_VERTICES)), dtype=torch.float32)
-    return features, features[:N_TRAIN] @ weights + noise
+def test_a_piece_has_the_level_and_spread_of_the_rows_trained_on():
+    values = torch.tensor(np.random.default_rng(0).normal(size=(30, 3)), dtype=torch.float32)
+    held_out, trained = np.arange(4, 9), np.arange(10, 30)
+    piece = piece_of(values, held_out, trained)
+    assert np.array_equal(piece.rows, held_out) and torch.equal(piece.predictions, values[4:9])
+    torch.testing.assert_close(piece.mean, values[10:].mean(0))
+    torch.testing.assert_close(piece.spread, values[10:].std(0, correction=0))
 
 
-@pytest.mark.parametrize("n_features", [N_FEATURES, 120], ids=["few features", "many"])
-def test_linear_heads_of_shared_features_are_applied_as_they_are(n_features):
-    features, responses = planted(n_features=n_features)
-    maps = [LinearMap(torch.randn(n_features, N_VERTICES), torch.randn(N_VERTICES)) for _ in range(N_FOLDS)]
-    solver = TrainedFolds({"lh": maps}, FOLDS, list(range(N_FOLDS)))
-    fits = LinearFits(solver, [features], N_TRAIN, [""]).fit(responses, hemisphere="lh")
-    for k, (fold, head) in enumerate(zip(fits.folds, maps, strict=True)):
-        everything = features.double() @ head.weights.double() + head.intercept.double()
-        ((rows, predictions, mean, spread),) = fold.held_out
-        assert rows.tolist() == np.flatnonzero(k == FOLDS).tolist()
-        np.testing.assert_allclose(predictions, everything[rows], rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(fold.test, everything[N_TRAIN:], rtol=1e-4, atol=1e-4)
-        own = everything[:N_TRAIN][k != FOLDS].numpy()
-        np.testing.assert_allclose(mean, own.mean(0), rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(spread, own.std(0), rtol=1e-3)
-    test = torch.stack([fold.test for fold in fits.folds]).mean(0)
-    saved = features[N_TRAIN:] @ fits.saved["", "weights"] + fits.saved["", "intercept"]
-    torch.testing.assert_close(saved, test, rtol=1e-4, atol=1e-4)
+def test_what_fits_share_is_made_once_by_name():
+    shared, made = Shared(3), []
+    for name in ("axes", "products", "axes"):
+        assert shared.once(name, lambda name=name: made.append(name) or name) == name
+    assert made == ["axes", "products"] and shared.n_fits == 3
 
 
-def test_linear_heads_of_each_folds_features_are_applied_to_those():
-    features = [planted(seed)[0] for seed in range(N_FOLDS)]
-    responses = planted(0)[1]
-    solver = TunedRidge([x[:N_TRAIN] for x in features], FOLDS, list(range(N_FOLDS)), IDS, RidgeConfig())
-    names = [f"fold{k}." for k in range(N_FOLDS)]
-    fits = LinearFits(solver, features, N_TRAIN, names).fit(responses)
-    for k, (fold, heads) in enumerate(zip(fits.folds, solver.fit(responses), strict=True)):
-        assert len(fold.held_out) == len(heads.held_out) > 1
-        for piece, (rows, head) in zip(fold.held_out, heads.held_out, strict=True):
-            torch.testing.assert_close(piece.predictions, head(features[k][rows]))
-            own = head(features[k][:N_TRAIN][k != FOLDS])
-            torch.testing.assert_close(piece.spread, own.std(0, correction=0), rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(piece.mean, own.mean(0), rtol=1e-3, atol=1e-4)
-        saved = features[k][N_TRAIN:] @ fits.saved[f"fold{k}.", "weights"] + fits.saved[f"fold{k}.", "intercept"]
-        torch.testing.assert_close(saved, fold.test)
-
-
-def test_a_head_that_says_one_thing_of_every_image_has_a_spread_that_can_be_divided_by():
-    features, responses = planted()
-    maps = [LinearMap(torch.zeros(N_FEATURES, N_VERTICES), torch.ones(N_VERTICES)) for _ in range(N_FOLDS)]
-    solver = TrainedFolds({"lh": maps}, FOLDS, list(range(N_FOLDS)))
-    fits = LinearFits(solver, [features], N_TRAIN, [""]).fit(responses, hemisphere="lh")
-    given = [piece for fold in fits.folds for piece in fold.held_out]
-    level = responses.mean(0)
-    for found in comparable(given, level):
-        torch.testing.assert_close(found, level.expand_as(found))
+def test_a_problem_counts_images_and_vertices(tiny):
+    subject = open_challenge(tiny).subjects[1]
+    problem = Problem(subject=subject, features=None, plan=plan_of(subject.train.ids), config=FitConfig())
+    assert (problem.n_train, problem.n_test) == (24, 6)
+    assert problem.n_vertices == tuple(subject.n_vertices.values()) and len(problem.n_vertices) == 2
+    assert problem.shared.n_fits == 1 and problem.together == ()
 
 
 N_NOISE = 60
@@ -151,10 +118,9 @@ def test_predictions_of_noise_have_an_r_of_zero_and_not_below(tmp_path):
     store = create_store(tmp_path, "f", {"x": 1}, np.arange(N_NOISE + 2), N_NOISE, rows, {})
     store.append({n: rng.normal(size=(N_NOISE + 2, *shape)).astype(np.float16) for n, shape in shapes.items()})
     kernels = LayerKernels(LayerRows(store, tuple(shapes), "cpu", np.inf), N_NOISE, 1e9)
-    ids = rng.permutation(73_000)[:N_NOISE]
-    folds = assign_folds(ids, 3, 0)
+    plan = plan_of(rng.permutation(73_000)[:N_NOISE])
     responses = torch.tensor(rng.normal(size=(N_NOISE, 1500)), dtype=torch.float32)
     priors = prior_set(kernels.rows.grids, (None, 0.0, 1.0))[::5]
-    heads = DualFolds([kernels], folds, [0, 1, 2], ids, RidgeConfig(), priors, False, 1e9)
-    raw, even = pooled_r(heads.fit(responses), responses)
+    solver = LayeredRidge([kernels], plan, RidgeConfig(), priors, cache_bytes=1e9)
+    raw, even = pooled_r(solver.fit(block_of(responses)), responses)
     assert abs(even) < 0.02 and raw < even - 0.05

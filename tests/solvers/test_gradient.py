@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,13 @@ import torch
 import heads.solvers.gradient
 from featcache.dataset.splits import assign_folds
 from featcache.errors import ConfigError
-from heads.config import AdamWConfig, FitConfig
-from heads.modules.linear import LinearHead
+from heads.config import HEADS, AdamWConfig, FitConfig
+from heads.config.solvers import HeadSpec
+from heads.modules.linear import LinearHead, LinearMap
 from heads.scores.losses import LOSSES
 from heads.scores.metrics import accuracy_from_r, pearson_r
-from heads.solvers.gradient import AdamWFolds, Task, train_head
+from heads.solvers.gradient import GradientSolver, Task, calibrate, calibration, train_head
+from support.plans import assert_same_fits, block_of, out_of_fold, plan_of
 
 FEW = AdamWConfig(learning_rate=1e-2, weight_decay=0.01, epochs=4, batch_size=32)  # where only sameness is asked
 QUICK = AdamWConfig(learning_rate=1e-2, weight_decay=0.01, epochs=25, batch_size=32)
@@ -35,27 +39,28 @@ def config_of(loss="mse", head="linear", n_folds=3, seed=0, adamw=QUICK):
     return FitConfig(loss=loss, head=head, solver="adamw", n_folds=n_folds, seed=seed, adamw=adamw)
 
 
-def fit(ids, features, responses, config, **about):
-    folds = assign_folds(ids, config.n_folds, config.seed)
-    return folds, AdamWFolds(features, folds, ids, config).fit(responses, **about)
+def fit(ids, features, responses, config, plan=None, test=None, **about):
+    """(plan, what each fold's head says of every image): the images, or `test`, are once more the test images."""
+    plan = plan or plan_of(ids, config.n_folds, config.seed)
+    together = torch.cat([features, features if test is None else test])
+    fits = GradientSolver([together], plan, config).fit(block_of(responses, **about))
+    return plan, [fold.test for fold in fits.folds]
 
 
 def out_of_fold_r(ids, features, responses, config, **about):
     """(n_vertices,) mean over folds of each head's r in the fold that it did not see."""
-    folds, maps = fit(ids, features, responses, config, **about)
-    held_out = [folds == fold for fold in range(len(maps))]
-    r = [pearson_r(head(features[rows]), responses[rows]) for head, rows in zip(maps, held_out, strict=True)]
+    plan, predictions = fit(ids, features, responses, config, **about)
+    r = [pearson_r(one[plan.inside(k)], responses[plan.inside(k)]) for k, one in enumerate(predictions)]
     return np.mean(r, axis=0)
 
 
-def assert_same(one, other):
-    for a, b in zip(one, other, strict=True):
-        assert torch.equal(a.weights, b.weights)
-        assert torch.equal(a.intercept, b.intercept)
+def assert_same(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
 
 
-def differs(a, b):
-    return not torch.equal(a.weights, b.weights)
+def differs(one, other):
+    return not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("loss", [*LOSSES, "smooth_l1+0.5*mnnpc"])
@@ -78,20 +83,20 @@ def test_predictions_are_in_the_units_of_the_responses(loss):
     ids, features, responses = planted(noise=0.1)
     responses = 2 * responses + 1
     adamw = AdamWConfig(learning_rate=3e-2, weight_decay=0, epochs=40, batch_size=32)
-    folds, maps = fit(ids, features, responses, config_of(loss, adamw=adamw))
-    error = (maps[0](features) - responses)[folds == 0]
+    plan, predictions = fit(ids, features, responses, config_of(loss, adamw=adamw))
+    error = (predictions[0] - responses)[plan.inside(0)]
     assert error.square().mean(0).sqrt().max() < 0.8  # the responses spread by 2 around 1; stopping looks at r alone
 
 
 @pytest.mark.parametrize("loss", ["mse", "mnnpc"])
 def test_held_out_images_do_not_reach_their_fold(loss):
     ids, features, responses = planted()
-    folds, before = fit(ids, features, responses, config_of(loss, adamw=FEW))
-    held_out = torch.from_numpy(folds == 1)
-    features, responses = features.clone(), responses.clone()
-    features[held_out] = 1e3 * torch.randn(held_out.sum(), N_FEATURES)
-    responses[held_out] = 1e3 * torch.randn(held_out.sum(), N_VERTICES)
-    _, after = fit(ids, features, responses, config_of(loss, adamw=FEW))
+    plan, before = fit(ids, features, responses, config_of(loss, adamw=FEW))
+    held_out = plan.inside(1)
+    moved, other = features.clone(), responses.clone()
+    moved[held_out] = 1e3 * torch.randn(len(held_out), N_FEATURES)
+    other[held_out] = 1e3 * torch.randn(len(held_out), N_VERTICES)
+    _, after = fit(ids, moved, other, config_of(loss, adamw=FEW), test=features)
     assert_same(before[1:2], after[1:2])
     assert differs(before[0], after[0])
     assert differs(before[2], after[2])
@@ -100,8 +105,8 @@ def test_held_out_images_do_not_reach_their_fold(loss):
 def test_images_that_decide_when_to_stop_are_not_trained_on():
     ids, features, responses = planted()
     config = config_of(adamw=AdamWConfig(learning_rate=3e-3, epochs=1, batch_size=32))  # one epoch: nothing to decide
-    folds, before = fit(ids, features, responses, config)
-    validated = torch.from_numpy((assign_folds(ids, 10, config.seed + 1) == 0) & (folds != 0))
+    plan, before = fit(ids, features, responses, config)
+    validated = torch.from_numpy((assign_folds(ids, 10, config.seed + 1) == 0) & (plan.folds != 0))
     assert 5 < validated.sum() < 40
     responses = responses.clone()
     responses[validated] = -responses[validated]
@@ -118,11 +123,8 @@ def test_same_seed_same_heads():
 
 
 def test_the_seed_decides_the_batches():
-    ids, features, responses = planted()
-    folds = np.arange(len(ids)) % 3
-    one, other = (
-        AdamWFolds(features, folds, ids, config_of(seed=seed, adamw=FEW)).fit(responses)[0] for seed in (0, 1)
-    )
+    data, plan = planted(), plan_of(N_IMAGES, folds=np.arange(N_IMAGES) % 3)
+    one, other = (fit(*data, config_of(seed=seed, adamw=FEW), plan)[1][0] for seed in (0, 1))
     assert differs(one, other)
 
 
@@ -155,18 +157,16 @@ def test_features_and_responses_that_never_change():
 @pytest.mark.parametrize(("n_images", "n_folds"), [(12, 3), (12, 2), (16, 5)])
 def test_a_handful_of_images(loss, n_images, n_folds):
     for seed in range(2):
-        ids, features, responses = planted(n_images, seed=seed)
-        config = config_of(loss, n_folds=n_folds, seed=seed, adamw=FEW)
-        folds = np.arange(n_images) % n_folds
-        maps = AdamWFolds(features, folds, ids, config).fit(responses)
-        assert len(maps) == n_folds
-        assert all(head.weights.isfinite().all() and head.intercept.isfinite().all() for head in maps)
+        data, config = planted(n_images, seed=seed), config_of(loss, n_folds=n_folds, seed=seed, adamw=FEW)
+        _, predictions = fit(*data, config, plan_of(data[0], folds=np.arange(n_images) % n_folds))
+        assert len(predictions) == n_folds
+        assert all(one.isfinite().all() for one in predictions)
 
 
-def test_too_few_images_to_train_and_to_stop_by_are_refused():
-    ids, features, responses = planted(5)
+def test_too_few_images_to_train_and_to_stop_by_are_refused_before_there_is_a_fit():
+    ids, features, _ = planted(5)
     with pytest.raises(ConfigError, match="4 or more"):
-        AdamWFolds(features, np.array([0, 0, 1, 1, 1]), ids, config_of(n_folds=2)).fit(responses)
+        GradientSolver([features], plan_of(ids, folds=np.array([0, 0, 1, 1, 1])), config_of(n_folds=2))
 
 
 def watched(monkeypatch):
@@ -198,7 +198,7 @@ def test_the_best_epoch_is_kept(noise_ceiling, monkeypatch):
     assert len(scores) == 40
     assert max(scores) > max(scores[-5:])  # else the last would do
     assert max(scores) == pytest.approx(expected, abs=1e-6 * max(scores))
-    assert differs(best, head.linear_map())  # later steps did not reach into what was kept
+    assert differs(best.weights, head.linear_map().weights)  # later steps did not reach into what was kept
 
 
 def test_patience_ends_the_training(monkeypatch):
@@ -256,3 +256,118 @@ def test_each_choice_has_the_epoch_that_scored_best_on_its_own_rows(monkeypatch)
     )
     errors = [LOSSES["mse"](one(features[:80]), responses[:80]) for one in (late, early)]
     assert errors[0] < errors[1]
+
+
+# --- calibration
+
+
+def test_calibrated_predictions_are_closest_to_the_responses():
+    """The slope and shift of each vertex are those of a regression of its responses on its predictions."""
+    rng = np.random.default_rng(0)
+    predictions = torch.tensor(rng.normal(size=(50, 4)), dtype=torch.float64)
+    responses = 3 * predictions + 2 + torch.tensor(rng.normal(size=(50, 4)))
+    slope, shift = calibration(predictions, responses)
+    for vertex in range(4):
+        expected = np.polyfit(predictions[:, vertex], responses[:, vertex], 1)
+        np.testing.assert_allclose([slope[vertex], shift[vertex]], expected)
+
+
+def test_a_vertex_that_is_predicted_the_wrong_way_round_or_not_at_all_has_its_level():
+    predictions = torch.tensor([[0.0, 1, 2], [1, 1, 2], [2, 1, 2]])
+    responses = torch.tensor([[4.0, 1, 5], [2, 2, 5], [0, 3, 5]])
+    slope, shift = calibration(predictions, responses)
+    assert slope.tolist() == [0, 0, 0] and shift.tolist() == [2, 2, 5]
+
+
+def test_a_calibrated_map_keeps_its_directions():
+    torch.manual_seed(0)
+    features, head = torch.randn(40, 3), LinearMap(torch.randn(3, 2), torch.randn(2))
+    responses = 5 * head(features) - 1
+    found = calibrate(head, features, responses)
+    torch.testing.assert_close(found(features), responses, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.weights, 5 * head.weights, rtol=1e-4, atol=1e-4)
+
+
+# --- heads that are no linear map
+
+
+def make_mlp(n_features, n_vertices, rois):
+    """A head of an extension: any module of this signature will do."""
+    return torch.nn.Sequential(
+        torch.nn.Linear(n_features, 32), torch.nn.BatchNorm1d(32), torch.nn.ReLU(), torch.nn.Linear(32, n_vertices)
+    )
+
+
+@pytest.fixture
+def mlp(monkeypatch):
+    """Settings of an MLP, as a new entry of the table has it."""
+    monkeypatch.setitem(HEADS, "mlp", HeadSpec(module=f"{__name__}:make_mlp"))
+    monkeypatch.setattr("heads.solvers.gradient.load", lambda reference: make_mlp)
+    return config_of("pearson", "mlp", adamw=AdamWConfig(learning_rate=2e-2, epochs=25, batch_size=32))
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_a_module_that_is_no_linear_map_is_fitted_out_of_fold(mlp, trained):
+    """What is planted here no linear map of the features can say."""
+    rng = np.random.default_rng(0)
+    features = torch.tensor(rng.normal(size=(N_IMAGES + 20, 2)), dtype=torch.float32)
+    signal = features.abs() @ torch.tensor([[1.0, 3, 0], [0, 1, 2]])
+    responses = 10 * signal[:N_IMAGES] + 4
+    plan = plan_of(rng.permutation(73_000)[:N_IMAGES], trained=trained)
+    fits = GradientSolver([features] * plan.n_sources, plan, mlp).fit(block_of(responses))
+    found = out_of_fold(fits, N_IMAGES)
+    assert pearson_r(found, responses).min() > 0.8
+    assert np.sqrt(np.square(found - responses.numpy()).mean(0)).max() < 0.5 * responses.std(0).max()  # in their units
+    test = torch.stack([fold.test for fold in fits.folds]).mean(0)
+    assert pearson_r(test.numpy(), signal[N_IMAGES:].numpy()).min() > 0.8
+    for k, fold in enumerate(fits.folds):
+        assert len(fold.held_out) == (len(plan.parts(k)) if trained else 1)
+        assert sorted(np.concatenate([piece.rows for piece in fold.held_out])) == plan.inside(k).tolist()
+        assert all((piece.spread > 0).all() for piece in fold.held_out)
+
+
+def test_a_module_is_calibrated_on_the_rows_that_it_was_trained_on(mlp):
+    ids, features, responses = planted()
+    plan = plan_of(ids)
+    fits = GradientSolver([torch.cat([features, features])], plan, mlp).fit(block_of(10 * responses + 7))
+    for k, fold in enumerate(fits.folds):
+        trained = plan.split(k, mlp.adamw.validation, mlp.seed).trained
+        slope, shift = calibration(fold.test[trained], 10 * responses[trained] + 7)
+        torch.testing.assert_close(slope, torch.ones(N_VERTICES), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(shift, torch.zeros(N_VERTICES), rtol=0, atol=5e-2)
+
+
+def test_saved_tensors_of_a_module_rebuild_its_predictions(mlp):
+    """With the standardisation of its features; what is not saved is a slope and a shift of each vertex."""
+    ids, features, responses = planted()
+    mlp = replace(mlp, adamw=FEW)
+    fits = GradientSolver([torch.cat([features, features])], plan_of(ids), mlp).fit(block_of(responses))
+    assert {prefix for prefix, _ in fits.saved} == {"fold0.", "fold1.", "fold2."}
+    for k, fold in enumerate(fits.folds):
+        own = {part.removeprefix("head."): t for (prefix, part), t in fits.saved.items() if prefix == f"fold{k}."}
+        mean, scale = own.pop("mean"), own.pop("scale")
+        head = make_mlp(N_FEATURES, N_VERTICES, ())
+        head.load_state_dict({name.removeprefix("head."): values for name, values in own.items()})
+        with torch.no_grad():
+            rebuilt = head.eval()((features - mean) / scale)
+        varies = fold.test.std(0) > 1e-4
+        assert varies.any()
+        np.testing.assert_allclose(pearson_r(rebuilt[:, varies], fold.test[:, varies]), 1, atol=1e-4)
+
+
+def test_held_out_images_do_not_reach_the_module_that_predicts_them(mlp):
+    ids, features, responses = planted()
+    mlp = replace(mlp, adamw=FEW)
+    plan, before = fit(ids, features, responses, mlp)
+    other = responses.clone()
+    other[plan.inside(1)] = 1e3 * torch.randn(len(plan.inside(1)), N_VERTICES)
+    _, after = fit(ids, features, other, mlp)
+    assert torch.equal(before[1], after[1]) and differs(before[0], after[0])
+
+
+def test_fits_of_one_solver_do_not_depend_on_what_it_fitted_before():
+    ids, features, responses = planted()
+    solver = GradientSolver([features], plan_of(ids), config_of(adamw=FEW))
+    first = solver.fit(block_of(responses))
+    solver.fit(block_of(responses.flip(0), "rh"))
+    assert_same_fits(first, solver.fit(block_of(responses)), rtol=0, atol=0)

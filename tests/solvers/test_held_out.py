@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from featcache.dataset.splits import assign_folds
-from featcache.errors import ConfigError
+from featcache.errors import ConfigError, LeakError
 from heads.config import AdamWConfig, FitConfig, RidgeConfig
-from heads.modules.linear import LinearMap
 from heads.scores.metrics import pearson_r
-from heads.solvers.held_out import TrainedFolds, TunedAdamW, TunedRidge, clean_parts
-from heads.solvers.ridge_folds import RidgeFits
+from heads.solvers.gradient import GradientSolver
+from heads.solvers.held_out import FoldPlan, clean_parts, stop_split
+from heads.solvers.ridge_folds import RidgeFolds, TunedRidge
+from support.plans import assert_same_fits, block_of, out_of_fold, plan_of
 
 N_FOLDS, N_IMAGES, N_FEATURES, N_VERTICES = 3, 150, 12, 5
 RIDGE = RidgeConfig(penalties=(1e-3, 1e-1, 1.0, 10.0))
@@ -20,22 +21,20 @@ ADAMW = FitConfig(
 
 
 def planted(seed=0):
-    """Ids, folds, features of three backbones, and responses that are linear in what they have in common."""
+    """A plan, features of three backbones, and responses that are linear in what they have in common."""
     rng = np.random.default_rng(seed)
-    ids = rng.permutation(73_000)[:N_IMAGES]
+    plan = plan_of(rng.permutation(73_000)[:N_IMAGES], N_FOLDS, trained=True)
     common = rng.normal(size=(N_IMAGES, N_FEATURES))
     features = [common + 0.3 * rng.normal(size=common.shape) for _ in range(N_FOLDS)]
     responses = common @ rng.normal(size=(N_FEATURES, N_VERTICES)) + 2 * rng.normal(size=(N_IMAGES, N_VERTICES))
     tensors = [torch.tensor(x, dtype=torch.float32) for x in features]
-    return ids, assign_folds(ids, N_FOLDS, 0), tensors, torch.tensor(responses, dtype=torch.float32)
+    return plan, tensors, torch.tensor(responses, dtype=torch.float32)
 
 
-def solvers(ids, folds, features, held_out=range(N_FOLDS)):
-    held_out = list(held_out)
-    return {
-        "ridge": TunedRidge(features, folds, held_out, ids, RIDGE),
-        "adamw": TunedAdamW(features, folds, held_out, ids, ADAMW),
-    }
+SOLVERS = {
+    "ridge": lambda features, plan: TunedRidge(features, plan, RIDGE),
+    "adamw": lambda features, plan: GradientSolver(features, plan, ADAMW),
+}
 
 
 def slow_ridge(x, y, penalty):
@@ -48,9 +47,9 @@ def slow_ridge(x, y, penalty):
 
 
 def test_ridge_takes_for_each_part_the_penalty_that_is_best_on_the_other_parts():
-    ids, folds, features, responses = planted()
-    for k, found in enumerate(solvers(ids, folds, features)["ridge"].fit(responses)):
-        x, trained, held_out = features[k], np.flatnonzero(folds != k), np.flatnonzero(folds == k)
+    plan, features, responses = planted()
+    for k, found in enumerate(TunedRidge(features, plan, RIDGE).heads(responses)):
+        x, trained, held_out = features[k], plan.outside(k), plan.inside(k)
         maps = [slow_ridge(x[trained], responses[trained], penalty) for penalty in RIDGE.penalties]
         errors = np.stack([(responses.numpy() - x.numpy() @ w - b) ** 2 for w, b in maps])
         for rows, head in [*found.held_out, (np.array([], dtype=int), found.final)]:
@@ -60,69 +59,127 @@ def test_ridge_takes_for_each_part_the_penalty_that_is_best_on_the_other_parts()
         assert sorted(np.concatenate([rows for rows, _ in found.held_out])) == held_out.tolist()
 
 
-@pytest.mark.parametrize("kind", ["ridge", "adamw"])
+@pytest.mark.parametrize("kind", SOLVERS)
 def test_no_image_has_a_say_in_the_head_that_predicts_it(kind):
-    ids, folds, features, responses = planted()
-    before = solvers(ids, folds, features)[kind].fit(responses)
-    rows, head = before[1].held_out[2]
+    plan, features, responses = planted()
+    before = SOLVERS[kind](features, plan).fit(block_of(responses)).folds[1].held_out[2]
     other = responses.clone()
-    other[rows] = torch.randn(len(rows), N_VERTICES) * 50
+    other[before.rows] = torch.randn(len(before.rows), N_VERTICES) * 50
+    after = SOLVERS[kind](features, plan).fit(block_of(other)).folds[1].held_out[2]
+    assert torch.equal(after.predictions, before.predictions)
+    assert torch.equal(after.mean, before.mean) and torch.equal(after.spread, before.spread)
     moved = [x.clone() for x in features]
-    moved[1][rows] = 50 * torch.randn(len(rows), N_FEATURES)
-    after = solvers(ids, folds, moved)[kind].fit(other)[1].held_out[2][1]
-    assert torch.equal(after.weights, head.weights) and torch.equal(after.intercept, head.intercept)
+    moved[1][before.rows] = 50 * torch.randn(len(before.rows), N_FEATURES)
+    after = SOLVERS[kind](moved, plan).fit(block_of(other)).folds[1].held_out[2]
+    assert torch.equal(after.mean, before.mean) and torch.equal(after.spread, before.spread)  # of the same weights
 
 
-@pytest.mark.parametrize("kind", ["ridge", "adamw"])
+@pytest.mark.parametrize("kind", SOLVERS)
 def test_every_image_is_predicted_once_by_a_head_of_its_own_fold(kind):
-    ids, folds, features, responses = planted()
-    for k, found in enumerate(solvers(ids, folds, features)[kind].fit(responses)):
-        rows = np.concatenate([rows for rows, _ in found.held_out])
-        assert sorted(rows) == np.flatnonzero(folds == k).tolist()
+    plan, features, responses = planted()
+    for k, fold in enumerate(SOLVERS[kind](features, plan).fit(block_of(responses)).folds):
+        assert sorted(np.concatenate([piece.rows for piece in fold.held_out])) == plan.inside(k).tolist()
 
 
-def test_some_folds_alone_are_what_they_are_among_all():
-    ids, folds, features, responses = planted()
-    whole = solvers(ids, folds, features)["ridge"].fit(responses)
-    (alone,) = solvers(ids, folds, features[2:], held_out=[2])["ridge"].fit(responses)
-    assert torch.equal(alone.final.weights, whole[2].final.weights)
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_some_folds_alone_are_what_they_are_among_all(kind):
+    plan, features, responses = planted()
+    whole = SOLVERS[kind](features, plan).fit(block_of(responses))
+    alone = SOLVERS[kind](features[2:], plan_of(plan.image_ids, N_FOLDS, held_out=[2], trained=True))
+    found = alone.fit(block_of(responses))
+    assert_same_fits(found, whole._replace(folds=whole.folds[2:]), rtol=0, atol=0)
+    assert torch.equal(found.saved["fold2.", "weights"], whole.saved["fold2.", "weights"])
 
 
 def test_features_that_learnt_the_noise_of_their_training_images_do_not_fool_it():
     """A backbone that memorised responses looks perfect on its training images, and choices made there trust it."""
     rng = np.random.default_rng(1)
-    ids, folds, features, responses = planted(1)
+    plan, features, responses = planted(1)
     memorised = []
     for k, x in enumerate(features):
         noise = torch.tensor(0.1 * rng.normal(size=(N_IMAGES, 40)), dtype=torch.float32)
-        trained = torch.tensor(folds != k)
+        trained = plan.outside(k)
         noise[trained] += 0.05 * responses[trained] @ torch.randn(N_VERTICES, 40)
         memorised.append(torch.cat([x, noise], 1))
-
-    def r(fits):
-        out = np.empty((N_IMAGES, N_VERTICES))
-        for x, fit in zip(memorised, fits, strict=True):
-            for rows, head in fit.held_out:
-                out[rows] = head(x[rows])
-        return pearson_r(out, responses).mean()
-
-    wide = RidgeConfig()
-    clean = TunedRidge(memorised, folds, list(range(N_FOLDS)), ids, wide).fit(responses)
+    clean = out_of_fold(TunedRidge(memorised, plan, RidgeConfig()).fit(block_of(responses)), N_IMAGES)
     naive = np.empty((N_IMAGES, N_VERTICES))
     for k, x in enumerate(memorised):
-        (piece,) = RidgeFits(x, folds, wide).fit(responses).folds[k].held_out
+        solver = RidgeFolds(x, plan_of(plan.image_ids, N_FOLDS), RidgeConfig())
+        (piece,) = solver.fit(block_of(responses)).folds[k].held_out
         naive[piece.rows] = piece.predictions
-    assert r(clean) > pearson_r(naive, responses).mean() + 0.02
+    assert pearson_r(clean, responses).mean() > pearson_r(naive, responses).mean() + 0.02
 
 
-def test_trained_heads_are_used_as_they_are():
-    _, folds, _, responses = planted()
-    maps = [LinearMap(torch.randn(N_FEATURES, N_VERTICES), torch.randn(N_VERTICES)) for _ in range(2)]
-    fits = TrainedFolds({"lh": maps}, folds, [0, 2]).fit(responses, hemisphere="lh")
-    for fit, fold, head in zip(fits, (0, 2), maps, strict=True):
-        ((rows, used),) = fit.held_out
-        assert rows.tolist() == np.flatnonzero(folds == fold).tolist()
-        assert torch.equal(used.weights, head.weights) and torch.equal(fit.final.intercept, head.intercept)
+# --- plans
+
+
+def test_a_frozen_backbones_plan_holds_every_fold_out_in_turn():
+    ids = np.random.default_rng(0).permutation(73_000)[:60]
+    plan = FoldPlan.of_frozen(ids, 4, 3)
+    np.testing.assert_array_equal(plan.folds, assign_folds(ids, 4, 3))
+    assert plan.held_out == (0, 1, 2, 3) and len(plan) == 4 and plan.n_train == 60
+    assert plan.n_sources == 1 and plan.prefixes == [""] and {plan.source(k) for k in range(4)} == {0}
+    assert plan.scored.tolist() == list(range(60))
+    for k in range(4):
+        assert sorted([*plan.inside(k), *plan.outside(k)]) == list(range(60))
+        assert set(plan.folds[plan.inside(k)]) == {k} and k not in plan.folds[plan.outside(k)]
+        (part,) = plan.parts(k)
+        assert np.array_equal(part, plan.inside(k)) and plan.n_choices(k) == 1
+
+
+def test_a_plan_of_empty_folds_is_refused():
+    with pytest.raises(ConfigError, match="fold"):
+        FoldPlan.of_frozen(np.arange(3), 5, 0)
+
+
+def test_a_trained_backbones_plan_has_a_source_and_a_prefix_for_each_fold_that_there_is():
+    plan = plan_of(90, 5, held_out=[3, 1], trained=True)
+    assert len(plan) == plan.n_sources == 2 and plan.prefixes == ["fold3.", "fold1."]
+    assert [plan.source(k) for k in range(2)] == [0, 1]
+    assert set(plan.folds[plan.scored]) == {1, 3} and (plan.folds[plan.inside(0)] == 3).all()
+    assert plan.n_choices(0) == len(plan.parts(0)) + 1
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_a_split_trains_on_no_image_that_it_chooses_by_or_predicts(trained):
+    plan = plan_of(np.random.default_rng(1).permutation(73_000)[:90], trained=trained)
+    for k in range(len(plan)):
+        split = plan.split(k, 10, 0)
+        assert not np.intersect1d(split.trained, plan.inside(k)).size
+        assert len(split.choices) == plan.n_choices(k)
+        assert sorted(np.concatenate(split.parts)) == plan.inside(k).tolist()
+        for rows in split.choices:
+            assert len(rows) >= 2 and not np.intersect1d(rows, split.trained).size
+        for part, rows in zip(split.parts, split.choices, strict=False):
+            assert not np.intersect1d(part, rows).size
+        assert np.array_equal(split.choices[-1], plan.inside(k)) is trained
+        plan.refuse_leaks(split.choices, split.trained, "early stopping")
+
+
+def test_rows_that_are_trained_on_and_chosen_by_are_refused():
+    plan = plan_of(np.array([5, 6, 7, 5, 8, 9]), 2)  # one image twice
+    with pytest.raises(LeakError, match="early stopping"):
+        plan.refuse_leaks([np.array([3, 4])], np.array([0, 1]), "early stopping")
+
+
+def test_images_to_stop_by_are_one_in_so_many_outside_the_fold_by_id():
+    ids = np.random.default_rng(0).permutation(73_000)[:300]
+    outside = np.arange(0, 300, 2)
+    trained, stop = stop_split(ids, outside, 1, 10, 4)
+    assert stop.tolist() == outside[assign_folds(ids[outside], 10, 5) == 0].tolist()
+    assert sorted([*trained, *stop]) == outside.tolist()
+
+
+@pytest.mark.parametrize("n", [4, 5, 9, 14])
+def test_of_few_images_some_are_left_to_train_on_and_some_to_stop_by(n):
+    for seed in range(20):
+        trained, stop = stop_split(np.arange(n) * 7, np.arange(n), 0, 10, seed)
+        assert len(trained) >= 2 and len(stop) >= 2 and len(trained) + len(stop) == n
+
+
+def test_too_few_images_to_stop_by_are_refused():
+    with pytest.raises(ConfigError, match=r"fold 2: expected 4 or more images outside it, .*; found 3"):
+        stop_split(np.arange(3), np.arange(3), 2, 10, 0)
 
 
 def test_parts_cover_a_fold_and_leave_something_to_choose_by():

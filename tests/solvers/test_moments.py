@@ -8,17 +8,32 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from featcache.dataset.splits import assign_folds
+from featcache.dataset.algonauts import open_challenge
 from featcache.errors import ConfigError
 from heads.config import FitConfig, MomentsConfig, RidgeConfig, parse_loss
 from heads.scores.losses import LOSSES, weighted_sum
 from heads.scores.metrics import pearson_r
-from heads.solvers.fold_axes import Target
-from heads.solvers.moments import MomentFits, descend, left_out_error, loss_at, moments_of, spread_of, start_at
-from heads.solvers.ridge import eigenbasis, sum_of_squares
-from heads.solvers.ridge_folds import RidgeFits
+from heads.solvers.base import Shared
+from heads.solvers.fold_axes import FoldAxes, Target
+from heads.solvers.memory import Sizes
+from heads.solvers.moments import (
+    MomentSolver,
+    build,
+    descend,
+    left_out_error,
+    loss_at,
+    moments_of,
+    refuse_unknown,
+    spread_of,
+    start_at,
+)
+from heads.solvers.ridge import eigenbasis, is_exact, sum_of_squares
+from heads.solvers.ridge_folds import RidgeFolds
 from support.linear import planted
+from support.plans import block_of, out_of_fold, plan_of
+from support.problems import VECTOR, features_of, planted_responses, problem_of, responding
 
+CONFIG = MomentsConfig()
 SUMS = ["mse", "pearson", "mnnpc", "mse+0.5*pearson", "0.2*mse+pearson+2*mnnpc"]
 
 
@@ -106,79 +121,121 @@ def test_every_least_squares_loss_is_served():
     assert {name for loss in SUMS for _, name in parse_loss(loss)} == set(LOSSES) - {"smooth_l1"}
 
 
-def fitted(features, responses, folds, loss="mnnpc", ceiling=None, **options):
+def axes_of(x, plan):
+    return FoldAxes(x, plan.folds, lambda n_images: is_exact(RidgeConfig(), n_images))
+
+
+def solver_of(x, plan, loss, config=CONFIG, axes=None, **options):
+    """x : (n_train + n_test, n_features)"""
+    sizes = Sizes.of_matrix(plan, x.shape, 6)
+    return MomentSolver(axes or axes_of(x, plan), parse_loss(loss), config, sizes=sizes, **options)
+
+
+def fitted(features, responses, plan, loss="mnnpc", ceiling=None):
+    """With all training images once more as test images."""
     x = torch.from_numpy(np.concatenate([features, features]))
-    heads = MomentFits(x, folds, parse_loss(loss), MomentsConfig(), **options)
-    return heads.fit(torch.from_numpy(responses), ceiling)
-
-
-def out_of_fold(fits, like):
-    predictions = np.full_like(like, np.nan)
-    for fold in fits.folds:
-        for piece in fold.held_out:
-            predictions[piece.rows] = piece.predictions
-    return predictions
+    return solver_of(x, plan, loss).fit(block_of(responses, noise_ceiling=ceiling))
 
 
 @pytest.mark.parametrize("loss", SUMS)
 @pytest.mark.parametrize(("n_images", "n_features"), [(400, 40), (200, 300)])
 def test_planted_weights_are_found_as_well_as_by_closed_form(loss, n_images, n_features):
     features, responses, _ = planted(n_images, n_features, 20, noise=1)
-    folds = assign_folds(np.arange(n_images), 4, 0)
+    plan = plan_of(n_images, 4)
     ceiling = np.random.default_rng(0).uniform(0, 1, 20)
-    r = pearson_r(out_of_fold(fitted(features, responses, folds, loss, ceiling), responses), responses).mean()
-    x = torch.from_numpy(np.concatenate([features, features]))
-    exact = RidgeFits(x, folds, RidgeConfig()).fit(torch.from_numpy(responses))
-    assert r > pearson_r(out_of_fold(exact, responses), responses).mean() - 0.03
+    r = pearson_r(out_of_fold(fitted(features, responses, plan, loss, ceiling), n_images), responses).mean()
+    exact = RidgeFolds(torch.from_numpy(features), plan, RidgeConfig()).fit(block_of(responses))
+    assert r > pearson_r(out_of_fold(exact, n_images), responses).mean() - 0.03
     assert r > 0.2
 
 
 def test_noise_scores_nothing():
     features, responses, _ = planted(500, 30, 40, noise=1)
     responses = np.random.default_rng(1).normal(size=responses.shape).astype(np.float32)
-    ids = np.arange(500)
-    found = out_of_fold(fitted(features, responses, assign_folds(ids, 4, 0)), responses)
+    found = out_of_fold(fitted(features, responses, plan_of(500, 4)), 500)
     assert abs(float(np.nanmean(pearson_r(found, responses)))) < 0.05
 
 
 @pytest.mark.parametrize(("n_images", "n_features"), [(240, 20), (120, 200)])
 def test_held_out_responses_do_not_reach_their_fold(n_images, n_features):
     features, responses, _ = planted(n_images, n_features, noise=1)
-    folds = assign_folds(np.arange(n_images), 4, 0)
-    before = fitted(features, responses, folds)
+    plan = plan_of(n_images, 4)
+    before = fitted(features, responses, plan)
     other = responses.copy()
-    other[folds == 2] = 1e6 * np.random.default_rng(5).normal(size=other[folds == 2].shape)
-    after = fitted(features, other, folds)
+    other[plan.inside(2)] = 1e6 * np.random.default_rng(5).normal(size=other[plan.inside(2)].shape)
+    after = fitted(features, other, plan)
     torch.testing.assert_close(after.folds[2].test, before.folds[2].test, rtol=0, atol=0)
     assert (after.folds[1].test - before.folds[1].test).abs().max() > 0.01
 
 
 def test_vertices_do_not_depend_on_which_others_are_fitted_with_them():
     features, responses, _ = planted(200, 20, 6, noise=1)
-    ids, ceiling = np.arange(200), np.linspace(0, 1, 6)
-    folds = assign_folds(ids, 4, 0)
-    whole = fitted(features, responses, folds, ceiling=ceiling)
-    some = fitted(features, responses[:, 4:], folds, ceiling=ceiling[4:])
+    plan, ceiling = plan_of(200, 4), np.linspace(0, 1, 6)
+    whole = fitted(features, responses, plan, ceiling=ceiling)
+    some = fitted(features, responses[:, 4:], plan, ceiling=ceiling[4:])
     torch.testing.assert_close(some.folds[0].test, whole.folds[0].test[:, 4:], rtol=1e-3, atol=1e-4)
 
 
-def test_losses_share_what_they_learn_from_and_nothing_else():
+@pytest.fixture
+def turned(monkeypatch):
+    """The axes that responses are turned to, once for each fold."""
+    seen, honest = [], FoldAxes.targets
+
+    def counted(self, responses):
+        for target in honest(self, responses):
+            seen.append(self)
+            yield target
+
+    monkeypatch.setattr(FoldAxes, "targets", counted)
+    return seen
+
+
+def test_losses_share_what_they_learn_from_and_nothing_else(turned):
     features, responses, _ = planted(200, 20, 6, noise=1)
-    x, y, config = torch.from_numpy(features), torch.from_numpy(responses), MomentsConfig(steps=4)
-    folds = assign_folds(np.arange(200), 4, 0)
-    shared = MomentFits(x, folds, parse_loss("mse"), config, keep=True)
-    fits = {loss: shared.with_terms(parse_loss(loss)).fit(y, hemisphere="lh") for loss in ("mse", "pearson", "mse")}
-    alone = MomentFits(x, folds, parse_loss("pearson"), config).fit(y, hemisphere="lh")
-    found = fits["pearson"].saved["", "weights"]
-    torch.testing.assert_close(found, alone.saved["", "weights"], rtol=0, atol=0)
-    assert (fits["mse"].saved["", "weights"] - found).abs().max() > 1e-4
+    x, plan, config = torch.from_numpy(features), plan_of(200, 4), MomentsConfig(steps=4)
+    axes, targets, found = axes_of(x, plan), {}, {}
+    for loss in ("mse", "pearson", "mse"):
+        for surface, values in (("lh", responses), ("rh", responses[:, ::-1].copy())):
+            solver = solver_of(x, plan, loss, config, axes, targets=targets)
+            found[loss, surface] = solver.fit(block_of(values, surface)).saved["", "weights"]
+    assert len(turned) == 2 * len(plan)  # once for each surface
+    alone = solver_of(x, plan, "pearson", config).fit(block_of(responses)).saved["", "weights"]
+    torch.testing.assert_close(found["pearson", "lh"], alone, rtol=0, atol=0)
+    torch.testing.assert_close(found["pearson", "rh"], alone.flip(1), rtol=1e-3, atol=1e-5)
+    assert (found["mse", "lh"] - alone).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("n_fits", "n_turned"), [(1, 6), (2, 3)])
+def test_losses_of_one_run_share_axes_and_what_they_learn_from(tiny, tmp_path, said, turned, n_fits, n_turned):
+    """The builder makes axes once; what is learnt from is kept where there are several losses."""
+    (subject,) = open_challenge(tiny).subjects[:1]
+    own = responding(subject, planted_responses(len(subject.train), VECTOR), tmp_path)
+    features, shared = features_of(own, tmp_path), Shared(n_fits)
+    for loss in ("mse", "pearson"):
+        config = FitConfig(loss=loss, solver="moments", n_folds=3)
+        solver = build(problem_of(own, features, config, tmp_path, shared=shared))
+        solver.fit(block_of(np.array(own.responses("lh"))))
+    assert len({id(axes) for axes in turned}) == 1 and len(turned) == n_turned
+    assert sum("vertices at a time" in line for line in said) == 1
+
+
+def test_a_loss_that_moments_do_not_give_is_refused():
+    """Also where a table says that its optimum is that of least squares."""
+    refuse_unknown(parse_loss("mse+pearson+mnnpc"))
+    for terms in (((1.0, "smooth_l1"),), ((1.0, "mse"), (0.5, "cosine"))):
+        with pytest.raises(
+            ConfigError, match=f"--solver moments: expected a loss of mse, .*; found {terms[-1][1]}; use"
+        ):
+            refuse_unknown(terms)
+        x, plan = torch.randn(20, 3), plan_of(20, 2)
+        with pytest.raises(ConfigError, match="--solver moments"):
+            MomentSolver(axes_of(x, plan), terms, CONFIG, sizes=Sizes.of_matrix(plan, x.shape, 2))
 
 
 def test_dead_vertices_and_constant_features_have_a_flat_head():
     features, responses, _ = planted(100, 5, 4, noise=1)
     features[:, 1], responses[:, 2] = 7.0, 3.0
-    ids = np.arange(100)
-    fits = fitted(features, responses, assign_folds(ids, 4, 0), ceiling=np.array([0, 0.5, 0, 1.0]))
+    fits = fitted(features, responses, plan_of(100, 4), ceiling=np.array([0, 0.5, 0, 1.0]))
     for fold in fits.folds:
         assert torch.isfinite(fold.test).all()
         torch.testing.assert_close(fold.test[:, 2], torch.full((100,), 3.0))
@@ -203,16 +260,3 @@ def test_left_out_error_is_that_of_heads_fitted_without_each_image(n_images, n_f
     h = scores @ torch.diag(1 / (basis.values + penalty)) @ scores.T
     generalised = ((y - y.mean(0) - h @ (y - y.mean(0))).square().mean(0)) / (1 - (h.trace() + 1) / n_images) ** 2
     torch.testing.assert_close(left_out_error(weights, moments._replace(rows=None)), generalised)
-
-
-def test_only_linear_heads_under_losses_of_moments():
-    with pytest.raises(ConfigError, match="mse, pearson and mnnpc"):
-        FitConfig(loss="smooth_l1", solver="moments")
-    with pytest.raises(ConfigError, match="--head linear"):
-        FitConfig(loss="mse", head="roi", solver="moments")
-
-
-def test_losses_of_one_optimum_are_one_variant():
-    assert [one.loss for one in FitConfig(loss="mnnpc,pearson,smooth_l1,mse").variants()] == ["mnnpc", "smooth_l1"]
-    moments = FitConfig(loss="mnnpc, 0.5*mse+pearson", solver="moments").variants()
-    assert [one.objective for one in moments] == ["mnnpc", "0.5*mse+pearson"]

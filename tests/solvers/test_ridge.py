@@ -14,7 +14,7 @@ from sklearn.linear_model import Ridge
 import heads.solvers.ridge
 from featcache.errors import ConfigError
 from heads.config import RidgeConfig
-from heads.solvers.ridge import RidgeHead, _gcv_errors, _loo_errors, eigenbasis, is_exact
+from heads.solvers.ridge import RidgeHead, eigenbasis, is_exact, penalty_errors, sum_of_squares
 from support.linear import both_selections, planted
 
 SHAPES = [(60, 10), (10, 60), (21, 20), (20, 20), (20, 21), (22, 20), (5, 1), (3, 4)]
@@ -64,14 +64,13 @@ def slow_loo(features, responses, penalty):
     return np.mean(errors, axis=0)
 
 
-def error_parts(features, responses, penalties):
-    """What the error functions are given by `solve`."""
+def errors_of(features, responses, penalties, exact):
+    """(n_penalties, n_vertices), as heads choose by them."""
     x, y = torch.from_numpy(features), torch.from_numpy(responses)
     basis, centred = eigenbasis(x), y - y.mean(0)
-    scores = basis.own_scores(x)
-    rotated = scores.T @ centred
-    shrinkage = basis.values / (basis.values + torch.as_tensor(penalties, dtype=torch.float32)[:, None])
-    return basis, rotated, centred, shrinkage, scores
+    scores, squares = basis.own_scores(x), sum_of_squares(centred)
+    rows = (scores, centred) if exact else None
+    return penalty_errors(basis.values, len(x), scores.T @ centred, squares, torch.tensor(penalties), rows)
 
 
 @all_shapes
@@ -156,24 +155,13 @@ def test_large_offsets_change_nothing_but_the_intercept(n_images, n_features, se
     np.testing.assert_allclose(moved.predict(features + 1000) + 1000, plain.predict(features), atol=5e-3)
 
 
+@pytest.mark.parametrize(("exact", "slow_error"), [(True, slow_loo), (False, slow_gcv)], ids=["loo", "gcv"])
 @pytest.mark.parametrize(("n_images", "n_features"), [(30, 6), (12, 25), (16, 15), (15, 15)])
-def test_leave_one_out_errors_are_those_of_refits(n_images, n_features):
+def test_errors_are_those_of_refits_and_of_the_hat_matrix(n_images, n_features, exact, slow_error):
     features, responses, _ = planted(n_images, n_features, n_vertices=3)
     penalties = [0.5, 5.0, 50.0]
-    basis, rotated, centred, shrinkage, scores = error_parts(features, responses, penalties)
-    errors = _loo_errors(basis.values, rotated, shrinkage, scores, centred)
-    expected = [slow_loo(features, responses, penalty) for penalty in penalties]
-    np.testing.assert_allclose(errors, expected, rtol=1e-3)
-
-
-@pytest.mark.parametrize(("n_images", "n_features"), [(30, 6), (12, 25), (16, 15), (15, 15)])
-def test_gcv_errors_are_those_of_the_hat_matrix(n_images, n_features):
-    features, responses, _ = planted(n_images, n_features, n_vertices=3)
-    penalties = [0.5, 5.0, 50.0]
-    basis, rotated, centred, shrinkage, _ = error_parts(features, responses, penalties)
-    freedom = (shrinkage.sum(1) + 1) / n_images
-    errors = _gcv_errors(basis.values, n_images, rotated, centred.square().sum(0), shrinkage, freedom)
-    expected = [slow_gcv(features, responses, penalty) for penalty in penalties]
+    errors = errors_of(features, responses, penalties, exact)
+    expected = [slow_error(features, responses, penalty) for penalty in penalties]
     np.testing.assert_allclose(errors, expected, rtol=1e-3)
 
 
@@ -359,7 +347,7 @@ def test_too_few_images_are_refused():
 def test_other_features_than_in_fit_are_refused():
     features, responses, _ = planted(20, 5)
     head = RidgeHead().fit(features, responses)
-    with pytest.raises(ConfigError, match="expected 5 features"):
+    with pytest.raises(ConfigError, match="features: expected 5 columns, as in fit; found 4"):
         head.predict(features[:, :4])
 
 

@@ -12,8 +12,9 @@ from featcache.dataset.splits import assign_folds
 from heads.config import RidgeConfig
 from heads.scores.metrics import pearson_r
 from heads.solvers.ridge import RidgeHead
-from heads.solvers.ridge_folds import RidgeFits
+from heads.solvers.ridge_folds import RidgeFolds
 from support.linear import both_selections, planted
+from support.plans import block_of, plan_of
 
 MULTIPLES = (0.03, 0.3, 3.0, 30.0)
 
@@ -45,7 +46,7 @@ def slow_fold(features, responses, trained, config):
 def every_fold(features, responses, folds, config, **options):
     """Each fold's fit, with all training images once more as test images."""
     x = torch.from_numpy(np.concatenate([features, features]))
-    return RidgeFits(x, folds, config, **options).fit(torch.from_numpy(responses))
+    return RidgeFolds(x, plan_of(len(folds), folds=folds), config, **options).fit(block_of(responses))
 
 
 @settings(max_examples=80, deadline=None)
@@ -123,10 +124,10 @@ def test_held_out_responses_do_not_reach_their_fold(n_images, n_features, select
 
 def test_vertices_do_not_depend_on_their_block():
     features, responses, _ = planted(60, 8, n_vertices=10)
-    x, folds = torch.from_numpy(np.concatenate([features, features])), np.arange(60) % 3
-    solver = RidgeFits(x, folds, RidgeConfig())
-    together = solver.fit(torch.from_numpy(responses))
-    parts = [solver.fit(torch.from_numpy(responses[:, block])) for block in (slice(0, 4), slice(4, 10))]
+    x = torch.from_numpy(np.concatenate([features, features]))
+    solver = RidgeFolds(x, plan_of(60, folds=np.arange(60) % 3), RidgeConfig())
+    together = solver.fit(block_of(responses))
+    parts = [solver.fit(block_of(responses[:, vertices])) for vertices in (slice(0, 4), slice(4, 10))]
     for fold, whole in enumerate(together.folds):
         test = torch.cat([part.folds[fold].test for part in parts], 1)
         np.testing.assert_allclose(test, whole.test, atol=1e-5)

@@ -7,7 +7,7 @@ import torch
 import heads.solvers.layers.axes
 from featcache.cache.store import Row, create_store
 from heads.features.rows import LayerRows
-from heads.solvers.layers.axes import seen_under, way_of
+from heads.solvers.layers.axes import seen_under, way_for
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import Prior
 
@@ -70,13 +70,13 @@ def test_dual_weights_on_the_kernel_predict_the_same_up_to_a_level(kernels, way)
     np.testing.assert_allclose(found - found.mean(0), expected - expected.mean(0), rtol=1e-3, atol=1e-3)
 
 
-def test_axes_are_of_what_there_is_least(kernels, monkeypatch):
-    assert kernels.rows.n_features == 33
-    assert way_of(kernels, 20) == "images"
-    assert way_of(kernels, 80) == "landmarks"  # 20 of them
+def test_axes_are_of_what_there_is_least(monkeypatch):
+    monkeypatch.setattr(heads.solvers.layers.axes, "LANDMARKS", N_LANDMARKS)
+    assert way_for(20, 33) == "images"
+    assert way_for(80, 33) == "landmarks"  # 20 of them
     monkeypatch.setattr(heads.solvers.layers.axes, "LANDMARKS", 40)
-    assert way_of(kernels, 33) == "images"
-    assert way_of(kernels, 80) == "features"
+    assert way_for(33, 33) == "images"
+    assert way_for(80, 33) == "features"
 
 
 def test_landmarks_are_training_images_and_the_same_for_every_fold(kernels):

@@ -1,0 +1,135 @@
+"""Memory and disk that fits of heads are expected to take, from counts alone."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+from featcache.cache.store import Row
+from featcache.machine.memory import free_memory
+from heads.config import HEADS, FitConfig
+from heads.solvers.layers.priors import DEPTHS, prior_set
+from heads.solvers.layers.ridge import METHOD, LayeredSizes
+from heads.solvers.memory import CACHE_SHARE, FEATURE_SHARE, STACK_SHARE, Sizes, blockwise_bytes, whole_bytes
+from heads.solvers.ridge import VERTEX_BLOCK
+
+_CHOICES_OF_A_TRAINED_FOLD = 5  # four parts of the held-out images, and one head for images of no fold
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of one subject, before they are there.
+
+    rows : {array: its row}
+    held_out : folds that a trained backbone did not see, one store for each; none for a frozen backbone
+    n_folds : of the training
+    """
+
+    rows: Mapping[str, Row]
+    held_out: tuple[int, ...] = ()
+    n_folds: int = 0
+
+    @property
+    def trained(self) -> bool:
+        return bool(self.held_out)
+
+    @property
+    def n_stores(self) -> int:
+        """One for a frozen backbone, one for each held-out fold of a trained one."""
+        return len(self.held_out) or 1
+
+    @property
+    def n_features(self) -> int:
+        return sum(math.prod(row.shape) for row in self.rows.values())
+
+    @property
+    def grids(self) -> dict[str, tuple[int, int]]:
+        """{array: (height, width)}; a vector has one place."""
+        return {name: (row.shape[0], row.shape[1]) if len(row.shape) > 1 else (1, 1) for name, row in self.rows.items()}
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether there are several arrays, or places of the image."""
+        return len(self.rows) > 1 or any(len(row.shape) > 1 for row in self.rows.values())
+
+    def reading(self, arrays: Sequence[str]) -> "Features":
+        """Some of the arrays alone."""
+        return replace(self, rows={name: self.rows[name] for name in arrays})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSizes:
+    """What the memory of one fit follows from.
+
+    n_vertices : of each surface
+    n_held_out : folds that are held out, in turn
+    n_folds : folds that there are
+    """
+
+    n_train: int
+    n_test: int
+    n_vertices: tuple[int, ...]
+    n_held_out: int
+    n_folds: int
+    features: Features
+
+    @property
+    def n_images(self) -> int:
+        return self.n_train + self.n_test
+
+
+def fit_memory(sizes: FitSizes, config: FitConfig) -> float:
+    """Bytes of memory of one fit, besides those of the program."""
+    spec, features = config.solver_spec, sizes.features
+    if spec.fits and spec.under_priors and features.is_layered:
+        return _layered(sizes).memory(max(sizes.n_vertices))
+    flat = Sizes(
+        n_train=sizes.n_train,
+        n_test=sizes.n_test,
+        n_features=features.n_features,
+        n_vertices=sizes.n_vertices,
+        n_folds=sizes.n_held_out,
+        n_sources=features.n_stores,
+    )
+    if spec.linear_least_squares and not features.trained:
+        fixed, per_vertex = blockwise_bytes(flat)
+        return fixed + per_vertex * min(VERTEX_BLOCK, max(sizes.n_vertices))
+    return whole_bytes(flat, HEADS[config.head].copies if spec.fits else 1)
+
+
+def saved_bytes(sizes: FitSizes, config: FitConfig) -> float:
+    """Bytes of the heads that one fit saves."""
+    spec, features = config.solver_spec, sizes.features
+    if spec.fits and spec.under_priors and features.is_layered:
+        return sum(map(_layered(sizes).saved_bytes, sizes.n_vertices))
+    return 4.0 * features.n_features * sum(sizes.n_vertices) * features.n_stores
+
+
+def _layered(sizes: FitSizes) -> LayeredSizes:
+    """The counts of a fit under priors, with what it may keep of the memory that is free now."""
+    features, free = sizes.features, free_memory()
+    priors = prior_set(features.grids, DEPTHS if len(features.rows) > 1 else (None,), sizes.n_train)
+    stored = float(sum(row.n_bytes for row in features.rows.values())) * sizes.n_images * features.n_stores
+    counts = LayeredSizes(
+        n_train=sizes.n_train,
+        n_images=sizes.n_images,
+        n_fit=(sizes.n_train - sizes.n_train // sizes.n_folds,) * sizes.n_held_out,
+        n_choices=_CHOICES_OF_A_TRAINED_FOLD if features.trained else 1,
+        n_sources=features.n_stores,
+        n_features=features.n_features,
+        n_priors=len(priors),
+        trained=features.trained,
+        stack_bytes=0.0,
+        held_bytes=min(stored, free * FEATURE_SHARE),
+        cache_bytes=free * CACHE_SHARE,
+    )
+    return replace(counts, stack_bytes=_stack_bytes(counts, features, free * STACK_SHARE / features.n_stores))
+
+
+def _stack_bytes(counts: LayeredSizes, features: Features, room: float) -> float:
+    """Bytes of the kernels of single places, of all images and of those on which priors are sought, where they fit."""
+    n_places, search = sum(math.prod(grid) for grid in features.grids.values()), cast(list[int], METHOD["search"])
+    whole, sought = (4.0 * n_places * n_images**2 for n_images in (counts.n_images, search[0]))
+    rows = 4.0 * counts.n_images * counts.n_features  # that kernels of all images are made of
+    total = counts.n_sources * (whole + rows) if whole <= room else 0.0
+    return total + (sought if counts.searched and sought <= room else 0.0)

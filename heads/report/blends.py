@@ -1,0 +1,40 @@
+"""What a blend is worth, in lines for a person and as JSON."""
+
+from typing import TYPE_CHECKING, Any
+
+from heads.report.scores import scores_as_json
+
+if TYPE_CHECKING:  # a report must not load what blends
+    from heads.blend.run import Ensemble
+
+
+def gain_lines(done: "Ensemble") -> list[str]:
+    """Lines on what a blend is worth: gains with their intervals, blends of shuffled responses, models of no weight."""
+    unit = " points" if done.accuracy else " of mean r"
+    digits = 2 if done.accuracy else 4
+    lines = []
+    for gain in done.gains:
+        share = f" ({100 * gain.gain / gain.score:+.1f} %)" if gain.score > 0 else ""
+        lines.append(
+            f"blend over {gain.over}: {gain.gain:+.{digits}f}{unit}{share}, 95 % interval over images "
+            f"{gain.low:+.{digits}f} to {gain.high:+.{digits}f}; optimistic, on the images its weights were learnt on: "
+            f"{gain.optimistic:+.{digits}f}"
+        )
+    lines.append(
+        f"blends of shuffled responses: mean r {done.null.mean:.4f}, at most {done.null.largest:.4f}; "
+        f"optimistic {done.null.optimistic:.4f}"
+    )
+    if done.unused:
+        lines.append(f"no weight anywhere: {', '.join(done.unused)}")
+    return lines
+
+
+def blend_as_json(done: "Ensemble") -> dict[str, Any]:
+    """A blend as JSON: weights, unused, scores, gains and shuffled, named as in `Ensemble`."""
+    return {
+        "weights": done.weights,
+        "unused": done.unused,
+        "scores": scores_as_json(done.scores),
+        "gains": [vars(gain) for gain in done.gains],
+        "shuffled": vars(done.null),
+    }

@@ -1,0 +1,16 @@
+"""Printing of tables, for a person or for a file."""
+
+import os
+
+from rich.console import Console
+from rich.table import Table
+
+_ONE_LINE = 10_000  # characters
+
+
+def print_table(table: Table) -> None:
+    """Print a table on stdout. In a file or a pipe every row is one line, however long."""
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _ONE_LINE
+    console.print(table)

@@ -1,0 +1,100 @@
+"""Tables of scores: subjects and ROIs down, models or methods across."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from heads.scores.metrics import Summary, VertexScores, summarize
+
+_ALL = "all vertices"
+_MOST_COLUMNS = 4  # of methods side by side: more would leave none of them room for its name
+
+
+def score_table(scores: Mapping[str, Sequence[VertexScores]], title: str) -> Table:
+    """Table of scores: a row for each subject, each ROI and all vertices, a column for each method.
+
+    Of many methods, a row for each, without ROIs. Noise-normalised accuracy in percent where there are noise ceilings,
+    else mean r with mean r^2 behind it. A method that lacks a subject has no number over all subjects: it would be over
+    other vertices than the numbers beside it.
+    """
+    everyone = {(one.subject, one.hemisphere): one for of_method in scores.values() for one in of_method}
+    rows, partial = _summaries(list(everyone.values())), _partial(scores)
+    accuracy = rows[_ALL].accuracy is not None
+    measure = "noise-normalised accuracy, %" if accuracy else "no noise ceiling: mean r (mean r^2)"
+    cells = {
+        method: [
+            "-" if method in partial and summary.subject == "all" else _cell(of_method.get(label), accuracy)
+            for label, summary in rows.items()
+        ]
+        for method, of_method in ((method, _summaries(of_method)) for method, of_method in scores.items())
+    }
+    table = Table(title=f"{title}; {measure}", title_justify="left", caption_justify="left")
+    notes = [f"- {method}: has {', '.join(names)} alone" for method, names in partial.items()]
+    if len(scores) <= _MOST_COLUMNS:
+        _fill_rows(table, rows, cells)
+    else:
+        _fill_methods(table, rows, cells)
+        notes += ["- for scores of ROIs, add --json"] if any(one.roi != "all" for one in rows.values()) else []
+    table.caption = Text("\n".join(notes))
+    return table
+
+
+def _fill_rows(table: Table, rows: Mapping[str, Summary], cells: Mapping[str, Sequence[str]]) -> None:
+    """A row for each subject and ROI, a column for each method."""
+    table.add_column("subject or ROI")
+    table.add_column("vertices", justify="right")
+    for method in cells:
+        table.add_column(method, justify="right", overflow="fold")
+    for number, (label, summary) in enumerate(rows.items()):
+        values = [of_method[number] for of_method in cells.values()]
+        table.add_row(label, f"{summary.n_vertices:,}", *values, end_section=number == len(rows) - 2)
+
+
+def _fill_methods(table: Table, rows: Mapping[str, Summary], cells: Mapping[str, Sequence[str]]) -> None:
+    """A row for each method, a column for each subject and for all vertices."""
+    shown = [number for number, summary in enumerate(rows.values()) if summary.roi == "all"]
+    table.add_column("model", overflow="fold")
+    for label in (list(rows)[number] for number in shown):
+        table.add_column("all" if label == _ALL else label.removeprefix("subj"), justify="right", no_wrap=True)
+    for method, of_method in cells.items():
+        table.add_row(method, *(of_method[number].split(" (")[0] for number in shown))
+
+
+def _partial(scores: Mapping[str, Sequence[VertexScores]]) -> dict[str, list[str]]:
+    """{method: its subjects} of the methods that lack a subject that another has."""
+    subjects = {method: {one.subject for one in of_method} for method, of_method in scores.items()}
+    everyone = set().union(*subjects.values())
+    return {method: sorted(names) for method, names in subjects.items() if names != everyone}
+
+
+def _summaries(scores: Sequence[VertexScores]) -> dict[str, Summary]:
+    """{row of the table: its summary}: subjects, then ROIs over all subjects, then all vertices."""
+    return {_label(summary): summary for summary in summarize(scores) if summary.hemisphere == "both"}
+
+
+def _label(summary: Summary) -> str:
+    if summary.roi != "all":
+        return summary.roi
+    return _ALL if summary.subject == "all" else summary.subject
+
+
+def _cell(summary: Summary | None, accuracy: bool) -> str:
+    if summary is None:
+        return ""
+    if not accuracy:
+        return f"{summary.mean_r:.3f} ({summary.mean_r2:.3f})"
+    return "no ceiling" if summary.accuracy is None else f"{summary.accuracy:.2f}"
+
+
+def scores_as_json(scores: Mapping[str, Sequence[VertexScores]]) -> dict[str, list[dict[str, Any]]]:
+    """{method: [{subject, hemisphere, roi, n_vertices, mean_r, mean_r2, accuracy}]}
+
+    As in the table, a method that lacks a subject has no rows over all of them.
+    """
+    partial = _partial(scores)
+    return {
+        method: [dict(vars(one)) for one in summarize(of_method) if one.subject != "all" or method not in partial]
+        for method, of_method in scores.items()
+    }

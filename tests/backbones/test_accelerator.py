@@ -1,0 +1,42 @@
+"""Precision and processes of a training."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from featcache.backbone.checkpoint import list_checkpoints
+from featcache.errors import ConfigError
+from support.training import QUICK, assert_close, train, weights
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_half_precision_needs_a_gpu_and_bfloat16_does_not(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="--precision float16: expected a CUDA device"):
+        train(tiny, tmp_path, replace(QUICK, precision="float16"))
+    low, exact = weights(train(tiny, tmp_path, replace(QUICK, precision="bfloat16"))), weights(train(tiny, tmp_path))
+    assert all(tensor.dtype == exact[name].dtype for name, tensor in low.items())
+    assert any(not torch.equal(low[name], exact[name]) for name in low)
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(tiny, tmp_path):
+    """torchrun with two processes of 4 images against one process of 8, under a correlation over all 8."""
+    options = ["--data", tiny, "--init", "none", "--backbone", "test_resnet", "--size", "32", "--subject", "1"]
+    options += ["--fold", "0", "--folds", "3", "--epochs", "2", "--loss", "pearson+smooth_l1", "--freeze-norm"]
+    options += ["--stop", "never", "--device", "cpu", "--workers", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "cli.py"]
+    both = [*command, "finetune", *options, "--work", tmp_path / "two", "--batch-size", "4", "--correlation-batch", "8"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, both)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("1 checkpoints, 1 of them new") == 1  # one of them speaks
+    one = [sys.executable, "cli.py", "finetune", *options, "--work", tmp_path / "one", "--batch-size", "8"]
+    subprocess.run(list(map(str, one)), cwd=ROOT, env=environment, capture_output=True, check=True)
+    two, one = (list_checkpoints(tmp_path / name)[0] for name in ("two", "one"))
+    assert two.facts.scores == pytest.approx(one.facts.scores, abs=1e-3)
+    assert_close(weights(two), weights(one), atol=2e-4, rtol=1e-2)

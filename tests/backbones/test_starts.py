@@ -1,0 +1,94 @@
+"""What stage 2 starts from: the same fold of stage 1, of this tree, and none that saw what is held out."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from featcache.backbone.checkpoint import list_checkpoints
+from featcache.dataset.algonauts import open_challenge
+from featcache.errors import LeakError
+from heads.config import TrainConfig
+from support.checkpoints import mean_like
+from support.training import QUICK_OPTIONS, edit, fails, run, train
+
+
+def test_a_checkpoint_of_another_architecture_or_tree_is_refused(work, tree, capfd, monkeypatch):
+    given = next(one for one in list_checkpoints(work) if one.key.stage == "pretrain")
+    init = ["--init", str(given.path), "--folds", "2"]
+    line = fails(capfd, "finetune", *init, "--backbone", "test_vit")
+    assert "expected a checkpoint of test_vit; found one of test_resnet" in line
+    path = open_challenge(tree).subjects[0].response_paths["lh"]
+    np.save(path, np.load(path) + 1)
+    monkeypatch.setenv("FEATCACHE_DATA", str(tree))
+    assert "expected a checkpoint of this tree; found one of other responses of subj01" in fails(
+        capfd, "finetune", *init
+    )
+    assert "found one of other responses of subj01" in fails(capfd, "extract", "--checkpoint", str(given.path))
+
+
+def test_stage_2_starts_from_a_checkpoint_of_another_folder(work, tiny, tmp_path, capfd):
+    """Its fold is found beside the one that was named."""
+    given = next(one for one in list_checkpoints(work) if one.key.stage == "pretrain")
+    done, _ = run(capfd, "finetune", "--init", str(given.path), *QUICK_OPTIONS, "--work", str(tmp_path / "other"))
+    starts = {one.key.start.training for one in list_checkpoints(tmp_path / "other")}
+    assert len(done["checkpoints"]) == 4 and starts == {given.training}
+
+
+def test_a_second_stage_2_goes_on_from_the_same_subject(work, tiny, tmp_path, capfd):
+    given = {
+        next(iter(one.key.subjects)): one
+        for one in list_checkpoints(work)
+        if one.key.stage == "finetune" and one.fold == 0
+    }
+    options = ["--fold", "0", "--subject", "2", *QUICK_OPTIONS, "--work", str(tmp_path / "other")]
+    run(capfd, "finetune", "--init", str(given["subj02"].path), *options)
+    (again,) = list_checkpoints(tmp_path / "other")
+    assert again.key.start.weights == given["subj02"].backbone().digest
+    assert "subj02; found subj01" in fails(capfd, "finetune", "--init", str(given["subj01"].path), *options)
+
+
+def test_the_weights_file_of_a_checkpoint_is_refused_wherever_it_lies(work, tmp_path, capfd):
+    """It does not say what it saw, so nothing could be held out from it."""
+    one = list_checkpoints(work)[0]
+    file = shutil.copy(one.path / one.facts.weights / "backbone.safetensors", tmp_path / "weights.safetensors")
+    for command in (
+        ["finetune", "--init"],
+        ["pretrain", "--weights"],
+        ["extract", "--checkpoint", "none", "--weights"],
+    ):
+        assert f"found those of checkpoint {one.name}" in fails(capfd, *command, str(file))
+
+
+def test_two_stage_1_trainings_must_be_told_apart(work, capfd):
+    run(capfd, "pretrain", *QUICK_OPTIONS, "--seed", "1", "--fold", "0")
+    assert "expected one stage-1 training" in fails(capfd, "finetune", *QUICK_OPTIONS)
+
+
+def first_of_fold_0(work):
+    """The checkpoint of stage 1."""
+    return next(one for one in list_checkpoints(work) if one.key.stage == "pretrain" and one.fold == 0)
+
+
+def test_a_start_that_saw_the_held_out_fold_is_refused(work, tiny):
+    """Even where its key claims that fold: the ids count."""
+    subject = open_challenge(tiny).subjects[0]
+    edit(first_of_fold_0(work), "facts", seen_ids=subject.train.ids.tolist())
+    with pytest.raises(LeakError, match="fold 0 of finetune-subj01"):
+        train(tiny, work, TrainConfig(epochs=1, batch_size=4, seed=3), init="stage1", n_folds=2)
+
+
+def test_an_unfinished_stage_1_is_not_started_from(work, tiny, capfd):
+    edit(first_of_fold_0(work), "facts", finished=False)
+    assert "found only folds 1; run pretrain --fold 0" in fails(capfd, "finetune", *QUICK_OPTIONS, "--seed", "4")
+
+
+def test_a_mean_of_stage_1_is_a_start_by_name_alone(work, capfd):
+    """Earlier versions made such means; beside the training they are of, they do not confuse."""
+    members = [one for one in list_checkpoints(work) if one.key.stage == "pretrain"]
+    means = [mean_like(one, work) for one in members]
+    options = ["finetune", *QUICK_OPTIONS, "--seed", "5", "--subject", "1", "--fold", str(means[0].fold)]
+    run(capfd, *options)
+    run(capfd, *options, "--init", str(means[0].path))
+    started = [one.key.start.training for one in list_checkpoints(work) if one.key.settings.get("seed") == 5]
+    assert sorted(started) == sorted([members[0].training, means[0].training])

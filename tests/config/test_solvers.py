@@ -1,0 +1,64 @@
+"""The tables of solvers and heads: every entry can be loaded, and names on disk and on the command line are apart."""
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+
+from heads.config import HEADS, LOSS_NAMES, SOLVERS, FitConfig
+from heads.config.registry import load
+from heads.config.solvers import automatic_solver, solver_of
+from heads.solvers.base import Problem
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_has_a_builder_and_settings_that_there_are(name):
+    spec = SOLVERS[name]
+    (parameter,) = inspect.signature(load(spec.build)).parameters.values()
+    assert parameter.annotation is Problem
+    if spec.settings is not None:
+        settings = getattr(FitConfig(), spec.settings)
+        read = {"steps" if option == "epochs" and name == "moments" else option for option in spec.options}
+        assert read <= {field.name for field in dataclasses.fields(settings)}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_has_a_module_or_a_builder(name):
+    spec = HEADS[name]
+    assert (spec.module is None) != (spec.build is None)
+    assert spec.settings is None or dataclasses.is_dataclass(getattr(FitConfig(), spec.settings))
+    if spec.module is not None:
+        masks = [torch.tensor([True, False, True]).numpy()]
+        head = load(spec.module)(5, 3, masks)
+        assert head(torch.randn(4, 5)).shape == (4, 3)
+
+
+def test_a_solver_is_found_by_the_name_that_stores_have():
+    assert {solver_of(spec.stored).build for spec in SOLVERS.values()} == {spec.build for spec in SOLVERS.values()}
+    assert solver_of("exact") is SOLVERS["ridge"]
+    assert len({spec.stored for spec in SOLVERS.values()}) == len(SOLVERS)
+
+
+def test_names_that_stores_have_stay_what_they_are():
+    assert {name: spec.stored for name, spec in SOLVERS.items()} == {
+        "ridge": "exact",
+        "moments": "moments",
+        "adamw": "adamw",
+        "trained": "trained",
+    }
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("loss", LOSS_NAMES)
+def test_auto_takes_a_solver_that_serves_and_that_fits(head, loss):
+    spec = SOLVERS[automatic_solver(head, [loss])]
+    assert spec.automatic and spec.fits and spec.serves(head, [loss])
+
+
+def test_a_solver_for_linear_least_squares_serves_no_sum_with_another_loss():
+    ridge = SOLVERS["ridge"]
+    assert ridge.serves("linear", ["mse", "mnnpc"])
+    assert not ridge.serves("linear", ["mse", "smooth_l1"])
+    assert not ridge.serves("roi", ["mse"])
+    assert SOLVERS["adamw"].serves("roi", ["smooth_l1"])
