@@ -19,7 +19,8 @@ from featcache.cache.store import create_store, open_store
 from featcache.dataset.algonauts import response_files
 from featcache.dataset.subject import ImageFiles, Subject
 from featcache.machine.memory import keep_freed_memory
-from heads.blend.run import blend_subject
+from heads.blend.models import Model
+from heads.blend.subject import blend_subject
 from heads.config import BlendConfig
 
 _N_TEST = 32
@@ -42,15 +43,13 @@ def write(folder: Path, n_images: int, n_vertices: int, n_models: int) -> None:
         np.save(path / f"{hemisphere}_training_fmri.npy", responses[:, columns])
     widths = {hemisphere: columns.stop - columns.start for hemisphere, columns in parts.items()}
     for model in range(n_models):
-        store = create_store(
-            folder / "stores",
-            f"m{model}",
-            {"model": model},
-            np.arange(len(signal)),
-            n_images,
-            widths,
-            {"model": f"m{model}"},
-        )
+        key = {
+            "subject": "subj01",
+            "features": {"backbone": f"m{model}", "layers": ["pooled"], "fold": None},
+            **{"responses": "", "head": "linear", "solver": "ridge", "objective": "ridge", "n_folds": 5, "seed": 0},
+        }
+        facts = {"model": f"m{model}", "features": f"m{model}"}
+        store = create_store(folder / "stores", f"m{model}", key, np.arange(len(signal)), n_images, widths, facts)
         predictions = signal + (1 + model / n_models) * rng.standard_normal(signal.shape, dtype=np.float32)
         step = store.chunk_rows("lh")
         with store.writing():
@@ -83,8 +82,10 @@ def main() -> None:
                     for start in range(0, sizes.images, step):
                         store.read(hemisphere, start, min(start + step, sizes.images))
 
+        models = [Model.from_store(store) for store in stores]
+
         def blend() -> None:
-            blend_subject(subject, stores, BlendConfig(), accuracy=True)
+            blend_subject(subject, models, BlendConfig(), accuracy=True)
 
         read()
         ours, theirs, ratio = paired(blend, read, sizes.rounds)

@@ -21,16 +21,14 @@ import numpy as np
 from measure import peak_gb, seconds
 
 import cli
-from featcache.cache.store import Store
 from featcache.dataset.algonauts import open_challenge
-from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.subject import Subject
 from featcache.machine.memory import keep_freed_memory
 from heads.blend.learn import judge_of, levels_of
-from heads.blend.models import Members, has_ceilings, members_of
+from heads.blend.models import Model, SubjectModels, find_models, has_ceilings
 from heads.blend.products import gather
-from heads.blend.run import Blended, blend_subject
 from heads.blend.saved import coefficients_of
+from heads.blend.subject import Blended, blend_subject
 from heads.blend.uncertainty import gains, null, scorer_of
 from heads.blend.weights import single
 from heads.config import BLENDS, LEVELS, BlendConfig
@@ -55,58 +53,59 @@ _COLUMNS = {  # heading: what of a row
 def blended(data: Path, work: Path, subject: str, method: str, per: str) -> None:
     """One JSON line."""
     keep_freed_memory()
-    members = members_of(open_challenge(data, None).select(subject), work)
-    accuracy, found = has_ceilings(members), []
-    config = BlendConfig(method=method, per=per)
-    took = seconds(lambda: found.extend(blend_subject(s, stores, config, accuracy) for s, stores in members.items()))
+    models = find_models(open_challenge(data, None).select(subject), work)
+    accuracy, config = has_ceilings(list(models)), BlendConfig(method=method, per=per)
+    blends: list[Blended] = []
+    took = seconds(lambda: blends.extend(blend_subject(*pair, config, accuracy) for pair in models.items()))
     peak = peak_gb()
-    over_single, over_uniform = gains([one.resampled for one in found])
+    over_single, over_uniform = gains([blended.resampled for blended in blends])
     row = {
-        "models": max(len(stores) for stores in members.values()),
+        "models": max(map(len, models.values())),
         "single": over_single.score,
         "uniform": over_uniform.score,
         "blend": over_single.score + over_single.gain,
         "low": over_single.low,
         "high": over_single.high,
         "optimistic": over_single.score + over_single.optimistic,
-        "shuffled": null([one.resampled for one in found]).mean,
+        "shuffled": null([blended.resampled for blended in blends]).mean,
         "seconds": took,
         "peak": peak,
     }
-    print(json.dumps(row | withheld(data, members, found, accuracy)))
+    print(json.dumps(row | withheld(data, models, blends, accuracy)))
 
 
-def withheld(data: Path, members: Members, found: Sequence[Blended], accuracy: bool) -> dict[str, float]:
+def withheld(data: Path, models: SubjectModels, blends: Sequence[Blended], accuracy: bool) -> dict[str, float]:
     """Scores on test responses, over all subjects; {} without such responses."""
     total: dict[str, float] = defaultdict(float)
     n_vertices = 0
-    for (subject, stores), one in zip(members.items(), found, strict=True):
-        paths = [data / "truth" / subject.name / f"{h}_test_responses.npy" for h in HEMISPHERES]
+    for (subject, of_subject), blended in zip(models.items(), blends, strict=True):
+        paths = [data / "truth" / subject.name / f"{surface}_test_responses.npy" for surface in subject.surfaces]
         if not all(path.is_file() for path in paths):
             return {}
         scorer = scorer_of(subject, judge_of(subject), accuracy)
         n_vertices += scorer.n_vertices
-        for name, predicted in test_predictions(subject, stores, one).items():
+        for name, predicted in test_predictions(subject, of_subject, blended).items():
             r = pearson_r(predicted, np.concatenate([np.load(path) for path in paths], axis=1))
             total[f"withheld_{name}"] += float(scorer.mean(r)) * scorer.n_vertices
     return {name: value / n_vertices for name, value in total.items()}
 
 
-def test_predictions(subject: Subject, stores: Sequence[Store], one: Blended) -> dict[str, np.ndarray]:
-    """(n_images, n_vertices) of the blend, of the best single model of each hemisphere and of the uniform blend."""
-    gathered, by_hemisphere = gather(subject, stores), levels_of(subject)[1].groups
-    best = single(gathered.moments.total(), by_hemisphere, judge_of(subject))
+def test_predictions(subject: Subject, models: Sequence[Model], blended: Blended) -> dict[str, np.ndarray]:
+    """(n_images, n_vertices) of the blend, of the best single model of each surface and of the uniform blend."""
+    stores = {model.name: model.store for model in models}
+    gathered, surfaces = gather(subject, list(stores.values())), levels_of(subject)[1].groups
     weights = {
-        "blend": one.weights,
-        "single": by_hemisphere.spread(best),
-        "uniform": np.full(one.weights.shape, 1 / len(stores)),
+        "blend": blended.weights,
+        "single": surfaces.spread(single(gathered.products.total(), surfaces, judge_of(subject))),
+        "uniform": np.full(blended.weights.shape, 1 / len(stores)),
     }
-    by_name, rows = dict(zip(one.models, stores, strict=True)), (len(subject.train), len(subject.image_ids))
-    found = {}
-    for name, own in weights.items():
-        coefficients = coefficients_of(subject, one.models, gathered, own)
-        found[name] = np.concatenate([coefficients[h].apply(h, by_name, *rows) for h in HEMISPHERES], axis=1)
-    return found
+    rows = (len(subject.train), len(subject.image_ids))
+    predictions = {}
+    for name, of_blend in weights.items():
+        coefficients = coefficients_of(subject, blended.models, gathered, of_blend)
+        parts = [of_surface.apply(surface, stores, *rows) for surface, of_surface in coefficients.items()]
+        predictions[name] = np.concatenate(parts, axis=1)
+    return predictions
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 from measure import Figure, options, report, seconds
 
 from featcache.machine.memory import keep_freed_memory
-from heads.blend.products import Moments
+from heads.blend.products import Products
 from heads.blend.weights import Groups, Judge, stacked
 from heads.solvers.ridge import RidgeHead
 
@@ -21,7 +21,7 @@ def heads(n_images: int, n_features: int, n_vertices: int) -> Callable[[], objec
 
 
 def blend(n_models: int, n_vertices: int) -> Callable[[], object]:
-    """Stacked weights of every vertex from moments of models that share a signal."""
+    """Stacked weights of every vertex from products of models that share a signal."""
     rng = np.random.default_rng(0)
     sums = np.zeros((n_vertices, n_models + 2, n_models + 2))
     sums[:, :-2, :-2] = 100 + 100 * np.eye(n_models)
@@ -29,7 +29,7 @@ def blend(n_models: int, n_vertices: int) -> Callable[[], object]:
     sums[:, -2:, -2:] = 200 * np.eye(2)
     judge = Judge(np.ones(n_vertices), np.full(n_vertices, True))
     each = Groups(np.arange(n_vertices), n_vertices)
-    return lambda: stacked(Moments(sums), each, judge)
+    return lambda: stacked(Products(sums), each, judge)
 
 
 def curve(what: str, theory: str, sizes: Sequence[int], make: Callable[[int], Callable[[], object]]) -> Figure:

@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/variants.py [--quick]
 
 What is counted ends with out-of-fold and test predictions and weights in memory. The default solver has one model for
-all ten, in closed form. `--solver moments` has ten, one after the other on shared axes and products.
+all ten, in closed form.
 """
 
 import tempfile

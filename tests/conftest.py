@@ -116,6 +116,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "heads.fit.run",
         "heads.blend.run",
         "heads.blend.plot",
+        "heads.maps.export",
         "featcache.machine.progress",
     ):
         monkeypatch.setattr(f"{module}.say", record)

@@ -157,13 +157,13 @@ def test_simulate_writes_a_tree_that_check_passes(tmp_path, capfd):
         (["extract", "--size", "big"], "--size"),
         (["extract", "--batch-size", "0"], "--batch-size: expected 1 or more; found 0"),
         (["fit-heads", "--loss", "mnpc"], "--loss: expected smooth_l1, .* found 'mnpc'"),
-        (["fit-heads", "--solver", "exact", "--loss", "smooth_l1"], "--solver exact: expected --head linear"),
+        (["fit-heads", "--solver", "ridge", "--loss", "smooth_l1"], "--solver ridge: expected --head linear"),
         (["fit-heads", "--folds", "1"], "--folds: expected 2 or more; found 1"),
         (
             ["fit-heads", "--epochs", "3"],
-            "--epochs: expected --solver adamw with it; found --solver auto, which is exact for --head linear and",
+            "--epochs: expected --solver adamw with it; found --solver auto, which is ridge for --head linear and",
         ),
-        (["fit-heads", "--solver", "exact", "--weight-decay", "0.1"], "--weight-decay: .*; found --solver exact; add"),
+        (["fit-heads", "--solver", "ridge", "--weight-decay", "0.1"], "--weight-decay: .*; found --solver ridge; add"),
         (["fit-heads", "--rank", "4"], "--rank: expected --head spatial with it; found --head linear; add that, or"),
         (["fit-heads", "--solver", "adamw", "--head", "roi", "--space", "9"], "--space: .*; found --head roi; add"),
         (["fit-heads", "--solver", "trained", "--head", "linear"], "--head: expected a solver that fits heads with it"),
@@ -183,7 +183,7 @@ def test_a_mistake_is_one_line_and_code_1(work, capfd, arguments, message):
 
 def test_a_fold_without_an_image_is_refused(work, capfd):
     run(capfd, "extract")
-    assert "fewer --folds" in fails(capfd, "fit-heads", "--folds", "30")
+    assert "--folds: expected an image in each of the 30 folds" in fails(capfd, "fit-heads", "--folds", "30")
 
 
 def test_a_work_folder_that_cannot_be_written_is_one_line(work, tmp_path, capfd):

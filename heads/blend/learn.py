@@ -1,8 +1,8 @@
-"""Weights over models, learnt from moments at one of four levels, and scored on folds they were not learnt on.
+"""Weights over models, learnt at one of four levels, and scored on folds that they were not learnt on.
 
-Fine levels have few images to learn many weights from, so each level is shrunk towards the one above it, and the first
-towards the uniform blend: weights = (1 - s) own + s coarser. What s is, and any other setting of a method, is chosen on
-images that the weights were not learnt on; where a blend is scored, on none of the fold that it is scored on.
+Fine levels have few images to learn many weights from. So each level is shrunk towards the one above it, and the first
+towards the uniform blend: weights = (1 - s) own + s coarser. s, and any other setting of a method, is chosen on images
+that the weights were not learnt on. Where a blend is scored on a fold, nothing of that fold is used to choose either.
 """
 
 import os
@@ -12,47 +12,47 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.subject import Subject
-from heads.blend.products import N_FOLDS, Moments
-from heads.blend.weights import Groups, Judge, Learner, blended_sums, learners, r_from, single, times_blend
+from heads.blend.products import N_FOLDS, Products
+from heads.blend.weights import Groups, Judge, Learner, blended_sums, learners, single, times_blend
 from heads.config import LEVELS, BlendConfig
+from heads.scores.metrics import r_from_sums
 
-SHRINKAGE = (1.0, 0.75, 0.5, 0.25, 0.0)  # the first of equals is taken: the coarser blend
-MOST_VERTICES = 8192  # that levels above the vertex, and shrinkage, are learnt from; evenly spread over the ROIs
+SHRINKAGE = (1.0, 0.75, 0.5, 0.25, 0.0)  # of equally good ones the first is taken: the coarser blend
+MOST_VERTICES = 8192  # from which levels above the vertex, and shrinkage, are learnt; evenly spread over the ROIs
 _TILE = 512  # vertices at a time where each has weights of its own
 NO_ROI = "no ROI"
 
 
 @dataclass(frozen=True)
 class Level:
-    """One way to group vertices, and what the groups are called."""
+    """One way to group vertices, and the names of the groups."""
 
     name: str
     groups: Groups
     names: tuple[str, ...]
 
     def at(self, vertices: np.ndarray) -> "Level":
-        """Of some of the vertices."""
+        """The level for some of the vertices, given by number."""
         return replace(self, groups=self.groups.at(vertices))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What left-out images chose for a level."""
+    """The setting and shrinkage of a level that were best on left-out images."""
 
     level: str
-    setting: str  # of the method, as 'temperature 0.01'; '' for a method that has none
+    setting: str  # of the method, such as 'temperature 0.01'; '' for a method that has none
     shrinkage: float  # towards the level above
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """Weights of one subject, left hemisphere first.
+    """Weights of one subject; the vertices of its surfaces are side by side.
 
     weights : (n_vertices, n_models) >= 0, of the standardised predictions, adding up to 1, learnt on all images
     nested : {'best single' | 'uniform' | 'blend': (n_vertices, n_models) for each fold, learnt on the others}
-    choices : of `weights`, level by level
+    choices : for `weights`, level by level
     """
 
     weights: np.ndarray
@@ -61,78 +61,80 @@ class Learnt:
 
 
 def levels_of(subject: Subject) -> list[Level]:
-    """From all vertices down to each. ROIs may overlap: a vertex belongs to the first that has it."""
-    n = [subject.n_vertices[hemisphere] for hemisphere in HEMISPHERES]
-    hemisphere = np.repeat(np.arange(len(n)), n)
-    names = [f"{h} {roi}" for h in HEMISPHERES for roi in (*subject.rois[h], NO_ROI)]
-    roi = np.concatenate([_first_roi(subject, h, names) for h in HEMISPHERES])
+    """The levels from all vertices down to each. A vertex of several ROIs belongs to the first of them."""
+    widths = list(subject.n_vertices.values())
+    names = [f"{surface} {roi}" for surface in subject.surfaces for roi in (*subject.rois[surface], NO_ROI)]
+    rois = np.concatenate([_first_roi(subject, surface, names) for surface in subject.surfaces])
     return [
-        Level("all", Groups(np.zeros(sum(n), dtype=np.int64), 1), ("all",)),
-        Level("hemisphere", Groups(hemisphere, len(n)), HEMISPHERES),
-        Level("roi", Groups(roi, len(names)), tuple(names)),
-        Level("vertex", Groups(np.arange(sum(n)), sum(n)), ()),
+        Level("all", Groups(np.zeros(sum(widths), dtype=np.int64), 1), ("all",)),
+        Level("hemisphere", Groups(np.repeat(np.arange(len(widths)), widths), len(widths)), subject.surfaces),
+        Level("roi", Groups(rois, len(names)), tuple(names)),
+        Level("vertex", Groups(np.arange(sum(widths)), sum(widths)), ()),
     ]
 
 
-def _first_roi(subject: Subject, hemisphere: str, names: Sequence[str]) -> np.ndarray:
-    labels = np.full(subject.n_vertices[hemisphere], names.index(f"{hemisphere} {NO_ROI}"))
-    for roi, mask in reversed(subject.rois[hemisphere].items()):
-        labels[mask] = names.index(f"{hemisphere} {roi}")
+def _first_roi(subject: Subject, surface: str, names: Sequence[str]) -> np.ndarray:
+    """For each vertex of a surface the number of its ROI among `names`."""
+    labels = np.full(subject.n_vertices[surface], names.index(f"{surface} {NO_ROI}"))
+    for roi, mask in reversed(subject.rois[surface].items()):
+        labels[mask] = names.index(f"{surface} {roi}")
     return labels
 
 
 def judge_of(subject: Subject) -> Judge:
-    return Judge.of([subject.noise_ceiling[h] for h in HEMISPHERES], [subject.n_vertices[h] for h in HEMISPHERES])
+    """The metric on all vertices of a subject."""
+    return Judge.of([subject.noise_ceiling[surface] for surface in subject.surfaces], list(subject.n_vertices.values()))
 
 
 def learn(
-    moments: Moments, judge: Judge, levels: Sequence[Level], config: BlendConfig, parts: np.ndarray | None = None
+    products: Products, judge: Judge, levels: Sequence[Level], config: BlendConfig, parts: np.ndarray | None = None
 ) -> Learnt:
-    """Learn weights on all images, and, to be scored, on all folds but each in turn.
+    """Learn weights on all images, and, for the scores, on all folds but each in turn.
 
-    levels : all four of `levels_of`
+    levels : all four, as `levels_of` gives them
     parts : (n_parts, n_models) >= 0, rows that add up to 1: blend these averages of the models instead of the models
     """
-    pooled = moments if parts is None else _pooled(moments, parts)
+    pooled = products if parts is None else _pooled(products, parts)
     chain = _Chain(pooled, judge, levels[: LEVELS.index(config.per) + 1], levels[2].groups, config)
     weights, choices = chain.weights(())
-    nested = {"best single": [], "uniform": [], "blend": []}  # type: dict[str, list[np.ndarray]]
-    by_hemisphere, plain = levels[1].groups, np.full((1, moments.n_models), 1 / moments.n_models)
+    surfaces, equal = levels[1].groups, np.full((1, products.n_models), 1 / products.n_models)
+    uniform = np.broadcast_to(equal, (products.n_vertices, products.n_models))
+    nested: dict[str, list[np.ndarray]] = {"best single": [], "uniform": [uniform] * N_FOLDS, "blend": []}
     for fold in range(N_FOLDS):
-        best = single(moments.total({fold}), by_hemisphere, judge)
-        nested["best single"].append(by_hemisphere.spread(best))
-        nested["uniform"].append(np.broadcast_to(plain, (moments.n_vertices, moments.n_models)))
+        nested["best single"].append(surfaces.spread(single(products.total({fold}), surfaces, judge)))
         nested["blend"].append(_of_models(chain.weights((fold,))[0], parts))
-    return Learnt(_without_constants(_of_models(weights, parts), moments.total()), nested, choices)
+    return Learnt(_without_constants(_of_models(weights, parts), products.total()), nested, choices)
 
 
-def nested_r(moments: Moments, weights: Sequence[np.ndarray]) -> np.ndarray:
-    """(n_vertices,) r over all images of a blend whose weights, (n_vertices, n_models), differ from fold to fold."""
-    each = ((moments.fold(fold).sums, of_fold) for fold, of_fold in enumerate(weights))
-    parts = [blended_sums(sums, of_fold, times_blend(sums, of_fold)) for sums, of_fold in each]
-    return r_from(*np.sum(parts, axis=0))
+def nested_r(products: Products, weights: Sequence[np.ndarray]) -> np.ndarray:
+    """r over all images, (n_vertices,), of a blend with other weights, (n_vertices, n_models), in each fold."""
+    folds = ((products.fold(fold).sums, of_fold) for fold, of_fold in enumerate(weights))
+    parts = [blended_sums(sums, of_fold, times_blend(sums, of_fold)) for sums, of_fold in folds]
+    return r_from_sums(*np.sum(parts, axis=0))
 
 
-def _pooled(moments: Moments, parts: np.ndarray) -> Moments:
-    change = np.zeros((len(parts) + 2, moments.n_models + 2))
+def _pooled(products: Products, parts: np.ndarray) -> Products:
+    """Products of averages of the models."""
+    change = np.zeros((len(parts) + 2, products.n_models + 2))
     change[:-2, :-2] = parts
     change[-2:, -2:] = np.eye(2)
-    return Moments(np.stack([change @ of_fold @ change.T for of_fold in moments.sums]), moments.cross_fitted)
+    return Products(np.stack([change @ of_fold @ change.T for of_fold in products.sums]), products.cross_fitted)
 
 
 def _of_models(weights: np.ndarray, parts: np.ndarray | None) -> np.ndarray:
+    """Weights of the models, given those of their averages."""
     return weights if parts is None else weights @ parts
 
 
-def _without_constants(weights: np.ndarray, total: Moments) -> np.ndarray:
-    """A model that is constant at a vertex adds nothing there, and its weight would only look like something."""
-    left = np.where(np.einsum("vcc->vc", total.sums)[:, :-2] > 0, weights, 0)
-    sums = left.sum(1, keepdims=True)
-    return np.where(sums > 0, left / np.where(sums > 0, sums, 1), weights)
+def _without_constants(weights: np.ndarray, total: Products) -> np.ndarray:
+    """Weights without those of models that are constant at a vertex: they add nothing there, and would mislead."""
+    varying = np.where(np.einsum("vcc->vc", total.sums)[:, :-2] > 0, weights, 0)
+    sums = varying.sum(1, keepdims=True)
+    return np.where(sums > 0, varying / np.where(sums > 0, sums, 1), weights)
 
 
 def _mixed(own: np.ndarray, coarser: np.ndarray, shrinkage: float) -> np.ndarray:
-    """Where there was nothing to learn from, the coarser."""
+    """Weights shrunk towards coarser ones; the coarser where there was nothing to learn from."""
     return np.where(np.isnan(own), coarser, (1 - shrinkage) * own + shrinkage * coarser)
 
 
@@ -140,21 +142,21 @@ class _Chain:
     """Levels from coarse to fine, each shrunk towards the one before it."""
 
     def __init__(
-        self, moments: Moments, judge: Judge, levels: Sequence[Level], rois: Groups, config: BlendConfig
+        self, products: Products, judge: Judge, levels: Sequence[Level], rois: Groups, config: BlendConfig
     ) -> None:
-        self._moments, self._judge, self._levels = moments, judge, levels
+        self._products, self._judge, self._levels = products, judge, levels
         self._learners = learners(config.method, config.seed)
         order = np.argsort(rois.labels, kind="stable")
         n_kept = min(len(order), MOST_VERTICES)
         self._kept = np.sort(order[np.arange(n_kept) * len(order) // n_kept])
-        self._few, self._few_judge = moments.at(self._kept), judge.at(self._kept)
+        self._few, self._few_judge = products.at(self._kept), judge.at(self._kept)
         self._folds = [self._few.fold(fold) for fold in range(N_FOLDS)]
         self._learnt: dict[frozenset[int], list[dict[str, np.ndarray]]] = {}
 
     def weights(self, without: Sequence[int]) -> tuple[np.ndarray, list[Choice]]:
-        """(n_vertices, n_models) learnt on all folds but these, on which nothing depends, and what was chosen."""
-        n_models = self._moments.n_models
-        coarser = np.full((self._moments.n_vertices, n_models), 1 / n_models)
+        """Weights learnt without some folds, (n_vertices, n_models), and what was chosen; neither depends on them."""
+        n_models = self._products.n_models
+        coarser = np.full((self._products.n_vertices, n_models), 1 / n_models)
         others = [fold for fold in range(N_FOLDS) if fold not in without]
         left_out = {fold: coarser[self._kept] for fold in others}
         choices = []
@@ -167,12 +169,12 @@ class _Chain:
         return coarser, choices
 
     def _on_few(self, without: Sequence[int], number: int) -> dict[str, np.ndarray]:
-        """{setting: (n_kept, n_models)} of one level."""
-        groups = self._levels[number].groups.at(self._kept)
-        return {one: groups.spread(weights) for one, weights in self._of_groups(frozenset(without))[number].items()}
+        """{setting: weights of the kept vertices, (n_kept, n_models)} at one level."""
+        groups, learnt = self._levels[number].groups.at(self._kept), self._of_groups(frozenset(without))[number]
+        return {setting: groups.spread(weights) for setting, weights in learnt.items()}
 
     def _of_groups(self, without: frozenset[int]) -> list[dict[str, np.ndarray]]:
-        """{setting: (n_groups, n_models)} of each level, learnt from the vertices that are kept for it."""
+        """{setting: weights, (n_groups, n_models)} for each level, learnt from the kept vertices; remembered."""
         if without not in self._learnt:
             total = self._few.total(without)
             self._learnt[without] = [
@@ -187,47 +189,51 @@ class _Chain:
         return self._learnt[without]
 
     def _on_all(self, without: Sequence[int], number: int, setting: str) -> np.ndarray:
-        """(n_vertices, n_models) of one level and setting."""
+        """Weights of all vertices, (n_vertices, n_models), at one level and setting."""
         level = self._levels[number]
         if level.name == "vertex":
-            return _each_vertex(self._learners[setting], self._moments, without, self._judge)
+            return _each_vertex(self._learners[setting], self._products, without, self._judge)
         return level.groups.spread(self._of_groups(frozenset(without))[number][setting])
 
     def _best(
         self, own: Mapping[int, Mapping[str, np.ndarray]], coarser: Mapping[int, np.ndarray]
     ) -> tuple[str, float]:
-        """The setting and shrinkage whose weights, learnt without a fold, score best on it, over these folds."""
-        best, found = -1.0, (next(iter(self._learners)), 1.0)
+        """The setting and shrinkage that score best over some folds, each with weights learnt without it.
+
+        own, coarser : weights by fold, (n_kept, n_models); own also by setting
+        """
+        best, choice = -1.0, (next(iter(self._learners)), 1.0)
         times = {fold: times_blend(self._folds[fold].sums, weights) for fold, weights in coarser.items()}
         for setting in self._learners:
             parts = [
-                _line(self._folds[fold].sums, _mixed(own[fold][setting], coarser[fold], 0), coarser[fold], times[fold])
-                for fold in own
+                _mixtures(of_fold.sums, _mixed(own[fold][setting], coarser[fold], 0), coarser[fold], times[fold])
+                for fold, of_fold in enumerate(self._folds)
+                if fold in own
             ]
-            score = self._few_judge.mean(r_from(*np.sum(parts, axis=0)))
-            chosen = int(np.argmax(score > score.max() - 1e-9))
-            if score[chosen] > best:
-                best, found = score[chosen], (setting, SHRINKAGE[chosen])
-        return found
+            score = self._few_judge.mean(r_from_sums(*np.sum(parts, axis=0)))
+            first = int(np.argmax(score > score.max() - 1e-9))
+            if score[first] > best:
+                best, choice = score[first], (setting, SHRINKAGE[first])
+        return choice
 
 
-def _each_vertex(learner: Learner, moments: Moments, without: Collection[int], judge: Judge) -> np.ndarray:
-    """(n_vertices, n_models) where each has weights of its own: some at a time, which stay in a cache."""
+def _each_vertex(learner: Learner, products: Products, without: Collection[int], judge: Judge) -> np.ndarray:
+    """Weights of each vertex alone, (n_vertices, n_models): some vertices at a time, whose products stay in a cache."""
 
     def of_tile(first: int) -> np.ndarray:
-        tile = np.arange(first, min(first + _TILE, moments.n_vertices))
-        own = Moments(moments.sums[:, tile[0] : tile[-1] + 1], moments.cross_fitted)
-        return learner(own.total(without), Groups(np.arange(len(tile)), len(tile)), judge.at(tile))
+        tile = np.arange(first, min(first + _TILE, products.n_vertices))
+        total = products.at(slice(first, first + len(tile))).total(without)
+        return learner(total, Groups(np.arange(len(tile)), len(tile)), judge.at(tile))
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy lets go of the interpreter while it sums and solves
-        return np.concatenate(list(threads.map(of_tile, range(0, moments.n_vertices, _TILE))))
+        return np.concatenate(list(threads.map(of_tile, range(0, products.n_vertices, _TILE))))
 
 
-def _line(sums: np.ndarray, own: np.ndarray, coarser: np.ndarray, times_coarser: np.ndarray) -> np.ndarray:
-    """(6, n_shrinkages, n_vertices): `blended_sums` of all mixtures of two blends, at the price of one."""
-    one, other = blended_sums(sums, own, times_blend(sums, own)), blended_sums(sums, coarser, times_coarser)
+def _mixtures(sums: np.ndarray, own: np.ndarray, coarser: np.ndarray, times_coarser: np.ndarray) -> np.ndarray:
+    """`blended_sums` of two blends mixed with every shrinkage, (6, n_shrinkages, n_vertices), at the price of one."""
+    of_own, of_coarser = blended_sums(sums, own, times_blend(sums, own)), blended_sums(sums, coarser, times_coarser)
     s = np.array(SHRINKAGE)[:, None]
-    mixed = (1 - s) * one[:, None] + s * other[:, None]
+    mixed = (1 - s) * of_own[:, None] + s * of_coarser[:, None]
     between = np.einsum("vm,vm->v", own, times_coarser[:, :-2])
-    mixed[2] = (1 - s) ** 2 * one[2] + 2 * s * (1 - s) * between + s**2 * other[2]
-    return mixed
+    mixed[2] = (1 - s) ** 2 * of_own[2] + 2 * s * (1 - s) * between + s**2 * of_coarser[2]
+    return np.asarray(mixed)

@@ -1,56 +1,101 @@
-"""Which prediction stores are the models of a blend: complete, of the tree as it is now, chosen by name, leak-free."""
+"""The models of a blend: prediction stores that are complete, of this tree as it is now, and free of leaks."""
 
 import fnmatch
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from featcache.cache.store import Store
 from featcache.dataset.digests import image_digest, response_digest, subject_digests
-from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds, refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError
 from featcache.workdir import Workdir
 from heads.features.sets import keep, newer_fault, subject_stores
-from heads.fit.names import PredictionKey
-
-Members = dict[Subject, list[Store]]
+from heads.fit.names import PredictionFacts, PredictionKey
 
 
-def members_of(subjects: Sequence[Subject], work: Path, models: str = "*", exclude: str = "") -> Members:
+@dataclass(frozen=True, eq=False)  # the same store read twice is two models
+class Model:
+    """One model of one subject: a prediction store, and what the store says of itself."""
+
+    store: Store
+    key: PredictionKey
+    facts: PredictionFacts
+
+    @classmethod
+    def from_store(cls, store: Store) -> "Model":
+        """The model whose predictions a store has."""
+        return cls(store, PredictionKey.from_json(store.key), PredictionFacts.from_json(store.facts))
+
+    @property
+    def name(self) -> str:
+        """Name of the model, the same for every subject."""
+        return self.facts.model
+
+    @property
+    def trained(self) -> bool:
+        """Whether the backbone was trained, once for each fold."""
+        return self.key.fold is not None
+
+    @property
+    def stage(self) -> str:
+        """Stage of the backbone's training, or 'frozen'."""
+        return "frozen" if self.key.fold is None else str(self.key.fold["stage"])
+
+    @property
+    def feature_stores(self) -> list[str]:
+        """Names of the feature stores, one for each fold where the backbone was trained."""
+        return self.facts.features.split("+")
+
+    @property
+    def seen_ids(self) -> dict[int, np.ndarray]:
+        """{fold: ids of the images that the backbone of its predictions was trained on}; {} for a frozen backbone."""
+        return {} if self.key.fold is None else dict(zip(self.key.fold["held_out"], self.facts.seen, strict=True))
+
+
+SubjectModels = dict[Subject, list[Model]]
+
+
+def find_models(subjects: Sequence[Subject], work: Path, models: str = "*", exclude: str = "") -> SubjectModels:
     """The models of each subject that has any, in the order of their names.
 
-    models, exclude : patterns of `chosen`
+    models, exclude : patterns of `choose_names`
 
     Raises StoreError where there are none, ConfigError for patterns that leave none, LeakError for a model whose
     backbone was trained on an image that it predicts.
     """
-    there = {subject: stores for subject in subjects if (stores := prediction_stores(subject, work))}
-    if not there:
+    stored = {subject: usable_models(subject, work) for subject in subjects}
+    if not any(stored.values()):
         raise StoreError(
             Workdir(work).predictions,
             expected="predictions for this tree",
             found="none",
             remedy="run 'extract' and 'fit-heads' first",
         )
-    names = dict.fromkeys(store.facts["model"] for stores in there.values() for store in stores)
-    wanted = chosen(list(names), models, exclude)
-    found = {
-        subject: sorted((one for one in stores if one.facts["model"] in wanted), key=lambda one: one.facts["model"])
-        for subject, stores in there.items()
+    names = choose_names(names_of(stored), models, exclude)
+    chosen = {
+        subject: sorted((model for model in of_subject if model.name in names), key=lambda model: model.name)
+        for subject, of_subject in stored.items()
     }
-    for subject, stores in found.items():
-        for store in stores:
-            _refuse_leaks(subject, store)
-    return {subject: stores for subject, stores in found.items() if stores}
+    for subject, of_subject in chosen.items():
+        for model in of_subject:
+            _refuse_leaks(subject, model)
+    return {subject: of_subject for subject, of_subject in chosen.items() if of_subject}
 
 
-def chosen(names: Sequence[str], models: str, exclude: str = "") -> set[str]:
-    """The names that match one of some patterns, with commas between, and none of others. Raises ConfigError.
+def names_of(models: SubjectModels) -> list[str]:
+    """Names of the models of all subjects, each once."""
+    return list(dict.fromkeys(model.name for of_subject in models.values() for model in of_subject))
 
-    A pattern is of the whole name ('convnext*'), or the six digits that end it.
+
+def choose_names(names: Sequence[str], models: str, exclude: str = "") -> set[str]:
+    """The names that match one of the patterns `models` and none of `exclude`. Raises ConfigError where none does.
+
+    models, exclude : patterns with commas between. A pattern is of the whole name ('convnext*'), or the six digits that
+        end it
     """
     wanted = {name for name in names if _matches(name, models)}
     left = {name for name in wanted if not exclude or not _matches(name, exclude)}
@@ -58,8 +103,8 @@ def chosen(names: Sequence[str], models: str, exclude: str = "") -> set[str]:
         option, pattern = ("--exclude", exclude) if wanted else ("--models", models)
         raise ConfigError(
             option,
-            expected=f"{('a pattern that leaves' if wanted else 'one that matches')} one of: {', '.join(names)}",
-            found=f"{pattern!r}",
+            expected=f"{'a pattern that leaves' if wanted else 'one that matches'} one of: {', '.join(names)}",
+            found=repr(pattern),
             remedy="correct it",
         )
     return left
@@ -72,59 +117,52 @@ def _matches(name: str, patterns: str) -> bool:
     )
 
 
-def prediction_stores(subject: Subject, work: Path) -> list[Store]:
-    """The complete prediction stores of the subject's images and responses as they are now, one a model.
+def usable_models(subject: Subject, work: Path) -> list[Model]:
+    """The models with complete predictions for the subject's images and responses as they are now.
 
-    The others are named.
+    Other stores are left out, and named with what is wrong with them.
     """
     stores = subject_stores(subject, Workdir(work).predictions, "fit-heads")
-    now = (image_digest(subject, work), response_digest(subject, work)) if stores else ("", "")
-    about = subject_digests(subject)
+    models = {store.name: Model.from_store(store) for store in stores}
+    names = {store: model.key.model for store, model in models.items()}  # facts may have the name of an earlier version
+    data = (image_digest(subject, work), response_digest(subject, work)) if stores else ("", "")
+    digests = subject_digests(subject)
 
-    def fault(store: Store) -> str:
-        then = (store.key["features"]["images"], store.key["responses"])
-        others = [name for name in about if store.key.get(name, about[name]) != about[name]]
-        widths = [store.arrays[h].shape[1] if h in store.arrays else 0 for h in HEMISPHERES]
-        if then != now:
+    def other_data(store: Store) -> str:
+        key = models[store.name].key
+        changed = [name for name, digest in digests.items() if getattr(key, name, None) not in (None, digest)]
+        widths = {surface: array.shape[1] for surface, array in store.arrays.items()}
+        if (key.features["images"], key.responses) != data:
             return "fitted to other images or responses than the tree has now"
-        if widths != [subject.n_vertices[h] for h in HEMISPHERES]:
-            return f"it has {' and '.join(map(str, widths))} vertices; delete it and run 'fit-heads' again"
-        return f"fitted with another {' and '.join(others)} than given now" if others else ""
+        if widths != subject.n_vertices:
+            found = " and ".join(str(widths.get(surface, 0)) for surface in subject.surfaces)
+            return f"it has {found} vertices; delete it and run 'fit-heads' again"
+        return f"fitted with another {' and '.join(changed)} than given now" if changed else ""
 
-    stores = keep(subject, stores, fault)
-    models = {store.name: PredictionKey.from_json(store.key).model for store in stores}
+    def older_twin(store: Store) -> str:  # two votes of one model would be a weight that nobody chose
+        return newer_fault(store, [other for other in stores if names[other.name] == names[store.name]], "model")
 
-    def twin_fault(store: Store) -> str:  # two votes of one model would be a weight that nobody chose
-        return newer_fault(store, [one for one in stores if models[one.name] == models[store.name]], "model")
+    def unknown_past(store: Store) -> str:
+        if not models[store.name].trained or models[store.name].facts.seen_ids is not None:
+            return ""
+        return "it does not say which images its backbone was trained on; delete it and run 'fit-heads' again"
 
-    return keep(subject, keep(subject, stores, twin_fault), _unknown_past)
-
-
-def _unknown_past(store: Store) -> str:
-    if store.key["features"]["fold"] is None or "seen_ids" in store.facts:
-        return ""
-    return "it does not say which images its backbone was trained on; delete it and run 'fit-heads' again"
-
-
-def _refuse_leaks(subject: Subject, store: Store) -> None:
-    """No image may have been seen by the backbone whose features predict it, whatever became of its checkpoint."""
-    fold = store.key["features"]["fold"]
-    if fold is None:
-        return
-    ids = subject.train.ids
-    folds = assign_folds(ids, fold["n_folds"], fold["seed"])
-    for number, seen in zip(fold["held_out"], store.facts["seen_ids"], strict=True):
-        what = f"{store.facts['model']} of {subject.name}"
-        refuse_leak(np.array(seen, dtype=np.int64), ids[folds == number], f"fold {number} of {what}")
-        refuse_leak(np.array(seen, dtype=np.int64), subject.test.ids, f"the test images of {what}")
+    for fault in (other_data, older_twin, unknown_past):
+        stores = keep(subject, stores, fault)
+    return [models[store.name] for store in stores]
 
 
-def has_ceilings(members: Members) -> bool:
+def _refuse_leaks(subject: Subject, model: Model) -> None:
+    """Raise LeakError for an image that was seen by the backbone whose features predict it.
+
+    The ids are in the prediction store: the checkpoint may be gone.
+    """
+    ids, label = subject.train.ids, f"{model.name} of {subject.name}"
+    for fold, seen in model.seen_ids.items():
+        refuse_leak(seen, ids[assign_folds(ids, *model.key.folds) == fold], f"fold {fold} of {label}")
+        refuse_leak(seen, subject.test.ids, f"the test images of {label}")
+
+
+def has_ceilings(subjects: Sequence[Subject]) -> bool:
     """Whether scores are noise-normalised accuracy, or else r."""
-    return any(ceiling is not None for subject in members for ceiling in subject.noise_ceiling.values())
-
-
-def folds_of(store: Store) -> tuple[int, int]:
-    """Number and seed of the folds that a model's predictions are out of."""
-    fold = store.key["features"]["fold"] or store.key
-    return fold["n_folds"], fold["seed"]
+    return any(ceiling is not None for subject in subjects for ceiling in subject.noise_ceiling.values())

@@ -1,9 +1,8 @@
 """What there is to blend: the models of a work folder, how they score fold by fold, and how alike they are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -11,15 +10,15 @@ from featcache.dataset.subject import Subject
 from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import bar
 from heads.blend.learn import judge_of
-from heads.blend.models import has_ceilings, members_of
-from heads.blend.products import N_FOLDS, Moments, gather
+from heads.blend.models import Model, find_models, has_ceilings
+from heads.blend.products import N_FOLDS, Products, gather
 from heads.blend.uncertainty import scorer_of
 from heads.blend.weights import each_r
 
 
 @dataclass(frozen=True)
-class Model:
-    """One model, over the subjects that it predicts.
+class ModelScores:
+    """One model and its scores over the subjects that it predicts.
 
     score : mean over all their vertices, of predictions that are out of fold
     folds : the same for the images of each fold of the blend
@@ -38,77 +37,81 @@ class Model:
     agreement: dict[str, float]
 
     def closest(self) -> tuple[str, float] | None:
-        """The model whose predictions are most alike."""
+        """The model whose predictions are most alike, and their correlation."""
         return max(self.agreement.items(), key=lambda pair: pair[1], default=None)
 
 
 def list_models(
     subjects: Sequence[Subject], work: Path, models: str = "*", exclude: str = ""
-) -> tuple[list[Model], bool]:
+) -> tuple[list[ModelScores], bool]:
     """Every model, best first, and whether scores are noise-normalised accuracy in percent, or else r.
 
-    Raises as `members_of`.
+    Raises as `find_models`.
     """
     keep_freed_memory()
-    members = members_of(subjects, work, models, exclude)
-    accuracy = has_ceilings(members)
-    keys: dict[str, Mapping[str, Any]] = {}
-    parts: list[_OfSubject] = []
-    with bar("models", len(members), "subjects") as advance:
-        for subject, stores in members.items():
-            keys |= {store.facts["model"]: store.key for store in stores}
-            moments = gather(subject, stores).moments
-            scorer = scorer_of(subject, judge_of(subject), accuracy)
-            total = moments.total()
-            each = [scorer.mean(each_r(one)) for one in (total, *(moments.fold(fold) for fold in range(N_FOLDS)))]
-            names = [store.facts["model"] for store in stores]
-            parts.append(_OfSubject(subject.name, scorer.n_vertices, names, np.stack(each, 1), _agreement(total)))
+    found = find_models(subjects, work, models, exclude)
+    accuracy = has_ceilings(list(found))
+    parts: list[_Part] = []
+    with bar("models", len(found), "subjects") as advance:
+        for subject, of_subject in found.items():
+            parts.append(_score(subject, of_subject, accuracy))
             advance(1)
-    found = [_model(name, key, parts) for name, key in keys.items()]
-    return sorted(found, key=lambda one: -one.score), accuracy
+    by_name = {model.name: model for of_subject in found.values() for model in of_subject}
+    return sorted((_over_subjects(model, parts) for model in by_name.values()), key=lambda row: -row.score), accuracy
 
 
 @dataclass(frozen=True)
-class _OfSubject:
-    name: str
+class _Part:
+    """Scores of one subject's models.
+
+    scores : (n_models, 1 + n_folds), all images first
+    agreement : (n_models, n_models)
+    """
+
+    subject: str
     n_vertices: int
     models: Sequence[str]
-    scores: np.ndarray  # (n_models, 1 + n_folds), all images first
-    agreement: np.ndarray  # (n_models, n_models)
+    scores: np.ndarray
+    agreement: np.ndarray
 
     def row(self, model: str) -> int:
         return self.models.index(model)
 
 
-def _model(name: str, key: Mapping[str, Any], parts: Sequence[_OfSubject]) -> Model:
-    own = [part for part in parts if name in part.models]
-    scores = np.average(
-        [part.scores[part.row(name)] for part in own], axis=0, weights=[max(part.n_vertices, 1) for part in own]
-    )
-    others = dict.fromkeys(other for part in own for other in part.models if other != name)
-    both = {other: [part for part in own if other in part.models] for other in others}
-    agreement = {
-        other: float(np.mean([part.agreement[part.row(name), part.row(other)] for part in shared]))
-        for other, shared in both.items()
-    }
-    features = key["features"]
-    return Model(
-        name,
-        features["backbone"],
-        features["fold"]["stage"] if features["fold"] else "frozen",
-        tuple(features.get("read", features["layers"])),
-        key["head"],
-        key["objective"],
-        tuple(part.name for part in own),
-        float(scores[0]),
-        tuple(float(score) for score in scores[1:]),
-        agreement,
+def _score(subject: Subject, models: Sequence[Model], accuracy: bool) -> _Part:
+    products = gather(subject, [model.store for model in models]).products
+    scorer, total = scorer_of(subject, judge_of(subject), accuracy), products.total()
+    columns = [scorer.mean(each_r(part)) for part in (total, *(products.fold(fold) for fold in range(N_FOLDS)))]
+    names = [model.name for model in models]
+    return _Part(subject.name, scorer.n_vertices, names, np.stack(columns, 1), _agreement(total))
+
+
+def _over_subjects(model: Model, parts: Sequence[_Part]) -> ModelScores:
+    """Means over the subjects that a model predicts; of scores, weighed by vertices."""
+    name, parts = model.name, [part for part in parts if model.name in part.models]
+    n_vertices = [max(part.n_vertices, 1) for part in parts]
+    scores = np.average([part.scores[part.row(name)] for part in parts], axis=0, weights=n_vertices).tolist()
+    alike: dict[str, list[float]] = {}
+    for part in parts:
+        for other, agreement in zip(part.models, part.agreement[part.row(name)], strict=True):
+            alike.setdefault(other, []).append(agreement)
+    return ModelScores(
+        name=name,
+        backbone=model.key.backbone,
+        checkpoint=model.stage,
+        layers=tuple(model.key.read),
+        head=model.key.head,
+        objective=model.key.objective,
+        subjects=tuple(part.subject for part in parts),
+        score=scores[0],
+        folds=tuple(scores[1:]),
+        agreement={other: float(np.mean(values)) for other, values in alike.items() if other != name},
     )
 
 
-def _agreement(total: Moments) -> np.ndarray:
-    """(n_models, n_models) mean over vertices of the correlation of two models' predictions."""
+def _agreement(total: Products) -> np.ndarray:
+    """Mean over vertices of the correlation of two models' predictions, (n_models, n_models)."""
     gram = total.covariance[0]
     size = np.sqrt(np.maximum(np.einsum("vmm->vm", gram), 0))
     scale = np.where(size > 0, size, np.inf)
-    return (gram / scale[:, :, None] / scale[:, None]).mean(0)
+    return np.asarray((gram / scale[:, :, None] / scale[:, None]).mean(0))

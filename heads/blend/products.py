@@ -1,10 +1,10 @@
-"""All that a blend has to know of its models: per vertex and fold, sums over the images of products of two columns.
+"""All that a blend has to know of its models: for each vertex and fold, sums over images of products of two columns.
 
-The columns of a vertex are what each model predicts, what was measured, and ones. From the sums of their products
-follows r of any weighted average of the models, on any set of folds, without reading a prediction again. They are
-gathered in one pass over the stores.
+The columns of a vertex are the predictions of each model, the responses, and ones. The sums of their products give r of
+any weighted average of the models, on any set of folds, without reading a prediction again. One pass over the stores
+gathers them.
 
-Columns are standardised per vertex first: r ignores scale, an average does not.
+Columns are standardised for each vertex first: r does not depend on the scale of a model, an average does.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,26 +15,25 @@ import numpy as np
 import torch
 
 from featcache.cache.store import Store
-from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Subject
 
 N_FOLDS, SEED = 5, 0  # on which weights are learnt and scored; any split by image id serves
 _BATCH_ROWS, _BATCH_VERTICES = 512, 256  # read at a time, and worked on: these stay in a cache
-_SAMPLE_BYTES = 256e6  # of rows kept beside the moments, for what moments cannot tell: bootstrap and permutations
+_SAMPLE_BYTES = 256e6  # of rows kept beside the products, for what needs single images: bootstrap and permutations
 
 
 @dataclass(frozen=True)
-class Moments:
+class Products:
     """Sums of products of the standardised columns of each vertex: the models, the responses and ones.
 
     sums : ([n_folds,] n_vertices, n_models + 2, n_models + 2); the first axis is gone after `total`
-    cross_fitted : whether the predictions of a fold come from the responses of the others. Then what a fold is left out
-        of still knows it: its responses went into the predictions of all other folds. A linear model's prediction times
-        the response is a sum over pairs of images, y_i K_ij y_j, and that of fold k over the pairs with one image in k.
-        The same pairs, K being symmetric, are in the sums of the other folds; they are taken out again by subtracting
-        the fold's own sum. Of two folds that are left out only three quarters are, for pairs between the two are in
-        neither of the others. Nothing else makes scores of weights of many models on few images honest (docs/blend.md).
+    cross_fitted : whether the predictions of a fold come from the responses of the others. If so, leaving a fold out is
+        not enough: its responses went into the predictions of all other folds. A linear model's prediction times the
+        response is a sum over pairs of images, y_i K_ij y_j, and that of fold k is over the pairs with one image in k.
+        K is symmetric, so the same pairs are in the sums of the other folds; subtracting the fold's sum takes them out
+        again. Where two folds are left out, three quarters are subtracted: pairs between the two are in neither of the
+        other folds. Without this, weights of many models learnt on few images score too high (docs/blend.md).
     """
 
     sums: np.ndarray
@@ -42,37 +41,38 @@ class Moments:
 
     @property
     def n_models(self) -> int:
-        return self.sums.shape[-1] - 2
+        return int(self.sums.shape[-1]) - 2
 
     @property
     def n_vertices(self) -> int:
-        return self.sums.shape[-3]
+        return int(self.sums.shape[-3])
 
-    def total(self, without: Collection[int] = ()) -> "Moments":
-        """Over all folds but these, float64, and free of them: see `cross_fitted` above."""
-        whole, theirs = np.zeros(self.sums.shape[1:]), np.zeros((self.n_vertices, self.n_models))
+    def total(self, without: Collection[int] = ()) -> "Products":
+        """Sums over all folds but some, float64, free of the responses of these: see `cross_fitted` above."""
+        total, left_out = np.zeros(self.sums.shape[1:]), np.zeros((self.n_vertices, self.n_models))
         for fold, sums in enumerate(self.sums):
             if fold not in without:
-                whole += sums
+                total += sums
             elif self.cross_fitted:
-                theirs += sums[:, :-2, -2]
-        theirs *= (N_FOLDS - len(without)) / (N_FOLDS - 1)
-        whole[:, :-2, -2] -= theirs
-        whole[:, -2, :-2] -= theirs
-        return Moments(whole)
+                left_out += sums[:, :-2, -2]
+        left_out *= (N_FOLDS - len(without)) / (N_FOLDS - 1)
+        total[:, :-2, -2] -= left_out
+        total[:, -2, :-2] -= left_out
+        return Products(total)
 
-    def fold(self, number: int) -> "Moments":
-        return Moments(self.sums[number].astype(np.float64))
+    def fold(self, number: int) -> "Products":
+        """Sums over one fold, float64."""
+        return Products(self.sums[number].astype(np.float64))
 
-    def at(self, vertices: np.ndarray) -> "Moments":
-        """Of some of the vertices, given by number."""
-        return Moments(self.sums[..., vertices, :, :], self.cross_fitted)
+    def at(self, vertices: np.ndarray | slice) -> "Products":
+        """Products of some of the vertices, given by number."""
+        return Products(self.sums[..., vertices, :, :], self.cross_fitted)
 
     @cached_property
     def covariance(self) -> tuple[np.ndarray, np.ndarray]:
-        """Without a fold axis: (n_vertices, n_models, n_models) of models, (n_vertices, n_models) with the response.
+        """Covariances of the models, (n_vertices, n_models, n_models), and with the response, (n_vertices, n_models).
 
-        In units of the response's standard deviation over these images.
+        Only without a fold axis. In units of the response's standard deviation over these images.
         """
         n = np.maximum(self.sums[:, -1, -1], 1)[:, None, None]
         level = self.sums[:, :-1, -1:] / n
@@ -83,7 +83,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Units:
-    """What the columns were before they were standardised.
+    """Mean and scale of the columns before they were standardised.
 
     mean, scale : (n_vertices, n_models + 1), the responses last; a constant column has scale 1
     """
@@ -104,7 +104,7 @@ class Sample:
     columns: np.ndarray
 
     def thinned(self, most: int) -> "Sample":
-        """Of some of the vertices, evenly spread."""
+        """At most so many of the vertices, evenly spread."""
         n = len(self.vertices)
         kept = np.arange(min(n, most)) * n // min(n, most)
         return Sample(self.vertices[kept], self.columns[:, :, kept])
@@ -112,15 +112,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Gathered:
-    """Of one subject, left hemisphere first: its vertices are those of both, side by side."""
+    """What one pass over the predictions of a subject gives; the vertices of its surfaces are side by side."""
 
-    moments: Moments
+    products: Products
     units: Units
     sample: Sample
 
 
 def gather(subject: Subject, stores: Sequence[Store]) -> Gathered:
-    """One pass over the out-of-fold predictions of some models and the responses they are of."""
+    """Read the out-of-fold predictions of some models and the responses once.
+
+    stores : prediction stores of the models
+    """
     n_train, n_columns = len(subject.train), len(stores) + 1
     n_vertices = sum(subject.n_vertices.values())
     sums = torch.zeros(N_FOLDS, n_vertices, n_columns + 1, n_columns + 1)
@@ -128,14 +131,17 @@ def gather(subject: Subject, stores: Sequence[Store]) -> Gathered:
     n_kept = n_sampled(n_train * n_columns, n_vertices)
     vertices = np.arange(n_kept) * n_vertices // n_kept  # evenly spread
     rows = np.empty((n_columns, n_train, len(vertices)), np.float32)
-    first = 0
-    for hemisphere in HEMISPHERES:
-        last = first + subject.n_vertices[hemisphere]
-        own = slice(*np.searchsorted(vertices, (first, last)))
-        found = _Hemisphere(sums[:, first:last], shift[first:last], rows[:, :, own], vertices[own] - first)
-        _gather_hemisphere(subject, hemisphere, stores, found)
-        first = last
+    for surface, block in surface_blocks(subject).items():
+        kept = slice(*np.searchsorted(vertices, (block.start, block.stop)))
+        target = _Target(sums[:, block], shift[block], rows[:, :, kept], vertices[kept] - block.start)
+        _gather_surface(subject, surface, stores, target)
     return _standardised(sums.numpy(), shift.double().numpy(), Sample(vertices, rows))
+
+
+def surface_blocks(subject: Subject) -> dict[str, slice]:
+    """{surface: where its vertices are among those of all surfaces side by side}."""
+    ends = np.cumsum([0, *subject.n_vertices.values()]).tolist()
+    return {surface: slice(*ends[k : k + 2]) for k, surface in enumerate(subject.surfaces)}
 
 
 def n_sampled(numbers_a_vertex: int, n_vertices: int) -> int:
@@ -144,7 +150,7 @@ def n_sampled(numbers_a_vertex: int, n_vertices: int) -> int:
 
 
 def bytes_of(n_images: int, n_vertices: Mapping[str, int], n_models: int) -> float:
-    """What is gathered of a subject, and the batches that are read for it."""
+    """Bytes of what is gathered of a subject, and of the batches that are read for it."""
     n, n_columns = sum(n_vertices.values()), n_models + 1
     sample = n_columns * n_images * n_sampled(n_columns * n_images, n)
     batches = (n_columns + 1) * min(_BATCH_ROWS, n_images) * max(n_vertices.values())
@@ -152,8 +158,8 @@ def bytes_of(n_images: int, n_vertices: Mapping[str, int], n_models: int) -> flo
 
 
 @dataclass(frozen=True)
-class _Hemisphere:
-    """Where what is gathered of one hemisphere goes."""
+class _Target:
+    """Views into which the products of one surface are written."""
 
     sums: torch.Tensor  # (n_folds, n_vertices, n_columns + 1, n_columns + 1)
     shift: torch.Tensor  # (n_vertices, n_columns)
@@ -161,12 +167,12 @@ class _Hemisphere:
     vertices: np.ndarray  # (n_sample,)
 
 
-def _gather_hemisphere(subject: Subject, hemisphere: str, stores: Sequence[Store], found: _Hemisphere) -> None:
-    folds, n_vertices = assign_folds(subject.train.ids, N_FOLDS, SEED), len(found.shift)
-    responses = subject.responses(hemisphere)
-    chunk = max(store.chunk_rows(hemisphere) for store in stores)
+def _gather_surface(subject: Subject, surface: str, stores: Sequence[Store], target: _Target) -> None:
+    folds, n_vertices = assign_folds(subject.train.ids, N_FOLDS, SEED), len(target.shift)
+    responses = subject.responses(surface)
+    chunk = max(store.chunk_rows(surface) for store in stores)
     step = -(-_BATCH_ROWS // chunk) * chunk
-    rows = torch.empty(min(step, len(folds)), n_vertices)  # one place for all: nothing is left between
+    rows = torch.empty(min(step, len(folds)), n_vertices)  # allocated once, so that no gaps are left between batches
     batch = torch.empty(len(stores) + 1, *rows.shape)
     for start in range(0, len(folds), step):
         of_fold = folds[start : start + step]
@@ -174,26 +180,26 @@ def _gather_hemisphere(subject: Subject, hemisphere: str, stores: Sequence[Store
         order = np.argsort(of_fold, kind="stable")  # each fold's rows side by side
         columns, place = batch[:, : len(order)], rows[: len(order)]
         for column, store in zip(columns, stores, strict=False):
-            store.read(hemisphere, start, stop, out=place.numpy())
+            store.read(surface, start, stop, out=place.numpy())
             torch.index_select(place, 0, torch.from_numpy(order), out=column)
         place.numpy()[:] = responses[start:stop]
         torch.index_select(place, 0, torch.from_numpy(order), out=columns[-1])
         if start == 0:
             for number, column in enumerate(columns):
-                found.shift[:, number] = torch.from_numpy(column.numpy().mean(0, dtype=np.float64))
-        found.rows[:, start + order] = columns.numpy()[:, :, found.vertices]
-        _add(found.sums, np.bincount(of_fold, minlength=N_FOLDS).tolist(), columns, found.shift)
+                target.shift[:, number] = torch.from_numpy(column.numpy().mean(0, dtype=np.float64))
+        target.rows[:, start + order] = columns.numpy()[:, :, target.vertices]
+        _add(target.sums, np.bincount(of_fold, minlength=N_FOLDS).tolist(), columns, target.shift)
 
 
-def _add(sums: torch.Tensor, counts: Sequence[int], columns: torch.Tensor, shift: torch.Tensor) -> None:
-    """Add a batch of rows, fold by fold, less `shift`, (n_vertices, n_columns).
+def _add(sums: torch.Tensor, counts: list[int], columns: torch.Tensor, shift: torch.Tensor) -> None:
+    """Add the products of a batch of rows to `sums`, fold by fold.
 
     sums : (n_folds, n_vertices, n_columns + 1, n_columns + 1) products of the columns and of ones with each other
     counts : (n_folds,) rows of each fold, which follow each other
     columns : (n_columns, n, n_vertices) predictions of each model, then the responses
+    shift : (n_vertices, n_columns) subtracted first: float32 sums of small numbers are good to some parts in 10^7
 
-    All float32: of numbers that are small by then, so that what is summed in it is known to some parts in 10^7. With a
-    column of ones every sum is an inner product, and all of a vertex's are one small matrix product.
+    With a column of ones every sum is an inner product, and all sums of a vertex are one small matrix product.
     """
     n_columns, n, n_vertices = columns.shape
     buffer = torch.ones(min(_BATCH_VERTICES, n_vertices), n_columns + 1, n)
@@ -202,33 +208,33 @@ def _add(sums: torch.Tensor, counts: Sequence[int], columns: torch.Tensor, shift
         tile = buffer[: block.stop - block.start]
         for number, column in enumerate(columns):
             torch.sub(column[:, block].T, shift[block, number, None], out=tile[:, number])
-        for of_fold, part in zip(sums, tile.split(counts, dim=2), strict=True):
+        for of_fold, part in zip(sums, torch.split(tile, counts, dim=2), strict=True):
             of_fold[block].baddbmm_(part, part.transpose(1, 2))
 
 
 def _standardised(sums: np.ndarray, shift: np.ndarray, sample: Sample) -> Gathered:
-    """In place, from sums of the columns less `shift`, as `_add` leaves them."""
+    """Standardise, in place, sums of the columns less `shift`, as `_add` leaves them, and the sample."""
     mean, scale = np.empty_like(shift), np.empty_like(shift)
     for first in range(0, len(shift), _BATCH_VERTICES):
         block = slice(first, first + _BATCH_VERTICES)
-        own = sums[:, block].astype(np.float64)
-        total = own.sum(0)
+        block_sums = sums[:, block].astype(np.float64)
+        total = block_sums.sum(0)
         n = total[:, -1, -1, None]
         mean[block] = total[:, :-1, -1] / n
         variance = np.einsum("vcc->vc", total)[:, :-1] / n - mean[block] ** 2
-        # what is left of a constant column is the rounding of its sums
+        # the variance of a constant column is the rounding of its sums
         constant = variance <= 1e-12 * np.maximum((shift[block] + mean[block]) ** 2, np.finfo(np.float64).tiny)
         scale[block] = np.sqrt(np.where(constant, 1, variance))
         # z = (p - mean) / scale, and ones stay ones: the same linear map on either side of every matrix of sums
-        change = np.zeros((*own.shape[1:],))
+        change = np.zeros((*block_sums.shape[1:],))
         np.einsum("vcc->vc", change)[:] = np.concatenate([1 / scale[block], np.ones_like(n)], 1)
         change[:, :-1, -1] = -mean[block] / scale[block]
-        own = change @ own @ change.transpose(0, 2, 1)
-        nothing = np.concatenate([constant, np.zeros_like(n, dtype=bool)], 1)
-        own[:, nothing] = 0  # a constant column is 0 exactly
-        own.transpose(0, 1, 3, 2)[:, nothing] = 0
-        sums[:, block] = own
+        block_sums = change @ block_sums @ change.transpose(0, 2, 1)
+        zero = np.concatenate([constant, np.zeros_like(n, dtype=bool)], 1)
+        block_sums[:, zero] = 0  # a constant column is 0 exactly
+        block_sums.transpose(0, 1, 3, 2)[:, zero] = 0
+        sums[:, block] = block_sums
     of_sample = sample.columns.transpose(2, 0, 1)  # a view: (n_sample, n_columns, n_images)
     of_sample -= (shift + mean)[sample.vertices, :, None].astype(np.float32)
     of_sample /= scale[sample.vertices, :, None].astype(np.float32)
-    return Gathered(Moments(sums), Units(shift + mean, scale), sample)
+    return Gathered(Products(sums), Units(shift + mean, scale), sample)

@@ -1,4 +1,4 @@
-"""A blend as a file: what each model's predictions are multiplied by, to be applied to others of the same models."""
+"""A blend as a file: a coefficient for each model and vertex, which apply to any predictions of the same models."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from featcache.cache.store import Store
-from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
-from heads.blend.products import Gathered
+from heads.blend.models import SubjectModels
+from heads.blend.products import Gathered, surface_blocks
 from heads.blend.weights import r_of
 
 _ORIGIN = "featcache blend"
@@ -22,9 +22,9 @@ _MINIMUM_SLOPE = 1e-3  # a vertex that no model explains keeps a trace of the bl
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Of one hemisphere, for the models' predictions as they are: their blend is regressed on the responses.
+    """A blend of one surface as a linear function of the models' predictions, regressed on the responses.
 
-    models : their names
+    models : names
     of_models : (n_models, n_vertices) float32
     intercept : (n_vertices,) float32
     """
@@ -33,23 +33,33 @@ class Coefficients:
     of_models: np.ndarray
     intercept: np.ndarray
 
-    def apply(self, hemisphere: str, stores: Mapping[str, Store], start: int, stop: int) -> np.ndarray:
-        """(stop - start, n_vertices) float32, from rows of the models' stores; a model without weight needs none."""
+    @property
+    def needed(self) -> list[str]:
+        """Names of the models with weight at any vertex."""
+        return [model for model, row in zip(self.models, self.of_models, strict=True) if row.any()]
+
+    def apply(self, surface: str, stores: Mapping[str, Store], start: int, stop: int) -> np.ndarray:
+        """The blend of rows of the models' stores, (stop - start, n_vertices) float32.
+
+        stores : {model: its prediction store}, of those that are `needed` at least
+        """
         blend = np.tile(self.intercept, (stop - start, 1))
-        for model, own in zip(self.models, self.of_models, strict=True):
-            if own.any():
-                blend += own * stores[model].read(hemisphere, start, stop)
+        for model in self.needed:
+            blend += self.of_models[self.models.index(model)] * stores[model].read(surface, start, stop)
         return blend
+
+
+SavedBlend = dict[str, dict[str, Coefficients]]  # {subject: {surface: coefficients}}
 
 
 def coefficients_of(
     subject: Subject, models: Sequence[str], gathered: Gathered, weights: np.ndarray
 ) -> dict[str, Coefficients]:
-    """{hemisphere: coefficients} of a blend of standardised predictions, (n_vertices, n_models) both hemispheres.
+    """{surface: coefficients} of a blend of standardised predictions. One model alone is passed through as it is.
 
-    One model alone is passed through as it is.
+    weights : (n_vertices, n_models), the vertices of all surfaces side by side
     """
-    total, units = gathered.moments.total().sums, gathered.units
+    total, units = gathered.products.total().sums, gathered.units
     n = total[:, -1, -1]
     variance = np.einsum("vm,vmk,vk->v", weights, total[:, :-2, :-2], weights, optimize=True) / n
     spread = units.scale[:, -1] * np.sqrt(np.maximum(total[:, -2, -2], 0) / n)
@@ -58,45 +68,40 @@ def coefficients_of(
     intercept = units.mean[:, -1] - np.einsum("vm,vm->v", of_models, units.mean[:, :-1])
     if len(models) == 1:
         of_models, intercept = np.ones_like(of_models), np.zeros_like(intercept)
-    found, first = {}, 0
-    for hemisphere in HEMISPHERES:
-        own = slice(first, first + subject.n_vertices[hemisphere])
-        parts = (np.ascontiguousarray(of_models[own].T, np.float32), intercept[own].astype(np.float32))
-        found[hemisphere] = Coefficients(tuple(models), *parts)
-        first = own.stop
-    return found
+    return {
+        surface: Coefficients(
+            tuple(models),
+            np.ascontiguousarray(of_models[block].T, np.float32),
+            intercept[block].astype(np.float32),
+        )
+        for surface, block in surface_blocks(subject).items()
+    }
 
 
-Saved = dict[str, dict[str, Coefficients]]  # {subject: {hemisphere: coefficients}}
-
-
-def save_blend(path: Path, blend: Saved) -> None:
-    """safetensors: <subject>.<hemisphere>.coefficients (n_models, n_vertices) and .intercept (n_vertices,)."""
+def save_blend(path: Path, blend: SavedBlend) -> None:
+    """Write safetensors: <subject>.<surface>.coefficients (n_models, n_vertices) and .intercept (n_vertices,)."""
     tensors, models = {}, {}
-    for subject, of_subject in blend.items():
-        for hemisphere, own in of_subject.items():
-            models[subject] = list(own.models)
-            tensors[f"{subject}.{hemisphere}.coefficients"] = own.of_models
-            tensors[f"{subject}.{hemisphere}.intercept"] = own.intercept
+    for subject, surfaces in blend.items():
+        for surface, coefficients in surfaces.items():
+            models[subject] = list(coefficients.models)
+            tensors[f"{subject}.{surface}.coefficients"] = coefficients.of_models
+            tensors[f"{subject}.{surface}.intercept"] = coefficients.intercept
     save_file(tensors, path, {_ORIGIN: json.dumps(models)})
 
 
-def load_blend(path: Path) -> Saved:
-    """Raises StoreError for a file that is missing, damaged or no blend."""
+def load_blend(path: Path) -> SavedBlend:
+    """Read a blend. Raises StoreError for a file that is missing, damaged or no blend."""
     try:
         with safe_open(path, "numpy") as file:
             models = json.loads((file.metadata() or {})[_ORIGIN])
-            return {
-                subject: {
-                    h: Coefficients(
-                        tuple(names),
-                        file.get_tensor(f"{subject}.{h}.coefficients"),
-                        file.get_tensor(f"{subject}.{h}.intercept"),
-                    )
-                    for h in HEMISPHERES
-                }
-                for subject, names in models.items()
-            }
+            blend: SavedBlend = {subject: {} for subject in models}
+            for name in sorted(file.keys()):
+                owner, _, kind = name.rpartition(".")
+                subject, _, surface = owner.rpartition(".")
+                if kind == "coefficients":
+                    intercept = file.get_tensor(f"{owner}.intercept")
+                    blend[subject][surface] = Coefficients(tuple(models[subject]), file.get_tensor(name), intercept)
+            return blend
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise StoreError(
             path,
@@ -104,3 +109,30 @@ def load_blend(path: Path) -> Saved:
             found=f"none that can be read ({error})",
             remedy="run 'blend' again",
         ) from error
+
+
+def refuse_strangers(path: Path, blend: SavedBlend, models: SubjectModels) -> None:
+    """Raise StoreError where a blend lacks a subject, is of other vertices, or needs a model that is not there."""
+    for subject, of_subject in models.items():
+        names = {model.name for model in of_subject}
+        for surface in subject.surfaces:
+            n_vertices, retry = subject.n_vertices[surface], "run 'blend' on this tree"
+            coefficients = blend.get(subject.name, {}).get(surface)
+            if coefficients is None:
+                raise StoreError(
+                    path, expected=f"a blend of {subject.name} {surface}", found=_label(blend), remedy=retry
+                )
+            if missing := sorted(set(coefficients.needed) - names):
+                raise StoreError(
+                    path,
+                    expected=f"predictions of {subject.name} by {', '.join(missing)}",
+                    found="none",
+                    remedy="extract and fit the same models first",
+                )
+            if len(coefficients.intercept) != n_vertices:
+                expected = f"{n_vertices} vertices of {subject.name} {surface}"
+                raise StoreError(path, expected=expected, found=len(coefficients.intercept), remedy=retry)
+
+
+def _label(blend: SavedBlend) -> str:
+    return ", ".join(f"{subject} {surface}" for subject, surfaces in blend.items() for surface in surfaces)

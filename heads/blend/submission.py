@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.subject import Subject
 from featcache.errors import FeatcacheError
 
@@ -17,16 +16,17 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the oldest date a zip can hold, so that the sa
 _DROPPED_BITS = np.uint32(8)  # of float32's 23: noise that no r shows, but that no compression can remove
 
 
-def prediction_name(subject: Subject, hemisphere: str) -> str:
-    return f"{subject.name}/{hemisphere}_pred_test.npy"
+def prediction_name(subject: Subject, surface: str) -> str:
+    """Name of the file of one surface's predictions."""
+    return f"{subject.name}/{surface}_pred_test.npy"
 
 
-def write_predictions(folder: Path, subject: Subject, hemisphere: str, predictions: np.ndarray) -> Path:
+def write_predictions(folder: Path, subject: Subject, surface: str, predictions: np.ndarray) -> Path:
     """Write (n_test, n_vertices) predictions as float32 with 16 significant bits.
 
     Rounding changes a value by less than 1 part in 65,000, and lets the full submission compress to below its limit.
     """
-    path = folder / prediction_name(subject, hemisphere)
+    path = folder / prediction_name(subject, surface)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
     with partial.open("wb") as file:
@@ -47,16 +47,18 @@ def write_zip(folder: Path, subjects: Sequence[Subject], path: Path) -> Path:
     """Zip the predictions under `folder`, check the result against the tree, and put it at `path` if it is right."""
     partial = path.with_name(f".{path.name}")
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
-        for subject in subjects:
-            for hemisphere in HEMISPHERES:
-                name = prediction_name(subject, hemisphere)
-                info = zipfile.ZipInfo(name, _EPOCH)
-                info.compress_type = zipfile.ZIP_DEFLATED
-                with archive.open(info, "w") as target:
-                    target.write((folder / name).read_bytes())
+        for name in _names(subjects):
+            info = zipfile.ZipInfo(name, _EPOCH)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(info, "w") as target:
+                target.write((folder / name).read_bytes())
     check_submission(partial, subjects)
     os.replace(partial, path)
     return path
+
+
+def _names(subjects: Sequence[Subject]) -> list[str]:
+    return [prediction_name(subject, surface) for subject in subjects for surface in subject.surfaces]
 
 
 def check_submission(path: Path, subjects: Sequence[Subject]) -> None:
@@ -65,27 +67,27 @@ def check_submission(path: Path, subjects: Sequence[Subject]) -> None:
         raise _refused(path, f"at most {MAX_BYTES:,} bytes", f"{size:,}")
     try:
         with zipfile.ZipFile(path) as archive:
-            _check_members(path, archive, subjects)
+            _check_files(path, archive, subjects)
     except zipfile.BadZipFile as error:
         raise _refused(path, "a whole zip", f"one that cannot be read ({error})") from error
 
 
-def _check_members(path: Path, archive: zipfile.ZipFile, subjects: Sequence[Subject]) -> None:
-    expected = [prediction_name(subject, h) for subject in subjects for h in HEMISPHERES]
+def _check_files(path: Path, archive: zipfile.ZipFile, subjects: Sequence[Subject]) -> None:
+    expected = _names(subjects)
     if sorted(archive.namelist()) != sorted(expected):
         raise _refused(path, f"the files {', '.join(expected)}", ", ".join(archive.namelist()) or "none")
     for subject in subjects:
-        for hemisphere in HEMISPHERES:
-            _check_member(path, archive, subject, hemisphere)
+        for surface in subject.surfaces:
+            _check_file(path, archive, subject, surface)
 
 
-def _check_member(path: Path, archive: zipfile.ZipFile, subject: Subject, hemisphere: str) -> None:
-    name = prediction_name(subject, hemisphere)
+def _check_file(path: Path, archive: zipfile.ZipFile, subject: Subject, surface: str) -> None:
+    name = prediction_name(subject, surface)
     try:
         predictions = np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
     except ValueError as error:
         raise _refused(path, f"a whole .npy file of numbers in {name}", str(error)) from error
-    shape = (len(subject.test), subject.n_vertices[hemisphere])
+    shape = (len(subject.test), subject.n_vertices[surface])
     if predictions.shape != shape or predictions.dtype != np.float32:
         raise _refused(path, f"{name} of shape {shape}, float32", f"{predictions.shape}, {predictions.dtype}")
     if not np.isfinite(predictions).all():

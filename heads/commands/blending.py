@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache.errors import ConfigError
+from featcache.workdir import Workdir
 from heads.commands.options import (
     DATA,
     WORK,
@@ -115,6 +116,6 @@ def _refuse_beside_apply(options: Sequence[str]) -> None:
 
 
 def _handed_in(submission: Path | None, work: Path, result: dict[str, Any]) -> Outcome:
-    folder = work / "submission"
+    folder = Workdir(work).submission
     files = {"submission": str(submission) if submission else None, "predictions": str(folder)}
     return Outcome(f"wrote {submission or folder}", files | result)

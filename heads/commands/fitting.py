@@ -21,16 +21,14 @@ from heads.commands.options import (
     open_tree,
     read,
 )
-from heads.config import HEADS, AdamWConfig, FitConfig, MomentsConfig, SpatialConfig, adamw_of, refuse_unread
+from heads.config import HEADS, AdamWConfig, FitConfig, SpatialConfig, adamw_of, refuse_unread
 from heads.recipes.jobs import Job, Outcome
 
 if TYPE_CHECKING:
     from featcache.dataset.subject import Subject
 
 _OLD_SOLVERS = {"exact": "ridge"}  # {name in earlier versions: name}
-_LOOPS = {head: vars(adamw_of(head)) for head in HEADS} | {
-    "moments": {"epochs": MomentsConfig.steps, "learning_rate": MomentsConfig.learning_rate}
-}
+_LOOPS = {head: vars(adamw_of(head)) for head in HEADS}
 
 
 @command(FitConfig, AdamWConfig, SpatialConfig, old={"seed": "seed"}, presets={AdamWConfig: _LOOPS})
@@ -44,13 +42,10 @@ def fit_heads(
 ) -> Job:
     """Fit heads to all cached features, and predict every image by heads that were fitted without it."""
     solver = _OLD_SOLVERS.get(options["solver"], options["solver"])
-    loop = given(AdamWConfig, options)
-    steps = {"steps": loop["epochs"]} if "epochs" in loop else {}
     config = read(
         FitConfig,
         options | {"solver": solver},
-        moments=replace(MomentsConfig(), **steps, **{name: loop[name] for name in ("learning_rate",) if name in loop}),
-        adamw=replace(adamw_of(options["head"]), **loop),
+        adamw=replace(adamw_of(options["head"]), **given(AdamWConfig, options)),
         spatial=read(SpatialConfig, options),
     )
     refuse_unread(on_command_line(context), config)
@@ -98,12 +93,9 @@ def maps(
 
     def call() -> Outcome:
         subjects = open_tree(data, noise_ceiling).select(subject)
-        from heads.maps.maps import export_maps
+        from heads.maps.export import export_maps
 
-        written, recovered = export_maps(subjects, models, work)
-        for found in recovered:
-            typer.echo("planted and found: " + ", ".join(f"{name} r = {value:.2f}" for name, value in found.items()))
-        result = {"files": [str(path) for path in written], "recovery": recovered}
-        return Outcome(f"{len(written)} files in {Workdir(work).maps}", result)
+        written = export_maps(subjects, models, work)
+        return Outcome(f"{len(written)} files in {Workdir(work).maps}", {"files": [str(path) for path in written]})
 
     return Job(None, call)

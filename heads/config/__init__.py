@@ -4,7 +4,6 @@ from heads.config.blending import BLEND_PRESETS, BLENDS, LEVELS, BlendConfig, bl
 from heads.config.fitting import (
     AdamWConfig,
     FitConfig,
-    MomentsConfig,
     RidgeConfig,
     SpatialConfig,
     adamw_of,
@@ -29,7 +28,6 @@ __all__ = [
     "AdamWConfig",
     "BlendConfig",
     "FitConfig",
-    "MomentsConfig",
     "RidgeConfig",
     "SpatialConfig",
     "StageConfig",

@@ -18,11 +18,11 @@ class AdamWConfig:
 
     learning_rate: float = option(
         3e-4,
-        "adamw: at the first step; it falls to zero on a cosine. moments: in units of the curvature.",
+        "adamw: at the first step; it falls to zero on a cosine.",
         "Training",
     )
     weight_decay: float = option(0.1, "adamw: decoupled, on weights and not on intercepts.", "Training")
-    epochs: int = option(60, "adamw, moments: passes over the training images, at most.", "Training")
+    epochs: int = option(60, "adamw: passes over the training images, at most.", "Training")
     batch_size: int = option(128, "adamw: images a step. A correlation loss compares these and no others.", "Training")
     patience: int = 10  # epochs without a better validation score before it stops
     validation: int = 10  # one in so many training images decides when to stop, and is not trained on
@@ -59,23 +59,6 @@ class RidgeConfig:
         if not self.penalties or not all(0 <= penalty < math.inf for penalty in self.penalties):
             raise ConfigError(
                 "penalties", expected="one or more numbers from 0", found=self.penalties, remedy="correct them"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MomentsConfig:
-    """Full-batch descent on linear heads (see heads.solvers.moments)."""
-
-    steps: int = 128  # the most; each vertex keeps the one of least left-out error
-    learning_rate: float = 0.25  # in units of the curvature along the first axis at the start
-    momentum: float = 0.9  # Nesterov's
-
-    def __post_init__(self) -> None:
-        at_least("epochs", self.steps, 1)
-        at_least("learning-rate", self.learning_rate, 0)
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(
-                "momentum", expected="a number from 0 and below 1", found=self.momentum, remedy="correct it"
             )
 
 
@@ -140,7 +123,6 @@ class FitConfig:
     products: str = option("float32", f"How CUDA multiplies matrices: {', '.join(PRODUCTS)}.", "Machine")
     max_memory: float = option(0.0, "Main memory that the process may take, in 10^9 bytes; 0: what is free.", "Machine")
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
-    moments: MomentsConfig = field(default_factory=MomentsConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
     spatial: SpatialConfig = field(default_factory=SpatialConfig)
 

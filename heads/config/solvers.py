@@ -25,7 +25,6 @@ class SolverSpec:
     reads_noise_ceiling: bool = False
     under_priors: bool = False  # whether it fits several layers, or places, under priors
     objective: str | None = None  # what all its heads optimise, in a word; None: the loss says it
-    word: str | None = None  # before the objective in a model's name, where another solver has the same objectives
     named_settings: bool = True  # whether settings that are not the default are part of a model's name
 
     def serves(self, head: str, losses: Sequence[str]) -> bool:
@@ -45,15 +44,6 @@ SOLVERS: dict[str, SolverSpec] = {
         objective="ridge",
         under_priors=True,
         named_settings=False,  # it chooses penalties by itself
-    ),
-    "moments": SolverSpec(
-        build="heads.solvers.moments:build",
-        stored="moments",
-        settings="moments",
-        options=("epochs", "learning_rate"),
-        linear_least_squares=True,
-        reads_noise_ceiling=True,
-        word="moments",
     ),
     "adamw": SolverSpec(
         build="heads.solvers.gradient:build",

@@ -12,13 +12,17 @@ from featcache.dataset.digests import response_digest, subject_digests
 from featcache.dataset.subject import Subject
 from heads.config import HEADS, FitConfig
 from heads.config.fitting import default_settings
-from heads.config.solvers import SolverSpec, solver_of
+from heads.config.solvers import solver_of
 from heads.features.sets import FeatureSet
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.layers.ridge import METHOD
 
 # What belongs to a subject and not to a model: without these, keys of one model agree across subjects.
 _OF_A_SUBJECT = ("subject", "images", "image_ids", "responses", "noise_ceiling", "rois", "joint")
+
+
+# {solver of an earlier version: its settings where nothing was asked for}; its stores are still read and blended
+RETIRED: dict[str, dict[str, Any]] = {"moments": {"steps": 128, "learning_rate": 0.25, "momentum": 0.9}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +87,10 @@ class PredictionKey:
         return self.features.get("read", self.features["layers"])
 
     @property
-    def spec(self) -> SolverSpec:
-        """The solver's entry in SOLVERS."""
-        return solver_of(self.solver)
-
-    @property
     def head_words(self) -> list[str]:
         """Head and objective; once where they are one word, as of the heads that a checkpoint brought with it."""
-        words = [self.head, *([self.spec.word] if self.spec.word else []), self.objective]
-        return list(dict.fromkeys([*words, *(["distilled"] if self.target else [])]))
+        solver = [self.solver] if self.solver in RETIRED else []
+        return list(dict.fromkeys([self.head, *solver, self.objective, *(["distilled"] if self.target else [])]))
 
     @property
     def model(self) -> str:
@@ -133,8 +132,8 @@ class PredictionKey:
         """Settings that are not what the head is fitted with where nothing is asked for."""
         usual: dict[str, Any] = {"n_folds": FitConfig.n_folds, "seed": FitConfig.seed, "products": FitConfig.products}
         given = {name: default if (value := getattr(self, name)) is None else value for name, default in usual.items()}
-        if self.spec.named_settings:
-            usual |= default_settings(self.head, self.spec)
+        if self.solver in RETIRED or solver_of(self.solver).named_settings:
+            usual |= RETIRED.get(self.solver) or default_settings(self.head, solver_of(self.solver))
             given |= self.settings or {}
         changed = {name: value for name, value in given.items() if value != usual.get(name, value)}
         return [f"{name.removeprefix('n_').replace('_', ' ')} {value}" for name, value in changed.items()]

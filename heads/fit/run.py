@@ -112,7 +112,6 @@ def _fit_variants(
     for group in _groups(trainees, variants[0], work):
         joint = Shared()
         for trainee in group:
-            shared = Shared(len(variants))
             for config in variants:
                 problem = Problem(
                     subject=trainee.subject,
@@ -121,12 +120,10 @@ def _fit_variants(
                     config=config,
                     device=device,
                     work=work,
-                    shared=shared,
                     together=tuple(group),
                     joint=joint,
                 )
                 yield trainee, _fit(problem)
-            del shared
             give_back_memory()
 
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:  # a table must not load what blends
-    from heads.blend.overview import Model
+    from heads.blend.overview import ModelScores
 
 
-def model_table(models: "Sequence[Model]", accuracy: bool) -> Table:
+def model_table(models: "Sequence[ModelScores]", accuracy: bool) -> Table:
     """Table of models, best first and numbered: their scores on all images and on each fold, and the most similar one.
 
     accuracy : whether scores are noise-normalised accuracy in percent, and not mean r

@@ -19,7 +19,7 @@ def score_table(scores: Mapping[str, Sequence[VertexScores]], title: str) -> Tab
     else mean r with mean r^2 behind it. A method that lacks a subject has no number over all subjects: it would be over
     other vertices than the numbers beside it.
     """
-    everyone = {(one.subject, one.hemisphere): one for of_method in scores.values() for one in of_method}
+    everyone = {(one.subject, one.surface): one for of_method in scores.values() for one in of_method}
     rows, partial = _summaries(list(everyone.values())), _partial(scores)
     accuracy = rows[_ALL].accuracy is not None
     measure = "noise-normalised accuracy, %" if accuracy else "no noise ceiling: mean r (mean r^2)"
@@ -71,7 +71,7 @@ def _partial(scores: Mapping[str, Sequence[VertexScores]]) -> dict[str, list[str
 
 def _summaries(scores: Sequence[VertexScores]) -> dict[str, Summary]:
     """{row of the table: its summary}: subjects, then ROIs over all subjects, then all vertices."""
-    return {_label(summary): summary for summary in summarize(scores) if summary.hemisphere == "both"}
+    return {_label(summary): summary for summary in summarize(scores) if summary.all_surfaces}
 
 
 def _label(summary: Summary) -> str:
@@ -95,6 +95,6 @@ def scores_as_json(scores: Mapping[str, Sequence[VertexScores]]) -> dict[str, li
     """
     partial = _partial(scores)
     return {
-        method: [dict(vars(one)) for one in summarize(of_method) if one.subject != "all" or method not in partial]
+        method: [one.to_json() for one in summarize(of_method) if one.subject != "all" or method not in partial]
         for method, of_method in scores.items()
     }

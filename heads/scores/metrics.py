@@ -1,4 +1,9 @@
-"""How good predictions are: Pearson r per vertex, noise-normalised accuracy, and means over subjects and ROIs."""
+"""How good predictions are: Pearson r per vertex, noise-normalised accuracy, and means over subjects and ROIs.
+
+Every r and every accuracy that is reported comes from here. `pearson_r` starts from matrices, `r_from_sums` from sums
+that were gathered before; they differ in how much rounding a constant column may show. Training has a correlation of
+its own, in heads/scores/losses.py, because it has to be differentiable and to stay on the device of the network.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featcache.errors import FeatcacheError
 
+Array = NDArray[Any]
 Float64s = NDArray[np.float64]
 ZeroCeiling = Literal["exclude", "epsilon"]
 
@@ -24,6 +30,8 @@ _TILE_NUMBERS = 64 * _TILE_VERTICES
 
 _MAX_MEAN_TO_SD = 10.0  # beyond it, sums of squares that were not shifted lose more than two digits
 _CONSTANT_SD_TO_MEAN = 1e-13  # below it, what varies is the rounding of float64
+_CONSTANT_SPREAD = 1e-6  # of a mean square: below it, what varies is the rounding of sums that were kept as float32
+_ALL_SURFACES = "both"
 _EPSILON_CEILING = 1e-14  # what the organisers' published script puts for a ceiling of 0
 
 
@@ -59,6 +67,30 @@ def pearson_r(predictions: ArrayLike, responses: ArrayLike) -> Float64s:
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy lets go of the interpreter while it sums
         for _ in threads.map(fill, range(0, n_vertices, _TILE_VERTICES)):
             pass
+    return r
+
+
+def r_from_sums(n: Array, p: Array, pp: Array, py: Array, y: Array, yy: Array) -> Float64s:
+    """Pearson correlation from sums over images; exactly 0 where either side is constant.
+
+    ``r = (sum py - sum p sum y / n) / sqrt((sum pp - (sum p)**2 / n) (sum yy - (sum y)**2 / n))``. A side is constant
+    where its spread is below 1e-6 of its mean square: the sums may have been rounded to float32.
+
+    Parameters
+    ----------
+    n : number of images, or sum of their weights
+    p, pp, py, y, yy : sums of the predictions, of their squares, of their products with the responses, of the responses
+        and of their squares; float64, of any shapes that broadcast
+
+    Returns
+    -------
+    r : float64 in [-1, 1], of the common shape
+    """
+    n = np.maximum(n, 1)
+    p_spread, y_spread = pp - p**2 / n, yy - y**2 / n
+    defined = (p_spread > _CONSTANT_SPREAD * pp) & (y_spread > _CONSTANT_SPREAD * yy)
+    norm = np.sqrt(np.where(defined, p_spread * y_spread, 1))
+    r: Float64s = np.clip(np.where(defined, (py - p * y / n) / norm, 0), -1, 1)
     return r
 
 
@@ -111,25 +143,35 @@ def accuracy_from_r(r: ArrayLike, noise_ceiling: ArrayLike, zero_ceiling: ZeroCe
     r = _checked_r(r)
     noise_ceiling = _checked_ceiling(noise_ceiling, len(r))
     ceiling = np.where(noise_ceiling == 0, np.nan if zero_ceiling == "exclude" else _EPSILON_CEILING, noise_ceiling)
-    explained = np.maximum(r, 0) ** 2
+    return explained_share(r, ceiling, whole=100)
+
+
+def explained_share(r: Array, noise_ceiling: Array, whole: float = 1) -> Float64s:
+    """Explained part of the explainable variance, ``whole * min(max(r, 0)**2, NC) / NC``; nothing is checked.
+
+    r : (..., n_vertices), in [-1, 1]
+    noise_ceiling : (n_vertices,), fraction of variance in (0, 1], or NaN
+    whole : what all of the explainable variance counts: 1 for fractions, 100 for percent
+    """
     # The share is clipped before it is a share: dividing by the tiniest ceilings would overflow.
-    return 100 * np.minimum(explained, ceiling) / ceiling
+    share: Float64s = whole * np.minimum(np.maximum(r, 0) ** 2, noise_ceiling) / noise_ceiling
+    return share
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no one truth value to compare by
 class VertexScores:
-    """Scores of the vertices of one hemisphere of one subject; checked when built."""
+    """Scores of the vertices of one surface of one subject; checked when built."""
 
     subject: str  # e.g. "subj01"
-    hemisphere: str  # "lh" or "rh"
-    r: NDArray  # (n_vertices,), in [-1, 1]
-    noise_ceiling: NDArray | None = None  # (n_vertices,), fraction of variance in [0, 1]; None where there is none
-    rois: Mapping[str, NDArray] = field(default_factory=dict)  # name -> (n_vertices,) bool; ROIs may overlap
+    surface: str  # e.g. "lh"; any name but "both", which summaries have for all surfaces together
+    r: Array  # (n_vertices,), in [-1, 1]
+    noise_ceiling: Array | None = None  # (n_vertices,), fraction of variance in [0, 1]; None where there is none
+    rois: Mapping[str, Array] = field(default_factory=dict)  # name -> (n_vertices,) bool; ROIs may overlap
 
     def __post_init__(self) -> None:
-        if self.hemisphere not in ("lh", "rh"):
+        if self.surface == _ALL_SURFACES:
             raise FeatcacheError(
-                "a hemisphere", expected="'lh' or 'rh'", found=repr(self.hemisphere), remedy="score one at a time"
+                "a surface", expected="the name of one", found=repr(self.surface), remedy="score one at a time"
             )
         n_vertices = len(_checked_r(self.r))
         if self.noise_ceiling is not None:
@@ -137,7 +179,7 @@ class VertexScores:
         for roi, mask in self.rois.items():
             if np.shape(mask) != (n_vertices,) or np.asarray(mask).dtype != bool:
                 raise FeatcacheError(
-                    f"the mask of ROI {roi} of {self.subject} {self.hemisphere}",
+                    f"the mask of ROI {roi} of {self.subject} {self.surface}",
                     expected=f"({n_vertices},) bool",
                     found=f"{np.shape(mask)} {np.asarray(mask).dtype}",
                     remedy="pass labels != 0",
@@ -149,54 +191,59 @@ class Summary:
     """Means over a set of vertices."""
 
     subject: str  # "all" for every subject together
-    hemisphere: str  # "lh", "rh" or "both"
+    surface: str  # e.g. "lh", or "both" for all surfaces together
     roi: str  # "all" for every vertex
     n_vertices: int  # over which r is averaged
     mean_r: float  # in [-1, 1]
     mean_r2: float  # mean of max(r, 0)**2, in [0, 1]
     accuracy: float | None  # mean noise-normalised accuracy, percent; None where no vertex has a ceiling to count with
 
+    @property
+    def all_surfaces(self) -> bool:
+        """Whether the vertices are those of all surfaces."""
+        return self.surface == _ALL_SURFACES
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as commands write it: `surface` is called hemisphere there."""
+        return {{"surface": "hemisphere"}.get(name, name): value for name, value in vars(self).items()}
+
 
 def summarize(scores: Sequence[VertexScores], zero_ceiling: ZeroCeiling = "exclude") -> list[Summary]:
-    """Means for each subject's hemispheres, each subject, each ROI over all of them, and, last, over everything.
+    """Means for each subject's surfaces, each subject, each ROI over all of them, and, last, over everything.
 
-    Every mean is over vertices, those of all subjects and hemispheres together, and never a mean of means.
+    Every mean is over vertices, those of all subjects and surfaces together, and never a mean of means.
     ``mean_r`` keeps negative r; ``mean_r2`` takes them as 0 before squaring, as the metric does. ``accuracy`` covers
     only the vertices that have a ceiling: subjects without one, and (unless ``zero_ceiling`` is "epsilon") vertices
-    whose ceiling is 0, count in the other columns alone. An ROI, or a hemisphere, with no vertex has no row.
+    whose ceiling is 0, count in the other columns alone. An ROI, or a surface, with no vertex has no row.
 
     Parameters
     ----------
-    scores : one for each subject and hemisphere
+    scores : one for each subject and surface
     zero_ceiling : as for `accuracy_from_r`
 
     Raises
     ------
-    FeatcacheError : no scores, or the same hemisphere of a subject twice
+    FeatcacheError : no scores, or the same surface of a subject twice
     """
     _check_distinct(scores)
-    scores = sorted(scores, key=lambda score: (score.subject, score.hemisphere))
+    scores = sorted(scores, key=lambda score: (score.subject, score.surface))
     by_subject = {subject: list(group) for subject, group in groupby(scores, key=lambda score: score.subject)}
     rois = dict.fromkeys(roi for score in scores for roi in score.rois)
 
     def rows() -> Iterator[Summary | None]:
         for score in scores:
-            yield _summary(score.subject, score.hemisphere, "all", [score], zero_ceiling)
+            yield _summary(score.subject, score.surface, "all", [score], zero_ceiling)
         for subject, group in by_subject.items():
-            yield _summary(subject, "both", "all", group, zero_ceiling)
+            yield _summary(subject, _ALL_SURFACES, "all", group, zero_ceiling)
         for roi in rois:
-            yield _summary("all", "both", roi, scores, zero_ceiling)
-        yield _summary("all", "both", "all", scores, zero_ceiling)
+            yield _summary("all", _ALL_SURFACES, roi, scores, zero_ceiling)
+        yield _summary("all", _ALL_SURFACES, "all", scores, zero_ceiling)
 
     return [row for row in rows() if row is not None]
 
 
 def _summary(
-    subject: str,
-    hemisphere: str,
-    roi: str,
-    scores: Sequence[VertexScores],
-    zero_ceiling: ZeroCeiling,
+    subject: str, surface: str, roi: str, scores: Sequence[VertexScores], zero_ceiling: ZeroCeiling
 ) -> Summary | None:
     """One row over the vertices of ``roi``, or None where there are none."""
     parts = [_in_roi(score, roi, zero_ceiling) for score in scores]
@@ -206,7 +253,7 @@ def _summary(
     counted = accuracy[~np.isnan(accuracy)]
     return Summary(
         subject=subject,
-        hemisphere=hemisphere,
+        surface=surface,
         roi=roi,
         n_vertices=r.size,
         mean_r=float(r.mean()),
@@ -229,19 +276,19 @@ def _in_roi(score: VertexScores, roi: str, zero_ceiling: ZeroCeiling) -> tuple[F
 def _check_distinct(scores: Sequence[VertexScores]) -> None:
     if not scores:
         raise FeatcacheError(
-            "a summary", expected="scores of a hemisphere or more", found="none", remedy="score a subject first"
+            "a summary", expected="scores of a surface or more", found="none", remedy="score a subject first"
         )
     seen: set[tuple[str, str]] = set()
     for score in scores:
-        key = (score.subject, score.hemisphere)
+        key = (score.subject, score.surface)
         if key in seen:
             raise FeatcacheError(
-                "a summary", expected="each hemisphere once", found=f"{' '.join(key)} twice", remedy="leave one out"
+                "a summary", expected="each surface once", found=f"{' '.join(key)} twice", remedy="leave one out"
             )
         seen.add(key)
 
 
-def _checked_matrices(predictions: ArrayLike, responses: ArrayLike) -> tuple[NDArray, NDArray]:
+def _checked_matrices(predictions: ArrayLike, responses: ArrayLike) -> tuple[Array, Array]:
     predictions, responses = np.asarray(predictions), np.asarray(responses)
     if predictions.ndim != 2 or predictions.shape != responses.shape:
         raise FeatcacheError(
@@ -283,7 +330,7 @@ def _range(values: Float64s) -> str:
     return f"{values.shape} from {values.min():.4g} to {values.max():.4g}" if values.size else f"{values.shape}"
 
 
-def _block_r(predictions: NDArray, responses: NDArray) -> Float64s:
+def _block_r(predictions: Array, responses: Array) -> Float64s:
     """r of one block of vertices, (n_images, n_block) -> (n_block,)."""
     n_images = len(predictions)
     shifts = np.zeros((2, predictions.shape[1]))
@@ -313,7 +360,7 @@ def _mean_swamps_spread(sums: Float64s, squares: Float64s, n_images: int) -> NDA
     return mean_squares > _MAX_MEAN_TO_SD**2 * (squares - mean_squares)
 
 
-def _sums(predictions: NDArray, responses: NDArray, shifts: Float64s) -> tuple[Float64s, Float64s, Float64s]:
+def _sums(predictions: Array, responses: Array, shifts: Float64s) -> tuple[Float64s, Float64s, Float64s]:
     """Sums over images of both matrices less ``shifts``, (2, n_block), of their squares, and, (n_block,), of p y."""
     n_images, n_block = predictions.shape
     n_rows = max(1, _TILE_NUMBERS // n_block)

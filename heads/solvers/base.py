@@ -94,20 +94,17 @@ class Solver(Protocol):
 
 
 class Shared:
-    """What the fits of one run have in common on one set of features; the first that needs it makes it.
+    """What the subjects of one training have in common; the first that needs it makes it."""
 
-    n_fits : how many fits there will be
-    """
-
-    def __init__(self, n_fits: int = 1) -> None:
-        self.n_fits = n_fits
+    def __init__(self) -> None:
         self._made: dict[str, Any] = {}
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """What `make` gives, made once under this name."""
         if name not in self._made:
             self._made[name] = make()
-        return self._made[name]
+        made: T = self._made[name]
+        return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +124,6 @@ class Problem:
     plan : folds, and on which images a choice may be made
     device : 'cpu' or 'cuda'
     work : the work folder, where checkpoints are
-    shared : what several losses on these features have in common
     together, joint : all subjects that one training serves, if it serves several, and what their fits have in common
     """
 
@@ -137,7 +133,6 @@ class Problem:
     config: FitConfig
     device: str = "cpu"
     work: Path = Path()
-    shared: Shared = field(default_factory=Shared)
     together: tuple[Trainee, ...] = ()
     joint: Shared = field(default_factory=Shared)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from featcache.machine.memory import block_that_fits, memory_at_start, refuse_above, said, spare_memory
+from featcache.machine.memory import block_that_fits, memory_at_start, refuse_above, said
 from featcache.machine.progress import say
 from heads.config import HEADS
 from heads.solvers.base import Problem
@@ -87,20 +87,16 @@ def announce_whole(problem: Problem, n_features: int, way: str) -> None:
     say(f"{problem.subject.name}: {n_features:,} features, {problem.n_train:,} images: {way}; {said(peak)}")
 
 
-def choose_block(problem: Problem, n_features: int) -> tuple[int, bool]:
-    """Vertices at a time, and whether there is room to keep what several losses learn from; says both.
+def choose_block(problem: Problem, n_features: int) -> int:
+    """Vertices to fit at a time, so that memory suffices; says how many, and the memory that it expects.
 
     Raises ConfigError where not even the smallest block fits into --max-memory.
     """
-    sizes, limit = Sizes.of(problem, n_features), problem.config.max_memory
+    sizes = Sizes.of(problem, n_features)
     fixed, per_vertex = blockwise_bytes(sizes)
-    largest = min(VERTEX_BLOCK, max(sizes.n_vertices))
-    kept = 4.0 * sizes.n_folds * min(n_features, sizes.n_train) * sum(sizes.n_vertices)
-    keep = problem.shared.n_fits > 1 and fixed + kept + per_vertex * largest <= spare_memory(limit)
-    fixed += kept if keep else 0.0
-    block = block_that_fits(fixed, per_vertex, largest, limit)
+    block = block_that_fits(fixed, per_vertex, min(VERTEX_BLOCK, max(sizes.n_vertices)), problem.config.max_memory)
     say(
         f"{problem.subject.name}: {n_features:,} features, {problem.n_train:,} images: {block:,} vertices at a time; "
         + said(memory_at_start() + fixed + block * per_vertex)
     )
-    return block, keep
+    return block

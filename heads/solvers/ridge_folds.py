@@ -29,7 +29,7 @@ def build(problem: Problem) -> Solver:
     if problem.plan.trained:
         announce_whole(problem, features[0].shape[1], "closed form")
         return TunedRidge(features, problem.plan, problem.config.ridge)
-    block, _ = choose_block(problem, features[0].shape[1])
+    block = choose_block(problem, features[0].shape[1])
     return RidgeFolds(features[0], problem.plan, problem.config.ridge, vertex_block=block)
 
 

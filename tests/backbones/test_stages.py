@@ -201,7 +201,7 @@ def test_trained_heads_come_with_the_features_they_read(tiny, tmp_path):
         features = open_store(tmp_path / "features.zarr" / open_store(fitted.path).facts["features"])
         checkpoint = find_checkpoint(tmp_path, features.facts["checkpoint"])
         expected = linear_map_of(checkpoint.heads(), ["subj01"], "subj01", "lh")
-        assert torch.equal(load_file(fitted.weights)["lh.fold1.weights"], expected.weights)
+        assert torch.equal(load_file(fitted.weights)["fold1.lh.weights"], expected.weights)
 
 
 def test_one_fold_predicts_and_scores_its_own_images_alone(tiny, tmp_path, said):
@@ -355,5 +355,5 @@ def test_a_mean_of_checkpoints_is_extracted_fitted_and_blended(work, tiny, capfd
         fitted, _ = run(capfd, "fit-heads", "--subject", "1", *options)
         models |= {store["model"] for store in fitted["stores"]}
     assert len(models) == 6 and sum("finetune soup of 2" in model for model in models) == 2
-    blended, _ = run(capfd, "blend", "--subject", "1")
+    blended, _ = run(capfd, "blend")
     assert set(blended["weights"]["subj01"]["lh"]["all"]) == models

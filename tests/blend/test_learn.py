@@ -17,7 +17,7 @@ from support.blends import (
     groups,
     made_up,
     mixed,
-    slow_moments,
+    slow_products,
     slow_r,
     standardised,
     subject_of,
@@ -28,7 +28,7 @@ ALL_LEVELS = [Level(name, groups(name), ()) for name in LEVELS]
 
 
 def learnt(predictions, responses, judge=PLAIN, parts=None, **settings):
-    return learn(slow_moments(predictions, responses), judge, ALL_LEVELS, BlendConfig(**settings), parts)
+    return learn(slow_products(predictions, responses), judge, ALL_LEVELS, BlendConfig(**settings), parts)
 
 
 def test_levels_part_the_vertices(tmp_path):
@@ -51,20 +51,20 @@ def test_r_of_weights_that_differ_from_fold_to_fold():
         blend = np.empty((N_TRAIN, N_VERTICES))
         for fold, w in enumerate(weights):
             blend[fold == FOLDS] = mixed(w, standard)[fold == FOLDS]
-        r = nested_r(slow_moments(predictions, responses), weights)
+        r = nested_r(slow_products(predictions, responses), weights)
         np.testing.assert_allclose(r, slow_r(blend, responses[:N_TRAIN]), atol=1e-6, err_msg=name)
 
 
 def slow_weights(predictions, responses, without, method, per):
     """The same with every blend written out: (n_vertices, n_models) and the shrinkage of each level."""
-    moments, standard = slow_moments(predictions, responses), standardised(predictions)[:, :N_TRAIN]
+    products, standard = slow_products(predictions, responses), standardised(predictions)[:, :N_TRAIN]
     others = [fold for fold in range(5) if fold not in without]
     plain = np.full((N_VERTICES, len(predictions)), 1 / len(predictions))
     coarser, left_out, chosen = plain, dict.fromkeys(others, plain), []
     settings = learners(method, 0)
 
     def own(folds, level, setting):
-        return level.groups.spread(settings[setting](moments.total(folds), level.groups, PLAIN))
+        return level.groups.spread(settings[setting](products.total(folds), level.groups, PLAIN))
 
     def mix(one, other, s):
         return np.where(np.isnan(one), other, (1 - s) * one + s * other)
@@ -106,14 +106,14 @@ def test_shrinkage_is_what_scores_best_on_images_that_were_left_out(noise, metho
 @pytest.mark.parametrize("method", [method for method in BLENDS if method != "uniform"])
 def test_nothing_of_a_fold_reaches_the_weights_it_is_scored_with(method, per):
     predictions, responses = made_up(noise=(2, 2.5, 3, 3.5))
-    moments = slow_moments(predictions, responses)
-    changed = moments.sums.copy()
+    products = slow_products(predictions, responses)
+    changed = products.sums.copy()
     rng = np.random.default_rng(4)
     noise = rng.normal(size=changed[2].shape)
     changed[2] = 100 * noise @ noise.transpose(0, 2, 1)
     config = BlendConfig(method=method, per=per)
-    one = learn(type(moments)(moments.sums, cross_fitted=False), PLAIN, ALL_LEVELS, config)
-    other = learn(type(moments)(changed, cross_fitted=False), PLAIN, ALL_LEVELS, config)
+    one = learn(type(products)(products.sums, cross_fitted=False), PLAIN, ALL_LEVELS, config)
+    other = learn(type(products)(changed, cross_fitted=False), PLAIN, ALL_LEVELS, config)
     for name in ("blend", "best single"):
         np.testing.assert_array_equal(other.nested[name][2], one.nested[name][2])
     assert not all(np.array_equal(other.nested["blend"][f], one.nested["blend"][f]) for f in (0, 1, 3, 4))
@@ -160,9 +160,9 @@ def scored(columns, folds, cross_fitted, **settings):
     judge, one = Judge(np.ones(n_vertices), np.full(n_vertices, True)), np.zeros(n_vertices, dtype=np.int64)
     levels = [Level(name, Groups(one, 1), ()) for name in LEVELS[:3]]
     levels.append(Level("vertex", Groups(np.arange(n_vertices), n_vertices), ()))
-    moments = heads.blend.learn.Moments(sums, cross_fitted)
-    found = learn(moments, judge, levels, BlendConfig(**settings))
-    return nested_r(moments, found.nested["blend"]).mean(), found
+    products = heads.blend.learn.Products(sums, cross_fitted)
+    found = learn(products, judge, levels, BlendConfig(**settings))
+    return nested_r(products, found.nested["blend"]).mean(), found
 
 
 @pytest.mark.parametrize("method", ["nnls", "score", "greedy"])
@@ -184,7 +184,7 @@ def test_a_model_that_knows_something_is_found_all_the_same(method):
 
 
 def many(n_images_a_fold, alike, seed=0):
-    """Moments of 60 vertices and 6 models with errors of their own, whose best weights are the same or each other's."""
+    """Products of 60 vertices and 6 models with errors of their own; vertices share their best weights or not."""
     rng = np.random.default_rng(seed)
     n_vertices, n_models = 60, 6
     noise = np.full((n_vertices, n_models), 2.0)
@@ -196,19 +196,19 @@ def many(n_images_a_fold, alike, seed=0):
         p = y[:, :, None] + noise * rng.normal(size=(*y.shape, n_models))
         p /= np.sqrt(1 + noise**2)
         columns.append(np.concatenate([p, y[..., None], np.ones_like(y)[..., None]], axis=2))
-    moments = heads.blend.learn.Moments(np.stack([np.einsum("ivc,ivd->vcd", one, one) for one in columns]))
+    products = heads.blend.learn.Products(np.stack([np.einsum("ivc,ivd->vcd", one, one) for one in columns]))
     halves = np.arange(n_vertices) // (n_vertices // 2)
     labels = {"all": 0 * halves, "hemisphere": halves, "roi": halves, "vertex": np.arange(n_vertices)}
     levels = [Level(name, type(ALL_LEVELS[0].groups)(own, own.max() + 1), ()) for name, own in labels.items()]
-    return moments, Judge(np.ones(n_vertices), np.full(n_vertices, True)), levels
+    return products, Judge(np.ones(n_vertices), np.full(n_vertices, True)), levels
 
 
 def test_vertices_that_are_alike_share_weights_and_others_have_their_own():
     for alike in (True, False):
-        moments, judge, levels = many(12 if alike else 60, alike)
-        found = {per: learn(moments, judge, levels, BlendConfig(method="nnls", per=per)) for per in ("all", "vertex")}
-        score = {per: judge.mean(nested_r(moments, one.nested["blend"])) for per, one in found.items()}
-        single = judge.mean(nested_r(moments, found["all"].nested["best single"]))
+        products, judge, levels = many(12 if alike else 60, alike)
+        found = {per: learn(products, judge, levels, BlendConfig(method="nnls", per=per)) for per in ("all", "vertex")}
+        score = {per: judge.mean(nested_r(products, one.nested["blend"])) for per, one in found.items()}
+        single = judge.mean(nested_r(products, found["all"].nested["best single"]))
         shrinkage = found["vertex"].choices[-1].shrinkage
         assert shrinkage >= 0.75 if alike else shrinkage <= 0.5
         assert score["all"] > single
@@ -216,10 +216,10 @@ def test_vertices_that_are_alike_share_weights_and_others_have_their_own():
 
 
 def test_shrinkage_is_learnt_from_some_vertices_where_there_are_many(monkeypatch):
-    moments, judge, levels = many(60, alike=False)
-    whole = learn(moments, judge, levels, BlendConfig(method="nnls", per="vertex"))
+    products, judge, levels = many(60, alike=False)
+    whole = learn(products, judge, levels, BlendConfig(method="nnls", per="vertex"))
     monkeypatch.setattr(heads.blend.learn, "MOST_VERTICES", 20)
-    few = learn(moments, judge, levels, BlendConfig(method="nnls", per="vertex"))
+    few = learn(products, judge, levels, BlendConfig(method="nnls", per="vertex"))
     assert few.weights.shape == whole.weights.shape
     assert few.choices[-1].shrinkage == whole.choices[-1].shrinkage
     # own weights are of every vertex; what they are shrunk to is learnt from fewer
@@ -249,7 +249,7 @@ def test_models_of_one_backbone_are_one_model_of_their_average(method):
     y = standardised(responses[None])[:, :N_TRAIN]
     columns = np.concatenate([z, y, np.ones_like(y)])
     sums = np.stack([np.einsum("civ,div->vcd", *(columns[:, fold == FOLDS],) * 2) for fold in range(5)])
-    expected = learn(heads.blend.learn.Moments(sums), PLAIN, ALL_LEVELS, BlendConfig(method=method, per="hemisphere"))
+    expected = learn(heads.blend.learn.Products(sums), PLAIN, ALL_LEVELS, BlendConfig(method=method, per="hemisphere"))
     np.testing.assert_allclose(found.weights, expected.weights @ parts, atol=1e-9)
     np.testing.assert_allclose(found.weights[:, 0], found.weights[:, 1])
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import featcache.cache.store
 import heads.blend.products
-from heads.blend.products import Moments, bytes_of, gather
+from heads.blend.products import Products, bytes_of, gather
 from support.blends import (
     CASES,
     FOLDS,
@@ -17,7 +17,7 @@ from support.blends import (
     N_VERTICES,
     case,
     made_up,
-    slow_moments,
+    slow_products,
     standardised,
     stores_of,
     subject_of,
@@ -54,19 +54,19 @@ def test_batches_of_any_shape_add_up_to_the_plain_sums(n_train, n_vertices, n_mo
 
 
 @pytest.mark.parametrize("chunk_rows", [256, 16])
-def test_moments_are_gathered_from_the_stores(chunk_rows, data, tmp_path, monkeypatch):
+def test_products_are_gathered_from_the_stores(chunk_rows, data, tmp_path, monkeypatch):
     monkeypatch.setattr(featcache.cache.store, "_CHUNK_ROWS", chunk_rows)
     predictions, responses = data
     found = gather(subject_of(tmp_path, responses), stores_of(tmp_path, predictions))
-    np.testing.assert_allclose(found.moments.sums, slow_moments(predictions, responses).sums, atol=5e-3)
+    np.testing.assert_allclose(found.products.sums, slow_products(predictions, responses).sums, atol=5e-3)
 
 
-def test_moments_are_of_the_training_images_alone(tmp_path):
+def test_products_are_of_the_training_images_alone(tmp_path):
     predictions, responses = made_up()
     other = predictions.copy()
     other[:, N_TRAIN:] += 100
     one, two = (
-        gather(subject_of(tmp_path / name, responses), stores_of(tmp_path / name, of_name)).moments.sums
+        gather(subject_of(tmp_path / name, responses), stores_of(tmp_path / name, of_name)).products.sums
         for name, of_name in (("a", predictions), ("b", other))
     )
     np.testing.assert_array_equal(one, two)
@@ -97,33 +97,33 @@ def test_what_is_said_to_be_gathered_is_what_is_there_afterwards(n_kept, tmp_pat
     monkeypatch.setattr(heads.blend.products, "_SAMPLE_BYTES", 4 * N_TRAIN * 5 * n_kept)
     subject = subject_of(tmp_path, responses)
     found = gather(subject, stores_of(tmp_path, predictions))
-    kept = found.moments.sums.nbytes + found.sample.columns.nbytes
+    kept = found.products.sums.nbytes + found.sample.columns.nbytes
     batches = 4 * 6 * N_TRAIN * max(subject.n_vertices.values())  # four models, the responses, and a place to read into
     assert bytes_of(N_TRAIN, subject.n_vertices, 4) == kept + batches
 
 
 def test_total_leaves_out_the_folds_that_it_should():
     predictions, responses = made_up()
-    moments = slow_moments(predictions, responses)
+    products = slow_products(predictions, responses)
     z = standardised(np.concatenate([predictions[:, :N_TRAIN], responses[None, :N_TRAIN]]))
     z = np.concatenate([z, np.ones_like(z[:1])])
     for without in ((), (3,), (0, 4)):
         own = z[:, ~np.isin(FOLDS, without)]
-        plain = Moments(moments.sums, cross_fitted=False).total(without).sums
+        plain = Products(products.sums, cross_fitted=False).total(without).sums
         np.testing.assert_allclose(plain, np.einsum("civ,div->vcd", own, own), atol=1e-9)
-        free, share = moments.total(without).sums, (5 - len(without)) / 4
+        free, share = products.total(without).sums, (5 - len(without)) / 4
         theirs = np.einsum("civ,iv->vc", z[:-2, np.isin(FOLDS, without)], z[-2, np.isin(FOLDS, without)])
         np.testing.assert_allclose(free[:, :-2, -2], plain[:, :-2, -2] - share * theirs, atol=1e-9)
         np.testing.assert_allclose(free[:, -2, :-2], free[:, :-2, -2])
         plain[:, :-2, -2], plain[:, -2, :-2] = free[:, :-2, -2], free[:, -2, :-2]
         np.testing.assert_allclose(free, plain, atol=1e-9)  # nothing else is touched
-    np.testing.assert_array_equal(moments.fold(2).sums, moments.sums[2])
-    np.testing.assert_array_equal(moments.at(np.array([4, 1])).sums, moments.sums[:, [4, 1]])
+    np.testing.assert_array_equal(products.fold(2).sums, products.sums[2])
+    np.testing.assert_array_equal(products.at(np.array([4, 1])).sums, products.sums[:, [4, 1]])
 
 
 def test_covariances_are_those_of_the_columns():
     predictions, responses = made_up()
-    gram, cross = Moments(slow_moments(predictions, responses).sums, cross_fitted=False).total((1,)).covariance
+    gram, cross = Products(slow_products(predictions, responses).sums, cross_fitted=False).total((1,)).covariance
     own = FOLDS != 1
     z, y = standardised(predictions[:, :N_TRAIN])[:, own], responses[:N_TRAIN][own].astype(np.float64)
     for vertex in range(N_VERTICES):
@@ -133,7 +133,7 @@ def test_covariances_are_those_of_the_columns():
 
 
 def test_nothing_to_sum_is_no_fault():
-    empty = Moments(np.zeros((5, 2, 4, 4)))
+    empty = Products(np.zeros((5, 2, 4, 4)))
     gram, cross = empty.total().covariance
     assert np.isfinite(gram).all() and np.isfinite(cross).all()
     assert len(IDS) == len(set(IDS.tolist()))

@@ -11,6 +11,7 @@ import pytest
 
 import cli
 import heads.blend.run
+import heads.blend.subject
 from featcache.cache.store import open_store
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.subject import Challenge
@@ -19,7 +20,7 @@ from heads.blend.overview import list_models
 from heads.blend.saved import load_blend
 from heads.config import BlendConfig
 from heads.scores.metrics import pearson_r
-from support.blends import IDS, N_TEST, N_TRAIN, ROIS, WIDTHS, made_up, slow_r, standardised, stores_of, subject_of
+from support.blends import IDS, N_TEST, N_TRAIN, ROIS, WIDTHS, made_up, models_of, slow_r, standardised, subject_of
 
 DEFAULT = BlendConfig()
 
@@ -35,10 +36,10 @@ def made(tmp_path, monkeypatch):
         subjects = [
             subject_of(tmp_path / f"subj{n}", responses, ceiling, name=f"subj{n:02d}") for n in range(1, n_subjects + 1)
         ]
-        members = {s: stores_of(tmp_path / f"stores-{s.name}", predictions) for s in subjects}
+        models = {s: models_of(tmp_path / f"stores-{s.name}", predictions) for s in subjects}
         for module in ("heads.blend.run", "heads.blend.overview"):
-            monkeypatch.setattr(f"{module}.members_of", lambda *_: members)
-        return heads.blend.run.blend(Challenge(tmp_path, tuple(subjects)), config, tmp_path), members
+            monkeypatch.setattr(f"{module}.find_models", lambda *_: models)
+        return heads.blend.run.blend(Challenge(tmp_path, tuple(subjects)), config, tmp_path), models
 
     return blend
 
@@ -64,7 +65,7 @@ def test_the_blend_is_better_on_images_that_nobody_saw(made, tmp_path):
 def test_weights_are_listed_by_roi_and_models_without_any_by_name(made, tmp_path):
     predictions, responses = made_up(noise=(1, 1.5, 2, 2))
     predictions[3] = 7  # explains nothing
-    done, members = made(predictions, responses, BlendConfig(method="nnls", per="roi"))
+    done, models = made(predictions, responses, BlendConfig(method="nnls", per="roi"))
     about = json.loads((tmp_path / "submission/weights.json").read_text())
     assert done.unused == about["unused"] == ["model 3"]
     assert about["weights"] == done.weights
@@ -72,11 +73,11 @@ def test_weights_are_listed_by_roi_and_models_without_any_by_name(made, tmp_path
         "lh": {"all", "V1", "early"},
         "rh": {"all", "V1"},
     }
-    subject = next(iter(members))
+    subject = next(iter(models))
     for of_hemisphere in done.weights["subj01"].values():
         for of_roi in of_hemisphere.values():
             assert sum(of_roi.values()) == pytest.approx(1, abs=1e-5)
-    stores = {store.facts["model"]: store.name for store in members[subject]}
+    stores = {model.name: model.store.name for model in models[subject]}
     assert {m: of["predictions"] for m, of in about["members"]["subj01"].items()} == stores
     assert (about["method"], about["per"], about["seed"]) == ("nnls", "roi", 0)
     assert {"featcache", "numpy", "torch", "zarr"} <= set(about["versions"])
@@ -87,7 +88,7 @@ def test_weights_are_listed_by_roi_and_models_without_any_by_name(made, tmp_path
 def test_the_weight_of_an_roi_is_the_mean_over_its_vertices(tmp_path):
     weights = np.random.default_rng(0).dirichlet(np.ones(2), size=7)
     one = SimpleNamespace(models=("a", "b"), weights=weights)
-    found = heads.blend.run._shares(subject_of(tmp_path, made_up()[1]), one)
+    found = heads.blend.subject.mean_weights(subject_of(tmp_path, made_up()[1]), one)
     first = 0
     for hemisphere, width in WIDTHS.items():
         own = weights[first : first + width]
@@ -120,8 +121,8 @@ def test_one_model_is_passed_through_and_said(made, tmp_path, said):
 @pytest.mark.parametrize("ceiling", [None, np.array([0, 0.5, 1, 0.7, 0.9, 0.2, 0.8], np.float32)])
 def test_scores_of_models_are_those_of_their_predictions(made, ceiling, tmp_path):
     predictions, responses = made_up(noise=(3, 1, 2, 4))
-    _, members = made(predictions, responses, ceiling=ceiling, n_subjects=2)
-    found, accuracy = list_models(list(members), tmp_path)
+    _, models = made(predictions, responses, ceiling=ceiling, n_subjects=2)
+    found, accuracy = list_models(list(models), tmp_path)
     assert [one.name for one in found] == ["model 1", "model 2", "model 0", "model 3"]  # best first
     assert accuracy == (ceiling is not None)
     standard = standardised(predictions)[:, :N_TRAIN]
@@ -141,7 +142,7 @@ def test_scores_of_models_are_those_of_their_predictions(made, ceiling, tmp_path
         assert one.closest()[0] == max(alike, key=alike.get)
 
 
-def test_models_of_one_backbone_have_one_weight_under_the_paper_s_recipe(made):
+def test_models_of_one_backbone_have_one_weight_under_the_preset_of_the_paper(made):
     done, _ = made(*made_up(noise=(1, 3, 2, 2)), BlendConfig(method="score", per="all", by="backbone"))
     for of_hemisphere in done.weights["subj01"].values():
         weights = of_hemisphere["all"]
@@ -151,24 +152,24 @@ def test_models_of_one_backbone_have_one_weight_under_the_paper_s_recipe(made):
 
 def test_a_blend_is_applied_to_other_predictions_of_its_models(made, tmp_path):
     predictions, responses = made_up(noise=(1, 2, 3, 4))
-    _, members = made(predictions, responses)
-    (subject,) = members
+    _, models = made(predictions, responses)
+    (subject,) = models
     saved = shutil.copyfile(tmp_path / "submission/blend.safetensors", tmp_path / "kept.safetensors")
     first = predicted(tmp_path)
     changed = predictions.copy()
     changed[:, N_TRAIN:] = predictions[:, N_TRAIN:][:, ::-1]  # other test images
     shutil.rmtree(tmp_path / "stores-subj01")
-    members[subject] = stores_of(tmp_path / "stores-subj01", changed)
+    models[subject] = models_of(tmp_path / "stores-subj01", changed)
     assert heads.blend.run.apply(Challenge(tmp_path, (subject,)), saved, tmp_path) == tmp_path / "submission.zip"
     np.testing.assert_allclose(predicted(tmp_path), first[::-1], rtol=1e-4)
-    members[subject] = members[subject][:1]
+    models[subject] = models[subject][:1]
     before = (tmp_path / "submission.zip").read_bytes()
     with pytest.raises(StoreError, match=r"expected predictions of subj01 by model 1.*; found none"):
         heads.blend.run.apply(Challenge(tmp_path, (subject,)), saved, tmp_path)
     assert (tmp_path / "submission.zip").read_bytes() == before
     stranger = subject_of(tmp_path / "other", responses, name="subj07")
-    members[stranger] = members.pop(subject)
-    with pytest.raises(StoreError, match="expected a blend that has subj07; found subj01"):
+    models[stranger] = models.pop(subject)
+    with pytest.raises(StoreError, match="expected a blend of subj07 lh; found subj01 lh, subj01 rh"):
         heads.blend.run.apply(Challenge(tmp_path, (stranger,)), saved, tmp_path)
     assert len(IDS) == N_TRAIN + N_TEST
 

@@ -30,7 +30,7 @@ def blended(folder, predictions, responses, method="nnls", per="vertex"):
     """Weights, and the blend of all rows from its coefficients."""
     subject, stores = subject_of(folder, responses), stores_of(folder, predictions)
     found = gather(subject, stores)
-    weights = learn(found.moments, judge_of(subject), levels_of(subject), BlendConfig(method=method, per=per)).weights
+    weights = learn(found.products, judge_of(subject), levels_of(subject), BlendConfig(method=method, per=per)).weights
     names = [store.facts["model"] for store in stores]
     coefficients = coefficients_of(subject, names, found, weights)
     by_name = dict(zip(names, stores, strict=True))

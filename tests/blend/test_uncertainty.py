@@ -15,7 +15,7 @@ from heads.blend.uncertainty import (
     null,
     resample,
     scorer_of,
-    shuffled_moments,
+    shuffled_products,
 )
 from heads.blend.weights import Judge, r_of
 from heads.config import BlendConfig
@@ -50,7 +50,7 @@ def test_bootstrap_is_r_with_weighted_images(tmp_path, monkeypatch):
     for number, w in enumerate([np.ones(N_TRAIN), *drawn]):
         expected = [weighted_r(blend[:, v], y[:, v], w) for v in range(N_VERTICES)]
         np.testing.assert_allclose(r[number], expected, atol=1e-4)
-    np.testing.assert_allclose(r[0], nested_r(found.moments, nested), atol=1e-4)
+    np.testing.assert_allclose(r[0], nested_r(found.products, nested), atol=1e-4)
 
 
 def test_an_image_has_its_weight_whoever_saw_it():
@@ -62,15 +62,15 @@ def test_an_image_has_its_weight_whoever_saw_it():
     assert np.abs(np.corrcoef(drawn.T)[np.triu_indices(N_TRAIN, 1)]).mean() < 0.06  # as 400 draws leave by chance
 
 
-def test_shuffled_moments_are_those_of_shuffled_responses(tmp_path):
+def test_shuffled_products_are_those_of_shuffled_responses(tmp_path):
     predictions, responses = made_up()
     _, found = gathered(tmp_path / "a", predictions, responses)
     order = np.random.default_rng(0).permutation(N_TRAIN)
     shuffled = responses.copy()
     shuffled[:N_TRAIN] = responses[:N_TRAIN][order]
     _, expected = gathered(tmp_path / "b", predictions, shuffled)
-    moments = shuffled_moments(found.moments, found.sample, FOLDS, order)
-    np.testing.assert_allclose(moments.sums, expected.moments.sums, atol=2e-3)
+    products = shuffled_products(found.products, found.sample, FOLDS, order)
+    np.testing.assert_allclose(products.sums, expected.products.sums, atol=2e-3)
 
 
 def test_the_score_is_that_of_the_report(tmp_path):
@@ -88,9 +88,9 @@ def test_the_score_is_that_of_the_report(tmp_path):
 def resampled(folder, predictions, responses, seed=0, n_vertices=None):
     subject, found = gathered(folder, predictions, responses)
     judge, levels, config = judge_of(subject), levels_of(subject), BlendConfig(method="nnls", per="vertex")
-    learnt = learn(found.moments, judge, levels, config)
-    r = {name: nested_r(found.moments, weights) for name, weights in learnt.nested.items()}
-    r["optimistic"] = r_of(found.moments.total().sums, learnt.weights)
+    learnt = learn(found.products, judge, levels, config)
+    r = {name: nested_r(found.products, weights) for name, weights in learnt.nested.items()}
+    r["optimistic"] = r_of(found.products.total().sums, learnt.weights)
     scorer = Scorer(None, n_vertices or N_VERTICES)
     return resample(found, IDS_TRAINED, r, learnt, lambda m, _: learn(m, judge, levels, config), scorer, seed)
 
@@ -122,13 +122,13 @@ def test_the_null_is_of_some_vertices_where_there_are_many(tmp_path, monkeypatch
     subject, found = gathered(tmp_path, *made_up(noise=(2, 2, 2, 2)))
     judge, levels, config = judge_of(subject), levels_of(subject), BlendConfig(method="nnls", per="vertex")
 
-    def again(moments, vertices):
+    def again(products, vertices):
         asked.append(vertices.tolist())
-        assert moments.n_vertices == 3
-        return learn(moments, judge.at(vertices), [level.at(vertices) for level in levels], config)
+        assert products.n_vertices == 3
+        return learn(products, judge.at(vertices), [level.at(vertices) for level in levels], config)
 
-    learnt = learn(found.moments, judge, levels, config)
-    r = {name: nested_r(found.moments, weights) for name, weights in learnt.nested.items()}
+    learnt = learn(found.products, judge, levels, config)
+    r = {name: nested_r(found.products, weights) for name, weights in learnt.nested.items()}
     one = resample(found, IDS_TRAINED, r, learnt, again, Scorer(None, N_VERTICES), 0)
     assert asked == [[0, 2, 4]] * heads.blend.uncertainty.N_PERMUTATIONS
     assert abs(one.shuffled["blend"].mean()) < 0.1

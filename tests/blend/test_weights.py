@@ -20,7 +20,7 @@ from support.blends import (
     groups,
     made_up,
     mixed,
-    slow_moments,
+    slow_products,
     slow_r,
     standardised,
 )
@@ -57,12 +57,12 @@ def slow_scores(weights, standard, responses, ceiling, level):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_r_from_moments_is_r_of_the_blend(data, seed):
+def test_r_from_products_is_r_of_the_blend(data, seed):
     predictions, responses = data
     weights = np.random.default_rng(seed).uniform(size=(N_VERTICES, len(predictions)))
     weights[:2, 1:] = 0
     standard, own = of_training(predictions, responses)
-    total = slow_moments(predictions, responses).total()
+    total = slow_products(predictions, responses).total()
     np.testing.assert_allclose(r_of(total.sums, weights), slow_r(mixed(weights, standard), own), atol=1e-6)
     np.testing.assert_allclose(r_of(total.sums, 17 * weights), r_of(total.sums, weights), atol=1e-9)
     expected = [slow_r(of_model, own) for of_model in standard]
@@ -101,7 +101,7 @@ def test_groups_sum_and_spread(labels):
 @pytest.mark.parametrize("best", range(N_MODELS))
 def test_single_is_the_best_model(best, ceiling, level):
     predictions, responses = made_up(noise=np.roll([0.5, 1, 2, 4], best))
-    weights = single(slow_moments(predictions, responses).total(), groups(level), judge_of(ceiling))
+    weights = single(slow_products(predictions, responses).total(), groups(level), judge_of(ceiling))
     standard, own = of_training(predictions, responses)
     scores = [slow_scores(np.tile(one, (N_VERTICES, 1)), standard, own, ceiling, level) for one in np.eye(N_MODELS)]
     for found, of_group in zip(weights, np.transpose(scores), strict=True):
@@ -118,7 +118,7 @@ def test_single_is_the_best_model(best, ceiling, level):
 def test_score_is_a_softmax_of_mean_r(temperature, ceiling, level):
     predictions, responses = made_up(noise=(1.5, 2, 3, 4))
     standard, own = of_training(predictions, responses)
-    weights = by_score(slow_moments(predictions, responses).total(), groups(level), judge_of(ceiling), temperature)
+    weights = by_score(slow_products(predictions, responses).total(), groups(level), judge_of(ceiling), temperature)
     r = np.stack([np.maximum(slow_r(of_model, own), 0) for of_model in standard], axis=1)
     for group, found in enumerate(weights):
         counted = (np.array(LABELS[level]) == group) & (True if ceiling is None else ceiling > 0)
@@ -134,7 +134,7 @@ def test_score_is_a_softmax_of_mean_r(temperature, ceiling, level):
 @all_ceilings
 def test_weights_are_shares_or_nothing(method, level, ceiling, data):
     predictions, responses = data
-    total = slow_moments(predictions, responses).total()
+    total = slow_products(predictions, responses).total()
     for learn in learners(method, seed=0).values():
         weights = learn(total, groups(level), judge_of(ceiling))
         assert weights.shape == (groups(level).n, len(predictions))
@@ -149,7 +149,7 @@ def test_stacking_a_vertex_is_non_negative_least_squares_of_its_images():
     predictions, responses = made_up(noise=(1, 2, 2.5, 3))
     predictions[1] = 2 - predictions[1]  # the wrong way round: no weight
     standard, own = of_training(predictions, responses)
-    weights = stacked(slow_moments(predictions, responses).total(), groups("vertex"), judge_of(None))
+    weights = stacked(slow_products(predictions, responses).total(), groups("vertex"), judge_of(None))
     for vertex in range(N_VERTICES):
         y = own[:, vertex].astype(np.float64)
         expected = one_by_one(standard[:, :, vertex].T, y - y.mean())[0]
@@ -164,7 +164,7 @@ def test_stacking_a_group_comes_close_to_the_best_weights_for_the_metric(level, 
     rng = np.random.default_rng(1)
     predictions[:, :, ::2] += 30 * rng.normal(size=predictions[:, :, ::2].shape).astype(np.float32)  # little signal
     standard, own = of_training(predictions, responses)
-    weights = stacked(slow_moments(predictions, responses).total(), groups(level), judge_of(ceiling))
+    weights = stacked(slow_products(predictions, responses).total(), groups(level), judge_of(ceiling))
     labels = np.array(LABELS[level])
     for group, found in enumerate(weights):
 
@@ -208,14 +208,14 @@ def slow_greedy(standard, responses, ceiling, level, n_rounds):
 def test_greedy_picks_what_trying_everything_picks(n_rounds, noise, ceiling, level, monkeypatch):
     monkeypatch.setattr(heads.blend.weights, "_ROUNDS", n_rounds)
     predictions, responses = made_up(n_models=3, noise=noise)
-    weights = greedy(slow_moments(predictions, responses).total(), groups(level), judge_of(ceiling))
+    weights = greedy(slow_products(predictions, responses).total(), groups(level), judge_of(ceiling))
     expected = slow_greedy(*of_training(predictions, responses), ceiling, level, n_rounds)
     np.testing.assert_allclose(weights, expected, atol=1e-12)
 
 
 def test_bags_of_a_greedy_blend_follow_from_the_seed_and_lack_models():
     predictions, responses = made_up(n_models=6, noise=(2, 2, 2, 2, 2, 2))
-    total = slow_moments(predictions, responses).total()
+    total = slow_products(predictions, responses).total()
     one, again, other = (greedy(total, groups("all"), judge_of(None), seed, n_bags=5) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, other)
@@ -226,7 +226,7 @@ def test_bags_of_a_greedy_blend_follow_from_the_seed_and_lack_models():
 @pytest.mark.parametrize("seed", range(5))
 def test_blends_of_models_with_errors_of_their_own_beat_the_best_where_they_learnt(seed, ceiling):
     predictions, responses = made_up(n_models=6, seed=seed, noise=(2, 2.5, 3, 3.5, 4, 10))
-    total, judge, every = slow_moments(predictions, responses).total(), judge_of(ceiling), groups("all")
+    total, judge, every = slow_products(predictions, responses).total(), judge_of(ceiling), groups("all")
     score = {
         learn: judge.mean(r_of(total.sums, every.spread(learn(total, every, judge))))
         for learn in (greedy, stacked, single, uniform)
@@ -237,7 +237,7 @@ def test_blends_of_models_with_errors_of_their_own_beat_the_best_where_they_lear
 
 def test_greedy_takes_a_model_alone_where_the_others_only_harm():
     predictions, responses = made_up(n_models=3, noise=(0.01, 50, 50))
-    weights = greedy(slow_moments(predictions, responses).total(), groups("all"), judge_of(None))
+    weights = greedy(slow_products(predictions, responses).total(), groups("all"), judge_of(None))
     assert weights.tolist() == [[1, 0, 0]]
 
 
@@ -248,7 +248,7 @@ def test_ceilings_decide_where_models_differ(method):
     rng, half = np.random.default_rng(0), np.arange(N_VERTICES) < 4
     predictions[0][:, ~half] = rng.normal(size=(len(responses), N_VERTICES - 4))
     predictions[1][:, half] = rng.normal(size=(len(responses), 4))
-    total = slow_moments(predictions, responses).total()
+    total = slow_products(predictions, responses).total()
     for model, counted in enumerate((half, ~half)):
         weights = next(iter(learners(method, 0).values()))(total, groups("all"), judge_of(counted.astype(np.float32)))
         assert weights[0, model] > 0.9
@@ -257,7 +257,7 @@ def test_ceilings_decide_where_models_differ(method):
 def test_equal_models_have_the_weight_of_one():
     predictions, responses = made_up(n_models=3, noise=(1, 2, 3))
     alone, twice = (
-        stacked(slow_moments(of, responses).total(), groups("vertex"), judge_of(None))
+        stacked(slow_products(of, responses).total(), groups("vertex"), judge_of(None))
         for of in (predictions, predictions[[0, 0, 1, 2]])
     )
     np.testing.assert_allclose(twice[:, 0], twice[:, 1], atol=1e-5)
@@ -266,5 +266,5 @@ def test_equal_models_have_the_weight_of_one():
 
 def test_a_fold_without_images_is_no_fault():
     predictions, responses = made_up()
-    moments = slow_moments(predictions, responses, np.where(FOLDS == 4, 3, FOLDS))
-    assert (each_r(moments.fold(4)) == 0).all()
+    products = slow_products(predictions, responses, np.where(FOLDS == 4, 3, FOLDS))
+    assert (each_r(products.fold(4)) == 0).all()

@@ -84,8 +84,8 @@ def test_many_methods_have_a_row_each_with_the_same_numbers():
 def test_json_has_the_rows_that_the_table_has_numbers_for(subjects):
     scores = {"a": scores_of(subjects, 0.5), "b": scores_of(BOTH, 0.4)}
     found = as_json(scores)
-    whole = [dict(vars(one)) for one in summarize(scores["b"])]
+    whole = [one.to_json() for one in summarize(scores["b"])]
     assert found["b"] == whole
-    expected = [dict(vars(one)) for one in summarize(scores["a"])]
+    expected = [one.to_json() for one in summarize(scores["a"])]
     assert found["a"] == (expected if subjects == BOTH else [row for row in expected if row["subject"] == "subj01"])
     assert any(row["subject"] == "all" for row in found["a"]) == (subjects == BOTH)

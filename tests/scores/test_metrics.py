@@ -14,7 +14,16 @@ from scipy.stats import pearsonr
 
 from featcache.errors import FeatcacheError
 from heads.scores import metrics
-from heads.scores.metrics import Summary, VertexScores, accuracy_from_r, noise_normalized_accuracy, pearson_r, summarize
+from heads.scores.metrics import (
+    Summary,
+    VertexScores,
+    accuracy_from_r,
+    explained_share,
+    noise_normalized_accuracy,
+    pearson_r,
+    r_from_sums,
+    summarize,
+)
 
 shapes = st.tuples(st.integers(2, 30), st.integers(1, 20))
 seeds = st.integers(0, 2**32)
@@ -175,28 +184,50 @@ def test_non_finite_numbers_are_refused_without_a_warning(bad, row, side, small_
     pair[side][row, 4] = bad
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(FeatcacheError, match="must be finite"):
+        with pytest.raises(FeatcacheError, match="expected finite numbers"):
             pearson_r(*pair)
 
 
 def test_fewer_than_two_images_are_refused():
     for n_images in (0, 1):
-        with pytest.raises(FeatcacheError, match=f"at least 2 images, but got {n_images}"):
+        with pytest.raises(FeatcacheError, match=f"expected 2 images or more; found {n_images}"):
             pearson_r(np.ones((n_images, 3)), np.ones((n_images, 3)))
 
 
 @pytest.mark.parametrize("shape", [(40, 1), (1, 9), (9,), (40, 8), (9, 40), (40, 9, 1)])
 def test_wrong_shapes_are_refused(shape):
     predictions, _ = matrices()
-    with pytest.raises(FeatcacheError, match="must both be"):
+    with pytest.raises(FeatcacheError, match=r"expected .* both; found"):
         pearson_r(predictions, np.ones(shape))
 
 
 @pytest.mark.parametrize("dtype", [complex, object, str])
 def test_numbers_that_are_not_real_are_refused(dtype):
     predictions, responses = matrices()
-    with pytest.raises(FeatcacheError, match="responses must be real numbers"):
+    with pytest.raises(FeatcacheError, match="responses: expected real numbers"):
         pearson_r(predictions, responses.astype(dtype))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=shapes, seed=seeds)
+def test_r_from_sums_is_r_of_the_matrices(shape, seed):
+    p, y = matrices(shape, seed)
+    p[:, 0] = 0.1
+    p[:, -1] = 3 - 2 * y[:, -1]
+    sums = (p.sum(0), (p**2).sum(0), (p * y).sum(0), y.sum(0), (y**2).sum(0))
+    np.testing.assert_allclose(r_from_sums(np.array(len(p)), *sums), slow_r(p, y), rtol=0, atol=1e-6)
+
+
+def test_r_from_sums_of_weighted_images_is_that_of_repeated_ones():
+    p, y = matrices()
+    weights = np.random.default_rng(0).integers(0, 4, len(p))
+    n, sums = weights.sum(), [weights @ values for values in (p, p**2, p * y, y, y**2)]
+    r = r_from_sums(n, *sums)
+    np.testing.assert_allclose(r, pearson_r(np.repeat(p, weights, 0), np.repeat(y, weights, 0)), rtol=0, atol=1e-9)
+
+
+def test_sums_over_no_images_have_no_r():
+    assert r_from_sums(*np.zeros((6, 3))).tolist() == [0, 0, 0]
 
 
 def test_no_argument_is_edited():
@@ -240,6 +271,13 @@ def test_accuracy_of_matrices_is_that_of_their_r(zero_ceiling):
     np.testing.assert_allclose(accuracy, expected, rtol=1e-9)
 
 
+def test_the_explained_share_of_many_blends_is_the_accuracy_of_each():
+    r, ceiling = np.random.default_rng(0).uniform(-1, 1, (2, 3, 9)), np.linspace(0.1, 1, 9)
+    share = explained_share(r, ceiling)
+    for part, of_part in zip(r.reshape(6, 9), share.reshape(6, 9), strict=True):
+        np.testing.assert_allclose(100 * of_part, accuracy_from_r(part, ceiling), rtol=1e-12)
+
+
 def test_ceiling_is_not_edited():
     ceiling = np.array([0.0, 0.5])
     for zero_ceiling in ("exclude", "epsilon"):
@@ -249,18 +287,18 @@ def test_ceiling_is_not_edited():
 
 @pytest.mark.parametrize("ceiling", [[0.5, 60.0], [0.5, 1.0001], [0.5, -0.1], [0.5, np.nan], [0.5], 0.5, [[0.5, 0.5]]])
 def test_bad_ceilings_are_refused(ceiling):
-    with pytest.raises(FeatcacheError, match=r"fraction of variance in \[0, 1\].*divide percent by 100"):
+    with pytest.raises(FeatcacheError, match=r"fractions of variance in \[0, 1\].*divide percent by 100"):
         accuracy_from_r([0.1, 0.2], ceiling)
 
 
 @pytest.mark.parametrize("r", [[0.1, 1.1], [0.1, np.nan], [[0.1, 0.2]]])
 def test_bad_r_is_refused(r):
-    with pytest.raises(FeatcacheError, match="r must be"):
+    with pytest.raises(FeatcacheError, match=r"^r: expected"):
         accuracy_from_r(r, [0.5, 0.5])
 
 
 def test_unknown_zero_ceiling_is_refused():
-    with pytest.raises(FeatcacheError, match="'exclude' or 'epsilon', but got 'drop'"):
+    with pytest.raises(FeatcacheError, match="expected 'exclude' or 'epsilon'; found 'drop'"):
         accuracy_from_r([0.1], [0.5], "drop")  # type: ignore[arg-type]
 
 
@@ -289,11 +327,11 @@ def two_subjects():
 
 
 def rows_of(summaries):
-    return {(row.subject, row.hemisphere, row.roi): row for row in summaries}
+    return {(row.subject, row.surface, row.roi): row for row in summaries}
 
 
 def test_summary_has_a_row_for_each_set_of_vertices():
-    keys = [(row.subject, row.hemisphere, row.roi) for row in summarize(two_subjects())]
+    keys = [(row.subject, row.surface, row.roi) for row in summarize(two_subjects())]
     assert keys == [
         ("subj01", "lh", "all"),
         ("subj01", "rh", "all"),
@@ -324,6 +362,18 @@ def test_means_are_over_vertices(key, r, ceiling, zero_ceiling):
     assert row.mean_r == pytest.approx(sum(r) / len(r))
     assert row.mean_r2 == pytest.approx(sum(max(value, 0) ** 2 for value in r) / len(r))
     assert row.accuracy == pytest.approx(np.nanmean(slow_accuracy(r, ceiling, zero_ceiling)))
+
+
+def test_rows_of_a_report_call_a_surface_a_hemisphere():
+    row = rows_of(summarize(two_subjects()))["all", "both", "EBA"]
+    assert row.all_surfaces
+    assert list(row.to_json()) == ["subject", "hemisphere", "roi", "n_vertices", "mean_r", "mean_r2", "accuracy"]
+    assert row.to_json()["hemisphere"] == "both" and row.to_json()["mean_r"] == row.mean_r
+
+
+def test_surfaces_have_any_name():
+    scores = [VertexScores("monkey", surface, r=np.array([0.1, 0.2])) for surface in ("V4", "IT")]
+    assert {surface for _, surface, _ in rows_of(summarize(scores))} == {"V4", "IT", "both"}
 
 
 def test_overall_is_no_mean_of_means():
@@ -373,17 +423,17 @@ def test_counts_add_up(sizes, seed):
 
 
 def test_summary_needs_scores_and_each_of_them_once():
-    with pytest.raises(FeatcacheError, match="at least one hemisphere"):
+    with pytest.raises(FeatcacheError, match="expected scores of a surface or more; found none"):
         summarize([])
-    with pytest.raises(FeatcacheError, match="subj02 lh is there twice"):
+    with pytest.raises(FeatcacheError, match="found subj02 lh twice"):
         summarize([*two_subjects(), two_subjects()[0]])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hemisphere": "both"}, "'lh' or 'rh'"),
-        ({"r": np.array([0.1, 2.0])}, "r must be"),
+        ({"surface": "both"}, "expected the name of one; found 'both'"),
+        ({"r": np.array([0.1, 2.0])}, r"^r: expected"),
         ({"noise_ceiling": np.array([50.0, 60.0])}, "divide percent by 100"),
         ({"noise_ceiling": np.array([0.5])}, "one value per vertex"),
         ({"rois": {"V1v": np.array([0, 4])}}, "mask of ROI V1v"),
@@ -391,7 +441,7 @@ def test_summary_needs_scores_and_each_of_them_once():
     ],
 )
 def test_scores_are_checked_when_built(changes, message):
-    fields = {"subject": "subj01", "hemisphere": "lh", "r": np.array([0.1, 0.2])}
+    fields = {"subject": "subj01", "surface": "lh", "r": np.array([0.1, 0.2])}
     with pytest.raises(FeatcacheError, match=message):
         VertexScores(**(fields | changes))
 

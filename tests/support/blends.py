@@ -8,7 +8,8 @@ from featcache.cache.store import Store, create_store
 from featcache.dataset.algonauts import response_files
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import ImageFiles, Subject
-from heads.blend.products import Moments
+from heads.blend.models import Model
+from heads.blend.products import Products
 from heads.blend.weights import Groups
 from heads.config import LEVELS
 
@@ -82,12 +83,12 @@ def mixed(weights, standard):
     return np.einsum("vm,miv->iv", weights, standard)
 
 
-def slow_moments(predictions, responses, folds=FOLDS):
+def slow_products(predictions, responses, folds=FOLDS):
     """Of standardised columns."""
     columns = np.concatenate([predictions[:, :N_TRAIN], responses[None, :N_TRAIN]])
     z = standardised(columns)
     z = np.concatenate([z, np.ones_like(z[:1])])
-    return Moments(np.stack([np.einsum("civ,div->vcd", *(z[:, folds == fold],) * 2) for fold in range(5)]))
+    return Products(np.stack([np.einsum("civ,div->vcd", *(z[:, folds == fold],) * 2) for fold in range(5)]))
 
 
 def groups(level):
@@ -108,12 +109,16 @@ def subject_of(folder: Path, responses, noise_ceiling=None, rois=ROIS, name="sub
     return Subject(name, train, test, response_files(folder), WIDTHS, rois, ceilings, {"lh": None, "rh": None})
 
 
+def models_of(folder: Path, predictions) -> list[Model]:
+    return [Model.from_store(store) for store in stores_of(folder, predictions)]
+
+
 def stores_of(folder: Path, predictions) -> list[Store]:
     stores = []
     for model, of_model in enumerate(predictions):
         features = {"backbone": f"net{model // 2}", "layers": ["pooled"], "fold": None}
-        fit = {"head": "linear", "objective": "ridge", "n_folds": 5, "seed": 0}
-        key = {"model": model, "features": features} | fit
+        fit = {"responses": "", "head": "linear", "solver": "ridge", "objective": "ridge", "n_folds": 5, "seed": 0}
+        key = {"subject": "subj01", "model": model, "features": features} | fit
         facts = {"model": f"model {model}", "features": f"features {model // 2}"}
         store = create_store(folder, f"model{model}", key, IDS, N_TRAIN, WIDTHS, facts)
         store.append({"lh": of_model[:, :4], "rh": of_model[:, 4:]})

@@ -1,0 +1,128 @@
+"""Files of maps: per vertex (.npz), means over ROIs (.csv), and pictures (.png)."""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featcache.dataset.subject import Subject
+from featcache.errors import StoreError
+from featcache.machine.progress import say
+from featcache.workdir import Workdir
+from heads.blend.models import Model, choose_names, names_of
+from heads.blend.plot import can_draw
+from heads.features.sets import subject_stores
+from heads.fit.run import score
+from heads.maps.plot import plot_maps
+from heads.maps.read import VertexMaps, read_maps
+
+
+@dataclass(frozen=True)
+class RoiMaps:
+    """Means over the vertices of an ROI. Each vertex is weighed by its squared out-of-fold r: noise has maps too.
+
+    field : x, y and size as in `VertexMaps.fields`
+    """
+
+    roi: str
+    n_vertices: int
+    shares: dict[str, float]
+    places: dict[str, np.ndarray]
+    field: tuple[float, float, float]
+
+
+def export_maps(subjects: Sequence[Subject], pattern: str, work: Path) -> list[Path]:
+    """Write maps of every model whose name matches, and return the files.
+
+    Raises ConfigError where no model matches, StoreError where nothing was fitted.
+    """
+    pairs, draws = list(_models(subjects, pattern, work)), can_draw("maps")
+    return [path for subject, model in pairs for path in _export(subject, model, work, draws)]
+
+
+def _export(subject: Subject, model: Model, work: Path, draws: bool) -> list[Path]:
+    maps = read_maps(model, work)
+    if maps is None:
+        say(f"{subject.name}: left out {model.name}: no weights on places are kept of it")
+        return []
+    folder = Workdir(work).maps
+    folder.mkdir(parents=True, exist_ok=True)
+    vertices, table, picture = (folder / f"{model.store.name}.{end}" for end in ("npz", "csv", "png"))
+    _write_vertices(vertices, maps)
+    rois = list(roi_means(subject, model, maps))
+    if not rois:
+        say(f"{subject.name}: no means over ROIs of {model.name}: it predicts no vertex")
+        return [vertices]
+    _write_table(table, rois)
+    if draws:
+        plot_maps(picture, rois, f"{subject.name}, {model.name}")
+    return [vertices, table, *([picture] if draws else [])]
+
+
+def _models(subjects: Sequence[Subject], pattern: str, work: Path) -> Iterator[tuple[Subject, Model]]:
+    """Every subject's models whose names match."""
+    folder = Workdir(work).predictions
+    models = {
+        subject: [Model.from_store(store) for store in subject_stores(subject, folder, "fit-heads")]
+        for subject in subjects
+    }
+    if not any(models.values()):
+        raise StoreError(folder, expected="fitted heads", found="none", remedy="run 'fit-heads' first")
+    names = choose_names(names_of(models), pattern)
+    yield from (
+        (subject, model) for subject, of_subject in models.items() for model in of_subject if model.name in names
+    )
+
+
+def roi_means(subject: Subject, model: Model, maps: Mapping[str, VertexMaps]) -> Iterator[RoiMaps]:
+    """Means over the vertices of all surfaces: over every vertex first, then over each ROI."""
+    squared_r = {h: np.nan_to_num(np.maximum(score(subject, h, model.store).r, 0)) ** 2 for h in maps}
+    fields = {surface: of_surface.fields() for surface, of_surface in maps.items()}
+    names = dict.fromkeys(roi for surface in maps for roi, mask in subject.rois[surface].items() if mask.any())
+    for roi in ("all", *names):
+        weights = {
+            surface: r * (1 if roi == "all" else subject.rois[surface].get(roi, np.zeros(len(r))))
+            for surface, r in squared_r.items()
+        }
+        if any(values.any() for values in weights.values()):
+            yield _roi_mean(roi, weights, maps, fields)
+
+
+def _roi_mean(
+    roi: str, weights: Mapping[str, np.ndarray], maps: Mapping[str, VertexMaps], fields: Mapping[str, np.ndarray]
+) -> RoiMaps:
+    total = sum(values.sum() for values in weights.values())
+
+    def mean(of_vertices: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.asarray(sum(np.tensordot(weights[surface], of_vertices[surface], 1) for surface in weights) / total)
+
+    first = next(iter(maps.values()))
+    shares = mean({surface: of_surface.shares for surface, of_surface in maps.items()}).tolist()
+    x, y, size = mean(fields).tolist()
+    return RoiMaps(
+        roi=roi,
+        n_vertices=int(sum((values > 0).sum() for values in weights.values())),
+        shares=dict(zip(first.layers, shares, strict=True)),
+        places={name: mean({surface: of.places[name] for surface, of in maps.items()}) for name in first.places},
+        field=(x, y, size),
+    )
+
+
+def _write_vertices(path: Path, maps: Mapping[str, VertexMaps]) -> None:
+    arrays: dict[str, Any] = {"layers": np.array(next(iter(maps.values())).layers)}
+    for surface, of_surface in maps.items():
+        arrays |= {f"{surface}/{name}": values for name, values in of_surface.places.items()}
+        arrays |= {f"{surface}/layer_shares": of_surface.shares, f"{surface}/fields": of_surface.fields()}
+    np.savez_compressed(path, **arrays)
+
+
+def _write_table(path: Path, rois: Sequence[RoiMaps]) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["roi", "vertices", *(f"share {name}" for name in rois[0].shares), "x", "y", "size"])
+        for roi in rois:
+            numbers = [f"{value:.4f}" for value in (*roi.shares.values(), *roi.field)]
+            table.writerow([roi.roi, roi.n_vertices, *numbers])
