@@ -286,7 +286,7 @@ def test_an_interruption_says_what_is_kept(work, monkeypatch, capfd):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("featcache.cache.extract.load_backbone", interrupted)
+    monkeypatch.setattr("featcache.cache.sources.load_backbone", interrupted)
     assert cli.run(["extract"]) == 130
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: interrupted; what was committed is kept")
 
