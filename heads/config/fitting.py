@@ -41,7 +41,7 @@ def adamw_of(head: str) -> AdamWConfig:
     return _ADAMW.get(head, AdamWConfig())
 
 
-# Spatial heads start from the closed form, which long steps would only undo (docs/layers.md).
+# Spatial heads start from the closed form, which long steps would only undo (docs/decisions/0015).
 _ADAMW = {"spatial": AdamWConfig(learning_rate=1e-4, epochs=30, batch_size=32)}
 
 

@@ -170,7 +170,7 @@ def preset(name: str, stage: str) -> TrainConfig:
     """Settings of a stage under a preset, one of PRESETS. Raises ConfigError."""
     one_of("preset", name, PRESETS)
     if name == "fast":
-        # A batch of one subject is enough for correlations; shared among eight, it is not (docs/training.md).
+        # A batch of one subject is enough for correlations; shared among eight, it is not (docs/decisions/0017).
         return TrainConfig(loss="smooth_l1+pearson+mnnpc" if stage == "finetune" else "smooth_l1")
     # As published: AdamW, 1e-4 on a cosine to zero, batches of 8, 12 epochs or early stopping; the rest is torch's own.
     return TrainConfig(

@@ -17,9 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
-from featcache.backbone.weights import first_line
 from featcache.cache.store import open_store
-from featcache.errors import StoreError
+from featcache.errors import StoreError, first_line
 from featcache.workdir import Workdir
 from heads.blend.models import Model
 from heads.features.rows import LayerRows

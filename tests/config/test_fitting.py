@@ -14,7 +14,6 @@ from heads.config import (
     SOLVERS,
     AdamWConfig,
     FitConfig,
-    MomentsConfig,
     RidgeConfig,
     SpatialConfig,
     adamw_of,
@@ -134,21 +133,21 @@ def test_products_are_in_the_key_where_they_are_not_float32():
 
 def test_losses_of_one_optimum_are_one_variant():
     assert [one.loss for one in FitConfig(loss="mnnpc,pearson,smooth_l1,mse").variants()] == ["mnnpc", "smooth_l1"]
-    moments = FitConfig(loss="mnnpc, 0.5*mse+pearson", solver="moments").variants()
-    assert [one.objective for one in moments] == ["mnnpc", "0.5*mse+pearson"]
+    trained = FitConfig(loss="mnnpc, 0.5*mse+pearson", solver="adamw").variants()
+    assert [one.objective for one in trained] == ["mnnpc", "0.5*mse+pearson"]
 
 
 def test_losses_that_share_their_heads_are_named():
     assert FitConfig(loss="mnnpc,pearson,smooth_l1").shared_losses == ["mnnpc", "pearson"]
-    assert FitConfig(loss="mnnpc,pearson", solver="moments").shared_losses == []
+    assert FitConfig(loss="mnnpc,pearson", solver="adamw").shared_losses == []
     assert FitConfig(loss="mnnpc,pearson", solver="trained").shared_losses == []
 
 
-def test_only_linear_heads_under_losses_of_moments():
-    with pytest.raises(ConfigError, match=r"--solver moments: expected .*mse, pearson, mnnpc; found .*smooth_l1"):
-        FitConfig(loss="smooth_l1", solver="moments")
+def test_the_closed_form_takes_linear_heads_under_losses_with_its_optimum_alone():
+    with pytest.raises(ConfigError, match=r"--solver ridge: expected .*mse, pearson, mnnpc; found .*smooth_l1"):
+        FitConfig(loss="smooth_l1", solver="ridge")
     with pytest.raises(ConfigError, match="expected --head linear"):
-        FitConfig(loss="mse", head="roi", solver="moments")
+        FitConfig(loss="mse", head="roi", solver="ridge")
 
 
 def test_the_builder_is_that_of_the_head_where_it_reads_more_than_a_matrix():
@@ -175,7 +174,7 @@ def test_spatial_heads_are_trained_with_settings_of_their_own():
     [
         (["epochs"], FitConfig(), "--epochs"),
         (["learning_rate"], FitConfig(solver="ridge"), "--learning-rate"),
-        (["batch_size"], FitConfig(solver="moments"), "--batch-size"),
+        (["batch_size"], FitConfig(solver="ridge"), "--batch-size"),
         (["rank"], FitConfig(head="roi"), "--rank"),
         (["loss"], FitConfig(solver="trained"), "--loss"),
         (["folds"], FitConfig(solver="trained"), "--folds"),
@@ -188,7 +187,7 @@ def test_options_that_decide_nothing_are_refused(given, config, option):
 
 def test_options_that_decide_something_pass():
     refuse_unread(["loss", "folds", "seed"], FitConfig())
-    refuse_unread(["epochs", "learning_rate"], FitConfig(solver="moments"))
+    refuse_unread(["epochs", "learning_rate"], FitConfig(solver="adamw"))
     refuse_unread(["epochs", "batch_size", "weight_decay"], FitConfig(loss="mse,smooth_l1"))
     refuse_unread(["rank", "space", "epochs"], FitConfig(head="spatial"))
 
@@ -212,9 +211,6 @@ def test_options_that_decide_something_pass():
         (AdamWConfig, {"batch_size": 1}),
         (AdamWConfig, {"patience": 0}),
         (AdamWConfig, {"validation": 1}),
-        (MomentsConfig, {"steps": 0}),
-        (MomentsConfig, {"learning_rate": -1.0}),
-        (MomentsConfig, {"momentum": 1.0}),
         (SpatialConfig, {"rank": 0}),
         (SpatialConfig, {"token_dropout": 1.0}),
     ],

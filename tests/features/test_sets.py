@@ -10,6 +10,7 @@ from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.splits import assign_folds
 from heads.features.sets import feature_sets
 from heads.solvers.held_out import FoldPlan
+from support.keys import feature_key, training_of
 
 
 @pytest.fixture
@@ -19,10 +20,8 @@ def subject(tiny, monkeypatch):
 
 
 def store(subject, work, fold=None, weights="w", training="t", images="these", age=0.0, **about):
-    key = {"subject": subject.name, "images": images, "backbone": "b", "weights": weights, "layers": ["pooled"]}
-    key["fold"] = None if fold is None else {"stage": "pretrain", "training": training, "fold": fold}
-    if fold is not None:
-        key["fold"] |= {"n_folds": 3, "seed": 7}
+    key = feature_key(subject.name, images=images, weights=weights)
+    key["fold"] = None if fold is None else training_of(fold, training, seed=7)
     made = create_store(
         work / "features.zarr", "f", key | about, subject.image_ids, len(subject.train), {"pooled": 4}, {}
     )
@@ -36,7 +35,7 @@ def test_folds_of_one_training_are_one_model_in_order(subject, tmp_path):
     for fold in (2, 0, 1):
         store(subject, tmp_path, fold, weights=f"w{fold}")
     (one,) = feature_sets(subject, tmp_path)
-    assert one.held_out() == [0, 1, 2] and one.key()["weights"] == ["w0", "w1", "w2"]
+    assert one.held_out == (0, 1, 2) and one.key()["weights"] == ["w0", "w1", "w2"]
     assert [float(rows.dense()[0, 0]) for rows in one.read("cpu", 0)] == [0, 1, 2]
     plan = FoldPlan.of_features(subject, one, 5, 0)
     np.testing.assert_array_equal(plan.folds, assign_folds(subject.train.ids, 3, 7))
@@ -75,8 +74,7 @@ LAYERED = {"pooled": Row((4,)), "a.cls": Row((3,)), "a": Row((2, 2, 3), "float16
 
 @pytest.fixture
 def layered(subject, tmp_path):
-    key = {"subject": subject.name, "images": "these", "backbone": "b", "weights": "w", "fold": None}
-    key["layers"] = ["pooled", "a", "b"]
+    key = feature_key(subject.name, layers=["pooled", "a", "b"])
     n = len(subject.image_ids)
     made = create_store(tmp_path / "features.zarr", "f", key, subject.image_ids, len(subject.train), LAYERED, {})
     made.append({name: np.full((n, *row.shape), k) for k, (name, row) in enumerate(LAYERED.items())})

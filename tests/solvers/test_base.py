@@ -85,10 +85,10 @@ def test_a_piece_has_the_level_and_spread_of_the_rows_trained_on():
 
 
 def test_what_fits_share_is_made_once_by_name():
-    shared, made = Shared(3), []
+    shared, made = Shared(), []
     for name in ("axes", "products", "axes"):
         assert shared.once(name, lambda name=name: made.append(name) or name) == name
-    assert made == ["axes", "products"] and shared.n_fits == 3
+    assert made == ["axes", "products"]
 
 
 def test_a_problem_counts_images_and_vertices(tiny):
@@ -96,7 +96,7 @@ def test_a_problem_counts_images_and_vertices(tiny):
     problem = Problem(subject=subject, features=None, plan=plan_of(subject.train.ids), config=FitConfig())
     assert (problem.n_train, problem.n_test) == (24, 6)
     assert problem.n_vertices == tuple(subject.n_vertices.values()) and len(problem.n_vertices) == 2
-    assert problem.shared.n_fits == 1 and problem.together == ()
+    assert problem.together == ()
 
 
 N_NOISE = 60

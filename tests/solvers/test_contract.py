@@ -34,7 +34,7 @@ SHAPES = {"vector": VECTOR, "layers": LAYERS}
 FROZEN, TRAINED = [(*kind, False) for kind in KINDS if SOLVERS[kind[0]].fits], [(*kind, True) for kind in KINDS]
 every_solver = pytest.mark.parametrize(
     ("solver", "head", "trained"),
-    [kind for kind in FROZEN + TRAINED if kind != ("moments", "linear", True)],
+    FROZEN + TRAINED,
     ids=lambda value: {False: "frozen", True: "trained"}.get(value, value),
 )
 both_layouts = pytest.mark.parametrize("layout", SHAPES)
@@ -164,13 +164,6 @@ def test_heads_are_saved_under_the_prefixes_of_the_plan_or_of_its_folds(made):
     folds = {f"fold{fold}." for fold in problem.plan.held_out}
     assert {prefix for prefix, _ in saved} in (set(problem.plan.prefixes), folds)
     assert all(isinstance(values, torch.Tensor) for values in saved.values())
-
-
-def test_descent_on_moments_refuses_features_that_saw_their_images(subject, tmp_path):
-    own = responding(subject, planted_responses(len(subject.train), VECTOR), tmp_path)
-    problem = problem_of(own, features_of(own, tmp_path, trained=True), config_of("moments", "linear"), tmp_path)
-    with pytest.raises(ConfigError, match=r"--solver moments: expected features of a frozen backbone; found .*; use"):
-        build_solver(problem)
 
 
 @pytest.mark.parametrize(("solver", "head"), [kind for kind in KINDS if SOLVERS[kind[0]].fits and kind[1] != "spatial"])

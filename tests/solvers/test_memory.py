@@ -7,7 +7,6 @@ import pytest
 from featcache.dataset.algonauts import open_challenge
 from featcache.errors import ConfigError
 from heads.config import FitConfig
-from heads.solvers.base import Shared
 from heads.solvers.memory import Sizes, announce_whole, blockwise_bytes, choose_block, whole_bytes
 from heads.solvers.ridge import VERTEX_BLOCK
 from support.plans import plan_of
@@ -76,13 +75,8 @@ def test_counts_of_a_problem_are_of_all_its_surfaces(problem):
 
 
 def test_a_block_is_no_larger_than_the_largest_surface_and_its_memory_is_said(problem, said):
-    block, keep = choose_block(problem, 6)
-    assert block == max(N_VERTICES.values()) and not keep
+    assert choose_block(problem, 6) == max(N_VERTICES.values())
     assert any("6 features, 30 images: 5 vertices at a time; about" in line for line in said)
-
-
-def test_what_is_learnt_from_is_kept_where_several_losses_need_it(problem, said):
-    assert choose_block(replace(problem, shared=Shared(2)), 6) == (5, True)
 
 
 def test_a_block_shrinks_to_what_there_is_room_for(problem, said, monkeypatch):
@@ -91,7 +85,7 @@ def test_a_block_shrinks_to_what_there_is_room_for(problem, said, monkeypatch):
     fixed, per_vertex = blockwise_bytes(largest)
     for wanted in (100, 700, VERTEX_BLOCK, 10 * VERTEX_BLOCK):
         held = memory_limit(monkeypatch, fixed + (wanted + 0.5) * per_vertex)
-        block, _ = choose_block(replace(problem, config=replace(problem.config, max_memory=held)), 500)
+        block = choose_block(replace(problem, config=replace(problem.config, max_memory=held)), 500)
         assert block <= min(wanted, VERTEX_BLOCK)
         assert block >= min(wanted, VERTEX_BLOCK) * 0.5
 

@@ -7,7 +7,6 @@ from heads.config import HEADS, SOLVERS, FitConfig
 from heads.config.solvers import HeadSpec, SolverSpec
 from heads.solvers.gradient import GradientSolver
 from heads.solvers.layers.ridge import LayeredRidge
-from heads.solvers.moments import MomentSolver
 from heads.solvers.registry import build_solver
 from heads.solvers.ridge_folds import RidgeFolds, TunedRidge
 from heads.solvers.spatial import SpatialSolver
@@ -34,8 +33,6 @@ def built(tiny, tmp_path):
         ({}, VECTOR, True, TunedRidge),
         ({}, LAYERS, False, LayeredRidge),
         ({}, LAYERS, True, LayeredRidge),
-        ({"solver": "moments"}, VECTOR, False, MomentSolver),
-        ({"solver": "moments"}, LAYERS, False, MomentSolver),
         ({"loss": "smooth_l1"}, VECTOR, False, GradientSolver),
         ({"head": "roi"}, LAYERS, True, GradientSolver),
         ({"head": "spatial"}, LAYERS, False, SpatialSolver),

@@ -145,8 +145,8 @@ def test_features_without_what_the_heads_read_are_left_whole_and_refused(made):
 
 def test_checkpoints_that_are_gone_are_named(made):
     subject, features, work = made
-    shutil.rmtree(work / "checkpoints" / features.checkpoints[1])
-    with pytest.raises(CheckpointError, match=features.checkpoints[1]):
+    shutil.rmtree(work / "checkpoints" / features.facts[1].checkpoint)
+    with pytest.raises(CheckpointError, match=features.facts[1].checkpoint):
         build(problem_of(subject, features, FitConfig(solver="trained"), work))
 
 

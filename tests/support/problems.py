@@ -16,6 +16,7 @@ from heads.features.sets import FeatureSet
 from heads.solvers.base import Problem
 from heads.solvers.held_out import FoldPlan
 from support.checkpoints import N_FOLDS, write_checkpoint
+from support.keys import feature_key, training_of
 
 N_VERTICES = {"lh": 5, "rh": 4}
 VECTOR = {"pooled": (6,)}
@@ -100,10 +101,8 @@ def _store(
     subject: Subject, work: Path, shapes: Mapping[str, tuple[int, ...]], fold: int | None, facts: dict[str, Any]
 ) -> Store:
     values = planted_features(len(subject.image_ids), shapes, fold or 0)
-    key: dict[str, Any] = {"subject": subject.name, "backbone": "b", "weights": f"w{fold}", "layers": list(shapes)}
-    key["fold"] = None
-    if fold is not None:
-        key["fold"] = {"stage": "finetune", "training": "t", "fold": fold, "n_folds": N_FOLDS, "seed": 0}
+    training = None if fold is None else training_of(fold, stage="finetune", n_folds=N_FOLDS)
+    key = feature_key(subject.name, weights=f"w{fold}", layers=list(shapes), fold=training)
     rows = {name: Row(one.shape[1:], str(one.dtype)) for name, one in values.items()}
     store = create_store(work / "features.zarr", "f", key, subject.image_ids, len(subject.train), rows, facts)
     store.append(values)
