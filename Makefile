@@ -23,6 +23,7 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy featcache heads cli.py
+	$(BIN)/lint-imports
 
 # QUICK=--quick: small sizes, to see that everything runs
 bench: .venv/installed

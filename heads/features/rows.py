@@ -90,9 +90,9 @@ class LayerRows:
 
     def _stored(self, name: str, index: np.ndarray) -> np.ndarray:
         """Any images, as they are stored."""
-        held = self._held.get(name)
-        if held is not None:
-            return held[index]
+        if name in self._held:
+            rows: np.ndarray = self._held[name][index]
+            return rows
         array, step = self._store.arrays[name], self._store.chunk_rows(name)
         out = np.empty((len(index), *array.shape[1:]), dtype=array.dtype)
         for chunk in np.unique(index // step):  # whole chunks are read and checked: rows of one are taken together

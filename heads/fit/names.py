@@ -73,7 +73,8 @@ class PredictionKey:
     @property
     def fold(self) -> Mapping[str, Any] | None:
         """How the backbone was trained: stage, n_folds, seed, held_out; None for a frozen one."""
-        return self.features["fold"]
+        fold: Mapping[str, Any] | None = self.features["fold"]
+        return fold
 
     @property
     def folds(self) -> tuple[int, int]:
@@ -84,7 +85,7 @@ class PredictionKey:
     @property
     def read(self) -> Sequence[str]:
         """Names of the layers that heads read."""
-        return self.features.get("read", self.features["layers"])
+        return list(self.features.get("read", self.features["layers"]))
 
     @property
     def head_words(self) -> list[str]:

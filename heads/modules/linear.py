@@ -54,7 +54,8 @@ class LinearHead(_Linear):
         self.layer = linear_layer(n_features, n_vertices, SMALL)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.layer(features)
+        predictions: torch.Tensor = self.layer(features)
+        return predictions
 
     def linear_map(self) -> LinearMap:
         return LinearMap(self.layer.weight.T, self.layer.bias)

@@ -20,7 +20,7 @@ from featcache.errors import ConfigError, FeatcacheError
 from heads.config.losses import LOSS_SPECS
 from heads.config.registry import load
 
-Matrix: TypeAlias = "Tensor | NDArray"
+Matrix: TypeAlias = "Tensor | NDArray[Any]"
 Loss: TypeAlias = Callable[..., Tensor]
 
 
@@ -98,7 +98,8 @@ class _Losses(Mapping[str, Loss]):
     """The loss functions by name, each loaded when it is first asked for: `heads.config.losses` lists them."""
 
     def __getitem__(self, name: str) -> Loss:
-        return load(LOSS_SPECS[name].function)
+        function: Loss = load(LOSS_SPECS[name].function)
+        return function
 
     def __iter__(self) -> Iterator[str]:
         return iter(LOSS_SPECS)
@@ -183,7 +184,8 @@ def _distance(predictions: Tensor, responses: Tensor) -> Tensor:
         raise FeatcacheError(
             "a correlation", expected="2 images or more in a batch", found="1", remedy="use a larger batch"
         )
-    return (1 - _Correlation.apply(predictions, responses)) / 2  # type: ignore[no-untyped-call]
+    r: Tensor = _Correlation.apply(predictions, responses)
+    return (1 - r) / 2
 
 
 class _Correlation(torch.autograd.Function):
@@ -197,7 +199,7 @@ class _Correlation(torch.autograd.Function):
     def forward(ctx: Any, predictions: Tensor, responses: Tensor) -> Tensor:
         ours, own_norm = _unit_columns(predictions)
         theirs, their_norm = _unit_columns(responses)
-        r = torch.linalg.vecdot(ours, theirs, dim=0)
+        r: Tensor = torch.linalg.vecdot(ours, theirs, dim=0)
         ctx.save_for_backward(ours, own_norm, theirs, their_norm, r)
         return r
 

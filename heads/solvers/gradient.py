@@ -88,7 +88,8 @@ class GradientSolver:
 
     @torch.no_grad()
     def _fits_of_modules(self, heads: Sequence[Sequence["_OnStored"]], block: Block) -> Fits:
-        folds, saved = [], {}
+        folds: list[FoldFit] = []
+        saved: dict[tuple[str, str], torch.Tensor] = {}
         for k, (split, choices) in enumerate(zip(self._splits, heads, strict=True)):
             features = self._features[self._plan.source(k)]
             folds.append(fold_fit((head(features) for head in choices), split, block.responses))
@@ -100,6 +101,9 @@ class GradientSolver:
 class _OnStored(nn.Module):
     """A trained module behind the standardisation of the features that it was trained on."""
 
+    mean: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, head: nn.Module, mean: torch.Tensor, scale: torch.Tensor) -> None:
         super().__init__()
         self.head = head
@@ -107,7 +111,8 @@ class _OnStored(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.head((features - self.mean) / self.scale)
+        predictions: torch.Tensor = self.head((features - self.mean) / self.scale)
+        return predictions
 
 
 def fold_fit(predictions: Iterable[torch.Tensor], split: Split, responses: torch.Tensor) -> FoldFit:

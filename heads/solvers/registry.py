@@ -9,4 +9,5 @@ def build_solver(problem: Problem) -> Solver:
 
     Says how much memory it expects to take. Raises ConfigError for what cannot work, before anything is stored.
     """
-    return load(problem.config.builder)(problem)
+    solver: Solver = load(problem.config.builder)(problem)
+    return solver

@@ -143,7 +143,8 @@ def _gcv_errors(
     *shrunk, explained = (shares @ rotated.square()).double()
     # as many axes as centred images have leave nothing, and the rounding of nothing would be all there is
     beyond = (response_squares.double() - explained).clamp_min(0) * (len(values) < n_images - 1)
-    return (beyond + torch.stack(shrunk)) / n_images / (1 - freedom.double()).clamp_min(1e-9)[:, None] ** 2
+    errors: torch.Tensor = (beyond + torch.stack(shrunk)) / n_images
+    return errors / (1 - freedom.double()).clamp_min(1e-9)[:, None] ** 2
 
 
 def _loo_errors(
@@ -201,7 +202,8 @@ def maps_of_penalties(
 
 def sum_of_squares(values: torch.Tensor) -> torch.Tensor:
     """(n_vertices,) over rows."""
-    return torch.linalg.vecdot(values, values, dim=0)
+    squares: torch.Tensor = torch.linalg.vecdot(values, values, dim=0)
+    return squares
 
 
 class RidgeHead(RegressorMixin, BaseEstimator):

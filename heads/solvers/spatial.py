@@ -245,7 +245,8 @@ class SpatialSolver:
         columns = slice(first, first + sizes[surface])
 
         def of_surface(rows: dict[str, torch.Tensor], head: _Heads) -> torch.Tensor:
-            return head(rows, self._number)[:, columns]
+            predictions: torch.Tensor = head(rows, self._number)
+            return predictions[:, columns]
 
         heads = [partial(of_surface, head=head) for head in self._training.heads(k)]
         return predict(heads, self._member.of_fold(k))

@@ -70,7 +70,8 @@ class LayerKernels:
     def kernel(self, prior: Prior) -> torch.Tensor:
         """(n_images, n_images) float32 on the device, of the features under a prior; not centred over any fold."""
         if self._stack is not None or 4 * len(self.rows.grids) * len(self.rows) ** 2 <= self._stack_limit:
-            return torch.tensordot(self._layer_shares(prior), self._windowed(prior), 1)
+            kernel: torch.Tensor = torch.tensordot(self._layer_shares(prior), self._windowed(prior), 1)
+            return kernel
         whole = self._nothing()
         for name, share in self.shares(prior).items():
             self._add_gram(whole, name, share)

@@ -1,5 +1,7 @@
 """Ridge under many priors equals the plain formula, recovers planted receptive fields, and leaks nothing."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -8,13 +10,12 @@ from sklearn.linear_model import Ridge
 import heads.solvers.layers.axes
 import heads.solvers.layers.ridge
 from featcache.cache.store import Row, create_store
-from featcache.dataset.splits import assign_folds
 from heads.config import RidgeConfig
 from heads.features.rows import LayerRows
 from heads.scores.metrics import pearson_r
 from heads.solvers.layers.axes import way_for
 from heads.solvers.layers.kernels import LayerKernels
-from heads.solvers.layers.priors import DEPTHS, Prior, prior_set
+from heads.solvers.layers.priors import DEPTHS, Prior
 from heads.solvers.layers.ridge import LayeredRidge
 from support.plans import assert_same_fits, block_of, plan_of
 
@@ -217,11 +218,12 @@ def test_a_part_of_a_trained_fold_is_predicted_by_choices_made_on_the_other_part
 
 @both_shapes
 def test_a_trained_fold_chooses_penalties_by_its_held_out_images(tmp_path, shape):
-    heads, values = made(tmp_path, shape, trained=True, priors=PRIORS[:1])
+    values = [values_of(SHAPES[shape], k) for k in range(N_FOLDS)]
+    kernels = [kernels_of(tmp_path, one) for one in values]
     y = responses_of(values[0], noise=4.0)
     target = y.numpy().astype(np.float64)
-    for k, fold in enumerate(heads.fit(block_of(y)).folds):
-        x = heads._kernels[k].features(PRIORS[0]).double().numpy()
+    for k, fold in enumerate(solver(kernels, PRIORS[:1], PLANS[True]).fit(block_of(y)).folds):
+        x = kernels[k].features(PRIORS[0]).double().numpy()
         rows, held_out = np.flatnonzero(k != FOLDS), np.flatnonzero(k == FOLDS)
         penalties = slow_penalties(x, rows, MULTIPLES)
         out = [Ridge(alpha=p, solver="svd").fit(x[rows], target[rows]).predict(x) for p in penalties]
@@ -247,8 +249,8 @@ def test_every_image_is_predicted_once(tmp_path, trained):
 def test_some_folds_alone_are_what_they_are_among_all(tmp_path):
     values = [values_of(WIDE, k) for k in range(N_FOLDS)]
     kernels, y = [kernels_of(tmp_path, one) for one in values], responses_of(values[0])
-    whole = solver(kernels, trained=True).fit(block_of(y))
-    alone = solver(kernels[2:], trained=True, held_out=[2]).fit(block_of(y))
+    whole = solver(kernels, plan=PLANS[True]).fit(block_of(y))
+    alone = solver(kernels[2:], plan=plan_of(IDS, held_out=[2], trained=True)).fit(block_of(y))
     assert_same_fits(alone, whole._replace(folds=whole.folds[2:]))
     assert {prefix for prefix, _ in alone.saved} == {"fold2."}
     for name, tensor in alone.saved.items():
@@ -281,8 +283,13 @@ def planted(tmp_path_factory):
     y = corner @ rng.normal(size=(16, 6)) / 4
     y += 0.7 * rng.normal(size=y.shape)
     folder = tmp_path_factory.mktemp("planted")
-    ids = rng.permutation(73_000)[:N_MANY]
-    return kernels_of(folder, values, N_MANY), torch.tensor(y, dtype=torch.float32), ids, assign_folds(ids, 3, 0)
+    plan = plan_of(rng.permutation(73_000)[:N_MANY])
+    return kernels_of(folder, values, N_MANY), torch.tensor(y, dtype=torch.float32), plan
+
+
+# a coarser set than the heads' own: one of its windows is where the vertices see
+WINDOWS = [(), *((x, y, 0.16) for x in (0.2, 0.5, 0.8) for y in (0.2, 0.5, 0.8))]
+EVERYWHERE = [Prior(*window, depth=depth) for window in WINDOWS for depth in DEPTHS]
 
 
 @pytest.fixture(autouse=True)
@@ -291,24 +298,26 @@ def seeded():
 
 
 def on_planted(planted, priors, **about):
-    kernels, y, ids, folds = planted
-    fits = solver([kernels], priors, folds=folds, ids=ids, **about).fit(block_of(y[:N_MANY]))
+    kernels, y, plan = planted
+    fits = solver([kernels], priors, plan, **about).fit(block_of(y[:N_MANY]))
     test = torch.stack([fold.test for fold in fits.folds]).mean(0)
     return fits, pearson_r(test.numpy(), y[N_MANY:].numpy()).mean()
 
 
-def everywhere(kernels):
-    return prior_set(kernels.rows.grids, DEPTHS)
+@pytest.fixture(scope="module")
+def flat_fit(planted):
+    return on_planted(planted, [Prior()])
 
 
-def test_a_planted_receptive_field_is_found_and_helps(planted):
-    _, flat_r = on_planted(planted, [Prior()])
-    fits, r = on_planted(planted, everywhere(planted[0]))
+@pytest.fixture(scope="module")
+def whole_fit(planted):
+    return on_planted(planted, EVERYWHERE)
+
+
+def test_a_planted_receptive_field_is_found_and_helps(planted, flat_fit, whole_fit):
+    (_, flat_r), (fits, r) = flat_fit, whole_fit
     assert r > flat_r + 0.1
-    out = np.empty((N_MANY, 6))
-    for fold in fits.folds:
-        out[fold.held_out[0].rows] = fold.held_out[0].predictions
-    assert pearson_r(out, planted[1][:N_MANY].numpy()).mean() > flat_r
+    assert pearson_r(out_of_fold(fits, N_MANY), planted[1][:N_MANY].numpy()).mean() > flat_r
 
 
 def energy(saved):
@@ -317,10 +326,8 @@ def energy(saved):
     return squares / squares.sum()
 
 
-def test_weights_have_their_energy_where_it_was_planted(planted):
-    flat_fits, _ = on_planted(planted, [Prior()])
-    fits, _ = on_planted(planted, everywhere(planted[0]))
-    there, before = (energy(one.saved)[1, 3:, :2].sum() for one in (fits, flat_fits))
+def test_weights_have_their_energy_where_it_was_planted(flat_fit, whole_fit):
+    there, before = (energy(fits.saved)[1, 3:, :2].sum() for fits, _ in (whole_fit, flat_fit))
     assert there > 0.6 and there > before + 0.15  # 4 of 50 places
 
 
@@ -329,22 +336,19 @@ def searching(monkeypatch, images=50, finalists=3):
     monkeypatch.setattr(heads.solvers.layers.ridge, "_FINALISTS", finalists)
 
 
-def test_a_search_on_a_part_of_the_images_finds_it_too(planted, monkeypatch):
-    _, flat_r = on_planted(planted, [Prior()])
-    _, whole_r = on_planted(planted, everywhere(planted[0]))
+def test_a_search_on_a_part_of_the_images_finds_it_too(planted, flat_fit, whole_fit, monkeypatch):
     searching(monkeypatch, images=99)
-    fits, r = on_planted(planted, everywhere(planted[0]))
-    assert r > flat_r + 0.1 and r > whole_r - 0.05
+    fits, r = on_planted(planted, EVERYWHERE)
+    assert r > flat_fit[1] + 0.1 and r > whole_fit[1] - 0.05
     assert energy(fits.saved)[1, 3:, :2].sum() > 0.5
 
 
 def test_a_search_asks_no_held_out_image(planted, monkeypatch):
     searching(monkeypatch)
-    kernels, y, ids, folds = planted
-    priors = everywhere(kernels)[::6]
+    kernels, y, plan = planted
     moved = y[:N_MANY].clone()
-    moved[folds == 2] = 50 * torch.randn(int((folds == 2).sum()), 6)
-    before, after = (solver([kernels], priors, folds=folds, ids=ids).fit(block_of(one)) for one in (y[:N_MANY], moved))
+    moved[plan.inside(2)] = 50 * torch.randn(len(plan.inside(2)), 6)
+    before, after = (solver([kernels], EVERYWHERE[::3], plan).fit(block_of(one)) for one in (y[:N_MANY], moved))
     # other folds' finalists decide the order in which priors are added up, so the last bit may differ
     (ours,), (theirs,) = before.folds[2].held_out, after.folds[2].held_out
     torch.testing.assert_close(ours.predictions, theirs.predictions, rtol=1e-5, atol=1e-5)
@@ -352,28 +356,47 @@ def test_a_search_asks_no_held_out_image(planted, monkeypatch):
     assert not torch.allclose(before.folds[0].test, after.folds[0].test, atol=0.1)
 
 
-def test_a_search_for_one_hemisphere_does_not_narrow_the_next_ones(planted, monkeypatch):
+def other_surface(kernels):
+    """(N_MANY, 6) responses that see another corner of the other layer."""
+    return kernels.features(Prior(0.9, 0.1, 0.2, 0.0))[:N_MANY] @ torch.randn(200, 6)
+
+
+def test_a_search_for_one_surface_does_not_narrow_the_next_ones(planted, monkeypatch):
     """Finalists are of the responses that they were found for."""
     searching(monkeypatch, finalists=2)
-    kernels, y, ids, folds = planted
-    right = kernels.features(Prior(0.9, 0.1, 0.2, 0.0))[:N_MANY] @ torch.randn(200, 6)
-    priors = everywhere(kernels)[::6]
-    used = solver([kernels], priors, folds=folds, ids=ids)
-    used.fit(block_of(y[:N_MANY]))
-    assert_same_fits(used.fit(block_of(right)), solver([kernels], priors, folds=folds, ids=ids).fit(block_of(right)))
+    kernels, y, plan = planted
+    right, priors = other_surface(kernels), EVERYWHERE[::3]
+    used = solver([kernels], priors, plan)
+    used.fit(block_of(y[:N_MANY], "lh", whole=y[:N_MANY]))
+    found = used.fit(block_of(right, "rh", whole=right))
+    assert_same_fits(found, solver([kernels], priors, plan).fit(block_of(right, "rh", whole=right)))
 
 
-def test_searches_for_both_hemispheres_keep_no_more_decompositions_than_were_allowed(planted, monkeypatch):
+def test_searches_for_both_surfaces_keep_no_more_decompositions_than_were_allowed(planted, monkeypatch):
     searching(monkeypatch, finalists=2)
-    kernels, y, ids, folds = planted
-    right = kernels.features(Prior(0.9, 0.1, 0.2, 0.0))[:N_MANY] @ torch.randn(200, 6)
-    allowed = 4 * 2 * len(kernels.rows) * sum(int((folds != k).sum()) for k in range(3))
-    heads_ = solver([kernels], everywhere(kernels)[::6], folds=folds, ids=ids, cache_bytes=allowed)
-    for responses in (y[:N_MANY], right):
-        heads_.fit(block_of(responses))
-        assert heads_._cache is not None
-        kept = sum(4 * basis.features.numel() for basis in heads_._cache.values())
-        assert kept <= allowed
+    kernels, y, plan = planted
+    allowed = 4 * 2 * len(kernels.rows) * sum(len(plan.outside(k)) for k in range(3))
+    used = solver([kernels], EVERYWHERE[::3], plan, cache_bytes=allowed)
+    assert not used.forgets
+    for surface, responses in (("lh", y[:N_MANY]), ("rh", other_surface(kernels))):
+        used.fit(block_of(responses, surface, whole=responses))
+        gc.collect()
+        assert 0 < sum(4 * one.features.numel() for one in gc.get_objects() if isinstance(one, Basis)) <= allowed
+
+
+def test_priors_are_sought_for_the_whole_surface_and_once(planted, monkeypatch):
+    """Blocks of its vertices take those of all, so that a vertex's fit does not hang on its neighbours in a block."""
+    searching(monkeypatch, finalists=2)
+    kernels, y, plan = planted
+    used, y = solver([kernels], EVERYWHERE[::3], plan), y[:N_MANY]
+    whole = used.fit(block_of(y, whole=y))
+    # what a search decomposes a part of the images by
+    monkeypatch.setattr("heads.solvers.layers.ridge.basis_of_features", lambda *_: pytest.fail("searched again"))
+    block = used.fit(block_of(y[:, :2], whole=y))
+    for one, other in zip(whole.folds, block.folds, strict=True):
+        torch.testing.assert_close(one.test[:, :2], other.test, rtol=1e-4, atol=1e-4)
+    with pytest.raises(pytest.fail.Exception, match="searched again"):
+        used.fit(block_of(y, "rh", whole=y))
 
 
 # --- saved weights
@@ -434,25 +457,11 @@ def test_with_landmarks_saved_weights_are_the_predictions_and_blocks_change_noth
     np.testing.assert_allclose(mean, np.mean(predicted, 0), rtol=1e-3, atol=2e-3)
 
 
-def test_landmarks_lose_little_of_a_planted_field(planted, monkeypatch):
-    _, flat_r = on_planted(planted, [Prior()])
-    _, exact_r = on_planted(planted, everywhere(planted[0]))
+def test_landmarks_lose_little_of_a_planted_field(planted, flat_fit, whole_fit, monkeypatch):
     for module in (heads.solvers.layers.axes, heads.solvers.layers.ridge):
         monkeypatch.setattr(module, "LANDMARKS", 60)
-    _, r = on_planted(planted, everywhere(planted[0]))
-    assert r > flat_r + 0.1 and r > exact_r - 0.05
-
-
-def test_priors_are_sought_for_the_whole_hemisphere_and_once(planted, monkeypatch):
-    """Blocks of its vertices take those of all, so that a vertex's fit does not hang on its neighbours in a block."""
-    searching(monkeypatch, finalists=2)
-    kernels, y, ids, folds = planted
-    solver_, y = solver([kernels], everywhere(kernels)[::6], folds=folds, ids=ids), y[:N_MANY]
-    whole = solver_.fit(y, whole=y)
-    monkeypatch.setattr(solver_, "_finalists", None)
-    block = solver_.fit(y[:, :2], whole=y)
-    for one, other in zip(whole.folds, block.folds, strict=True):
-        torch.testing.assert_close(one.test[:, :2], other.test, rtol=1e-4, atol=1e-4)
+    _, r = on_planted(planted, EVERYWHERE)
+    assert r > flat_fit[1] + 0.1 and r > whole_fit[1] - 0.05
 
 
 # --- what may go wrong
@@ -496,7 +505,7 @@ def test_a_penalty_too_small_to_judge_still_predicts(tmp_path):
 def test_decompositions_are_kept_or_not_and_predictions_the_same(tmp_path, shape, trained):
     values = [values_of(SHAPES[shape], k) for k in range(N_FOLDS if trained else 1)]
     kernels, y = [kernels_of(tmp_path, one) for one in values], responses_of(values[0])
-    kept, forgotten = (solver(kernels, trained=trained, cache_bytes=budget) for budget in (1e9, 0))
+    kept, forgotten = (solver(kernels, plan=PLANS[trained], cache_bytes=budget) for budget in (1e9, 0))
     assert kept.vertex_block and forgotten.vertex_block is None
     first, second = kept.fit(block_of(y)), forgotten.fit(block_of(y))
     assert_same_fits(first, second)
