@@ -128,7 +128,7 @@ def test_simulate_writes_a_tree_that_check_passes(tmp_path, capfd):
         "0",
         "--vertices",
         "90",
-        "--size",
+        "--image-size",
         "32",
     )
     run(capfd, "simulate", "--data", data, *sizes, "--workers", "1")

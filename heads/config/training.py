@@ -57,7 +57,9 @@ class TrainConfig:
     The order of the fields is the order of the settings in checkpoint.json.
     """
 
-    loss: str = _train("smooth_l1", f"{', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc.")
+    loss: str = _train(
+        "smooth_l1", f"What training optimises: {', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc."
+    )
     epochs: int = _train(5, "Passes over the training images. The learning rate is zero at the end of the last.")
     batch_size: int = _train(32, "Images that a device takes at a time.")
     accumulate: int = _more(1, "Batches before each step of the optimiser.")
@@ -79,7 +81,7 @@ class TrainConfig:
         "(stage 1's heads, or closed form).",
     )
     augment: bool = _more(False, "Shift and zoom images by up to 3 %, brightness, contrast and saturation by 10 %.")
-    stop: str = _train("fold", "fold: keep the epoch that scores best on the held-out fold; never: keep the last.")
+    stop: str = _train("fold", "What is kept. fold: the epoch that scores best on the held-out fold. never: the last.")
     patience: int = _train(3, "With --stop fold: epochs without a better score after which training ends.")
     embedding: int = _heads(512, "Stage 1: numbers that stand for a subject beside the features of an image.")
     head: str = _heads(
