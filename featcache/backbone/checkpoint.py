@@ -128,7 +128,7 @@ class CheckpointKey:
 
     @property
     def label(self) -> str:
-        """Begin of the name of its folder: stage, subject of stage 2, backbone, 'soup' for a mean, fold."""
+        """Beginning of its folder's name: stage, subject of stage 2, backbone, 'soup' for a mean, fold."""
         subjects = self.subjects if self.stage == "finetune" else ()
         mean = ["soup"] if self.mean_of else []
         return "-".join([self.stage, *subjects, self.backbone.name, *mean, f"fold{self.split.fold}"])

@@ -28,7 +28,7 @@ class HeadKind:
 
 # A new kind of heads is one file and one entry here.
 HEAD_KINDS = {
-    "linear": HeadKind(build="heads.backbones.heads:build_pooled", start="heads.backbones.heads:start_pooled"),
+    "linear": HeadKind(build="heads.backbones.heads:build_linear", start="heads.backbones.heads:start_linear"),
     "spatial": HeadKind(
         build="heads.backbones.heads:build_spatial",
         start="heads.backbones.heads:start_spatial",
@@ -43,11 +43,8 @@ def _in_panel(panel: str, default: Any, meaning: str) -> Any:
 
 
 _train, _more = partial(_in_panel, "Training"), partial(_in_panel, "Training, in detail")
-_heads, _spatial, _machine = (
-    partial(_in_panel, "Heads"),
-    partial(_in_panel, "Spatial heads"),
-    partial(_in_panel, "Machine"),
-)
+_heads, _spatial = partial(_in_panel, "Heads"), partial(_in_panel, "Spatial heads")
+_machine = partial(_in_panel, "Machine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +119,8 @@ class TrainConfig:
 
     def _check(self, name: str, right: bool, expected: str, remedy: str) -> None:
         if not right:  # NaN compares as wrong everywhere
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(option, expected=expected, found=getattr(self, name), remedy=remedy)
+            where = f"--{name.replace('_', '-')}"
+            raise ConfigError(where, expected=expected, found=getattr(self, name), remedy=remedy)
 
     @property
     def kind(self) -> HeadKind:
