@@ -73,8 +73,8 @@ def levels_of(subject: Subject) -> list[Level]:
 
 def _first_rois(subject: Subject, surface: str) -> np.ndarray:
     """The number of each vertex's first ROI; the number of ROIs for a vertex without any."""
-    masks = list(subject.rois[surface].values())
-    return np.argmax([*masks, np.ones(subject.n_vertices[surface], dtype=bool)], axis=0)
+    every = np.ones(subject.n_vertices[surface], dtype=bool)
+    return np.asarray(np.argmax([*subject.rois[surface].values(), every], axis=0))
 
 
 def judge_of(subject: Subject) -> Judge:
