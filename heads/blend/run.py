@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from featcache.dataset.subject import Challenge, Subject
 from featcache.machine.files import replace_json
 from featcache.machine.memory import keep_freed_memory
@@ -141,7 +143,9 @@ def _description(
     return {
         **{name: getattr(config, name) for name in ("method", "per", "by", "seed")},
         "folds": {"n_folds": N_FOLDS, "seed": SEED},
-        "versions": {name: importlib.metadata.version(name) for name in ("featcache", "numpy", "torch", "zarr")},
+        # torch says of itself for which CUDA it was built
+        "versions": {name: importlib.metadata.version(name) for name in ("featcache", "numpy", "torch", "zarr")}
+        | {"torch": torch.__version__},
         "members": {
             subject.name: {
                 model.name: {"predictions": model.store.name, "features": model.facts.features} for model in of_subject

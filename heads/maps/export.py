@@ -80,9 +80,8 @@ def _models(subjects: Sequence[Subject], pattern: str, work: Path) -> Iterator[t
 def roi_means(subject: Subject, model: Model, maps: Mapping[str, VertexMaps]) -> Iterator[RoiMaps]:
     """Means over the vertices of all surfaces: over every vertex first, then over each ROI."""
     r = np.concatenate([score(subject, surface, model.store).r for surface in maps])
-    shares, fields = (
-        np.concatenate(parts) for parts in zip(*((m.shares, m.fields()) for m in maps.values()), strict=True)
-    )
+    shares = np.concatenate([of_surface.shares for of_surface in maps.values()])
+    fields = np.concatenate([of_surface.fields() for of_surface in maps.values()])
     first = next(iter(maps.values()))
     places = {name: np.concatenate([of_surface.places[name] for of_surface in maps.values()]) for name in first.places}
     masks = {"all": np.ones(len(r), dtype=bool)}
