@@ -10,7 +10,6 @@ from featcache.dataset.algonauts import open_challenge
 from featcache.errors import ConfigError
 from heads.config import HEADS, SOLVERS, AdamWConfig, FitConfig, SpatialConfig
 from heads.fit.out_of_fold import block_of
-from heads.scores.metrics import pearson_r
 from heads.solvers.registry import build_solver
 from support.plans import assert_same_fits, out_of_fold
 from support.problems import (
@@ -150,10 +149,9 @@ def test_a_solver_that_takes_blocks_of_vertices_fits_each_as_among_all(made):
     whole = solver.fit(block_for(problem))
     parts = [solver.fit(block_for(problem, vertices=vertices)) for vertices in (slice(0, 2), slice(2, 5))]
     together = np.concatenate([out_of_fold(part, problem.n_train) for part in parts], 1)
-    # descent ends for a block of vertices together, so that a vertex may be given a few steps more among others
-    assert pearson_r(together, out_of_fold(whole, problem.n_train)).min() > 0.98
+    np.testing.assert_allclose(together, out_of_fold(whole, problem.n_train), rtol=1e-3, atol=1e-4)
     for name, values in whole.saved.items():  # what is saved of blocks is laid side by side
-        assert torch.cat([part.saved[name] for part in parts], -1).shape == values.shape
+        torch.testing.assert_close(torch.cat([part.saved[name] for part in parts], -1), values, rtol=1e-3, atol=1e-4)
 
 
 @every_solver

@@ -9,6 +9,7 @@ import torch
 
 from featcache.dataset.algonauts import open_challenge
 from featcache.errors import CheckpointError, ConfigError, LeakError
+from featcache.workdir import Workdir
 from heads.config import FitConfig
 from heads.features.rows import LayerRows
 from heads.fit.out_of_fold import predict_surface
@@ -145,8 +146,9 @@ def test_features_without_what_the_heads_read_are_left_whole_and_refused(made):
 
 def test_checkpoints_that_are_gone_are_named(made):
     subject, features, work = made
-    shutil.rmtree(work / "checkpoints" / features.facts[1].checkpoint)
-    with pytest.raises(CheckpointError, match=features.facts[1].checkpoint):
+    gone = features.facts[1].checkpoint
+    shutil.rmtree(Workdir(work).checkpoints / gone)
+    with pytest.raises(CheckpointError, match=gone):
         build(problem_of(subject, features, FitConfig(solver="trained"), work))
 
 

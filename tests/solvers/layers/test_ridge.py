@@ -13,11 +13,11 @@ from featcache.cache.store import Row, create_store
 from heads.config import RidgeConfig
 from heads.features.rows import LayerRows
 from heads.scores.metrics import pearson_r
-from heads.solvers.layers.axes import way_for
+from heads.solvers.layers.axes import Basis, way_for
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import DEPTHS, Prior
 from heads.solvers.layers.ridge import LayeredRidge
-from support.plans import assert_same_fits, block_of, plan_of
+from support.plans import assert_same_fits, block_of, out_of_fold, plan_of
 
 N_FOLDS, N_TRAIN, N_TEST = 3, 60, 7
 N = N_TRAIN + N_TEST
