@@ -10,33 +10,33 @@ from safetensors.torch import load_file
 
 import featcache.cache.store
 import heads.features.rows
+import heads.solvers.spatial
 from featcache.cache.extract import extract
 from featcache.cache.store import Row, create_store, open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
 from featcache.dataset.algonauts import open_challenge, response_files
-from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import ImageFiles, Subject
-from featcache.errors import ConfigError, LeakError
-from heads.backbones.stages import train_stage
-from heads.config import AdamWConfig, FitConfig, SpatialConfig, StageConfig, TrainConfig
+from featcache.errors import LeakError
+from heads.config import AdamWConfig, FitConfig, SpatialConfig
 from heads.features.rows import LayerRows
 from heads.features.sets import feature_sets
+from heads.fit.out_of_fold import predict_surface
 from heads.fit.run import fit_heads
 from heads.modules.linear import LinearHead
-from heads.modules.saved import spatial_head_of
 from heads.modules.spatial import SpatialReadout
 from heads.scores.losses import LOSSES
 from heads.scores.metrics import pearson_r
-from heads.solvers.base import cross_validate
-from heads.solvers.gradient import Task, stop_split, train_head
-from heads.solvers.registry import trained_heads
-from heads.solvers.spatial import Member, SpatialFolds, predict
+from heads.solvers.gradient import Task, train_head
+from heads.solvers.spatial import Member, SpatialTraining
+from heads.solvers.trained import predict
+from support.plans import assert_same_fits, block_of, plan_of
 
 SHAPES = {"pooled": (5,), "near": (4, 4, 6), "far": (3, 3, 8)}
-PLACE = {"lh": (1, 2), "rh": (3, 0)}  # of the layer `near`, which every vertex of a hemisphere looks at
+PLACE = {"lh": (1, 2), "rh": (3, 0)}  # of the layer `near`, which every vertex of a surface looks at
 N_FOLDS, N_TRAIN, N_TEST = 3, 180, 40
 N_VERTICES = {"lh": 6, "rh": 4}
+N_CHUNKS = 8  # of a streamed array that are in memory at once
 QUICK = AdamWConfig(learning_rate=6e-2, weight_decay=0.05, epochs=15, batch_size=16, patience=15)
 FEW = replace(QUICK, epochs=2)  # where only sameness is asked
 
@@ -83,78 +83,71 @@ def rows_of(folder, values, budget=np.inf, n_train=N_TRAIN):
 
 
 def responses_of(values, noise=0.7, seed=1):
-    """{hemisphere: (n_images, n_vertices)}: a mixture of the channels at one place of `near`, and noise."""
+    """{surface: (n_images, n_vertices)}: a mixture of the channels at one place of `near`, and noise."""
     rng = np.random.default_rng(seed)
     found = {}
-    for hemisphere, (i, j) in PLACE.items():
+    for surface, (i, j) in PLACE.items():
         seen = values["near"][:, i, j].astype(np.float64)
-        signal = seen @ rng.normal(size=(seen.shape[1], N_VERTICES[hemisphere]))
+        signal = seen @ rng.normal(size=(seen.shape[1], N_VERTICES[surface]))
         signal = (signal - signal.mean(0)) / signal.std(0)
-        found[hemisphere] = (2 + signal + noise * rng.normal(size=signal.shape)).astype(np.float32)
+        found[surface] = (2 + signal + noise * rng.normal(size=signal.shape)).astype(np.float32)
     return found
 
 
-def subject_of(folder, name, ids, responses, ceiling=None):
-    """What spatial folds ask of a subject: responses in files, like any other's."""
+def subject_of(folder, name, ids, responses, ceilings=None):
+    """What a training asks of a subject: responses in files, like any other's."""
     test_ids = np.arange(80_000, 80_000 + N_TEST)
-    splits = [ImageFiles(tuple(folder / str(one) for one in own), own) for own in (ids, test_ids)]
-    n_vertices = {h: one.shape[1] for h, one in responses.items()}
-    nothing = dict.fromkeys(HEMISPHERES)
-    subject = Subject(
-        name,
-        *splits,
-        response_files(folder / name),
-        n_vertices,
-        {h: {} for h in n_vertices},
-        ceiling or nothing,
-        nothing,
-    )
-    for hemisphere, values in responses.items():
-        path = subject.response_paths[hemisphere]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, values[: len(ids)].astype(np.float32))
-    return subject
-
-
-@pytest.fixture
-def planted(tmp_path):
-    """Ids, features and responses of all images, and a member of them."""
-    values, ids = values_of(N_TRAIN + N_TEST), ids_of(N_TRAIN)
-    return ids, values, responses_of(values)
+    train, test = (ImageFiles(tuple(folder / str(image) for image in part), part) for part in (ids, test_ids))
+    n_vertices = {surface: values.shape[1] for surface, values in responses.items()}
+    nothing, paths = dict.fromkeys(n_vertices), response_files(folder / name)
+    for surface, values in responses.items():
+        paths[surface].parent.mkdir(parents=True, exist_ok=True)
+        np.save(paths[surface], values[: len(ids)].astype(np.float32))
+    rois = {surface: {} for surface in n_vertices}
+    return Subject(name, train, test, paths, n_vertices, rois, ceilings or nothing, nothing)
 
 
 def member_of(folder, planted, trained=False, budget=np.inf, name="subj01"):
     ids, values, responses = planted
-    subject = subject_of(folder, name, ids, responses)
     several = values if isinstance(values, list) else [values]
     rows = [rows_of(folder / "f", one, budget, len(ids)) for one in several]
-    return Member(subject, rows, assign_folds(ids, N_FOLDS, 0), list(range(N_FOLDS)), trained)
+    return Member(subject_of(folder, name, ids, responses), rows, plan_of(ids, N_FOLDS, trained=trained))
 
 
-def fits_of(members, config, number=0, hemisphere="lh", folds=None):
-    folds = folds or SpatialFolds(members, config, "cpu")
-    responses = torch.from_numpy(np.array(members[number].subject.responses(hemisphere)))
-    return folds.of(number).fit(responses, hemisphere=hemisphere)
+def training_of(members, config):
+    return SpatialTraining(members, config, "cpu")
+
+
+def fits_of(members, config, number=0, surface="lh", training=None):
+    training = training or training_of(members, config)
+    responses = np.array(members[number].subject.responses(surface))
+    return training.solver(number).fit(block_of(responses, surface))
 
 
 def out_of_fold(member, config, members=None, number=0):
-    """{hemisphere: predictions} as a prediction store has them."""
-    fits = SpatialFolds(members or [member], config, "cpu").of(number)
-    return {h: cross_validate(fits, member.subject, h, lambda _: None)[0] for h in HEMISPHERES}
+    """{surface: predictions} as a prediction store has them."""
+    solver = training_of(members or [member], config).solver(number)
+    return {
+        surface: predict_surface(solver, member.subject, surface, lambda _: None)[0]
+        for surface in member.subject.surfaces
+    }
 
 
 def r_of(member, config, members=None, number=0):
-    """Mean r out of fold, over the vertices of both hemispheres."""
-    found, n = out_of_fold(member, config, members, number), len(member.folds)
-    return np.mean(np.concatenate([pearson_r(found[h][:n], member.subject.responses(h)) for h in HEMISPHERES]))
+    """Mean r out of fold, over the vertices of both surfaces."""
+    predictions, n_train = out_of_fold(member, config, members, number), member.plan.n_train
+    r = [pearson_r(values[:n_train], member.subject.responses(surface)) for surface, values in predictions.items()]
+    return np.mean(np.concatenate(r))
 
 
-def assert_same(ours, theirs, **tolerance):
-    for a, b in zip(ours.folds, theirs.folds, strict=True):
-        torch.testing.assert_close(a.test, b.test, **tolerance)
-        for one, other in zip(a.held_out, b.held_out, strict=True):
-            assert np.array_equal(one.rows, other.rows)
-            torch.testing.assert_close(one.predictions, other.predictions, **tolerance)
+def watched(monkeypatch):
+    """The tasks of every training, one training a fold."""
+    trainings, honest = [], heads.solvers.spatial.train_head
+    monkeypatch.setattr(
+        "heads.solvers.spatial.train_head",
+        lambda head, tasks, *settings: trainings.append(tasks) or honest(head, tasks, *settings),
+    )
+    return trainings
 
 
 # --- one subject
@@ -164,9 +157,9 @@ def assert_same(ours, theirs, **tolerance):
 def test_one_place_of_one_layer_is_predicted_out_of_fold_and_on_test_images(tmp_path, planted, rank, space, loss):
     member = member_of(tmp_path, planted)
     found = out_of_fold(member, config_of(loss=loss, rank=rank, space=space))
-    for hemisphere, truth in planted[2].items():
-        assert found[hemisphere].shape == truth.shape and found[hemisphere].dtype == np.float32
-        r = [pearson_r(found[hemisphere][part], truth[part]) for part in (slice(N_TRAIN), slice(N_TRAIN, None))]
+    for surface, truth in planted[2].items():
+        assert found[surface].shape == truth.shape and found[surface].dtype == np.float32
+        r = [pearson_r(found[surface][part], truth[part]) for part in (slice(N_TRAIN), slice(N_TRAIN, None))]
         assert r[0].mean() > 0.6 and r[1].mean() > 0.6  # the noise leaves about 0.82
 
 
@@ -197,7 +190,7 @@ def test_responses_of_a_fold_have_no_say_in_its_predictions(tmp_path, planted):
 def test_images_that_decide_when_to_stop_are_not_trained_on(tmp_path, planted):
     ids, values, responses = planted
     config = config_of(replace(FEW, epochs=1))  # one epoch: nothing to decide
-    trained, stop = stop_split(ids, assign_folds(ids, N_FOLDS, 0), 0, config)
+    trained, (stop,), _ = plan_of(ids, N_FOLDS).split(0, config.adamw.validation, config.seed)
     assert not np.intersect1d(trained, stop).size and len(stop) > 5
     moved = {h: one.copy() for h, one in responses.items()}
     for one in moved.values():
@@ -232,7 +225,7 @@ def test_every_image_is_predicted_once_by_a_head_of_its_fold_and_its_backbone(tm
     r = []
     for k, fold in enumerate(fits.folds):
         rows = np.concatenate([piece.rows for piece in fold.held_out])
-        assert sorted(rows) == np.flatnonzero(member.folds == k).tolist()
+        assert sorted(rows) == np.flatnonzero(member.plan.folds == k).tolist()
         predictions = torch.cat([piece.predictions for piece in fold.held_out])
         r.append(pearson_r(predictions.numpy(), responses["lh"][rows]).mean())
     assert min(r[:2]) > 0.4 and r[2] < 0.3  # the third backbone says nothing of these responses
@@ -241,7 +234,7 @@ def test_every_image_is_predicted_once_by_a_head_of_its_fold_and_its_backbone(tm
 def test_saved_heads_rebuild_the_test_predictions_of_their_fold(tmp_path, planted):
     member = member_of(tmp_path, planted)
     for space in (0, 3):
-        fits = fits_of([member], config_of(FEW, space=space, rank=2), hemisphere="rh")
+        fits = fits_of([member], config_of(FEW, space=space, rank=2), surface="rh")
         for k, fold in enumerate(fits.folds):
             own = {part.removeprefix("head."): t for (prefix, part), t in fits.saved.items() if prefix == f"fold{k}."}
             head = torch.nn.Sequential(SpatialReadout(SHAPES, space or N_VERTICES["rh"], rank=2))
@@ -272,7 +265,7 @@ def test_a_vertex_that_never_answers_is_predicted_as_it_is(tmp_path, planted):
         np.testing.assert_allclose(one[:, 1], 0, atol=1e-5)
 
 
-def test_ceilings_of_both_hemispheres_weigh_the_loss(tmp_path, planted):
+def test_ceilings_of_both_surfaces_weigh_the_loss(tmp_path, planted):
     ceilings = [{h: np.full(n, 0.3, np.float32) for h, n in N_VERTICES.items()} for _ in range(2)]
     ceilings[1]["lh"][0] = 1
     tests = []
@@ -287,20 +280,20 @@ def test_the_seed_decides_everything(tmp_path, planted):
     member = member_of(tmp_path, planted)
     one = fits_of([member], config_of(FEW))
     torch.manual_seed(99)
-    assert_same(one, fits_of([member], config_of(FEW)), rtol=0, atol=0)
+    assert_same_fits(one, fits_of([member], config_of(FEW)), rtol=0, atol=0)
     other = fits_of([member], config_of(FEW, seed=1))
     assert not torch.equal(one.folds[0].test, other.folds[0].test)
 
 
-def test_both_hemispheres_come_from_one_training_a_fold(tmp_path, planted, monkeypatch):
-    calls, honest = [], SpatialFolds._train
-    monkeypatch.setattr(SpatialFolds, "_train", lambda self, k: calls.append(k) or honest(self, k))
-    member = member_of(tmp_path, planted)
-    folds = SpatialFolds([member], config_of(FEW), "cpu")
-    fits = folds.of(0)
-    for hemisphere in HEMISPHERES:
-        cross_validate(fits, member.subject, hemisphere, lambda _: None)
-    assert calls == [0, 1, 2]
+def test_both_surfaces_come_from_one_training_a_fold(tmp_path, planted, monkeypatch):
+    trainings, member = watched(monkeypatch), member_of(tmp_path, planted)
+    training = training_of([member], config_of(FEW))
+    for surface in member.subject.surfaces:
+        predict_surface(training.solver(0), member.subject, surface, lambda _: None)
+    assert len(trainings) == N_FOLDS
+    for k, (task,) in enumerate(trainings):
+        assert np.array_equal(task.trained, training.split(0, k).trained)
+        assert task.responses.shape[1] == sum(N_VERTICES.values())
 
 
 # --- rows from the disk
@@ -311,7 +304,7 @@ def test_streamed_rows_give_what_rows_in_memory_give_in_the_same_order(tmp_path,
     monkeypatch.setattr(LayerRows, "shuffled", lambda self, index: index[torch.randperm(len(index))])
     kept, streamed = (member_of(tmp_path / str(b), planted, budget=b) for b in (np.inf, 0))
     assert kept.rows[0].streamed == [] and streamed.rows[0].streamed == list(SHAPES)
-    assert_same(fits_of([kept], config_of(FEW)), fits_of([streamed], config_of(FEW)), rtol=1e-5, atol=1e-5)
+    assert_same_fits(fits_of([kept], config_of(FEW)), fits_of([streamed], config_of(FEW)), rtol=1e-5, atol=1e-5)
 
 
 def test_streamed_rows_predict_as_well(tmp_path, planted, monkeypatch):
@@ -321,18 +314,27 @@ def test_streamed_rows_predict_as_well(tmp_path, planted, monkeypatch):
     assert r[1] > 0.5 and abs(r[0] - r[1]) < 0.15
 
 
-def big_rows(folder, monkeypatch, chunk_bytes, n=1024):
-    monkeypatch.setattr(featcache.cache.store, "_CHUNK_BYTES", chunk_bytes)
-    return rows_of(folder, {name: np.zeros((n, *shape), np.float16) for name, shape in SHAPES.items()}, 0, n)
+@pytest.fixture
+def streaming(tmp_path, monkeypatch):
+    """A store of many images, in chunks of so many rows and bytes at most, and its rows, of which none is kept."""
+
+    def make(chunk_rows, chunk_bytes=1 << 20, n_images=1024):
+        monkeypatch.setattr(featcache.cache.store, "_CHUNK_ROWS", chunk_rows)
+        monkeypatch.setattr(featcache.cache.store, "_CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(heads.features.rows, "_CHUNKS", N_CHUNKS)
+        values = {name: np.zeros((n_images, *shape), np.float16) for name, shape in SHAPES.items()}
+        store = store_of(tmp_path / "f", values, n_images)
+        return store, LayerRows(store, tuple(SHAPES), "cpu", 0)
+
+    return make
 
 
 @pytest.mark.parametrize("chunk_bytes", [1 << 20, 1600], ids=["equal chunks", "small chunks of wide rows"])
-def test_an_epoch_of_streamed_rows_reads_every_chunk_about_once(tmp_path, monkeypatch, chunk_bytes):
-    monkeypatch.setattr(featcache.cache.store, "_CHUNK_ROWS", 64)
-    rows = big_rows(tmp_path / "f", monkeypatch, chunk_bytes)
-    steps = {name: rows._store.chunk_rows(name) for name in SHAPES}
-    reads, honest = [], type(rows._store).read
-    monkeypatch.setattr(type(rows._store), "read", lambda self, *about: reads.append(about) or honest(self, *about))
+def test_an_epoch_of_streamed_rows_reads_every_chunk_about_once(streaming, monkeypatch, chunk_bytes):
+    store, rows = streaming(64, chunk_bytes)
+    n_chunks = sum(1024 // store.chunk_rows(name) for name in SHAPES)
+    reads, honest = [], type(store).read
+    monkeypatch.setattr(type(store), "read", lambda self, *part: reads.append(part) or honest(self, *part))
     index = torch.from_numpy(np.random.default_rng(0).permutation(1024)[:700])
     for seed in range(2):
         torch.manual_seed(seed)
@@ -341,16 +343,15 @@ def test_an_epoch_of_streamed_rows_reads_every_chunk_about_once(tmp_path, monkey
         reads.clear()
         for batch in order[:672].split(32):
             rows[batch]
-        assert len(reads) <= 2 * sum(1024 // step for step in steps.values())
+        assert len(reads) <= 2 * n_chunks
 
 
-def test_a_batch_of_streamed_rows_is_of_a_few_chunks_that_change_with_every_epoch(tmp_path, monkeypatch):
-    monkeypatch.setattr(featcache.cache.store, "_CHUNK_ROWS", 16)
-    rows = big_rows(tmp_path / "f", monkeypatch, 1 << 20)
+def test_a_batch_of_streamed_rows_is_of_a_few_chunks_that_change_with_every_epoch(streaming):
+    _, rows = streaming(16)
     torch.manual_seed(0)
     epochs = [rows.shuffled(torch.arange(1024)) for _ in range(2)]
-    seen = [{int(row) // 16 for row in order[:64]} for order in epochs]
-    assert all(4 < len(one) <= heads.features.rows._CHUNKS for one in seen) and seen[0] != seen[1]
+    first, second = ({int(row) // 16 for row in order[:64]} for order in epochs)
+    assert all(4 < len(chunks) <= N_CHUNKS for chunks in (first, second)) and first != second
 
 
 # --- several subjects
@@ -367,7 +368,7 @@ def joint(folder, seed, n_few=36, n_many=300, noise=1.0):
         latent = np.concatenate([near[:, i, j] @ channels[k] for k, (i, j) in enumerate([(0, 1), (2, 2), (3, 0)])], 1)
         latent /= latent.std(0)
         responses = {}
-        for h in HEMISPHERES:
+        for h in N_VERTICES:
             signal = latent @ rng.normal(size=(3, 12))
             signal /= signal.std(0)
             responses[h] = signal + noise * rng.normal(size=signal.shape)
@@ -391,7 +392,7 @@ def test_a_subject_with_few_images_gains_from_one_with_many(tmp_path):
 def test_an_image_is_in_the_same_fold_of_every_subject_that_saw_it(tmp_path):
     one, other = joint(tmp_path, 0)
     _, ours, theirs = np.intersect1d(one.subject.train.ids, other.subject.train.ids, return_indices=True)
-    assert len(ours) == 36 and np.array_equal(one.folds[ours], other.folds[theirs])
+    assert len(ours) == 36 and np.array_equal(one.plan.folds[ours], other.plan.folds[theirs])
 
 
 def test_responses_of_a_fold_reach_its_predictions_through_no_subject(tmp_path):
@@ -401,7 +402,7 @@ def test_responses_of_a_fold_reach_its_predictions_through_no_subject(tmp_path):
     for member in members:
         path = member.subject.response_paths["lh"]
         responses = np.load(path)
-        responses[member.folds == 1] *= -50
+        responses[member.plan.folds == 1] *= -50
         np.save(path, responses)
     for number in (0, 1):
         after = fits_of(members, config, number)
@@ -412,24 +413,23 @@ def test_responses_of_a_fold_reach_its_predictions_through_no_subject(tmp_path):
 def test_folds_by_subject_are_refused(tmp_path):
     """An image that one subject is scored on may not be one that another is trained on."""
     one, other = joint(tmp_path, 0, n_many=120, n_few=90)
-    other = replace(other, folds=(other.folds + 1) % N_FOLDS)
+    other = replace(other, plan=replace(other.plan, folds=(other.plan.folds + 1) % N_FOLDS))
     with pytest.raises(LeakError):
-        SpatialFolds([one, other], config_of(replace(FEW, epochs=1), space=3), "cpu").heads(0)
+        training_of([one, other], config_of(replace(FEW, epochs=1), space=3)).heads(0)
 
 
 def test_no_subject_is_trained_on_what_another_chooses_by(tmp_path, monkeypatch):
     """Where images to stop by were drawn by subject it is refused, or they are left out of every training."""
 
-    def by_row(ids, folds, fold, config):
-        outside = np.flatnonzero(folds != fold)
-        return outside[len(ids) // 4 :], outside[: len(ids) // 4]
+    def by_row(image_ids, outside, *settings):
+        return outside[len(image_ids) // 4 :], outside[: len(image_ids) // 4]
 
     seen = []
-    monkeypatch.setattr("heads.solvers.spatial.stop_split", by_row)
+    monkeypatch.setattr("heads.solvers.held_out.stop_split", by_row)
     monkeypatch.setattr("heads.solvers.spatial.train_head", lambda head, tasks, *about: seen.extend(tasks) or [head])
     members = joint(tmp_path, 0, n_many=120, n_few=90)
     with suppress(LeakError):
-        SpatialFolds(members, config_of(FEW, space=3), "cpu").heads(0)
+        training_of(members, config_of(FEW, space=3)).heads(0)
     ids = [member.subject.train.ids for member in members]
     trained = [own[task.trained] for own, task in zip(ids, seen, strict=False)]
     chosen = [own[task.choices[0]] for own, task in zip(ids, seen, strict=False)]
@@ -444,24 +444,26 @@ def test_a_few_images_of_each_are_enough_to_train_together(tmp_path):
         assert all(fold.test.isfinite().all() for fold in found.folds)
 
 
+def as_trained(member):
+    """The member as if its backbone had been trained, with the same features for every fold."""
+    return replace(member, rows=member.rows * N_FOLDS, plan=replace(member.plan, trained=True))
+
+
 def test_on_trained_backbones_no_subject_has_a_say_in_the_head_of_an_image_that_it_shares(tmp_path, monkeypatch):
     """However few images of a fold a subject has: its choices are of the same images as the others'."""
-    trained = []
-    monkeypatch.setattr(
-        "heads.solvers.spatial.train_head",
-        lambda head, tasks, *about: trained.append(tasks) or train_head(head, tasks, *about),
-    )
+    trained = watched(monkeypatch)
     for seed in range(4):
-        members = [replace(member, trained=True) for member in joint(tmp_path, seed, n_many=40, n_few=24)]
+        members = [as_trained(member) for member in joint(tmp_path, seed, n_many=40, n_few=24)]
         trained.clear()
-        folds = SpatialFolds(members, config_of(replace(FEW, epochs=1), space=3), "cpu")
-        fitted = [fits_of(members, folds.config, number, folds=folds) for number in range(2)]
+        config = config_of(replace(FEW, epochs=1), space=3)
+        training = training_of(members, config)
+        fitted = [fits_of(members, config, number, training=training) for number in range(2)]
         for k in range(N_FOLDS):
             tasks, fits = trained[k], [one.folds[k] for one in fitted]
             for own, fit in zip(members, fits, strict=True):
                 assert (
                     sorted(np.concatenate([one.rows for one in fit.held_out]))
-                    == np.flatnonzero(own.folds == k).tolist()
+                    == np.flatnonzero(own.plan.folds == k).tolist()
                 )
                 for part, piece in enumerate(fit.held_out):
                     for theirs, task in zip(members, tasks, strict=True):
@@ -548,15 +550,9 @@ def fresh(work, tmp_path):
     return folder
 
 
-def counted(monkeypatch):
-    calls, honest = [], SpatialFolds._train
-    monkeypatch.setattr(SpatialFolds, "_train", lambda self, k: calls.append(k) or honest(self, k))
-    return calls
-
-
 @pytest.mark.parametrize("config", [TINY, TINY_JOINT], ids=["alone", "joint"])
 def test_spatial_heads_are_fitted_once_and_stored_whole(tiny, fresh, said, monkeypatch, config):
-    subjects, calls = open_challenge(tiny).subjects, counted(monkeypatch)
+    subjects, calls = open_challenge(tiny).subjects, watched(monkeypatch)
     fitted = fit_heads(subjects, config, fresh)
     assert len(calls) == N_FOLDS * (2 if config is TINY else 1)
     assert [one.new for one in fitted] == [True, True] and len({one.model for one in fitted}) == 1
@@ -579,15 +575,15 @@ def test_saved_weights_rebuild_the_predictions(tiny, fresh, said, config):
     features = open_store(fresh / "features.zarr" / store.facts["features"])
     rows = LayerRows(features, tuple(features.arrays), "cpu", np.inf)
     n_train, folds = store.n_train, assign_folds(subject.train.ids, N_FOLDS, 0)
-    for hemisphere in HEMISPHERES:
+    for surface in subject.surfaces:
         for k in range(N_FOLDS):
-            own = {key.split(".head.")[1]: v for key, v in saved.items() if key.startswith(f"fold{k}.{hemisphere}.")}
+            own = {key.split(".head.")[1]: v for key, v in saved.items() if key.startswith(f"fold{k}.{surface}.")}
             head = torch.nn.Sequential(SpatialReadout(rows.shapes, len(own["0.bias"]), config.spatial.rank))
             if "1.weight" in own:
-                head.append(torch.nn.Linear(4, subject.n_vertices[hemisphere]))
+                head.append(torch.nn.Linear(4, subject.n_vertices[surface]))
             head.load_state_dict(own)
             (values,) = predict([head.eval()], rows)
-            out = store.read(hemisphere)[:n_train][folds == k]
+            out = store.read(surface)[:n_train][folds == k]
             varies = out.std(0) > 1e-4  # a slope below 0 is 0
             np.testing.assert_allclose(
                 pearson_r(values[:n_train][folds == k][:, varies].numpy(), out[:, varies]), 1, atol=2e-3
@@ -609,7 +605,7 @@ def test_a_joint_store_is_another_when_another_subjects_responses_are(tree, fres
 
 def test_a_joint_training_of_several_models_is_done_once_for_all_subjects(tiny, fresh, said, monkeypatch):
     """Models and subjects are two loops, and only the last training is kept."""
-    calls = counted(monkeypatch)
+    calls = watched(monkeypatch)
     layers = [name for name in feature_sets(open_challenge(tiny).subjects[0], fresh)[0].names if name != "pooled"][:2]
     subjects = open_challenge(tiny).subjects
     monkeypatch.setattr(
@@ -618,73 +614,3 @@ def test_a_joint_training_of_several_models_is_done_once_for_all_subjects(tiny, 
     fitted = fit_heads(subjects, replace(TINY_JOINT, layers="each"), fresh)
     assert len(fitted) == 4 and len({one.model for one in fitted}) == 2
     assert len(calls) == 2 * N_FOLDS
-
-
-# --- heads that came with their backbones
-
-SMALL = BackboneConfig(name="test_resnet", weights="none", size=32)
-SPATIAL = TrainConfig(head="spatial", epochs=1, batch_size=4, stop="never", layers="0,pooled", grid="2")
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    subjects = open_challenge(tiny).subjects[:1]
-    stage = StageConfig(
-        stage="finetune", train=SPATIAL, backbone=SMALL, init="none", n_folds=2, device="cpu", workers=1
-    )
-    return folder, [one.checkpoint for one in train_stage(subjects, stage, folder)]
-
-
-def extracted(tiny, checkpoints, tmp_path, layers, grid):
-    folder = tmp_path / "work"
-    folder.mkdir()
-    (folder / "checkpoints").symlink_to(checkpoints[0] / "checkpoints")
-    subjects = open_challenge(tiny).subjects[:1]
-    config = ExtractConfig(
-        backbone=SMALL, layers=LayerConfig(layers=layers, grid=grid), checkpoint="auto", workers=1, device="cpu"
-    )
-    extract(subjects, config, folder)
-    return subjects, folder
-
-
-def test_spatial_heads_of_a_checkpoint_predict_what_the_encoder_did(tiny, checkpoints, tmp_path, said):
-    from featcache.cache.pixels import cache_pixels
-
-    subjects, folder = extracted(tiny, checkpoints, tmp_path, ("0", "pooled"), "2")
-    subject, (one,) = subjects[0], feature_sets(subjects[0], folder)
-    folds = one.folds(subject)
-    predictor = trained_heads(subject, one, folds, "cpu", folder)
-    (fitted,) = fit_heads(subjects, FitConfig(solver="trained"), folder)
-    store = open_store(fitted.path)
-    for checkpoint in checkpoints[1]:
-        k, backbone = checkpoint.fold["fold"], checkpoint.backbone()
-        held_out = np.flatnonzero(folds == k)
-        assert not np.isin(subject.train.ids[held_out], checkpoint.seen_ids).any()
-        (pixels,) = cache_pixels([subject], backbone, tmp_path, 1.0, 1)
-        with torch.inference_mode():
-            rows = backbone.read(backbone.normalise(pixels.read(held_out)), backbone.taps(SPATIAL.tapped))
-        for hemisphere in HEMISPHERES:
-            head = spatial_head_of(checkpoint.heads(), [subject.name], subject.name, hemisphere)
-            responses = torch.from_numpy(np.array(subject.responses(hemisphere)))
-            (piece,) = predictor.fit(responses, hemisphere=hemisphere).folds[k].held_out
-            assert np.array_equal(piece.rows, held_out)
-            torch.testing.assert_close(piece.predictions, head(rows), rtol=1e-2, atol=1e-2)  # rows are float16
-            stored = store.read(hemisphere)[: store.n_train][held_out]
-            assert np.median(pearson_r(stored, head(rows).numpy())) > 0.999
-
-
-def test_spatial_heads_of_a_checkpoint_are_found_among_more_layers(tiny, checkpoints, tmp_path, said):
-    subjects, folder = extracted(tiny, checkpoints, tmp_path, ("0", "1", "pooled"), "2")
-    (fitted,) = fit_heads(subjects, FitConfig(solver="trained"), folder)
-    assert open_store(fitted.path).complete
-
-
-@pytest.mark.parametrize(("layers", "grid"), [(("0", "pooled"), "3"), (("1", "pooled"), "2"), (("pooled",), "auto")])
-def test_features_that_those_heads_cannot_read_are_refused(tiny, checkpoints, tmp_path, said, layers, grid):
-    subjects, folder = extracted(tiny, checkpoints, tmp_path, layers, grid)
-    with pytest.raises(
-        ConfigError, match=r"--solver trained: expected .*; found no .*; extract with .*\(2 places"
-    ) as e:
-        fit_heads(subjects, FitConfig(solver="trained"), folder)
-    assert "\n" not in str(e.value) and not (folder / "predictions.zarr").exists()
