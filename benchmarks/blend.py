@@ -46,7 +46,7 @@ def write(folder: Path, n_images: int, n_vertices: int, n_models: int) -> None:
         key = {
             "subject": "subj01",
             "features": {"backbone": f"m{model}", "layers": ["pooled"], "fold": None},
-            **{"responses": "", "head": "linear", "solver": "ridge", "objective": "ridge", "n_folds": 5, "seed": 0},
+            **{"responses": "", "head": "linear", "solver": "exact", "objective": "ridge", "n_folds": 5, "seed": 0},
         }
         facts = {"model": f"m{model}", "features": f"m{model}"}
         store = create_store(folder / "stores", f"m{model}", key, np.arange(len(signal)), n_images, widths, facts)

@@ -15,13 +15,13 @@ import torch
 from measure import Figure, options, paired, peak_gb, report
 
 from featcache.dataset.algonauts import response_files
-from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import ImageFiles, Subject
 from featcache.machine.memory import keep_freed_memory
 from heads.config import RidgeConfig
-from heads.solvers.base import cross_validate
+from heads.fit.out_of_fold import predict_surface
+from heads.solvers.held_out import FoldPlan
 from heads.solvers.ridge import VERTEX_BLOCK, RidgeHead
-from heads.solvers.ridge_folds import RidgeFits
+from heads.solvers.ridge_folds import RidgeFolds
 
 PENALTIES = tuple(float(10 ** (k / 3)) for k in range(-14, 16))
 
@@ -58,9 +58,9 @@ def product(features: torch.Tensor, responses: torch.Tensor) -> None:
         features.T @ block
 
 
-def fold_by_fold(features: torch.Tensor, folds: np.ndarray, subject: Subject, save: bool) -> None:
-    heads = RidgeFits(features, folds, RidgeConfig(penalties=PENALTIES), save)
-    cross_validate(heads, subject, "lh", lambda n: None)
+def fold_by_fold(features: torch.Tensor, plan: FoldPlan, subject: Subject, save: bool) -> None:
+    heads = RidgeFolds(features, plan, RidgeConfig(penalties=PENALTIES), save=save)
+    predict_surface(heads, subject, "lh", lambda n: None)
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def main() -> None:
     features = torch.randn(sizes.images + sizes.test_images, sizes.features)
     x, n_images = features[: sizes.images], (sizes.images, sizes.test_images)
     y = planted(features, sizes.images, sizes.vertices)
-    folds = assign_folds(np.arange(sizes.images), 5, 0)
+    plan = FoldPlan.of_frozen(np.arange(sizes.images), 5, 0)
     once = partial(product, x, y)
     once()
     details = {key: value for key, value in vars(sizes).items() if key != "quick"} | {"penalties": len(PENALTIES)}
@@ -84,12 +84,12 @@ def main() -> None:
             (f"exact heads, {size}, per vertex", lambda: RidgeHead(PENALTIES).fit(x, y).weights_, 1.6),
             (
                 "the same, with 5-fold out-of-fold and test predictions",
-                partial(fold_by_fold, features, folds, subject, False),
+                partial(fold_by_fold, features, plan, subject, False),
                 4.0,
             ),
             (
                 "and with weights on the features to save, as fit-heads does",
-                partial(fold_by_fold, features, folds, subject, True),
+                partial(fold_by_fold, features, plan, subject, True),
                 None,
             ),
         ]

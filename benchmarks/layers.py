@@ -45,13 +45,15 @@ from featcache.machine.memory import free_memory, keep_freed_memory
 from heads.config import RidgeConfig
 from heads.features.rows import LayerRows
 from heads.features.sets import feature_sets
+from heads.fit.out_of_fold import predict_surface
 from heads.scores.metrics import pearson_r
-from heads.solvers.base import FoldPredictor, Piece, comparable, cross_validate, level_and_spread
+from heads.solvers.base import Piece, Solver, comparable, level_and_spread
+from heads.solvers.held_out import FoldPlan
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import DEPTHS, Prior, prior_set
-from heads.solvers.layers.ridge import DualFolds
+from heads.solvers.layers.ridge import LayeredRidge
 from heads.solvers.ridge import eigh_of
-from heads.solvers.ridge_folds import RidgeFits
+from heads.solvers.ridge_folds import RidgeFolds
 
 N_FOLDS = INNER_FOLDS = 5
 PENALTIES = RidgeConfig().penalties
@@ -131,23 +133,27 @@ def seen_by_one(rng: np.random.Generator, maps: np.ndarray) -> np.ndarray:
     return np.tensordot(window, maps.reshape(len(maps), len(window), -1), (0, 1)) @ rng.standard_normal(maps.shape[-1])
 
 
-def out_of_fold(predictor: FoldPredictor, case: Case) -> np.ndarray:
-    """Of all hemispheres, (n_train, n_vertices)."""
-    both = [cross_validate(predictor, case.subject, h, lambda n: None)[0] for h in case.subject.n_vertices]
-    return np.concatenate(both, 1)[: len(case.folds)]
+def out_of_fold(solver: Solver, case: Case) -> np.ndarray:
+    """Predictions of all surfaces, (n_train, n_vertices)."""
+    surfaces = [predict_surface(solver, case.subject, name, lambda n: None)[0] for name in case.subject.surfaces]
+    return np.concatenate(surfaces, 1)[: len(case.folds)]
+
+
+def plan_of(case: Case) -> FoldPlan:
+    """The folds that everybody fits without."""
+    ids = case.subject.train.ids
+    return FoldPlan(image_ids=ids, folds=case.folds, held_out=tuple(range(N_FOLDS)), trained=False)
 
 
 def own_pooled(case: Case) -> np.ndarray:
-    return out_of_fold(RidgeFits(case.reading(POOLED).dense(), case.folds, RidgeConfig()), case)
+    return out_of_fold(RidgeFolds(case.reading(POOLED).dense(), plan_of(case), RidgeConfig()), case)
 
 
 def own_layers(case: Case, priors: list[Prior]) -> np.ndarray:
     """As heads.fit.run does it."""
     free = free_memory()
-    kernels, ids = LayerKernels(case.rows, len(case.folds), 0.2 * free), case.subject.train.ids
-    held_out = list(range(N_FOLDS))
-    dual = DualFolds([kernels], case.folds, held_out, ids, RidgeConfig(), priors, False, 0.3 * free)
-    return out_of_fold(dual, case)
+    kernels = LayerKernels(case.rows, len(case.folds), 0.2 * free)
+    return out_of_fold(LayeredRidge([kernels], plan_of(case), RidgeConfig(), priors, cache_bytes=0.3 * free), case)
 
 
 def of_folds(case: Case, fit: Fit) -> np.ndarray:
@@ -257,7 +263,7 @@ def plain_kernels(case: Case) -> torch.Tensor:
     """(n_arrays, n_train, n_train) linear kernels, every channel of unit variance over images and places."""
     n_train, kernels = len(case.folds), []
     for name in case.arrays:
-        mean, variance = case.rows.moments(name, n_train)
+        mean, variance = case.rows.mean_and_variance(name, n_train)
         values = (case.rows.read(name, 0, n_train) - mean) / torch.where(variance > 0, variance, 1).sqrt()
         kernels.append(values.flatten(1) @ values.flatten(1).T)
     return torch.stack(kernels)

@@ -17,12 +17,12 @@ import torch
 from measure import Figure, options, peak_gb, report
 
 from featcache.dataset.algonauts import response_files
-from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import ImageFiles, Subject
 from featcache.machine.memory import give_back_memory, keep_freed_memory
 from heads.config import RidgeConfig
-from heads.solvers.base import cross_validate
-from heads.solvers.ridge_folds import RidgeFits
+from heads.fit.out_of_fold import predict_surface
+from heads.solvers.held_out import FoldPlan
+from heads.solvers.ridge_folds import RidgeFolds
 
 
 def write(folder: Path, n_images: int, n_vertices: dict[str, int]) -> None:
@@ -42,8 +42,8 @@ def fit(folder: Path, n_images: int, n_test: int, n_features: int, n_vertices: d
         "subj01", train, test, response_files(folder), n_vertices, {h: {} for h in n_vertices}, nothing, nothing
     )
     features = torch.randn(n_images + n_test, n_features)
-    heads = RidgeFits(features, assign_folds(train.ids, 5, 0), RidgeConfig())
-    saved = {h: cross_validate(heads, subject, h, lambda n: None)[1] for h in n_vertices}
+    heads = RidgeFolds(features, FoldPlan.of_frozen(train.ids, 5, 0), RidgeConfig())
+    saved = {h: predict_surface(heads, subject, h, lambda n: None)[1] for h in n_vertices}
     assert all(saved.values())
 
 

@@ -1,3 +1,67 @@
-"""Images in, cached feature rows out."""
+"""Predict responses of the visual cortex from cached image features: extract once, refit heads in seconds, blend.
+
+    import featcache as fc
+
+    challenge = fc.open_challenge("data/challenge")
+    fc.extract(challenge.subjects, fc.ExtractConfig(), work)
+    fc.fit_heads(challenge.subjects, fc.FitConfig(loss="mnnpc"), work)
+    fc.blend(challenge, fc.BlendConfig(), work)
+
+These names, listed in `__all__`, are the public interface. Each is loaded when it is first used, so that importing
+featcache takes no time. Everything else may change from one version to the next.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
+
+_PUBLIC = {  # {name: where it is, and its name there if that is another}
+    "AdamWConfig": "heads.config",
+    "BackboneConfig": "featcache.config",
+    "BlendConfig": "heads.config",
+    "Challenge": "featcache.dataset.subject",
+    "ExtractConfig": "featcache.config",
+    "FeatcacheError": "featcache.errors",
+    "FitConfig": "heads.config",
+    "ImageFiles": "featcache.dataset.subject",
+    "LOSSES": "heads.scores.losses",
+    "LayerConfig": "featcache.config",
+    "RidgeConfig": "heads.config",
+    "RidgeHead": "heads.solvers.ridge",
+    "SimulateConfig": "featcache.simulate",
+    "SpatialConfig": "heads.config",
+    "StageConfig": "heads.config",
+    "Subject": "featcache.dataset.subject",
+    "TrainConfig": "heads.config",
+    "accuracy": "heads.scores.metrics:noise_normalized_accuracy",
+    "blend": "heads.blend.run",
+    "extract": "featcache.cache.extract",
+    "fit_heads": "heads.fit.run",
+    "open_challenge": "featcache.dataset.algonauts",
+    "pearson_r": "heads.scores.metrics",
+    "train_stage": "heads.backbones.stages",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'featcache' has no attribute {name!r}")
+    module, _, name_there = _PUBLIC[name].partition(":")
+    value = getattr(load_module(module), name_there or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def load_module(name: str) -> ModuleType:
+    """Import a module of featcache or of heads, which is beside featcache in the repository and inside it elsewhere."""
+    if name.partition(".")[0] == "heads" and Path(__file__).with_name("heads").is_dir():
+        import_module("featcache.heads")  # which takes the name heads
+    return import_module(name)

@@ -60,3 +60,8 @@ class LeakError(FeatcacheError):
 
 class CheckpointError(FeatcacheError):
     """A checkpoint that is missing, damaged, diverged, or of another architecture or dataset."""
+
+
+def first_line(error: BaseException) -> str:
+    """First line of what another library says of an error, 200 characters at most."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

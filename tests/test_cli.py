@@ -62,19 +62,19 @@ def test_losses_with_one_optimum_share_their_heads_and_others_do_not(work, capfd
 
 def test_several_losses_are_a_model_each_unless_they_are_one(work, capfd):
     run(capfd, "extract", "--layers", "pooled")
-    arguments = ("--loss", "mnnpc,0.5*mse+pearson", "--solver", "moments")
+    arguments = ("--loss", "mnnpc,0.5*mse+pearson", "--solver", "adamw", "--epochs", "2")
     both = run(capfd, "fit-heads", *arguments)
     assert len({s["model"] for s in both["stores"]}) == 2
     subjects = [s["subject"] for s in both["stores"]]
     assert subjects == sorted(subjects) and len(subjects) == 2 * len(set(subjects))
-    alone = run(capfd, "fit-heads", "--loss", "pearson+0.5*mse", "--solver", "moments")  # the same sum, found again
+    alone = run(capfd, "fit-heads", "--loss", "pearson+0.5*mse", *arguments[2:])  # the same sum, found again
     assert {s["path"] for s in alone["stores"]} < {s["path"] for s in both["stores"]}
     one = run(capfd, "fit-heads", "--loss", "mnnpc,pearson,mse")
     assert len({s["model"] for s in one["stores"]}) == 1
     assert len({s["path"] for s in both["stores"] + one["stores"]}) == 3 * len(set(subjects))
     assert cli.run(["fit-heads", "--loss", "mnnpc,none"]) == 1
     assert "'none'" in capfd.readouterr().err
-    assert cli.run(["fit-heads", "--solver", "moments", "--batch-size", "9"]) == 1
+    assert cli.run(["fit-heads", "--solver", "ridge", "--batch-size", "9"]) == 1
     assert "--batch-size: expected --solver adamw" in capfd.readouterr().err
 
 
@@ -128,7 +128,7 @@ def test_simulate_writes_a_tree_that_check_passes(tmp_path, capfd):
         "0",
         "--vertices",
         "90",
-        "--size",
+        "--image-size",
         "32",
     )
     run(capfd, "simulate", "--data", data, *sizes, "--workers", "1")
@@ -286,7 +286,7 @@ def test_an_interruption_says_what_is_kept(work, monkeypatch, capfd):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("featcache.cache.extract.load_backbone", interrupted)
+    monkeypatch.setattr("featcache.cache.sources.load_backbone", interrupted)
     assert cli.run(["extract"]) == 130
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: interrupted; what was committed is kept")
 

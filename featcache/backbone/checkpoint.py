@@ -23,11 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from featcache.backbone.network import TimmBackbone, load_backbone
-from featcache.backbone.weights import first_line
 from featcache.config import BackboneConfig, fingerprint
 from featcache.dataset.digests import file_digest
 from featcache.dataset.subject import Subject
-from featcache.errors import CheckpointError
+from featcache.errors import CheckpointError, first_line
 from featcache.machine.files import replace_json
 from featcache.machine.progress import say
 from featcache.workdir import Workdir
@@ -129,7 +128,7 @@ class CheckpointKey:
 
     @property
     def label(self) -> str:
-        """Begin of the name of its folder: stage, subject of stage 2, backbone, 'soup' for a mean, fold."""
+        """Beginning of its folder's name: stage, subject of stage 2, backbone, 'soup' for a mean, fold."""
         subjects = self.subjects if self.stage == "finetune" else ()
         mean = ["soup"] if self.mean_of else []
         return "-".join([self.stage, *subjects, self.backbone.name, *mean, f"fold{self.split.fold}"])

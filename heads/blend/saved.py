@@ -113,25 +113,21 @@ def load_blend(path: Path) -> SavedBlend:
 
 def refuse_strangers(path: Path, blend: SavedBlend, models: SubjectModels) -> None:
     """Raise StoreError where a blend lacks a subject, is of other vertices, or needs a model that is not there."""
+
+    def refusal(expected: str, found: object, remedy: str = "run 'blend' on this tree") -> StoreError:
+        return StoreError(path, expected=expected, found=found, remedy=remedy)
+
     for subject, of_subject in models.items():
         names = {model.name for model in of_subject}
-        for surface in subject.surfaces:
-            n_vertices, retry = subject.n_vertices[surface], "run 'blend' on this tree"
+        for surface, n_vertices in subject.n_vertices.items():
             coefficients = blend.get(subject.name, {}).get(surface)
             if coefficients is None:
-                raise StoreError(
-                    path, expected=f"a blend of {subject.name} {surface}", found=_label(blend), remedy=retry
-                )
-            if missing := sorted(set(coefficients.needed) - names):
-                raise StoreError(
-                    path,
-                    expected=f"predictions of {subject.name} by {', '.join(missing)}",
-                    found="none",
-                    remedy="extract and fit the same models first",
-                )
+                raise refusal(f"a blend of {subject.name} {surface}", _label(blend))
+            if missing := ", ".join(sorted(set(coefficients.needed) - names)):
+                what = f"predictions of {subject.name} by {missing}"
+                raise refusal(what, "none", "extract and fit the same models first")
             if len(coefficients.intercept) != n_vertices:
-                expected = f"{n_vertices} vertices of {subject.name} {surface}"
-                raise StoreError(path, expected=expected, found=len(coefficients.intercept), remedy=retry)
+                raise refusal(f"{n_vertices} vertices of {subject.name} {surface}", len(coefficients.intercept))
 
 
 def _label(blend: SavedBlend) -> str:

@@ -1,7 +1,7 @@
 """models and blend: predictions -> submission."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,17 +20,12 @@ from heads.commands.options import (
     given,
     on_command_line,
     open_tree,
+    option_of,
 )
 from heads.config import BLEND_PRESETS, BlendConfig, blend_preset
 from heads.recipes.jobs import Job, Outcome
 
 _PRESETS = {name: vars(blend_preset(name)) for name in BLEND_PRESETS}
-
-
-def _pattern(name: str) -> Any:
-    """The option of a field of BlendConfig, for a command that has no other of its fields."""
-    (setting,) = (field for field in fields(BlendConfig) if field.name == name)
-    return typer.Option(help=setting.metadata["help"], rich_help_panel="Blend")
 
 
 @command()
@@ -39,8 +34,8 @@ def models(
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
-    models: Annotated[str, _pattern("models")] = BlendConfig.models,
-    exclude: Annotated[str, _pattern("exclude")] = BlendConfig.exclude,
+    models: Annotated[str, option_of(BlendConfig, "models")] = BlendConfig.models,
+    exclude: Annotated[str, option_of(BlendConfig, "exclude")] = BlendConfig.exclude,
 ) -> Job:
     """List the models that there are to blend: their scores, fold by fold, and how alike they are."""
 

@@ -7,22 +7,14 @@ import typer
 
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
 from featcache.workdir import Workdir
-from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, open_tree, read
+from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, open_tree, option_of, read
 from heads.recipes.jobs import Job, Outcome
 
 
 @command()
 def layers(
     backbone: Annotated[str, typer.Argument(help="Any model name of timm.")],
-    size: Annotated[
-        int | None,
-        typer.Option(
-            envvar="FEATCACHE_SIZE",
-            help="Pixels on a side of the images that it reads.",
-            rich_help_panel="Backbone",
-            show_default="as its weights were trained",
-        ),
-    ] = None,
+    size: Annotated[int | None, option_of(BackboneConfig, "size")] = BackboneConfig.size,
 ) -> Job:
     """List the layers of a backbone that can be cached, with the size of their maps."""
 

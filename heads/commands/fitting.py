@@ -19,9 +19,10 @@ from heads.commands.options import (
     given,
     on_command_line,
     open_tree,
+    option_of,
     read,
 )
-from heads.config import HEADS, AdamWConfig, FitConfig, SpatialConfig, adamw_of, refuse_unread
+from heads.config import HEADS, AdamWConfig, BlendConfig, FitConfig, SpatialConfig, adamw_of, refuse_unread
 from heads.recipes.jobs import Job, Outcome
 
 if TYPE_CHECKING:
@@ -81,13 +82,7 @@ def maps(
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
-    models: Annotated[
-        str,
-        typer.Option(
-            help="Models to take, by name: patterns such as '*spatial*', several with commas between.",
-            rich_help_panel="Blend",
-        ),
-    ] = "*",
+    models: Annotated[str, option_of(BlendConfig, "models")] = BlendConfig.models,
 ) -> Job:
     """Write where in the image, and in which layers, heads look: for each vertex, for each ROI, and as pictures."""
 

@@ -150,19 +150,27 @@ def _offered(settings: type) -> list[Field[Any]]:
 
 
 def _parameter(setting: Field[Any], presets: Mapping[str, Mapping[str, Any]] | None) -> inspect.Parameter:
-    about, default = setting.metadata, _default(setting)
-    shown: str | bool = about.get("shown", default not in (None, ""))
     kind: Any = setting.type
-    if presets is not None:
-        shown, default, kind = _values(setting.name, presets), None, kind | None
-    option = typer.Option(
+    if presets is None:
+        return _keyword(setting.name, Annotated[kind, _option(setting)], _default(setting))
+    return _keyword(setting.name, Annotated[kind | None, _option(setting, _values(setting.name, presets))], None)
+
+
+def option_of(settings: type, name: str) -> Any:
+    """The option of one field, for a command that has no other field of these settings."""
+    return _option(next(setting for setting in _offered(settings) if setting.name == name))
+
+
+def _option(setting: Field[Any], shown: str | None = None) -> Any:
+    """shown : what help says of the default, where the settings do not say it"""
+    about = setting.metadata
+    return typer.Option(
         *([f"--{about['name']}"] if "name" in about else []),
         envvar=about.get("envvar"),
         help=about["help"],
         rich_help_panel=about["panel"],
-        show_default=shown,
+        show_default=about.get("shown", _default(setting) not in (None, "")) if shown is None else shown,
     )
-    return _keyword(setting.name, Annotated[kind, option], default)
 
 
 def _default(setting: Field[Any]) -> Any:

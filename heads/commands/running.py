@@ -6,8 +6,8 @@ from typing import Annotated, cast
 import typer
 import typer.core
 
-from featcache.config import DEVICES, ExtractConfig
-from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, on_command_line
+from featcache.config import ExtractConfig
+from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, on_command_line, option_of
 from heads.recipes.jobs import Job, Outcome
 from heads.recipes.steps import commands_of, read_recipe, ready, run_steps
 
@@ -22,9 +22,7 @@ def run(
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
-    device: Annotated[
-        str, typer.Option(help=f"Where to compute: {', '.join(DEVICES)}.", rich_help_panel="Machine")
-    ] = ExtractConfig.device,
+    device: Annotated[str, option_of(ExtractConfig, "device")] = ExtractConfig.device,
     plan: Annotated[
         bool,
         typer.Option(

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from featcache.config import usual_workers
-from heads.commands.options import DATA, Ceiling, Data, command, existing
+from featcache.config import ExtractConfig, usual_workers
+from heads.commands.options import DATA, Ceiling, Data, command, existing, option_of
 from heads.recipes.jobs import Job, Outcome
 
 
@@ -65,9 +65,7 @@ def simulate(
 def check(
     data: Data = DATA,
     noise_ceiling: Ceiling = None,
-    workers: Annotated[int, typer.Option(help="Threads that decode images.", rich_help_panel="Machine")] = (
-        usual_workers()
-    ),
+    workers: Annotated[int, option_of(ExtractConfig, "workers")] = usual_workers(),
 ) -> Job:
     """List everything that is wrong with a dataset."""
 

@@ -18,12 +18,14 @@ class AdamWConfig:
 
     learning_rate: float = option(
         3e-4,
-        "adamw: at the first step; it falls to zero on a cosine.",
+        "Learning rate of the first step of adamw; it falls to zero on a cosine.",
         "Training",
     )
-    weight_decay: float = option(0.1, "adamw: decoupled, on weights and not on intercepts.", "Training")
-    epochs: int = option(60, "adamw: passes over the training images, at most.", "Training")
-    batch_size: int = option(128, "adamw: images a step. A correlation loss compares these and no others.", "Training")
+    weight_decay: float = option(0.1, "Decoupled weight decay of adamw; intercepts have none.", "Training")
+    epochs: int = option(60, "Most passes of adamw over the training images.", "Training")
+    batch_size: int = option(
+        128, "Images a step of adamw. A correlation loss compares these and no others.", "Training"
+    )
     patience: int = 10  # epochs without a better validation score before it stops
     validation: int = 10  # one in so many training images decides when to stop, and is not trained on
 
@@ -41,7 +43,7 @@ def adamw_of(head: str) -> AdamWConfig:
     return _ADAMW.get(head, AdamWConfig())
 
 
-# Spatial heads start from the closed form, which long steps would only undo (docs/layers.md).
+# Spatial heads start from the closed form, which long steps would only undo (docs/decisions/0015).
 _ADAMW = {"spatial": AdamWConfig(learning_rate=1e-4, epochs=30, batch_size=32)}
 
 

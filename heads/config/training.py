@@ -28,7 +28,7 @@ class HeadKind:
 
 # A new kind of heads is one file and one entry here.
 HEAD_KINDS = {
-    "linear": HeadKind(build="heads.backbones.heads:build_pooled", start="heads.backbones.heads:start_pooled"),
+    "linear": HeadKind(build="heads.backbones.heads:build_linear", start="heads.backbones.heads:start_linear"),
     "spatial": HeadKind(
         build="heads.backbones.heads:build_spatial",
         start="heads.backbones.heads:start_spatial",
@@ -43,11 +43,8 @@ def _in_panel(panel: str, default: Any, meaning: str) -> Any:
 
 
 _train, _more = partial(_in_panel, "Training"), partial(_in_panel, "Training, in detail")
-_heads, _spatial, _machine = (
-    partial(_in_panel, "Heads"),
-    partial(_in_panel, "Spatial heads"),
-    partial(_in_panel, "Machine"),
-)
+_heads, _spatial = partial(_in_panel, "Heads"), partial(_in_panel, "Spatial heads")
+_machine = partial(_in_panel, "Machine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +54,9 @@ class TrainConfig:
     The order of the fields is the order of the settings in checkpoint.json.
     """
 
-    loss: str = _train("smooth_l1", f"{', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc.")
+    loss: str = _train(
+        "smooth_l1", f"What training optimises: {', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc."
+    )
     epochs: int = _train(5, "Passes over the training images. The learning rate is zero at the end of the last.")
     batch_size: int = _train(32, "Images that a device takes at a time.")
     accumulate: int = _more(1, "Batches before each step of the optimiser.")
@@ -79,7 +78,7 @@ class TrainConfig:
         "(stage 1's heads, or closed form).",
     )
     augment: bool = _more(False, "Shift and zoom images by up to 3 %, brightness, contrast and saturation by 10 %.")
-    stop: str = _train("fold", "fold: keep the epoch that scores best on the held-out fold; never: keep the last.")
+    stop: str = _train("fold", "What is kept. fold: the epoch that scores best on the held-out fold. never: the last.")
     patience: int = _train(3, "With --stop fold: epochs without a better score after which training ends.")
     embedding: int = _heads(512, "Stage 1: numbers that stand for a subject beside the features of an image.")
     head: str = _heads(
@@ -120,8 +119,8 @@ class TrainConfig:
 
     def _check(self, name: str, right: bool, expected: str, remedy: str) -> None:
         if not right:  # NaN compares as wrong everywhere
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(option, expected=expected, found=getattr(self, name), remedy=remedy)
+            where = f"--{name.replace('_', '-')}"
+            raise ConfigError(where, expected=expected, found=getattr(self, name), remedy=remedy)
 
     @property
     def kind(self) -> HeadKind:
@@ -170,7 +169,7 @@ def preset(name: str, stage: str) -> TrainConfig:
     """Settings of a stage under a preset, one of PRESETS. Raises ConfigError."""
     one_of("preset", name, PRESETS)
     if name == "fast":
-        # A batch of one subject is enough for correlations; shared among eight, it is not (docs/training.md).
+        # A batch of one subject is enough for correlations; shared among eight, it is not (docs/decisions/0017).
         return TrainConfig(loss="smooth_l1+pearson+mnnpc" if stage == "finetune" else "smooth_l1")
     # As published: AdamW, 1e-4 on a cosine to zero, batches of 8, 12 epochs or early stopping; the rest is torch's own.
     return TrainConfig(

@@ -79,36 +79,26 @@ def _models(subjects: Sequence[Subject], pattern: str, work: Path) -> Iterator[t
 
 def roi_means(subject: Subject, model: Model, maps: Mapping[str, VertexMaps]) -> Iterator[RoiMaps]:
     """Means over the vertices of all surfaces: over every vertex first, then over each ROI."""
-    squared_r = {h: np.nan_to_num(np.maximum(score(subject, h, model.store).r, 0)) ** 2 for h in maps}
-    fields = {surface: of_surface.fields() for surface, of_surface in maps.items()}
-    names = dict.fromkeys(roi for surface in maps for roi, mask in subject.rois[surface].items() if mask.any())
-    for roi in ("all", *names):
-        weights = {
-            surface: r * (1 if roi == "all" else subject.rois[surface].get(roi, np.zeros(len(r))))
-            for surface, r in squared_r.items()
-        }
-        if any(values.any() for values in weights.values()):
-            yield _roi_mean(roi, weights, maps, fields)
-
-
-def _roi_mean(
-    roi: str, weights: Mapping[str, np.ndarray], maps: Mapping[str, VertexMaps], fields: Mapping[str, np.ndarray]
-) -> RoiMaps:
-    total = sum(values.sum() for values in weights.values())
-
-    def mean(of_vertices: Mapping[str, np.ndarray]) -> np.ndarray:
-        return np.asarray(sum(np.tensordot(weights[surface], of_vertices[surface], 1) for surface in weights) / total)
-
+    r = np.concatenate([score(subject, surface, model.store).r for surface in maps])
+    shares = np.concatenate([of_surface.shares for of_surface in maps.values()])
+    fields = np.concatenate([of_surface.fields() for of_surface in maps.values()])
     first = next(iter(maps.values()))
-    shares = mean({surface: of_surface.shares for surface, of_surface in maps.items()}).tolist()
-    x, y, size = mean(fields).tolist()
-    return RoiMaps(
-        roi=roi,
-        n_vertices=int(sum((values > 0).sum() for values in weights.values())),
-        shares=dict(zip(first.layers, shares, strict=True)),
-        places={name: mean({surface: of.places[name] for surface, of in maps.items()}) for name in first.places},
-        field=(x, y, size),
-    )
+    places = {name: np.concatenate([of_surface.places[name] for of_surface in maps.values()]) for name in first.places}
+    masks = {"all": np.ones(len(r), dtype=bool)}
+    for roi in dict.fromkeys(roi for surface in maps for roi in subject.rois[surface]):
+        none = {surface: np.zeros(subject.n_vertices[surface], dtype=bool) for surface in maps}
+        masks[roi] = np.concatenate([subject.rois[surface].get(roi, none[surface]) for surface in maps])
+    for roi, mask in masks.items():
+        weights = np.nan_to_num(np.maximum(r, 0)) ** 2 * mask
+        if total := weights.sum():
+            x, y, size = (weights @ fields / total).tolist()
+            yield RoiMaps(
+                roi=roi,
+                n_vertices=int((weights > 0).sum()),
+                shares=dict(zip(first.layers, (weights @ shares / total).tolist(), strict=True)),
+                places={name: np.tensordot(weights, values, 1) / total for name, values in places.items()},
+                field=(x, y, size),
+            )
 
 
 def _write_vertices(path: Path, maps: Mapping[str, VertexMaps]) -> None:

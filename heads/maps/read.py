@@ -17,9 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
-from featcache.backbone.weights import first_line
 from featcache.cache.store import open_store
-from featcache.errors import StoreError
+from featcache.errors import StoreError, first_line
 from featcache.workdir import Workdir
 from heads.blend.models import Model
 from heads.features.rows import LayerRows
@@ -68,7 +67,7 @@ def read_maps(model: Model, work: Path) -> dict[str, VertexMaps] | None:
 
     Raises StoreError for a file of weights that is missing, damaged or of other heads.
     """
-    features = [open_store(Workdir(work).features / name) for name in model.feature_stores]
+    features = [open_store(Workdir(work).features / name) for name in model.facts.features.split("+")]
     arrays = tuple(model.key.features.get("read") or features[0].arrays)
     rows = [LayerRows(store, arrays, "cpu", 0) for store in features]
     if all(np.prod(grid) == 1 for grid in rows[0].grids.values()):

@@ -168,6 +168,8 @@ def _options_of(command: Any) -> dict[str, Option]:
     signature = inspect.signature(command.callback).parameters
     found = {}
     for one in command.params:
+        if one.hidden:  # a name of earlier versions, for the command line alone
+            continue
         annotation = signature[one.name].annotation
         kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
         kind = next((part for part in get_args(kind) if part in _KINDS), kind)  # of int | None

@@ -274,18 +274,15 @@ def _in_roi(score: VertexScores, roi: str, zero_ceiling: ZeroCeiling) -> tuple[F
 
 
 def _check_distinct(scores: Sequence[VertexScores]) -> None:
-    if not scores:
+    keys = [(score.subject, score.surface) for score in scores]
+    twice = [" ".join(key) for key in keys if keys.count(key) > 1]
+    if twice or not keys:
         raise FeatcacheError(
-            "a summary", expected="scores of a surface or more", found="none", remedy="score a subject first"
+            "a summary",
+            expected="scores of a surface or more, each once",
+            found=f"{twice[0]} twice" if twice else "none",
+            remedy="score each surface once",
         )
-    seen: set[tuple[str, str]] = set()
-    for score in scores:
-        key = (score.subject, score.surface)
-        if key in seen:
-            raise FeatcacheError(
-                "a summary", expected="each surface once", found=f"{' '.join(key)} twice", remedy="leave one out"
-            )
-        seen.add(key)
 
 
 def _checked_matrices(predictions: ArrayLike, responses: ArrayLike) -> tuple[Array, Array]:

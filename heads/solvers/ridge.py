@@ -11,7 +11,7 @@ images on their principal axes.
 Penalties are chosen on the training images alone, per vertex, by the smallest of
 - 'loo': the exact leave-one-out error, mean of ((y - h y) / (1 - h_ii))^2, one product of the size of X'Y a penalty;
 - 'gcv': generalised cross-validation, the same with h_ii replaced by its mean. It needs only X'Y, but trusts that
-  leverages are alike, which fails with few images that resemble each other (docs/log.md has the figures).
+  leverages are alike, which fails with few images that resemble each other (docs/decisions/0002).
 'auto' takes 'loo' up to 1,024 training images and 'gcv' beyond.
 
 Golub, Heath and Wahba 1979, https://doi.org/10.1080/00401706.1979.10489751

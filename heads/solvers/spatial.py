@@ -124,8 +124,8 @@ class SpatialTraining:
     def _start(self, heads: "_Heads", tasks: Sequence[Task], statistics: Statistics, k: int) -> None:
         """From the closed form on the rows that are trained on, as far as products of maps can follow it.
 
-        Gradients alone, from small random maps, end far below it (docs/layers.md). On features that were trained on
-        those rows the error there is no guide, and the penalty is one for all.
+        Gradients alone, from small random maps, end far below it (docs/decisions/0015). On features that were trained
+        on those rows the error there is no guide, and the penalty is one for all.
         """
         penalties = (1.0,) if self._members[0].plan.trained else self._config.ridge.penalties
         found = []

@@ -40,7 +40,7 @@ def test_a_stage_builds_the_heads_that_are_asked_for(tiny, stage, settings, kind
 
 
 def test_a_new_kind_of_heads_is_one_entry(tiny, monkeypatch):
-    entry = HeadKind(build="support.training:no_heads", start="heads.backbones.heads:start_pooled")
+    entry = HeadKind(build="support.training:no_heads", start="heads.backbones.heads:start_linear")
     monkeypatch.setitem(HEAD_KINDS, "none", entry)
     monkeypatch.setattr("support.training.no_heads", lambda *given: given, raising=False)
     config = StageConfig(stage="pretrain", train=replace(QUICK, head="none", head_start="default"))

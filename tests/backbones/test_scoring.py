@@ -45,7 +45,7 @@ def test_saved_heads_on_features_score_what_training_scored(tiny, tmp_path, netw
         (pixels,) = cache_pixels([subject], trained, tmp_path, 1.0, 1)
         held_out = np.flatnonzero(np.isin(subject.train.ids, checkpoint.seen_ids, invert=True))
         with torch.inference_mode():
-            rows = trained.features(trained.normalise(pixels.read(held_out)), taps)
+            rows = trained.read(trained.normalise(pixels.read(held_out)), taps)
         for surface in subject.surfaces:
             head = head_of(checkpoint.heads(), names, subject.name, surface)
             r = pearson_r(head(rows).numpy(), subject.responses(surface)[held_out])

@@ -84,7 +84,7 @@ def test_a_store_of_a_checkpoint_says_how_it_was_trained_and_on_which_of_its_ima
         ids = subject.train.ids
         trained_here = set(ids[assign_folds(ids, N_FOLDS, 0) != k // 2].tolist())
         assert trained_here <= set(store.facts["seen_ids"])
-        assert set(store.facts["seen_ids"]) == set(checkpoint.facts["seen_ids"]) & set(subject.image_ids.tolist())
+        assert set(store.facts["seen_ids"]) == set(checkpoint.facts.seen_ids) & set(subject.image_ids.tolist())
         assert store.key["weights"] == checkpoint.backbone().digest
         assert store.facts["origin"] == f"checkpoint {checkpoint.name}"
 

@@ -143,13 +143,11 @@ def test_losses_that_share_their_heads_are_named():
     assert FitConfig(loss="mnnpc,pearson", solver="trained").shared_losses == []
 
 
-def test_closed_form_says_which_heads_and_losses_it_serves():
+def test_the_closed_form_takes_linear_heads_under_losses_with_its_optimum_alone():
     with pytest.raises(ConfigError, match=r"--solver ridge: expected .*mse, pearson, mnnpc; found .*smooth_l1"):
         FitConfig(loss="smooth_l1", solver="ridge")
     with pytest.raises(ConfigError, match="expected --head linear"):
         FitConfig(loss="mse", head="roi", solver="ridge")
-    with pytest.raises(ConfigError, match="solver"):
-        FitConfig(solver="moments")  # of an earlier version
 
 
 def test_the_builder_is_that_of_the_head_where_it_reads_more_than_a_matrix():
@@ -176,6 +174,7 @@ def test_spatial_heads_are_trained_with_settings_of_their_own():
     [
         (["epochs"], FitConfig(), "--epochs"),
         (["learning_rate"], FitConfig(solver="ridge"), "--learning-rate"),
+        (["batch_size"], FitConfig(solver="ridge"), "--batch-size"),
         (["rank"], FitConfig(head="roi"), "--rank"),
         (["loss"], FitConfig(solver="trained"), "--loss"),
         (["folds"], FitConfig(solver="trained"), "--folds"),

@@ -13,8 +13,8 @@ SPATIAL = TrainConfig(head="spatial")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"head": "places"}, "--head: expected one of pooled, spatial; found 'places'"),
-        ({"layers": "all"}, "--layers: expected --head spatial with it; found --head pooled"),
+        ({"head": "places"}, "--head: expected one of linear, spatial; found 'places'"),
+        ({"layers": "all"}, "--layers: expected --head spatial with it; found --head linear"),
         ({"token_dropout": 0.0}, "--token-dropout: expected --head spatial"),
         ({"head": "spatial", "token_dropout": 1.0}, "--token-dropout: expected a number from 0 and below 1"),
         ({"head": "spatial", "rank": 0}, "--rank: expected 1 or more"),

@@ -8,10 +8,9 @@ import pytest
 from featcache.cache.store import Row, create_store
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.splits import assign_folds
-from featcache.workdir import Workdir
 from heads.features.sets import feature_sets
 from heads.solvers.held_out import FoldPlan
-from support.problems import feature_key
+from support.keys import feature_key, training_of
 
 
 @pytest.fixture
@@ -20,9 +19,12 @@ def subject(tiny, monkeypatch):
     return open_challenge(tiny).subjects[0]
 
 
-def store(subject, work, fold=None, age=0.0, layers=("pooled",), **about):
-    key = feature_key(subject, layers, fold, seed=7, **about).to_json()
-    made = create_store(Workdir(work).features, "f", key, subject.image_ids, len(subject.train), {"pooled": 4}, {})
+def store(subject, work, fold=None, weights="w", training="t", images="these", age=0.0, **about):
+    key = feature_key(subject.name, images=images, weights=weights)
+    key["fold"] = None if fold is None else training_of(fold, training, seed=7)
+    made = create_store(
+        work / "features.zarr", "f", key | about, subject.image_ids, len(subject.train), {"pooled": 4}, {}
+    )
     made.append({"pooled": np.full((len(subject.image_ids), 4), fold or 0, dtype=np.float32)})
     when = 1_000_000_000 - age
     os.utime(made.path / "committed.json", (when, when))
@@ -44,7 +46,7 @@ def test_trainings_layers_and_frozen_backbones_stay_apart(subject, tmp_path):
     for fold in (0, 1):
         store(subject, tmp_path, fold)
         store(subject, tmp_path, fold, training="other")
-        store(subject, tmp_path, fold, layers=("deep",))
+        store(subject, tmp_path, fold, layers=["deep"])
     store(subject, tmp_path)
     store(subject, tmp_path, weights="v")
     sets = feature_sets(subject, tmp_path)
@@ -72,9 +74,9 @@ LAYERED = {"pooled": Row((4,)), "a.cls": Row((3,)), "a": Row((2, 2, 3), "float16
 
 @pytest.fixture
 def layered(subject, tmp_path):
-    key = feature_key(subject, ("pooled", "a", "b")).to_json()
+    key = feature_key(subject.name, layers=["pooled", "a", "b"])
     n = len(subject.image_ids)
-    made = create_store(Workdir(tmp_path).features, "f", key, subject.image_ids, len(subject.train), LAYERED, {})
+    made = create_store(tmp_path / "features.zarr", "f", key, subject.image_ids, len(subject.train), LAYERED, {})
     made.append({name: np.full((n, *row.shape), k) for k, (name, row) in enumerate(LAYERED.items())})
     (one,) = feature_sets(subject, tmp_path)
     return one

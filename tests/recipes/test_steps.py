@@ -101,9 +101,8 @@ def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(work, write, mo
 
 
 def test_a_tree_that_is_there_is_not_simulated_again(work, write, tmp_path, capfd):
-    text = (
-        'steps = [{run = "simulate", subjects = 1, images = 12, test-images = 3, shared = 0, vertices = 90, size = 32}]'
-    )
+    settings = "subjects = 1, images = 12, test-images = 3, shared = 0, vertices = 90, image-size = 32"
+    text = f'steps = [{{run = "simulate", {settings}}}]'
     arguments = ("run", write(text), "--data", str(tmp_path / "made"))
     assert [one["skipped"] for one in run(capfd, *arguments)["steps"]] == [False]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "made").rglob("*")}

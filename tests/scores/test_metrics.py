@@ -423,7 +423,7 @@ def test_counts_add_up(sizes, seed):
 
 
 def test_summary_needs_scores_and_each_of_them_once():
-    with pytest.raises(FeatcacheError, match="expected scores of a surface or more; found none"):
+    with pytest.raises(FeatcacheError, match="expected scores of a surface or more, each once; found none"):
         summarize([])
     with pytest.raises(FeatcacheError, match="found subj02 lh twice"):
         summarize([*two_subjects(), two_subjects()[0]])

@@ -9,6 +9,7 @@ from featcache.dataset.algonauts import response_files
 from featcache.dataset.digests import image_digest
 from featcache.dataset.subject import ImageFiles, Subject
 from featcache.workdir import Workdir
+from support.keys import feature_key
 
 SHAPES = {"near": (4, 4, 6), "far": (3, 3, 8), "pooled": (5,)}
 PLANTED = {"lh": ("near", (1, 2)), "rh": ("far", (2, 0))}  # the layer and the place that a surface looks at
@@ -54,27 +55,11 @@ def planted_features(folder: Path, work: Path) -> Subject:
     return subject
 
 
-def feature_key(shapes, images: str = "") -> dict:
-    return {
-        "layers": list(shapes),
-        "grids": {name: list(shape[:2]) for name, shape in shapes.items() if len(shape) > 1},
-        "pool": "avg",
-        "subject": "subj01",
-        "images": images,
-        "image_ids": "",
-        "backbone": "planted",
-        "weights": "",
-        "timm": "",
-        "transform": {"input_size": [3, 8, 8]},
-        "dtype": "float32",
-        "fold": None,
-    }
-
-
 def store_features(work: Path, image_ids: np.ndarray, values, images: str = "") -> Store:
     """A whole feature store of the subject's images."""
     rows = {name: Row(array.shape[1:], str(array.dtype)) for name, array in values.items()}
-    key = feature_key({name: array.shape[1:] for name, array in values.items()}, images)
+    grids = {name: list(array.shape[1:3]) for name, array in values.items() if array.ndim > 2}
+    key = feature_key("subj01", images=images, layers=list(values), grids=grids, pool="avg")
     store = create_store(Workdir(work).features, "subj01-planted", key, image_ids, N_TRAIN, rows, {})
     store.append(values)
     return store

@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from featcache.cache.keys import FeatureKey, FoldKey
 from featcache.cache.store import Row, Store, create_store
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Subject
-from featcache.workdir import Workdir
 from heads.config import FitConfig
 from heads.features.sets import FeatureSet
 from heads.solvers.base import Problem
 from heads.solvers.held_out import FoldPlan
 from support.checkpoints import N_FOLDS, write_checkpoint
+from support.keys import feature_key, training_of
 
 N_VERTICES = {"lh": 5, "rh": 4}
 VECTOR = {"pooled": (6,)}
@@ -98,31 +97,14 @@ def features_of(
     return FeatureSet(tuple(stores))
 
 
-def feature_key(
-    subject: Subject,
-    layers: tuple[str, ...] = ("pooled",),
-    fold: int | None = None,
-    *,
-    stage: str = "finetune",
-    training: str = "t",
-    seed: int = 0,
-    **changes: Any,
-) -> FeatureKey:
-    """A key of features that nothing computed; of a backbone that was trained without a fold, or of a frozen one."""
-    split = {"n_folds": N_FOLDS, "seed": seed}
-    trained = None if fold is None else FoldKey(stage=stage, training=training, fold=fold, **split)
-    usual = {"images": "these", "image_ids": "ids", "backbone": "b", "weights": "w", "timm": "1", "dtype": "float32"}
-    size = {"input_size": [3, 32, 32]}
-    return FeatureKey(subject=subject.name, layers=layers, fold=trained, transform=size, **(usual | changes))
-
-
 def _store(
     subject: Subject, work: Path, shapes: Mapping[str, tuple[int, ...]], fold: int | None, facts: dict[str, Any]
 ) -> Store:
     values = planted_features(len(subject.image_ids), shapes, fold or 0)
-    key = feature_key(subject, tuple(shapes), fold, weights=f"w{fold}").to_json()
+    training = None if fold is None else training_of(fold, stage="finetune", n_folds=N_FOLDS)
+    key = feature_key(subject.name, weights=f"w{fold}", layers=list(shapes), fold=training)
     rows = {name: Row(one.shape[1:], str(one.dtype)) for name, one in values.items()}
-    store = create_store(Workdir(work).features, "f", key, subject.image_ids, len(subject.train), rows, facts)
+    store = create_store(work / "features.zarr", "f", key, subject.image_ids, len(subject.train), rows, facts)
     store.append(values)
     return store
 

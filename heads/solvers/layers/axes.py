@@ -20,7 +20,7 @@ from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import Prior
 from heads.solvers.ridge import eigh_of
 
-LANDMARKS = 2048  # as many images, where images and features are more (docs/layers.md: what that costs)
+LANDMARKS = 2048  # as many images, where images and features are more (docs/decisions/0014)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from heads.features.rows import LayerRows
 from heads.solvers.layers.priors import Prior, depths_of
 
 _MIXED = 1 << 25  # numbers in the dual weights of the places that are multiplied at once
-BLUR = 0.75  # standard deviation over places, in cells of a 7 x 7 grid (docs/layers.md has the measurement)
+BLUR = 0.75  # standard deviation over places, in cells of a 7 x 7 grid (docs/decisions/0013)
 
 
 class _Statistics(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 
 CENTRES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of windows, as parts of the image's side
 WIDTHS = (0.16, 0.08)  # standard deviations of windows, likewise
-NARROW_IMAGES = 1000  # training images, from which on the second width is worth its time (docs/layers.md)
+NARROW_IMAGES = 1000  # training images, from which on the second width is worth its time (docs/decisions/0014)
 DEPTHS: tuple[float | None, ...] = (None, 0.0, 0.5, 1.0)  # preferences among several layers
 DEPTH_WIDTH = 0.25  # standard deviation of a preference for a depth, as a part of the network's layers
 

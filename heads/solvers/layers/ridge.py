@@ -8,7 +8,7 @@ more images than a kernel can be decomposed for).
 Every vertex has a penalty under every prior. Its prediction is the mean over priors, weighed by how well each did:
 exp(-n / 8 * error / variance), where the error is leave-one-out or generalised on the n training images (see
 ridge.py), or on held-out images where the backbone was trained on the others (see held_out.py). A single best prior
-is noisier; the mean was better on every recording tried (docs/layers.md).
+is noisier; the mean was better on every recording tried (docs/decisions/0013).
 
 Penalties over groups of features: Dupré la Tour et al. 2022, https://doi.org/10.1016/j.neuroimage.2022.119728
 """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from heads.report.tables import as_json, score_table
+from heads.report.scores import score_table, scores_as_json
 from heads.scores.metrics import VertexScores, summarize
 
 N_VERTICES = {"subj01": 4, "subj02": 6}
@@ -58,7 +58,7 @@ def test_a_method_without_a_subject_has_no_number_over_all_and_a_note_says_which
     found, notes = cells({"part": scores_of(ONE, 0.5), "whole": scores_of(BOTH, 0.4)})
     assert found["subj01"] == ["8", "25.00", "16.00"] and found["subj02"] == ["12", "", "16.00"]
     assert found["V1"] == ["10", "-", "16.00"] and found["all vertices"] == ["20", "-", "16.00"]
-    assert notes == ["- part: of subj01 alone"]
+    assert notes == ["- part: has subj01 alone"]
 
 
 def test_methods_of_different_subjects_are_not_compared_at_all():
@@ -77,13 +77,13 @@ def test_many_methods_have_a_row_each_with_the_same_numbers():
     found, notes = cells({f"model {n}": scores_of(BOTH if n else ONE, value) for n, value in enumerate(r)})
     expected = {f"model {n}": [f"{100 * value**2:.2f}"] * 3 for n, value in enumerate(r)}
     assert found == expected | {"model 0": ["1.00", "", "-"]}
-    assert notes == ["- model 0: of subj01 alone", "- by ROI: --json"]
+    assert notes == ["- model 0: has subj01 alone", "- for scores of ROIs, add --json"]
 
 
 @pytest.mark.parametrize("subjects", [ONE, BOTH])
 def test_json_has_the_rows_that_the_table_has_numbers_for(subjects):
     scores = {"a": scores_of(subjects, 0.5), "b": scores_of(BOTH, 0.4)}
-    found = as_json(scores)
+    found = scores_as_json(scores)
     whole = [one.to_json() for one in summarize(scores["b"])]
     assert found["b"] == whole
     expected = [one.to_json() for one in summarize(scores["a"])]
