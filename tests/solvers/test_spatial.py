@@ -107,6 +107,25 @@ def subject_of(folder, name, ids, responses, ceilings=None):
     return Subject(name, train, test, paths, n_vertices, rois, ceilings or nothing, nothing)
 
 
+@pytest.fixture(scope="module")
+def planted():
+    """Ids, features and responses of all images; for reading."""
+    values, ids = values_of(N_TRAIN + N_TEST), ids_of(N_TRAIN)
+    return ids, values, responses_of(values)
+
+
+@pytest.fixture(scope="module")
+def member(planted, tmp_path_factory):
+    """A subject with these, whose rows are in memory; for reading."""
+    return member_of(tmp_path_factory.mktemp("member"), planted)
+
+
+@pytest.fixture(scope="module")
+def few_fits(member):
+    """What a short training gives of its first surface."""
+    return fits_of([member], config_of(FEW))
+
+
 def member_of(folder, planted, trained=False, budget=np.inf, name="subj01"):
     ids, values, responses = planted
     several = values if isinstance(values, list) else [values]
@@ -154,8 +173,7 @@ def watched(monkeypatch):
 
 
 @pytest.mark.parametrize(("rank", "space", "loss"), [(1, 0, "mse"), (2, 0, "smooth_l1+mnnpc"), (1, 12, "pearson")])
-def test_one_place_of_one_layer_is_predicted_out_of_fold_and_on_test_images(tmp_path, planted, rank, space, loss):
-    member = member_of(tmp_path, planted)
+def test_one_place_of_one_layer_is_predicted_out_of_fold_and_on_test_images(member, planted, rank, space, loss):
     found = out_of_fold(member, config_of(loss=loss, rank=rank, space=space))
     for surface, truth in planted[2].items():
         assert found[surface].shape == truth.shape and found[surface].dtype == np.float32
@@ -231,8 +249,7 @@ def test_every_image_is_predicted_once_by_a_head_of_its_fold_and_its_backbone(tm
     assert min(r[:2]) > 0.4 and r[2] < 0.3  # the third backbone says nothing of these responses
 
 
-def test_saved_heads_rebuild_the_test_predictions_of_their_fold(tmp_path, planted):
-    member = member_of(tmp_path, planted)
+def test_saved_heads_rebuild_the_test_predictions_of_their_fold(member):
     for space in (0, 3):
         fits = fits_of([member], config_of(FEW, space=space, rank=2), surface="rh")
         for k, fold in enumerate(fits.folds):
@@ -257,36 +274,32 @@ def test_predictions_are_in_the_units_of_the_responses(tmp_path, planted):
 
 def test_a_vertex_that_never_answers_is_predicted_as_it_is(tmp_path, planted):
     ids, values, responses = planted
-    for one in responses.values():
-        one[:, 1] = 0
-    found = out_of_fold(member_of(tmp_path, (ids, values, responses)), config_of(FEW, "mnnpc"))
+    silent = {surface: own * (np.arange(own.shape[1]) != 1) for surface, own in responses.items()}
+    found = out_of_fold(member_of(tmp_path, (ids, values, silent)), config_of(FEW, "mnnpc"))
     for one in found.values():
         assert np.isfinite(one).all()
         np.testing.assert_allclose(one[:, 1], 0, atol=1e-5)
 
 
-def test_ceilings_of_both_surfaces_weigh_the_loss(tmp_path, planted):
+def test_ceilings_of_both_surfaces_weigh_the_loss(member):
     ceilings = [{h: np.full(n, 0.3, np.float32) for h, n in N_VERTICES.items()} for _ in range(2)]
     ceilings[1]["lh"][0] = 1
     tests = []
-    for k, ceiling in enumerate(ceilings):
-        member = member_of(tmp_path / str(k), planted)
-        member = replace(member, subject=replace(member.subject, noise_ceiling=ceiling))
-        tests.append(fits_of([member], config_of(FEW, "mnnpc", space=3)).folds[0].test)
+    for ceiling in ceilings:
+        weighed = replace(member, subject=replace(member.subject, noise_ceiling=ceiling))
+        tests.append(fits_of([weighed], config_of(FEW, "mnnpc", space=3)).folds[0].test)
     assert not torch.equal(*tests)
 
 
-def test_the_seed_decides_everything(tmp_path, planted):
-    member = member_of(tmp_path, planted)
-    one = fits_of([member], config_of(FEW))
+def test_the_seed_decides_everything(member, few_fits):
     torch.manual_seed(99)
-    assert_same_fits(one, fits_of([member], config_of(FEW)), rtol=0, atol=0)
+    assert_same_fits(few_fits, fits_of([member], config_of(FEW)), rtol=0, atol=0)
     other = fits_of([member], config_of(FEW, seed=1))
-    assert not torch.equal(one.folds[0].test, other.folds[0].test)
+    assert not torch.equal(few_fits.folds[0].test, other.folds[0].test)
 
 
-def test_both_surfaces_come_from_one_training_a_fold(tmp_path, planted, monkeypatch):
-    trainings, member = watched(monkeypatch), member_of(tmp_path, planted)
+def test_both_surfaces_come_from_one_training_a_fold(member, monkeypatch):
+    trainings = watched(monkeypatch)
     training = training_of([member], config_of(FEW))
     for surface in member.subject.surfaces:
         predict_surface(training.solver(0), member.subject, surface, lambda _: None)
