@@ -1,47 +1,36 @@
-"""The table of models: numbered, with scores of all images and of every fold, and the model that is most alike."""
+"""The table of models: numbered from the best, each with the one that it is most like."""
 
-import pytest
+import io
+
+from rich.console import Console
 
 from heads.blend.overview import ModelScores
 from heads.report.models import model_table
 
 
-def scores_of(name, score, agreement):
-    words = {"backbone": "b", "checkpoint": "frozen", "layers": ("pooled",), "head": "linear", "objective": "ridge"}
-    folds = (score - 0.01, score + 0.012)
-    return ModelScores(name=name, subjects=("subj01",), score=score, folds=folds, agreement=agreement, **words)
+def model(name, score, agreement):
+    return ModelScores(
+        name=name,
+        backbone="net",
+        checkpoint="frozen",
+        layers=("pooled",),
+        head="linear",
+        objective="ridge",
+        subjects=("subj01",),
+        score=score,
+        folds=(score, score / 2),
+        agreement=agreement,
+    )
 
 
-MODELS = [
-    scores_of("first", 0.5, {"second": 0.25, "third": 0.75}),
-    scores_of("second", 0.4, {"first": 0.25, "third": 0.5}),
-    scores_of("third", 0.3, {"first": 0.75, "second": 0.5}),
-]
-
-
-def rows_of(table):
-    return list(zip(*(column.cells for column in table.columns), strict=True))
-
-
-def test_a_model_names_the_number_of_the_one_that_is_most_alike():
-    assert [row[0] for row in rows_of(model_table(MODELS, False))] == ["1", "2", "3"]
-    assert [row[-1] for row in rows_of(model_table(MODELS, False))] == ["3 (0.75)", "3 (0.50)", "1 (0.75)"]
-
-
-@pytest.mark.parametrize(
-    ("accuracy", "row", "measure"),
-    [
-        (False, ("1", "first", "0.500", "0.49 0.51", "3 (0.75)"), "no noise ceiling: mean r"),
-        (True, ("1", "first", "0.50", "0.5 0.5", "3 (0.75)"), "noise-normalised accuracy, %"),
-    ],
-    ids=["r", "accuracy"],
-)
-def test_digits_are_those_of_the_measure(accuracy, row, measure):
-    table = model_table(MODELS, accuracy)
-    assert rows_of(table)[0] == row and table.title.endswith(measure)
-    assert (table.caption is not None) == accuracy
-
-
-def test_a_model_alone_is_like_none():
-    (row,) = rows_of(model_table([scores_of("only", 0.5, {})], False))
-    assert row[-1] == "-"
+def test_models_are_numbered_and_point_at_the_most_similar_one():
+    models = [model("a", 40.0, {"b": 0.5, "c": 0.9}), model("b", 30.0, {"a": 0.5, "c": 0.1}), model("c", 20.0, {})]
+    out = io.StringIO()
+    Console(file=out, width=120).print(model_table(models, accuracy=True))
+    lines = out.getvalue().splitlines()
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    assert rows == [
+        ["1", "a", "40.00", "40.0 20.0", "3 (0.90)"],
+        ["2", "b", "30.00", "30.0 15.0", "1 (0.50)"],
+        ["3", "c", "20.00", "20.0 10.0", "-"],
+    ]
