@@ -182,6 +182,7 @@ def test_one_place_of_one_layer_is_predicted_out_of_fold_and_on_test_images(memb
         assert r[0].mean() > 0.65 and r[1].mean() > 0.65  # the noise leaves about 0.89
 
 
+@pytest.mark.slow
 def test_there_is_nothing_to_predict_in_noise(tmp_path, planted):
     ids, values, responses = planted
     order = np.random.default_rng(5).permutation(N_TRAIN)
