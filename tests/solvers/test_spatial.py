@@ -172,6 +172,7 @@ def watched(monkeypatch):
 # --- one subject
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "space", "loss"), [(1, 0, "mse"), (2, 0, "smooth_l1+mnnpc"), (1, 12, "pearson")])
 def test_one_place_of_one_layer_is_predicted_out_of_fold_and_on_test_images(member, planted, rank, space, loss):
     found = out_of_fold(member, config_of(loss=loss, rank=rank, space=space))
@@ -181,6 +182,7 @@ def test_one_place_of_one_layer_is_predicted_out_of_fold_and_on_test_images(memb
         assert r[0].mean() > 0.65 and r[1].mean() > 0.65  # the noise leaves about 0.89
 
 
+@pytest.mark.slow
 def test_there_is_nothing_to_predict_in_noise(tmp_path, planted):
     ids, values, responses = planted
     order = np.random.default_rng(5).permutation(N_TRAIN)
@@ -188,6 +190,7 @@ def test_there_is_nothing_to_predict_in_noise(tmp_path, planted):
     assert abs(r_of(member, config_of())) < 0.12
 
 
+@pytest.mark.slow
 def test_responses_of_a_fold_have_no_say_in_its_predictions(tmp_path, planted, member):
     ids, values, responses = planted
     held_out = assign_folds(ids, N_FOLDS, 0) == 1
@@ -206,9 +209,8 @@ def test_responses_of_a_fold_have_no_say_in_its_predictions(tmp_path, planted, m
         predict_surface(training.solver(0), one.subject, "lh", lambda _: None)[0]
         for one, training in zip(members, trainings, strict=True)
     ]
-    np.testing.assert_allclose(
-        pearson_r(*(values[:N_TRAIN][held_out] for values in stored)), 1, atol=1e-4
-    )  # one level and spread for all folds, no more
+    ours, theirs = (values[:N_TRAIN][held_out] for values in stored)
+    np.testing.assert_allclose(pearson_r(ours, theirs), 1, atol=1e-4)  # one level and spread for all folds, no more
 
 
 def test_images_that_decide_when_to_stop_are_not_trained_on(tmp_path, planted, member):
@@ -223,6 +225,7 @@ def test_images_that_decide_when_to_stop_are_not_trained_on(tmp_path, planted, m
     assert torch.equal(before.folds[0].test, after.folds[0].test)
 
 
+@pytest.mark.slow
 def test_on_trained_backbones_a_part_of_a_fold_has_no_say_in_the_head_that_predicts_it(tmp_path, planted):
     ids, _, responses = planted
     several = [values_of(N_TRAIN + N_TEST, seed) for seed in range(N_FOLDS)]
@@ -239,6 +242,7 @@ def test_on_trained_backbones_a_part_of_a_fold_has_no_say_in_the_head_that_predi
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_every_image_is_predicted_once_by_a_head_of_its_fold_and_its_backbone(tmp_path, planted):
     ids, values, responses = planted
     other = values_of(N_TRAIN + N_TEST, 9)
@@ -316,6 +320,7 @@ def test_both_surfaces_come_from_one_training_a_fold(member, monkeypatch):
 # --- rows from the disk
 
 
+@pytest.mark.slow
 def test_streamed_rows_give_what_rows_in_memory_give_in_the_same_order(tmp_path, planted, monkeypatch):
     monkeypatch.setattr(featcache.cache.store, "_CHUNK_ROWS", 16)
     monkeypatch.setattr(LayerRows, "shuffled", lambda self, index: index[torch.randperm(len(index))])
@@ -324,6 +329,7 @@ def test_streamed_rows_give_what_rows_in_memory_give_in_the_same_order(tmp_path,
     assert_same_fits(fits_of([kept], config_of(FEW)), fits_of([streamed], config_of(FEW)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_streamed_rows_predict_as_well(tmp_path, planted, monkeypatch):
     monkeypatch.setattr(featcache.cache.store, "_CHUNK_ROWS", 16)
     config = config_of()
@@ -397,6 +403,7 @@ def joint(folder, seed, n_few=36, n_many=300, noise=1.0):
     return members
 
 
+@pytest.mark.slow
 def test_a_subject_with_few_images_gains_from_one_with_many(tmp_path):
     config, alone, together = config_of(replace(QUICK, epochs=4), space=3), [], []
     for seed in range(2):
@@ -412,6 +419,7 @@ def test_an_image_is_in_the_same_fold_of_every_subject_that_saw_it(tmp_path):
     assert len(ours) == 36 and np.array_equal(one.plan.folds[ours], other.plan.folds[theirs])
 
 
+@pytest.mark.slow
 def test_responses_of_a_fold_reach_its_predictions_through_no_subject(tmp_path):
     members = joint(tmp_path, 0, n_many=120, n_few=90)
     config = config_of(FEW, space=3)
@@ -455,6 +463,7 @@ def test_no_subject_is_trained_on_what_another_chooses_by(tmp_path, monkeypatch)
     assert not seen or not np.intersect1d(np.concatenate(trained), np.concatenate(chosen)).size
 
 
+@pytest.mark.slow
 def test_a_few_images_of_each_are_enough_to_train_together(tmp_path):
     """Where the draw leaves a subject nothing to stop by, what is taken instead is no image that another trains on."""
     for seed in range(4):
@@ -468,6 +477,7 @@ def as_trained(member):
     return replace(member, rows=member.rows * N_FOLDS, plan=replace(member.plan, trained=True))
 
 
+@pytest.mark.slow
 def test_on_trained_backbones_no_subject_has_a_say_in_the_head_of_an_image_that_it_shares(tmp_path, monkeypatch):
     """However few images of a fold a subject has: its choices are of the same images as the others'."""
     trained = watched(monkeypatch)
@@ -569,6 +579,7 @@ def fresh(work, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [TINY, TINY_JOINT], ids=["alone", "joint"])
 def test_spatial_heads_are_fitted_once_and_stored_whole(tiny, fresh, said, monkeypatch, config):
     subjects, calls = open_challenge(tiny).subjects, watched(monkeypatch)
@@ -586,6 +597,7 @@ def test_spatial_heads_are_fitted_once_and_stored_whole(tiny, fresh, said, monke
     assert sum("already fitted" in line for line in said) == 2 and len(calls) <= 2 * N_FOLDS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [TINY, TINY_JOINT], ids=["alone", "joint"])
 def test_saved_weights_rebuild_the_predictions(tiny, fresh, said, config):
     subject = open_challenge(tiny).subjects[1]
@@ -610,6 +622,7 @@ def test_saved_weights_rebuild_the_predictions(tiny, fresh, said, config):
             assert varies.mean() > 0.2
 
 
+@pytest.mark.slow
 def test_a_joint_store_is_another_when_another_subjects_responses_are(tree, fresh, said):
     subjects = open_challenge(tree).subjects
     before = fit_heads(subjects, TINY_JOINT, fresh)
@@ -622,6 +635,7 @@ def test_a_joint_store_is_another_when_another_subjects_responses_are(tree, fres
     assert {one.model for one in after} == {one.model for one in before}
 
 
+@pytest.mark.slow
 def test_a_joint_training_of_several_models_is_done_once_for_all_subjects(tiny, fresh, said, monkeypatch):
     """Models and subjects are two loops, and only the last training is kept."""
     calls = watched(monkeypatch)
