@@ -85,7 +85,7 @@ def roi_means(subject: Subject, model: Model, maps: Mapping[str, VertexMaps]) ->
     first = next(iter(maps.values()))
     places = {name: np.concatenate([of_surface.places[name] for of_surface in maps.values()]) for name in first.places}
     masks = {"all": np.ones(len(r), dtype=bool)}
-    for roi in dict.fromkeys(roi for surface in maps for roi in subject.rois[surface]):
+    for roi in dict.fromkeys(roi for surface in maps for roi, mask in subject.rois[surface].items() if mask.any()):
         none = {surface: np.zeros(subject.n_vertices[surface], dtype=bool) for surface in maps}
         masks[roi] = np.concatenate([subject.rois[surface].get(roi, none[surface]) for surface in maps])
     for roi, mask in masks.items():

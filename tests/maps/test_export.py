@@ -63,8 +63,8 @@ def test_files_hold_the_maps_of_every_vertex_and_of_every_roi_with_vertices(plan
         np.testing.assert_array_equal(saved[f"{surface}/layer_shares"], of_surface.shares)
         np.testing.assert_array_equal(saved[f"{surface}/fields"], of_surface.fields())
     table = table_of(files[".csv"])
-    assert [row["roi"] for row in table] == ["all", "V1v", "FFA"]
-    assert [int(row["vertices"]) for row in table] == [10, 4, 1]
+    assert [row["roi"] for row in table] == ["all", "V1v", "FFA", "right"]
+    assert [int(row["vertices"]) for row in table] == [10, 4, 1, 1]
     for row in table:
         assert sum(float(row[f"share {name}"]) for name in SHAPES) == pytest.approx(1, abs=1e-3)
 

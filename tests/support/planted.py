@@ -28,6 +28,8 @@ def planted_subject(folder: Path, values, noise=0.5) -> Subject:
         for surface, n in N_VERTICES.items()
     }
     rois["rh"].pop("FFA")
+    for surface in rois:  # an ROI that is empty on the first surface comes after those that are not
+        rois[surface] = {"right": np.arange(N_VERTICES[surface]) == (0 if surface == "rh" else -1)} | rois[surface]
     nothing = dict.fromkeys(N_VERTICES)
     subject = Subject("subj01", train, test, response_files(folder / "subj01"), N_VERTICES, rois, nothing, nothing)
     for surface, (layer, (i, j)) in PLANTED.items():
