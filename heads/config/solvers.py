@@ -7,6 +7,7 @@ HEADS (docs/extending.md). Nobody else compares their names.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from featcache.errors import StoreError
 from heads.config.losses import LOSS_SPECS
 
 
@@ -80,8 +81,16 @@ HEADS: dict[str, HeadSpec] = {
 
 
 def solver_of(stored: str) -> SolverSpec:
-    """The solver that a prediction store names in its key."""
-    return next(spec for spec in SOLVERS.values() if spec.stored == stored)
+    """The solver that a prediction store names in its key. Raises StoreError for one that is not in the table."""
+    for spec in SOLVERS.values():
+        if spec.stored == stored:
+            return spec
+    raise StoreError(
+        "a prediction store",
+        expected=f"heads of a solver among {', '.join(spec.stored for spec in SOLVERS.values())}",
+        found=repr(stored),
+        remedy="add the solver's entry, or move the store out of the work folder",
+    )
 
 
 def automatic_solver(head: str, losses: Sequence[str]) -> str:

@@ -69,7 +69,8 @@ class Fits(NamedTuple):
     """What was fitted to one block.
 
     folds : one for each held-out fold
-    saved : {(prefix, part): tensor}, the heads themselves; the last axis is vertices, a prefix tells folds apart
+    saved : {(prefix, part): tensor}, the heads themselves; a prefix tells folds apart. Of a solver that takes blocks of
+        vertices, the last axis is vertices
     """
 
     folds: list[FoldFit]

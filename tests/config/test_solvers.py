@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 
+from featcache.errors import StoreError
 from heads.config import HEADS, LOSS_NAMES, SOLVERS, FitConfig
 from heads.config.registry import load
 from heads.config.solvers import automatic_solver, solver_of
@@ -37,6 +38,11 @@ def test_a_solver_is_found_by_the_name_that_stores_have():
     assert {solver_of(spec.stored).build for spec in SOLVERS.values()} == {spec.build for spec in SOLVERS.values()}
     assert solver_of("exact") is SOLVERS["ridge"]
     assert len({spec.stored for spec in SOLVERS.values()}) == len(SOLVERS)
+
+
+def test_a_store_of_an_unknown_solver_is_refused():
+    with pytest.raises(StoreError, match="expected heads of a solver among exact, adamw, trained; found 'lbfgs'"):
+        solver_of("lbfgs")
 
 
 def test_names_that_stores_have_stay_what_they_are():
