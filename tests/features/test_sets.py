@@ -82,8 +82,10 @@ def layered(subject, tmp_path):
     return one
 
 
-def test_joint_is_all_layers_and_the_key_of_the_store(layered):
-    (one,) = layered.reading("joint")
+@pytest.mark.parametrize("layers", ["all", "joint"])
+def test_all_is_one_model_of_all_layers_with_the_key_of_the_store(layered, layers):
+    """Earlier versions called it joint."""
+    (one,) = layered.reading(layers)
     assert one.names == tuple(LAYERED) and one.is_layered and "read" not in one.key()
     assert one.key() == layered.key()
 
@@ -114,7 +116,7 @@ def test_named_layers_are_read_in_the_order_of_the_network(layered, layers, name
     assert rows.dense()[0].tolist() == expected
 
 
-def test_naming_every_layer_is_joint(layered):
+def test_naming_every_layer_is_all(layered):
     assert layered.reading("b,a,pooled")[0].key() == layered.key()
 
 

@@ -7,13 +7,22 @@ import numpy as np
 import pytest
 import torch
 
+from featcache.cache.extract import extract
+from featcache.cache.pixels import cache_pixels
+from featcache.cache.store import open_store
+from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
 from featcache.dataset.algonauts import open_challenge
 from featcache.errors import CheckpointError, ConfigError, LeakError
 from featcache.workdir import Workdir
-from heads.config import FitConfig
+from heads.backbones.stages import train_stage
+from heads.config import FitConfig, StageConfig, TrainConfig
 from heads.features.rows import LayerRows
+from heads.features.sets import feature_sets
 from heads.fit.out_of_fold import predict_surface
+from heads.fit.run import fit_heads
 from heads.modules.linear import LinearMap
+from heads.modules.saved import spatial_head_of
+from heads.scores.metrics import pearson_r
 from heads.solvers.memory import Sizes
 from heads.solvers.trained import TrainedMaps, TrainedModules, build, predict, read_by_its_heads
 from support.plans import block_of, plan_of
@@ -158,3 +167,94 @@ def test_heads_that_saw_an_image_of_their_fold_are_refused(made):
     plan = replace(problem.plan, held_out=(1, 0, 2))  # as if stores were in another order
     with pytest.raises(LeakError, match="the heads of"):
         build(replace(problem, plan=plan))
+
+
+# --- spatial heads that were trained with their backbones
+
+SMALL = BackboneConfig(name="test_resnet", weights="none", size=32)
+SPATIAL = TrainConfig(head="spatial", epochs=1, batch_size=8, stop="never", layers="0,pooled", grid="2")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny, tmp_path_factory):
+    """A work folder with the checkpoints of two folds, and these."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    subjects = open_challenge(tiny).subjects[:1]
+    stage = StageConfig(
+        stage="finetune", train=SPATIAL, backbone=SMALL, init="none", n_folds=2, device="cpu", workers=1
+    )
+    return folder, [trained.checkpoint for trained in train_stage(subjects, stage, folder)]
+
+
+@pytest.fixture(scope="module")
+def extracted(tiny, checkpoints, tmp_path_factory):
+    """Makes a work folder with nothing but their features, on a grid; one more layer than the heads read is there."""
+    made = {}
+
+    def make(grid, folder):
+        if grid not in made:
+            made[grid] = tmp_path_factory.mktemp("extracted")
+            (made[grid] / "checkpoints").symlink_to(checkpoints[0] / "checkpoints")
+            layers = LayerConfig(layers=("0", "1", "pooled"), grid=grid)
+            config = ExtractConfig(backbone=SMALL, layers=layers, checkpoint="auto", workers=1, device="cpu")
+            extract(open_challenge(tiny).subjects[:1], config, made[grid])
+        for part in ("checkpoints", "features.zarr"):
+            (folder / part).symlink_to(made[grid] / part)
+        return folder
+
+    return make
+
+
+def layer_names(subject, work):
+    """Names of the layers that were extracted, in the order of the network."""
+    return [name for name in feature_sets(subject, work)[0].names if name != "pooled"]
+
+
+@pytest.mark.slow
+def test_spatial_heads_of_a_checkpoint_predict_what_the_encoder_did(tiny, checkpoints, extracted, tmp_path, said):
+    (subject,) = open_challenge(tiny).subjects[:1]
+    work = extracted("2", tmp_path)
+    (features,), layers = feature_sets(subject, work), f"{layer_names(subject, work)[0]},pooled"
+    problem = problem_of(subject, *features.reading(layers), FitConfig(solver="trained"), work)
+    solver = build(problem)
+    (fitted,) = fit_heads([subject], FitConfig(solver="trained", layers=layers), work)
+    store = open_store(fitted.path)
+    for checkpoint in checkpoints[1]:
+        backbone, held_out = checkpoint.backbone(), problem.plan.inside(checkpoint.fold)
+        assert not np.isin(subject.train.ids[held_out], checkpoint.seen_ids).any()
+        (pixels,) = cache_pixels([subject], backbone, tmp_path, 1.0, 1)
+        with torch.inference_mode():
+            rows = backbone.read(backbone.normalise(pixels.read(held_out)), backbone.taps(SPATIAL.tapped))
+        for surface in subject.surfaces:
+            head = spatial_head_of(checkpoint.heads(), [subject.name], subject.name, surface)
+            block = block_of(np.array(subject.responses(surface)), surface)
+            (piece,) = solver.fit(block).folds[checkpoint.fold].held_out
+            assert np.array_equal(piece.rows, held_out)
+            torch.testing.assert_close(piece.predictions, head(rows), rtol=1e-2, atol=1e-2)  # rows are float16
+            stored = store.read(surface)[: store.n_train][held_out]
+            assert np.median(pearson_r(stored, head(rows).numpy())) > 0.999
+
+
+@pytest.mark.slow
+def test_spatial_heads_of_a_checkpoint_are_found_among_more_layers(tiny, extracted, tmp_path, said):
+    (subject,) = open_challenge(tiny).subjects[:1]
+    work = extracted("2", tmp_path)
+    read, spare = layer_names(subject, work)
+    (fitted,) = fit_heads([subject], FitConfig(solver="trained"), work)
+    store = open_store(fitted.path)
+    assert store.complete and set(store.key["features"]["read"]) == {read, "pooled"}
+    assert spare in feature_sets(subject, work)[0].names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("grid", "lacking"), [("3", "nothing"), ("2", "a layer"), ("2", "layers")])
+def test_features_that_spatial_heads_cannot_read_are_refused(tiny, extracted, tmp_path, said, grid, lacking):
+    (subject,) = open_challenge(tiny).subjects[:1]
+    work = extracted(grid, tmp_path)
+    first, second = layer_names(subject, work)
+    layers = {"nothing": f"{first},pooled", "a layer": f"{second},pooled", "layers": "pooled"}[lacking]
+    with pytest.raises(
+        ConfigError, match=r"--solver trained: expected .*; found no .*; extract with .*\(2 places"
+    ) as refusal:
+        fit_heads([subject], FitConfig(solver="trained", layers=layers), work)
+    assert "\n" not in str(refusal.value) and not (work / "predictions.zarr").exists()
