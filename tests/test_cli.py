@@ -47,7 +47,7 @@ def test_the_three_bare_commands(work, tiny, capfd):
 
 
 def test_losses_with_one_optimum_share_their_heads_and_others_do_not(work, capfd):
-    run(capfd, "extract")
+    run(capfd, "extract", "--layers", "pooled")
     first = run(capfd, "fit-heads", "--loss", "mnnpc")
     assert run(capfd, "fit-heads", "--loss", "pearson+0.5*mse")["stores"] == first["stores"]
     other = run(capfd, "fit-heads", "--loss", "smooth_l1+mnnpc", "--epochs", "2")
@@ -80,7 +80,7 @@ def test_several_losses_are_a_model_each_unless_they_are_one(work, capfd):
 
 def test_changed_responses_are_fitted_again_and_stale_predictions_left_out(tree, work, capfd):
     arguments = ("--data", str(tree))
-    run(capfd, "extract", *arguments)
+    run(capfd, "extract", "--layers", "pooled", *arguments)
     first = run(capfd, "fit-heads", *arguments)
     path = tree / "subj01/training_split/training_fmri/lh_training_fmri.npy"
     np.save(path, np.load(path)[::-1])
@@ -91,7 +91,9 @@ def test_changed_responses_are_fitted_again_and_stale_predictions_left_out(tree,
 
 
 def test_one_subject_at_a_time(work, capfd):
-    assert [store["subject"] for store in run(capfd, "extract", "--subject", "2")["stores"]] == ["subj02"]
+    assert [store["subject"] for store in run(capfd, "extract", "--subject", "2", "--layers", "pooled")["stores"]] == [
+        "subj02"
+    ]
     assert [store["subject"] for store in run(capfd, "fit-heads")["stores"]] == ["subj02"]
     blended = run(capfd, "blend")
     assert blended["submission"] is None and (work / "submission/subj02/lh_pred_test.npy").is_file()
@@ -99,7 +101,7 @@ def test_one_subject_at_a_time(work, capfd):
 
 def test_without_ceilings_scores_are_correlations(tree, work, capfd, tmp_path):
     (tree / "noise_ceiling").rename(tmp_path / "elsewhere")
-    run(capfd, "extract", "--data", str(tree))
+    run(capfd, "extract", "--layers", "pooled", "--data", str(tree))
     cli.run(["fit-heads", "--data", str(tree)])
     out, err = capfd.readouterr()
     assert "no noise ceiling: mean r (mean r^2)" in " ".join(out.split()) and "no noise ceilings" in err
@@ -182,7 +184,7 @@ def test_a_mistake_is_one_line_and_code_1(work, capfd, arguments, message):
 
 
 def test_a_fold_without_an_image_is_refused(work, capfd):
-    run(capfd, "extract")
+    run(capfd, "extract", "--layers", "pooled")
     assert "--folds: expected an image in each of the 30 folds" in fails(capfd, "fit-heads", "--folds", "30")
 
 
@@ -193,7 +195,7 @@ def test_a_work_folder_that_cannot_be_written_is_one_line(work, tmp_path, capfd)
 
 NOBODY = """
 import os, sys, cli
-assert cli.run(["extract", "--subject", "1"]) == 0  # loads every module while it still may
+assert cli.run(["extract", "--subject", "1", "--layers", "pooled"]) == 0  # loads every module while it still may
 if os.geteuid() == 0:  # root may write anywhere
     os.seteuid(65534)
 sys.exit(cli.run(["extract", "--work", sys.argv[1]]))
@@ -211,7 +213,7 @@ def test_a_read_only_work_folder_is_one_line(work, tmp_path):
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_committed(work, tiny, capfd):
     """A limit on file size stands in for the disk: it is met in the middle of a chunk of predictions."""
-    run(capfd, "extract")
+    run(capfd, "extract", "--layers", "pooled")
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
@@ -220,12 +222,12 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_committed(work, tiny, capfd)
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=limited)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "what was committed is intact" in done.stderr
-    assert sum(store["new"] for store in run(capfd, "extract")["stores"]) == 0
+    assert sum(store["new"] for store in run(capfd, "extract", "--layers", "pooled")["stores"]) == 0
     assert len(run(capfd, "fit-heads")["stores"]) == 2
 
 
 def test_a_store_of_an_older_format_is_one_line(work, capfd):
-    run(capfd, "extract")
+    run(capfd, "extract", "--layers", "pooled")
     description = next((work / "features.zarr").iterdir()) / "zarr.json"
     description.write_text(description.read_text().replace('"format": 1', '"format": 0'))
     assert "expected store format 1; found 0; delete it" in fails(capfd, "fit-heads")
@@ -242,7 +244,7 @@ def test_no_command_is_help(capfd):
 
 def test_predictions_made_with_other_ceilings_are_left_out_by_name(tree, work, capfd):
     arguments = ("--data", str(tree))
-    run(capfd, "extract", *arguments)
+    run(capfd, "extract", "--layers", "pooled", *arguments)
     for _ in range(2):
         run(capfd, "fit-heads", *arguments, "--loss", "smooth_l1", "--epochs", "1")
         path = tree / "noise_ceiling/subj01/lh.npy"
@@ -253,7 +255,7 @@ def test_predictions_made_with_other_ceilings_are_left_out_by_name(tree, work, c
 
 
 def test_an_older_zip_does_not_outlive_a_blend_without_one(work, capfd):
-    run(capfd, "extract", "--subject", "1")
+    run(capfd, "extract", "--subject", "1", "--layers", "pooled")
     run(capfd, "fit-heads")
     (work / "submission.zip").write_text("of an older blend")
     run(capfd, "blend")
@@ -261,17 +263,17 @@ def test_an_older_zip_does_not_outlive_a_blend_without_one(work, capfd):
 
 
 def test_nothing_is_left_behind_by_folds_that_cannot_be(work, capfd):
-    run(capfd, "extract")
+    run(capfd, "extract", "--layers", "pooled")
     fails(capfd, "fit-heads", "--folds", "30")
     assert not (work / "predictions.zarr").exists()
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\udcff"])
 def test_a_damaged_index_is_only_a_memory(work, capfd, content):
-    run(capfd, "extract")
+    run(capfd, "extract", "--layers", "pooled")
     for path in (work / "index").iterdir():
         path.write_bytes(content.encode(errors="surrogateescape"))
-    assert sum(store["new"] for store in run(capfd, "extract")["stores"]) == 0
+    assert sum(store["new"] for store in run(capfd, "extract", "--layers", "pooled")["stores"]) == 0
 
 
 def test_a_reader_that_goes_away_is_no_fault(tiny):
