@@ -19,8 +19,9 @@ from featcache.dataset.subject import ImageFiles, Subject
 from featcache.machine.memory import keep_freed_memory
 from heads.config import RidgeConfig
 from heads.fit.out_of_fold import predict_surface
+from heads.solvers.estimator import RidgeHead
 from heads.solvers.held_out import FoldPlan
-from heads.solvers.ridge import VERTEX_BLOCK, RidgeHead
+from heads.solvers.ridge import VERTEX_BLOCK
 from heads.solvers.ridge_folds import RidgeFolds
 
 PENALTIES = tuple(float(10 ** (k / 3)) for k in range(-14, 16))

@@ -12,7 +12,7 @@ from measure import Figure, options, report, seconds
 from featcache.machine.memory import keep_freed_memory
 from heads.blend.products import Products
 from heads.blend.weights import Groups, Judge, stacked
-from heads.solvers.ridge import RidgeHead
+from heads.solvers.estimator import RidgeHead
 
 
 def heads(n_images: int, n_features: int, n_vertices: int) -> Callable[[], object]:

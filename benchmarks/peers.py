@@ -16,7 +16,8 @@ from measure import Figure, options, report
 
 from featcache.machine.memory import keep_freed_memory
 from heads.scores.metrics import pearson_r
-from heads.solvers.ridge import RidgeHead, eigenbasis
+from heads.solvers.estimator import RidgeHead
+from heads.solvers.ridge import eigenbasis
 
 _N_PENALTIES = 20
 _N_TEST = 1000

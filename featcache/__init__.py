@@ -30,7 +30,7 @@ _PUBLIC = {  # {name: where it is, and its name there if that is another}
     "LOSSES": "heads.scores.losses",
     "LayerConfig": "featcache.config",
     "RidgeConfig": "heads.config",
-    "RidgeHead": "heads.solvers.ridge",
+    "RidgeHead": "heads.solvers.estimator",
     "SimulateConfig": "featcache.simulate",
     "SpatialConfig": "heads.config",
     "StageConfig": "heads.config",

@@ -14,6 +14,7 @@ DTYPES = ("auto", "float32", "tf32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 DEFAULT_BACKBONE, DEFAULT_WEIGHTS = "convnext_xlarge", "hub"
 POOLED = "pooled"  # the layer that a network's own classifier reads
+CLASS_TOKEN = ".cls"  # ends the name of the array that holds the class token of a layer
 POOLS = ("avg", "max")
 
 

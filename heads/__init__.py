@@ -13,7 +13,7 @@ if __name__ != "heads":  # installed, as featcache.heads
 def __getattr__(name: str) -> Any:
     # Loaded on first use: importing `heads.config` for `--help` must not import torch.
     if name == "RidgeHead":
-        from heads.solvers.ridge import RidgeHead
+        from heads.solvers.estimator import RidgeHead
 
         return RidgeHead
     raise AttributeError(f"module 'heads' has no attribute {name!r}")

@@ -11,6 +11,8 @@ import torch
 
 import cli
 from featcache.simulate import SimulateConfig, simulate
+from heads.blend.plot import plot_weights
+from heads.solvers.layers import priors
 from support.shared import build_once
 
 TINY = SimulateConfig(
@@ -23,6 +25,7 @@ TINY = SimulateConfig(
     n_reference=50,
     workers=1,
 )
+CENTRES = priors.CENTRES  # before tests have fewer of them
 V4 = Path(__file__).resolve().parents[2] / "shared" / "real" / "v4"
 
 # Tests run side by side, a worker a core, and more threads than that are slower. What the tests start inherits it.
@@ -53,6 +56,37 @@ def plain_processor() -> Iterator[None]:
 def few_shuffles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blends of shuffled responses take ten times as long as the blend; tests of them ask for all ten."""
     monkeypatch.setattr("heads.blend.uncertainty.N_PERMUTATIONS", 2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Blends draw no picture of their weights, which takes as long as the blend; tests of it ask for `pictures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("heads.blend.run.plot_weights", lambda *_: None)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blends draw, as they do outside tests."""
+    monkeypatch.setattr("heads.blend.run.plot_weights", plot_weights)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_windows() -> Iterator[None]:
+    """Priors over layers have 4 windows and not 25; tests that look at windows ask for `every_window`.
+
+    For the whole session, because fixtures of a session fit heads too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(priors, "CENTRES", (0.3, 0.7))
+        yield
+
+
+@pytest.fixture
+def every_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The windows that are fitted under outside tests."""
+    monkeypatch.setattr(priors, "CENTRES", CENTRES)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def work(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "work"
 
 
-def test_the_three_bare_commands(work, tiny, capfd):
+def test_the_three_bare_commands(work, tiny, capfd, pictures, every_window):
     assert len(run(capfd, "extract")["stores"]) == 2
     fitted = run(capfd, "fit-heads", "--loss", "mnnpc")
     blended = run(capfd, "blend")
@@ -41,6 +41,7 @@ def test_the_three_bare_commands(work, tiny, capfd):
                 assert predictions.shape == (len(subject.test), n_vertices) and predictions.dtype == np.float32
                 assert np.isfinite(predictions).all() and predictions.std() > 0
     assert all(Path(store["weights"]).is_file() for store in fitted["stores"])
+    assert (work / "submission/weights.png").stat().st_size > 5000
     again = [run(capfd, "extract"), run(capfd, "fit-heads", "--loss", "mnnpc"), run(capfd, "blend")]
     assert sum(store["new"] for store in again[0]["stores"]) == 0
     assert again[1]["scores"] == fitted["scores"] and again[2]["scores"] == blended["scores"]

@@ -53,7 +53,7 @@ def test_there_are_two_names_at_the_top(installed):
 
 SAME = """
 import featcache as fc, heads.fit.run, featcache.heads.fit.run
-assert fc.RidgeHead.__module__ == "featcache.heads.solvers.ridge"
+assert fc.RidgeHead.__module__ == "featcache.heads.solvers.estimator"
 assert heads.fit.run is featcache.heads.fit.run and heads.fit.run.__spec__.name == "featcache.heads.fit.run"
 assert all(getattr(fc, name) is not None for name in fc.__all__)
 """

@@ -36,7 +36,7 @@ def test_the_last_layer_pooled_predicts_real_neurons(features):
     assert mean_r(*features, FitConfig(layers="pooled")) == pytest.approx(0.633, abs=0.02)
 
 
-def test_all_layers_with_their_places_predict_them_better(features):
+def test_all_layers_with_their_places_predict_them_better(features, every_window):
     assert mean_r(*features) == pytest.approx(0.755, abs=0.02)
 
 

@@ -15,10 +15,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from featcache.config import POOLED, LayerConfig
+from featcache.config import CLASS_TOKEN, POOLED, LayerConfig
 from featcache.errors import BackboneError, ConfigError
 
-CLASS_TOKEN = ".cls"  # ends the name of the array that holds the class token of a layer
 _GRID = 7  # most places on a side with --grid auto (docs/decisions/0006)
 _LAYERS = 6  # most layers with --layers auto: all of a convolutional network, every other block of a transformer
 _POOLS: dict[str | None, Any] = {"avg": functional.adaptive_avg_pool2d, "max": functional.adaptive_max_pool2d}

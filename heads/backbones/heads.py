@@ -23,7 +23,7 @@ from heads.modules.by_subject import AllSubjects, OneSubject, SpatialHeads, Subj
 from heads.modules.linear import SMALL, LinearMap
 from heads.modules.saved import linear_map_of, saved_shapes
 from heads.modules.spatial import Shapes
-from heads.solvers.ridge import RidgeHead
+from heads.solvers.estimator import RidgeHead
 
 _FEATURE_BATCH = 64  # images a pass where only features are asked for
 

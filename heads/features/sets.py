@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from featcache.backbone.taps import CLASS_TOKEN
 from featcache.cache.keys import FeatureFacts, FeatureKey, FoldKey
 from featcache.cache.store import Store, list_stores
+from featcache.config import CLASS_TOKEN
 from featcache.dataset.digests import image_digest
 from featcache.dataset.subject import Subject
 from featcache.machine.progress import say

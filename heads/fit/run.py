@@ -26,7 +26,6 @@ from heads.scores.metrics import VertexScores, pearson_r
 from heads.solvers.base import Problem, Shared, Solver, Trainee
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.registry import build_solver
-from heads.solvers.trained import read_by_its_heads
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,8 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
             remedy=f"choose among those, or extract with --layers {config.layers}",
         )
     if takes_heads:
+        from heads.solvers.trained import read_by_its_heads  # loads timm, which takes seconds
+
         read = [(subject, read_by_its_heads(features, work)) for subject, features in read]
     return [
         Trainee(subject, features, FoldPlan.of_features(subject, features, config.n_folds, config.seed))

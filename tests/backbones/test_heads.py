@@ -17,7 +17,7 @@ from heads.config import StageConfig
 from heads.config.training import HEAD_KINDS, HeadKind
 from heads.modules.by_subject import AllSubjects, OneSubject, SpatialHeads
 from heads.modules.saved import linear_map_of
-from heads.solvers.ridge import RidgeHead
+from heads.solvers.estimator import RidgeHead
 from support.training import BACKBONE, QUICK, train
 
 SPATIAL = replace(QUICK, head="spatial", epochs=1)

@@ -118,11 +118,11 @@ def test_nothing_of_a_fold_reaches_the_weights_it_is_scored_with(method, per):
 
 
 @pytest.mark.parametrize("method", BLENDS)
-@pytest.mark.parametrize("per", LEVELS)
 @pytest.mark.parametrize("name", CASES)
-def test_weights_are_shares_everywhere(name, per, method):
+def test_weights_are_shares_everywhere(name, method):
+    """At the finest level, which takes its weights from all levels above."""
     predictions, responses = case(name)
-    found = learnt(predictions, responses, method=method, per=per)
+    found = learnt(predictions, responses, method=method, per="vertex")
     for weights in (found.weights, *(one for nested in found.nested.values() for one in nested)):
         assert weights.shape == (N_VERTICES, len(predictions))
         assert (weights >= 0).all()

@@ -58,7 +58,7 @@ def test_the_blend_is_better_on_images_that_nobody_saw(made, tmp_path):
     assert gain > 0.05 and abs(gain - single.gain) < 0.1
 
 
-def test_weights_are_listed_by_roi_and_models_without_any_by_name(made, tmp_path):
+def test_weights_are_listed_by_roi_and_models_without_any_by_name(made, tmp_path, pictures):
     predictions, responses = made_up(noise=(1, 1.5, 2, 2))
     predictions[3] = 7  # explains nothing
     done, models = made(predictions, responses, BlendConfig(method="nnls", per="roi"))

@@ -45,12 +45,6 @@ def config_of(solver, head):
     return FitConfig(loss=LOSS, head=head, solver=solver, n_folds=3, adamw=adamw, spatial=spatial, device="cpu")
 
 
-@pytest.fixture(autouse=True)
-def few_windows(monkeypatch):
-    """As many priors over layers as show that there are several."""
-    monkeypatch.setattr("heads.solvers.layers.priors.CENTRES", (0.2, 0.8))
-
-
 @pytest.fixture
 def subject(tiny):
     return open_challenge(tiny).subjects[0]

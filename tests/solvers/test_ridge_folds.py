@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from featcache.dataset.splits import assign_folds
 from heads.config import RidgeConfig
 from heads.scores.metrics import pearson_r
-from heads.solvers.ridge import RidgeHead
+from heads.solvers.estimator import RidgeHead
 from heads.solvers.ridge_folds import RidgeFolds
 from support.linear import both_selections, planted
 from support.plans import block_of, plan_of

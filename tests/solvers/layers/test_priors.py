@@ -34,7 +34,7 @@ def test_a_preference_for_a_depth_is_largest_there_and_none_is_the_same_for_all(
     assert {Prior().layer(d) for d in np.linspace(0, 1, 11)} == {1.0}
 
 
-def test_the_set_has_every_window_with_every_depth_once():
+def test_the_set_has_every_window_with_every_depth_once(every_window):
     for n_images, widths in ((NARROW_IMAGES - 1, WIDTHS[:1]), (NARROW_IMAGES, WIDTHS)):
         priors = prior_set({"low": (4, 4), "pooled": (1, 1)}, DEPTHS, n_images)
         assert len(priors) == len(set(priors)) == (1 + len(widths) * len(CENTRES) ** 2) * len(DEPTHS)
