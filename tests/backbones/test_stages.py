@@ -254,17 +254,17 @@ def test_both_stages_learn_what_was_planted(coloured, tmp_path, loss):
     """Held-out pictures are predicted nearly as well as the noise allows, from a network that knew nothing."""
     settings = TrainConfig(
         loss=loss,
-        epochs=25,
+        epochs=14,
         batch_size=8,
         learning_rate=3e-3,
         head_learning_rate=1e-2,
         freeze_norm=False,
-        patience=25,
+        patience=14,
         embedding=8,
     )
     stage = StageConfig(stage="pretrain", train=settings, backbone=BACKBONE, fold=0, n_folds=3, workers=1)
     (first,) = train_stage(coloured.subjects, stage, tmp_path)
-    second = replace(stage, stage="finetune", train=replace(settings, epochs=10))
+    second = replace(stage, stage="finetune", train=replace(settings, epochs=6))
     best = [one.checkpoint for one in train_stage(coloured.subjects, second, tmp_path)]
     for checkpoint, subjects in [(first.checkpoint, coloured.subjects)] + [
         (one, coloured.select(next(iter(one.key.subjects)))) for one in best
