@@ -90,7 +90,7 @@ def case_of(subject: Subject, store: Store, arrays: tuple[str, ...]) -> Case:
 
 def real_cases(options: argparse.Namespace) -> Iterator[Case]:
     for subject in open_challenge(options.data).select(options.subjects):
-        sets = [one for one in feature_sets(subject, options.work) if one.has_places and not one.trained]
+        sets = [one for one in feature_sets(subject, options.work) if one.has_places and not one.backbone_trained]
         if not sets:
             raise SystemExit(f"{options.work}: no layers with places of {subject.name}; extract with --layers")
         yield case_of(subject, sets[0].stores[0], sets[0].names)
@@ -142,7 +142,7 @@ def out_of_fold(solver: Solver, case: Case) -> np.ndarray:
 def plan_of(case: Case) -> FoldPlan:
     """The folds that everybody fits without."""
     ids = case.subject.train.ids
-    return FoldPlan(image_ids=ids, folds=case.folds, held_out=tuple(range(N_FOLDS)), trained=False)
+    return FoldPlan(image_ids=ids, folds=case.folds, held_out=tuple(range(N_FOLDS)), backbone_trained=False)
 
 
 def own_pooled(case: Case) -> np.ndarray:

@@ -45,7 +45,7 @@ class FeatureSet:
         return tuple(key.fold for key in self.keys if key.fold is not None)
 
     @property
-    def trained(self) -> bool:
+    def backbone_trained(self) -> bool:
         """Whether the backbone was trained, once for each fold."""
         return bool(self.trainings)
 
@@ -69,7 +69,7 @@ class FeatureSet:
         key = dict(self.stores[0].key)
         if self.arrays is not None:
             key["read"] = list(self.arrays)
-        if not self.trained:
+        if not self.backbone_trained:
             return key
         weights = [feature_key.weights for feature_key in self.keys]
         training = {name: value for name, value in key["fold"].items() if name != "fold"}
@@ -137,7 +137,7 @@ def feature_sets(subject: Subject, work: Path) -> list[FeatureSet]:
         families.setdefault(_family(store), []).append(store)
     sets = [FeatureSet(tuple(sorted(family, key=_fold))) for family in families.values()]
     for features in sets:
-        if features.trained and len(features.stores) < (n_folds := features.trainings[0].n_folds):
+        if features.backbone_trained and len(features.stores) < (n_folds := features.trainings[0].n_folds):
             folds = ", ".join(map(str, features.held_out))
             say(f"{subject.name}: {features.label} has fold {folds} of {n_folds}; only their images are predicted")
     return sets

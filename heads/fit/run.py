@@ -100,9 +100,9 @@ def _suitable(sets: Sequence[FeatureSet], subject: Subject, takes_heads: bool) -
     if not takes_heads:
         return list(sets)
     for features in sets:
-        if not features.trained:
+        if not features.backbone_trained:
             say(f"{subject.name}: left out {features.name}: no heads were trained with a frozen backbone")
-    return [features for features in sets if features.trained]
+    return [features for features in sets if features.backbone_trained]
 
 
 def _fit_variants(
@@ -171,7 +171,7 @@ def _fit(problem: Problem) -> Fitted:
                 features=features.name,
                 torch=torch.__version__,
                 # for whoever blends, when features and checkpoints may be gone
-                seen_ids=[seen.tolist() for seen in features.seen_ids()] if plan.trained else None,
+                seen_ids=[seen.tolist() for seen in features.seen_ids()] if plan.backbone_trained else None,
             )
             ids, n_scored = np.concatenate([subject.train.ids[plan.scored], subject.test.ids]), len(plan.scored)
             store = create_store(folder, label, key.to_json(), ids, n_scored, subject.n_vertices, facts.to_json())
@@ -188,7 +188,7 @@ def _refuse_leaks(problem: Problem) -> None:
     for fold in np.unique(plan.folds):
         refuse_leak(ids[plan.folds != fold], ids[plan.folds == fold], f"fold {fold} of {subject.name}")
     for k, (store, seen) in enumerate(zip(features.stores, features.seen_ids(), strict=True)):
-        scored = ids[plan.inside(k)] if plan.trained else ids
+        scored = ids[plan.inside(k)] if plan.backbone_trained else ids
         refuse_leak(seen, scored, f"{store.name} of {subject.name}")
         refuse_leak(seen, subject.test.ids, f"the test split of {subject.name}")
 

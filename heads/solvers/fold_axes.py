@@ -22,13 +22,13 @@ from heads.solvers.ridge import Eigenbasis, eigenbasis, eigenbasis_of_gram, sum_
 class Fold(NamedTuple):
     """What one fold's heads are made of, whatever the responses.
 
-    held_out, trained : row numbers, where the features are
+    held_out, train_rows : row numbers, where the features are
     scores : of the held-out images, then of the test images, on the axes of the trained ones
     own : of the trained ones, where they are needed
     """
 
     held_out: torch.Tensor
-    trained: torch.Tensor
+    train_rows: torch.Tensor
     basis: Eigenbasis
     scores: torch.Tensor
     own: torch.Tensor | None
@@ -93,7 +93,7 @@ class FoldAxes:
             axes = fold.basis.mixing
             between = _about_the_mean(self._parts, k)[1] @ axes
             rotated = torch.addmm(between.T @ apart, axes.T, product)
-            rows = None if fold.own is None else responses[fold.trained] - mean
+            rows = None if fold.own is None else responses[fold.train_rows] - mean
             yield Target(mean, square + sum_of_squares(apart), rotated, rows)
 
     def predict(self, solved: Iterator[tuple[torch.Tensor, torch.Tensor]], save: bool) -> Fits:
@@ -147,7 +147,7 @@ class _Part(NamedTuple):
 
 
 def _by_row(fold: Fold, responses: torch.Tensor) -> Target:
-    rows = responses[fold.trained]
+    rows = responses[fold.train_rows]
     mean = rows.mean(0)
     rows -= mean
     assert fold.own is not None

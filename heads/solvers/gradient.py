@@ -60,13 +60,13 @@ class GradientSolver:
 
     def _train(self, k: int, split: Split, block: Block) -> list[Any]:
         """Train once; for each choice, the head of the epoch that scored best on its rows."""
-        self._plan.refuse_leaks(split.choices, split.trained, "early stopping")
+        self._plan.refuse_leaks(split.choices, split.train_rows, "early stopping")
         features = self._features[self._plan.source(k)][: self._plan.n_train]
-        mean, scale = _standardisation(features[split.trained])
+        mean, scale = _standardisation(features[split.train_rows])
         torch.manual_seed(self._config.seed)
         head = load(str(HEADS[self._config.head].module))(features.shape[1], block.responses.shape[1], block.rois)
         standardised = (features - mean) / scale
-        task = Task(standardised, block.responses, split.trained, split.choices, block.noise_ceiling)
+        task = Task(standardised, block.responses, split.train_rows, split.choices, block.noise_ceiling)
         best = train_head(head.to(features.device), [task], weighted_sum(self._config.terms), self._config.adamw)
         return [self._unstandardised(head, mean, scale, features, split, block.responses) for head in best]
 
@@ -84,7 +84,7 @@ class GradientSolver:
             return _OnStored(head, mean, scale)
         weights = head.weights / scale[:, None]
         stored = LinearMap(weights, head.intercept - mean @ weights)
-        return calibrate(stored, features[split.trained], responses[split.trained])
+        return calibrate(stored, features[split.train_rows], responses[split.train_rows])
 
     @torch.no_grad()
     def _fits_of_modules(self, heads: Sequence[Sequence["_OnStored"]], block: Block) -> Fits:
@@ -123,10 +123,10 @@ def fold_fit(predictions: Iterable[torch.Tensor], split: Split, responses: torch
     """
     pieces, test = [], responses[:0]
     for choice, values in enumerate(predictions):
-        slope, shift = calibration(values[split.trained], responses[split.trained])
+        slope, shift = calibration(values[split.train_rows], responses[split.train_rows])
         values = slope * values + shift
         if choice < len(split.parts):
-            pieces.append(piece_of(values, split.parts[choice], split.trained))
+            pieces.append(piece_of(values, split.parts[choice], split.train_rows))
         test = values[len(responses) :]
     return FoldFit(pieces, test)
 
@@ -136,13 +136,13 @@ class Task(NamedTuple):
 
     features : features[rows] is what the head reads: a matrix (n_images, n_features), or the rows of several layers
     responses : (n_images, n_vertices) float32, on the device that trains
-    trained, choices : row numbers to train on, and those that each choice of an epoch is made on
+    train_rows, choices : row numbers to train on, and those that each choice of an epoch is made on
     noise_ceiling : (n_vertices,), or None
     """
 
     features: Any
     responses: torch.Tensor
-    trained: np.ndarray
+    train_rows: np.ndarray
     choices: Sequence[np.ndarray]
     noise_ceiling: np.ndarray | None
 
@@ -160,7 +160,7 @@ def train_head(head: Any, tasks: Sequence[Task], loss: Loss, config: AdamWConfig
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
     # fused: one pass over weights, moments and gradient, and not one for each of its operations
     optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS, fused=True)
-    n_batches = sum(max(len(task.trained) // config.batch_size, 1) for task in tasks)
+    n_batches = sum(max(len(task.train_rows) // config.batch_size, 1) for task in tasks)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs * n_batches)
     cost = getattr(head, "regularisation", None)
     called = [head] if len(tasks) == 1 else [partial(head, number=number) for number in range(len(tasks))]
@@ -193,7 +193,7 @@ def _epoch(tasks: Sequence[Task], batch_size: int) -> list[tuple[int, torch.Tens
     """(number of the task, rows) of every batch; images that do not fill one come in another epoch."""
     batches = []
     for number, task in enumerate(tasks):
-        rows = torch.as_tensor(task.trained, device=task.responses.device)
+        rows = torch.as_tensor(task.train_rows, device=task.responses.device)
         order = getattr(task.features, "shuffled", _shuffled)(rows)
         whole = max(len(rows) // batch_size, 1) * batch_size
         batches += [(number, batch) for batch in order[:whole].split(batch_size)]

@@ -24,12 +24,12 @@ _PARTS = 4  # of a held-out fold
 class Split(NamedTuple):
     """The rows of one fold for a solver that chooses when to stop.
 
-    trained : rows to fit to
+    train_rows : rows to fit to
     choices : for each head, the rows that it is chosen by; the last head is for images of no fold
     parts : the held-out rows that each of the first heads predicts
     """
 
-    trained: np.ndarray
+    train_rows: np.ndarray
     choices: list[np.ndarray]
     parts: list[np.ndarray]
 
@@ -41,21 +41,21 @@ class FoldPlan:
     image_ids : (n_train,) int64
     folds : (n_train,) the fold of each training image
     held_out : the folds that are held out, in turn
-    trained : whether the features come from a backbone that was trained once for each held-out fold, on the others;
+    backbone_trained : whether the features come from a backbone that was trained once for each held-out fold, on the others;
         then there is one set of features for each, else one for all
     """
 
     image_ids: np.ndarray
     folds: np.ndarray
     held_out: tuple[int, ...]
-    trained: bool
+    backbone_trained: bool
 
     @classmethod
     def of_frozen(cls, image_ids: np.ndarray, n_folds: int, seed: int) -> "FoldPlan":
         """The plan for a frozen backbone: every fold is held out in turn. Raises ConfigError for an empty fold."""
         folds = assign_folds(image_ids, n_folds, seed)
         check_folds(folds, n_folds)
-        return cls(image_ids=image_ids, folds=folds, held_out=tuple(range(n_folds)), trained=False)
+        return cls(image_ids=image_ids, folds=folds, held_out=tuple(range(n_folds)), backbone_trained=False)
 
     @classmethod
     def of_features(cls, subject: Subject, features: FeatureSet, n_folds: int, seed: int) -> "FoldPlan":
@@ -63,12 +63,12 @@ class FoldPlan:
 
         Raises ConfigError for a fold without images.
         """
-        if not features.trained:
+        if not features.backbone_trained:
             return cls.of_frozen(subject.train.ids, n_folds, seed)
         training = features.trainings[0]
         folds = assign_folds(subject.train.ids, training.n_folds, training.seed)
         check_folds(folds, training.n_folds)
-        return cls(image_ids=subject.train.ids, folds=folds, held_out=features.held_out, trained=True)
+        return cls(image_ids=subject.train.ids, folds=folds, held_out=features.held_out, backbone_trained=True)
 
     def __len__(self) -> int:
         """Number of folds that are held out."""
@@ -81,12 +81,12 @@ class FoldPlan:
     @property
     def n_sources(self) -> int:
         """Sets of features: one for all folds, or one for each."""
-        return len(self) if self.trained else 1
+        return len(self) if self.backbone_trained else 1
 
     @property
     def prefixes(self) -> list[str]:
         """Names of what is saved of the heads: one for each set of features."""
-        return [f"fold{fold}." for fold in self.held_out] if self.trained else [""]
+        return [f"fold{fold}." for fold in self.held_out] if self.backbone_trained else [""]
 
     @property
     def scored(self) -> np.ndarray:
@@ -95,7 +95,7 @@ class FoldPlan:
 
     def source(self, k: int) -> int:
         """Number of the set of features that the k-th held-out fold reads."""
-        return k if self.trained else 0
+        return k if self.backbone_trained else 0
 
     def outside(self, k: int) -> np.ndarray:
         """Rows to fit to, without the k-th held-out fold."""
@@ -107,13 +107,13 @@ class FoldPlan:
 
     def parts(self, k: int) -> list[np.ndarray]:
         """The held-out rows in the parts that are predicted by heads chosen apart; one part for a frozen backbone."""
-        if not self.trained:
+        if not self.backbone_trained:
             return [self.inside(k)]
         return clean_parts(self.image_ids, self.inside(k), self.held_out[k])
 
     def n_choices(self, k: int) -> int:
         """Heads of the k-th fold: one a part and, where parts are chosen for apart, one for images of no fold."""
-        return len(self.parts(k)) + self.trained
+        return len(self.parts(k)) + self.backbone_trained
 
     def split(self, k: int, one_in: int, seed: int) -> Split:
         """The rows of the k-th fold for early stopping. Raises ConfigError for too few images.
@@ -121,7 +121,7 @@ class FoldPlan:
         one_in, seed : on a frozen backbone, one in so many images outside the fold decides when to stop
         """
         parts = self.parts(k)
-        if self.trained:
+        if self.backbone_trained:
             inside = self.inside(k)
             return Split(self.outside(k), [*(np.setdiff1d(inside, part) for part in parts), inside], parts)
         trained, stop = stop_split(self.image_ids, self.outside(k), self.held_out[k], one_in, seed)

@@ -35,7 +35,7 @@ class LinearPredictions:
     def fits(self, folds: Sequence[FoldHeads]) -> Fits:
         """Predictions of every fold, and its map, or the mean of all maps where folds share their features."""
         finals = [fold.final for fold in folds]
-        if not self._plan.trained:
+        if not self._plan.backbone_trained:
             finals = [LinearMap(*(torch.stack(parts).mean(0) for parts in zip(*finals, strict=True)))]
         saved = {
             (prefix, part): values

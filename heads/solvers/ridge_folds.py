@@ -26,7 +26,7 @@ def build(problem: Problem) -> Solver:
     if problem.features.is_layered:
         return build_layered(problem)
     features = [rows.dense() for rows in problem.features.read(problem.device, 0)]
-    if problem.plan.trained:
+    if problem.plan.backbone_trained:
         announce_whole(problem, features[0].shape[1], "closed form")
         return TunedRidge(features, problem.plan, problem.config.ridge)
     block = choose_block(problem, features[0].shape[1])

@@ -91,7 +91,7 @@ class SpatialTraining:
         Choices are of the same images for every member, and what one member chooses by none is trained on.
         """
         plan = self._members[number].plan
-        if not plan.trained:
+        if not plan.backbone_trained:
             splits = [one.plan.split(k, self._config.adamw.validation, self._config.seed) for one in self._members]
             chosen = [one.plan.image_ids[split.choices[0]] for one, split in zip(self._members, splits, strict=True)]
             outside = plan.outside(k)
@@ -127,22 +127,22 @@ class SpatialTraining:
         Gradients alone, from small random maps, end far below it (docs/decisions/0015). On features that were trained
         on those rows the error there is no guide, and the penalty is one for all.
         """
-        penalties = (1.0,) if self._members[0].plan.trained else self._config.ridge.penalties
+        penalties = (1.0,) if self._members[0].plan.backbone_trained else self._config.ridge.penalties
         found = []
         for member, task in zip(self._members, tasks, strict=True):
             rows = member.of_fold(k)
             kernels = LayerKernels(rows, member.plan.n_train, 0)
-            weights = flat_weights(kernels, self._basis(kernels, task.trained), task.responses, penalties)
+            weights = flat_weights(kernels, self._basis(kernels, task.train_rows), task.responses, penalties)
             scales = {name: (variance + _EPS).sqrt() for name, (_, variance) in statistics.items()}
             found.append({n: w.T.reshape(w.shape[1], rows.n_places(n), -1) * scales[n] for n, w in weights.items()})
-        levels = [task.responses[task.trained].mean(0) for task in tasks]
+        levels = [task.responses[task.train_rows].mean(0) for task in tasks]
         heads.start_from_weights(found, levels)
 
     def _basis(self, kernels: LayerKernels, trained: np.ndarray) -> Basis:
         """Under the flat prior; where folds share their features, what it is made of serves them all."""
         key = id(kernels.rows)
         seen = self._flat.get(key) or seen_under(Prior(), kernels, way_for(kernels.n_train, kernels.rows.n_features))
-        if not self._members[0].plan.trained:
+        if not self._members[0].plan.backbone_trained:
             self._flat[key] = seen
         return seen.basis(trained)
 
@@ -153,12 +153,12 @@ class SpatialTraining:
         given = [ceiling for ceiling in subject.noise_ceiling.values() if ceiling is not None]
         ceiling = np.concatenate(given) if len(given) == len(subject.surfaces) else None
         together = torch.from_numpy(np.concatenate(responses, 1)).to(self._device)
-        return Task(member.of_fold(k), together, split.trained, split.choices, ceiling)
+        return Task(member.of_fold(k), together, split.train_rows, split.choices, ceiling)
 
     def _refuse_leaks(self, tasks: Sequence[Task], k: int) -> None:
         """Raise LeakError where one subject is trained on what another chooses by, or is scored on."""
         plans = [member.plan for member in self._members]
-        trained = np.concatenate([plan.image_ids[task.trained] for plan, task in zip(plans, tasks, strict=True)])
+        trained = np.concatenate([plan.image_ids[task.train_rows] for plan, task in zip(plans, tasks, strict=True)])
         for plan, task, member in zip(plans, tasks, self._members, strict=True):
             name = member.subject.name
             for rows in task.choices:

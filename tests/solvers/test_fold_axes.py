@@ -29,7 +29,7 @@ def test_scores_are_of_held_out_and_test_images_about_the_trained_mean(n_feature
     features, _, folds = made_up(n_features)
     for k, fold in enumerate(axes_of(features, folds).folds):
         assert fold.held_out.tolist() == np.flatnonzero(folds == k).tolist()
-        assert fold.trained.tolist() == np.flatnonzero(folds != k).tolist()
+        assert fold.train_rows.tolist() == np.flatnonzero(folds != k).tolist()
         x = features.astype(np.float64)
         mean = x[:N_TRAIN][folds != k].mean(0)
         others = np.concatenate([x[:N_TRAIN][folds == k], x[N_TRAIN:]]) - mean

@@ -145,15 +145,15 @@ def test_a_split_trains_on_no_image_that_it_chooses_by_or_predicts(trained):
     plan = plan_of(np.random.default_rng(1).permutation(73_000)[:90], trained=trained)
     for k in range(len(plan)):
         split = plan.split(k, 10, 0)
-        assert not np.intersect1d(split.trained, plan.inside(k)).size
+        assert not np.intersect1d(split.train_rows, plan.inside(k)).size
         assert len(split.choices) == plan.n_choices(k)
         assert sorted(np.concatenate(split.parts)) == plan.inside(k).tolist()
         for rows in split.choices:
-            assert len(rows) >= 2 and not np.intersect1d(rows, split.trained).size
+            assert len(rows) >= 2 and not np.intersect1d(rows, split.train_rows).size
         for part, rows in zip(split.parts, split.choices, strict=False):
             assert not np.intersect1d(part, rows).size
         assert np.array_equal(split.choices[-1], plan.inside(k)) is trained
-        plan.refuse_leaks(split.choices, split.trained, "early stopping")
+        plan.refuse_leaks(split.choices, split.train_rows, "early stopping")
 
 
 def test_rows_that_are_trained_on_and_chosen_by_are_refused():

@@ -313,7 +313,7 @@ def test_both_surfaces_come_from_one_training_a_fold(member, monkeypatch):
         predict_surface(training.solver(0), member.subject, surface, lambda _: None)
     assert len(trainings) == N_FOLDS
     for k, (task,) in enumerate(trainings):
-        assert np.array_equal(task.trained, training.split(0, k).trained)
+        assert np.array_equal(task.train_rows, training.split(0, k).train_rows)
         assert task.responses.shape[1] == sum(N_VERTICES.values())
 
 
@@ -458,7 +458,7 @@ def test_no_subject_is_trained_on_what_another_chooses_by(tmp_path, monkeypatch)
     with suppress(LeakError):
         training_of(members, config_of(FEW, space=3)).heads(0)
     ids = [member.subject.train.ids for member in members]
-    trained = [own[task.trained] for own, task in zip(ids, seen, strict=False)]
+    trained = [own[task.train_rows] for own, task in zip(ids, seen, strict=False)]
     chosen = [own[task.choices[0]] for own, task in zip(ids, seen, strict=False)]
     assert not seen or not np.intersect1d(np.concatenate(trained), np.concatenate(chosen)).size
 
@@ -474,7 +474,7 @@ def test_a_few_images_of_each_are_enough_to_train_together(tmp_path):
 
 def as_trained(member):
     """The member as if its backbone had been trained, with the same features for every fold."""
-    return replace(member, rows=member.rows * N_FOLDS, plan=replace(member.plan, trained=True))
+    return replace(member, rows=member.rows * N_FOLDS, plan=replace(member.plan, backbone_trained=True))
 
 
 @pytest.mark.slow

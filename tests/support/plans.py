@@ -29,7 +29,7 @@ def plan_of(
     folds = assign_folds(ids, n_folds, seed) if folds is None else folds
     every = range(int(folds.max()) + 1)
     return FoldPlan(
-        image_ids=ids, folds=folds, held_out=tuple(every if held_out is None else held_out), trained=trained
+        image_ids=ids, folds=folds, held_out=tuple(every if held_out is None else held_out), backbone_trained=trained
     )
 
 

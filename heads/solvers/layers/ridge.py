@@ -117,7 +117,7 @@ class LayeredSizes:
     n_sources: int
     n_features: int
     n_priors: int
-    trained: bool
+    backbone_trained: bool
     stack_bytes: float
     held_bytes: float
     cache_bytes: float
@@ -150,7 +150,7 @@ class LayeredSizes:
     @property
     def n_saved(self) -> int:
         """Sets of weights that are saved: the mean over folds, or one for each."""
-        return len(self.n_fit) if self.trained else 1
+        return len(self.n_fit) if self.backbone_trained else 1
 
     def saved_bytes(self, n_vertices: int) -> float:
         """Of the weights of a surface; 0 for those that are too many to save."""
@@ -220,7 +220,7 @@ class LayeredRidge:
             n_sources=len(self._kernels),
             n_features=rows.n_features,
             n_priors=len(self._all),
-            trained=self._plan.trained,
+            backbone_trained=self._plan.backbone_trained,
             stack_bytes=stacks,
             held_bytes=float(sum(kernels.rows.held_bytes for kernels in self._kernels)),
             cache_bytes=cache_bytes,
@@ -276,7 +276,7 @@ class LayeredRidge:
         rotated = basis.rotated(target)
         variance = target.square().mean(0)
         variance = torch.where(variance > 0, variance, torch.ones_like(variance))
-        if self._plan.trained:
+        if self._plan.backbone_trained:
             parts = [(basis.scores(part), responses[part] - responses[rows].mean(0)) for part in choices]
             errors = held_out_errors(basis.values, rotated, penalties, parts)
         else:
@@ -304,11 +304,11 @@ class LayeredRidge:
         explained = [torch.empty(len(self._all), y.shape[1], device=y.device) for _ in self._rows]
         for source, whole in enumerate(self._kernels):
             kernels = self._sampled or whole.of_some(self._sample)
-            if not self._plan.trained:  # for the other surfaces
+            if not self._plan.backbone_trained:  # for the other surfaces
                 self._sampled = kernels
             for number, prior in enumerate(self._all):
                 seen = landmark_features(kernels.kernel(prior)[:, :_SEARCH_LANDMARKS], slice(_SEARCH_LANDMARKS))[0]
-                for k in [source] if self._plan.trained else range(len(self._rows)):
+                for k in [source] if self._plan.backbone_trained else range(len(self._rows)):
                     explained[k][number] = self._explained(seen, np.isin(self._sample, self._rows[k]), y)
         return [[self._all[c] for c in _between_them(one)] for one in explained]
 
@@ -408,7 +408,7 @@ class _Saved:
             pending[prior] = weights.new_zeros(n_images, self._n_vertices)
         index, dual = basis.dual(weights)
         rows = torch.as_tensor(index, device=some.device)[:, None]
-        pending[prior][rows, some] += dual / (1 if self._plan.trained else len(self._plan))
+        pending[prior][rows, some] += dual / (1 if self._plan.backbone_trained else len(self._plan))
 
     def _flush(self, own: int) -> None:
         pending, self._pending[own] = self._pending[own], {}
@@ -423,7 +423,7 @@ class _Saved:
             return {}
         for own in range(len(self._weights)):
             self._flush(own)
-        if not self._plan.trained:
+        if not self._plan.backbone_trained:
             means = [torch.stack(list(means)).mean(0)]
         found = {}
         for k, (prefix, weights) in enumerate(zip(self._plan.prefixes, self._weights, strict=True)):
