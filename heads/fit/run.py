@@ -110,7 +110,7 @@ def _fit_variants(
 ) -> Iterator[tuple[Trainee, Fitted]]:
     """Fit several losses to each set of features, which is read once for all of them."""
     for group in _groups(trainees, variants[0], work):
-        joint = Shared()
+        shared = Shared()
         for trainee in group:
             for config in variants:
                 problem = Problem(
@@ -120,8 +120,8 @@ def _fit_variants(
                     config=config,
                     device=device,
                     work=work,
-                    together=tuple(group),
-                    joint=joint,
+                    trainees=tuple(group),
+                    shared=shared,
                 )
                 yield trainee, _fit(problem)
             give_back_memory()
@@ -142,7 +142,7 @@ def _key(problem: Problem) -> PredictionKey:
     """The key of one fit, with those of the other subjects where several are trained together."""
     keys = {
         one.subject: prediction_key(one.subject, one.features, one.plan, problem.config, problem.work)
-        for one in problem.together
+        for one in problem.trainees
     }
     key = keys.pop(problem.subject)
     return replace(key, joint={subject.name: other.to_json() for subject, other in keys.items()}) if keys else key

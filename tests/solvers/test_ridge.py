@@ -68,7 +68,7 @@ def errors_of(features, responses, penalties, exact):
     """(n_penalties, n_vertices), as heads choose by them."""
     x, y = torch.from_numpy(features), torch.from_numpy(responses)
     basis, centred = eigenbasis(x), y - y.mean(0)
-    scores, squares = basis.own_scores(x), sum_of_squares(centred)
+    scores, squares = basis.train_scores(x), sum_of_squares(centred)
     rows = (scores, centred) if exact else None
     return penalty_errors(basis.values, len(x), scores.T @ centred, squares, torch.tensor(penalties), rows)
 
@@ -216,7 +216,7 @@ def test_scores_are_the_features_on_orthogonal_axes(n_images, n_features):
     basis = eigenbasis(x)
     axes = basis.weights(torch.eye(len(basis.values)))
     np.testing.assert_allclose(axes.T @ axes, np.eye(len(basis.values)), atol=1e-4)
-    for scores in (basis.scores(x), basis.own_scores(x), (x - x.mean(0)) @ axes):
+    for scores in (basis.scores(x), basis.train_scores(x), (x - x.mean(0)) @ axes):
         np.testing.assert_allclose(scores.T @ scores, torch.diag(basis.values), atol=1e-4 * basis.values.max())
 
 

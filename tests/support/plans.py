@@ -34,7 +34,7 @@ def plan_of(
 
 
 def block_of(responses: torch.Tensor | np.ndarray, surface: str = "lh", **about: Any) -> Block:
-    """All vertices of a surface. responses : (n_train, n_vertices); about : noise_ceiling, rois, whole, vertices"""
+    """All vertices of a surface. responses : (n_train, n_vertices); about : other fields of Block"""
     tensor = torch.as_tensor(responses)
     return Block(surface=surface, responses=tensor, **({"vertices": slice(0, tensor.shape[1])} | about))
 
