@@ -16,7 +16,7 @@ from torch import nn
 from heads.modules.linear import SMALL, LinearMap, linear_layer
 from heads.modules.spatial import Shapes, SpatialReadout
 
-_ARRAY = "array."  # begins the name of a tensor that is the shape of an array's rows
+_ARRAY = "array."  # prefix of the names of tensors that hold the shape of an array's rows
 
 
 def linear_map_of(tensors: Mapping[str, torch.Tensor], names: Sequence[str], subject: str, surface: str) -> LinearMap:
@@ -33,8 +33,8 @@ def linear_map_of(tensors: Mapping[str, torch.Tensor], names: Sequence[str], sub
     weights = tensors["linear.weight"][outputs]
     scale = tensors["norm.weight"][outputs] / (tensors["norm.running_var"][outputs] + nn.BatchNorm1d(1).eps).sqrt()
     n_features = weights.shape[1] - tensors["embedding.weight"].shape[1]
-    level = weights[:, n_features:] @ tensors["embedding.weight"][list(names).index(subject)]
-    intercept = tensors["norm.bias"][outputs] + scale * (level - tensors["norm.running_mean"][outputs])
+    embedded = weights[:, n_features:] @ tensors["embedding.weight"][list(names).index(subject)]
+    intercept = tensors["norm.bias"][outputs] + scale * (embedded - tensors["norm.running_mean"][outputs])
     return LinearMap((weights[:, :n_features] * scale[:, None]).T.contiguous(), intercept)
 
 

@@ -104,8 +104,7 @@ class TrainedBackboneRidge:
         target = responses[rows]
         mean = target.mean(0)
         rotated = scores[rows].T @ target.sub_(mean)
-        errors = held_out_errors(
-            basis.values, rotated, penalties, [(scores[part], responses[part] - mean) for part in parts]
-        )
+        choice_inputs = [(scores[part], responses[part] - mean) for part in parts]
+        errors = held_out_errors(basis.values, rotated, penalties, choice_inputs)
         maps = [maps_of_penalties(basis, rotated, mean, penalties[error.argmin(0)]) for error in errors]
         return FoldHeads(list(zip(parts, maps[:-1], strict=True)), maps[-1])

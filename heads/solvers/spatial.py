@@ -165,7 +165,7 @@ class SpatialTraining:
             refuse_leak(trained_ids, plan.image_ids[plan.inside(k)], f"fold {plan.held_out[k]} of {name}")
 
     def _statistics(self, k: int) -> Statistics:
-        """{array: (mean, variance) of each channel}, over the images of all subjects, each subject with one weight."""
+        """{array: (mean, variance) of each channel}, over the images of all subjects, with equal weights."""
         statistics = {}
         for name in self._trainees[0].fold_rows(k).grids:
             moments = [t.fold_rows(k).mean_and_variance(name, t.plan.n_train) for t in self._trainees]
