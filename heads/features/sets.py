@@ -31,12 +31,12 @@ class FeatureSet:
 
     @cached_property
     def keys(self) -> tuple[FeatureKey, ...]:
-        """What decided the rows of each store."""
+        """Key of each store: what decided its rows."""
         return tuple(FeatureKey.of(store) for store in self.stores)
 
     @cached_property
     def facts(self) -> tuple[FeatureFacts, ...]:
-        """What else is known of each store."""
+        """Facts of each store besides its key."""
         return tuple(FeatureFacts.from_json(store.facts) for store in self.stores)
 
     @cached_property
@@ -65,7 +65,7 @@ class FeatureSet:
         return "-".join([self.keys[0].backbone, *(training.label for training in self.trainings[:1])])
 
     def key(self) -> dict[str, Any]:
-        """What decides the features, as prediction stores keep it; of a trained backbone, for all folds together."""
+        """Key of the features, as prediction stores keep it; for a trained backbone, of all folds together."""
         key = dict(self.stores[0].key)
         if self.arrays is not None:
             key["read"] = list(self.arrays)
@@ -90,7 +90,7 @@ class FeatureSet:
         return [LayerRows(store, self.names, device, budget) for store in self.stores]
 
     def reading(self, layers: str) -> "list[FeatureSet]":
-        """What heads read under --layers: one set for each model (see `models_of`)."""
+        """Feature sets that heads read under --layers, one for each model (see `models_of`)."""
         stored = tuple(self.stores[0].arrays)
         return [replace(self, arrays=None if read == stored else read) for read in models_of(stored, layers)]
 

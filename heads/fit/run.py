@@ -132,17 +132,17 @@ def _groups(trainees: Sequence[Trainee], config: FitConfig, work: Path) -> list[
     if not config.joint:
         return [[trainee] for trainee in trainees]
     groups: dict[str, list[Trainee]] = {}
-    for one in trainees:
-        model = prediction_key(one.subject, one.features, one.plan, config, work).model
-        groups.setdefault(f"{model} {one.features.names}", []).append(one)
+    for trainee in trainees:
+        model = prediction_key(trainee.subject, trainee.features, trainee.plan, config, work).model
+        groups.setdefault(f"{model} {trainee.features.names}", []).append(trainee)
     return list(groups.values())
 
 
 def _key(problem: Problem) -> PredictionKey:
     """The key of one fit, with those of the other subjects where several are trained together."""
     keys = {
-        one.subject: prediction_key(one.subject, one.features, one.plan, problem.config, problem.work)
-        for one in problem.trainees
+        trainee.subject: prediction_key(trainee.subject, trainee.features, trainee.plan, problem.config, problem.work)
+        for trainee in problem.trainees
     }
     key = keys.pop(problem.subject)
     return replace(key, joint={subject.name: other.to_json() for subject, other in keys.items()}) if keys else key

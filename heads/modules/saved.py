@@ -1,7 +1,7 @@
 """Heads of a checkpoint, read back from the tensors that it keeps.
 
-The modules of `heads.modules.by_subject` write these tensors (`saved`) into `heads.safetensors`. What reads them here
-needs neither the settings of the training nor its subjects:
+The modules of `heads.modules.by_subject` write these tensors (`saved`) into `heads.safetensors`. Reading them needs
+neither the settings of the training nor its subjects:
 
 - `<subject>.<surface>.weights` and `.intercept`: a linear map of the pooled features (stage 2);
 - `linear.*`, `norm.*`, `embedding.*` and `columns.<subject>.<surface>`: one layer for all subjects (stage 1);

@@ -13,7 +13,7 @@ from heads.solvers.layers.ridge import METHOD, LayeredSizes
 from heads.solvers.memory import CACHE_SHARE, FEATURE_SHARE, STACK_SHARE, Sizes, blockwise_bytes, whole_bytes
 from heads.solvers.ridge import VERTEX_BLOCK
 
-_CHOICES_OF_A_TRAINED_FOLD = 5  # four parts of the held-out images, and one head for images of no fold
+_CHOICES_OF_A_TRAINED_FOLD = 5  # four parts of the held-out images, and one head for test images
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def whole_bytes(sizes: Sizes, copies: int = 1) -> float:
     """Bytes of a fit to all vertices of a surface at once. copies : the most layers that predict one vertex"""
     n_features, n_vertices, n_all = sizes.n_features, max(sizes.n_vertices), sizes.n_train + sizes.n_test
     # by gradient: weights, gradient, both moments, and the best so far; in closed form: products with the responses,
-    # as they are and on the axes, and weights
+    # their rotation to the axes, and weights
     trained = 5.0 * copies * n_features * n_vertices
     kept = (sizes.n_folds + 2.0) * n_features * n_vertices  # weights of each fold, and of two surfaces to save
     rows = sizes.n_sources * 2.0 * n_all * n_features + (2.0 * sizes.n_train + 2.0 * n_all) * n_vertices

@@ -130,7 +130,7 @@ class LayerKernels:
         return shares
 
     def weights(self, priors: Sequence[Prior], duals: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{array: (n_places * n_channels, n_vertices)} weights on the features as they are stored.
+        """{array: (n_places * n_channels, n_vertices)} weights on the features as stored.
 
         duals : (n_priors, n_images, n_vertices); predictions are the sum over priors of kernel @ dual, up to an
             intercept
@@ -171,7 +171,7 @@ class LayerKernels:
                     total[other : other + len(right), start : start + len(left)] += product.T
 
     def _place_kernels(self) -> torch.Tensor:
-        """(places of all arrays, n_images, n_images)"""
+        """(places of all arrays, n_images, n_images) kernels of single places; keeps the prepared rows."""
         n_places = sum(map(self.rows.n_places, self.rows.grids))
         stack, first = torch.empty(n_places, len(self.rows), len(self.rows), device=self.rows.device), 0
         for name in self.rows.grids:

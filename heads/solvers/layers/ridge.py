@@ -348,7 +348,7 @@ def _choose_greedily(explained: torch.Tensor) -> list[int]:
 def flat_weights(
     kernels: LayerKernels, basis: Basis, responses: torch.Tensor, penalties: Sequence[float]
 ) -> dict[str, torch.Tensor]:
-    """{array: (n_places * n_channels, n_vertices)} weights on the features as they are stored.
+    """{array: (n_places * n_channels, n_vertices)} weights on the features as stored.
 
     basis : under the flat prior, on the images to fit to
     responses : (n_train, n_vertices)
