@@ -47,7 +47,7 @@ from heads.features.rows import LayerRows
 from heads.features.sets import feature_sets
 from heads.fit.out_of_fold import predict_surface
 from heads.scores.metrics import pearson_r
-from heads.solvers.base import Piece, Solver, comparable, level_and_spread
+from heads.solvers.base import Piece, Solver, comparable, mean_and_std
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import DEPTHS, Prior, prior_set
@@ -90,7 +90,7 @@ def case_of(subject: Subject, store: Store, arrays: tuple[str, ...]) -> Case:
 
 def real_cases(options: argparse.Namespace) -> Iterator[Case]:
     for subject in open_challenge(options.data).select(options.subjects):
-        sets = [one for one in feature_sets(subject, options.work) if one.has_places and not one.trained]
+        sets = [one for one in feature_sets(subject, options.work) if one.has_places and not one.backbone_trained]
         if not sets:
             raise SystemExit(f"{options.work}: no layers with places of {subject.name}; extract with --layers")
         yield case_of(subject, sets[0].stores[0], sets[0].names)
@@ -142,7 +142,7 @@ def out_of_fold(solver: Solver, case: Case) -> np.ndarray:
 def plan_of(case: Case) -> FoldPlan:
     """The folds that everybody fits without."""
     ids = case.subject.train.ids
-    return FoldPlan(image_ids=ids, folds=case.folds, held_out=tuple(range(N_FOLDS)), trained=False)
+    return FoldPlan(image_ids=ids, folds=case.folds, held_out=tuple(range(N_FOLDS)), backbone_trained=False)
 
 
 def own_pooled(case: Case) -> np.ndarray:
@@ -163,7 +163,7 @@ def of_folds(case: Case, fit: Fit) -> np.ndarray:
         train, held_out = np.flatnonzero(case.folds != k), np.flatnonzero(case.folds == k)
         level = case.responses[train].mean(0)
         predictions = torch.as_tensor(fit(train, case.responses[train] - level)) + level
-        pieces.append(Piece(held_out, predictions[held_out], *level_and_spread(predictions[train])))
+        pieces.append(Piece(held_out, predictions[held_out], *mean_and_std(predictions[train])))
     together = np.empty(case.responses.shape, np.float32)
     for piece, values in zip(pieces, comparable(pieces, case.responses.mean(0)), strict=True):
         together[piece.rows] = values

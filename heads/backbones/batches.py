@@ -40,7 +40,7 @@ class Images:
 
     Attributes
     ----------
-    trained, held_out : for each subject the rows to train on, and those of the held-out fold
+    train_rows, held_out : for each subject the rows to train on, and those of the held-out fold
 
     Raises
     ------
@@ -55,8 +55,8 @@ class Images:
         self._responses = [
             {surface: subject.responses(surface) for surface in subject.surfaces} for subject in subjects
         ]
-        self.trained, self.held_out = split_rows(subjects, split)
-        self._pairs = np.concatenate([pairs_of(number, rows) for number, rows in enumerate(self.trained)])
+        self.train_rows, self.held_out = split_rows(subjects, split)
+        self._pairs = np.concatenate([pairs_of(number, rows) for number, rows in enumerate(self.train_rows)])
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -64,7 +64,7 @@ class Images:
     @property
     def trained_ids(self) -> np.ndarray:
         """Ids of all images to train on, each once."""
-        return np.unique(np.concatenate([s.train.ids[r] for s, r in zip(self.subjects, self.trained, strict=True)]))
+        return np.unique(np.concatenate([s.train.ids[r] for s, r in zip(self.subjects, self.train_rows, strict=True)]))
 
     @property
     def held_out_ids(self) -> np.ndarray:

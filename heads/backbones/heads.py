@@ -94,7 +94,7 @@ def start_spatial(heads: SubjectHeads, first: FirstWeights) -> str:
 
 def _fitted_maps(backbone: TimmBackbone, images: Images) -> dict[str, LinearMap]:
     """Ridge regression of the first subject's responses on pooled features, on the images to train on, by surface."""
-    subject, rows = images.subjects[0], images.trained[0]
+    subject, rows = images.subjects[0], images.train_rows[0]
     features = _pooled_features(backbone, images, rows)
     maps = {}
     for surface in subject.surfaces:

@@ -36,7 +36,7 @@ class Model:
         return self.facts.model
 
     @property
-    def trained(self) -> bool:
+    def backbone_trained(self) -> bool:
         """Whether the backbone was trained, once for each fold."""
         return self.key.fold is not None
 
@@ -138,7 +138,7 @@ def usable_models(subject: Subject, work: Path) -> list[Model]:
         return newer_fault(store, [other for other in stores if names[other.name] == names[store.name]], "model")
 
     def unknown_past(store: Store) -> str:
-        if not models[store.name].trained or models[store.name].facts.seen_ids is not None:
+        if not models[store.name].backbone_trained or models[store.name].facts.seen_ids is not None:
             return ""
         return "it does not say which images its backbone was trained on; delete it and run 'fit-heads' again"
 

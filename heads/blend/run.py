@@ -101,7 +101,7 @@ def apply(challenge: Challenge, saved: Path, work: Path) -> Path | None:
 
 
 def _say_what_is_unusual(models: SubjectModels) -> None:
-    if any(model.trained for of_subject in models.values() for model in of_subject):
+    if any(model.backbone_trained for of_subject in models.values() for model in of_subject):
         say(
             "on test images a model of a trained backbone is the mean over the networks of all folds: it is better "
             "there than out of fold, and what a blend gains is other than said (docs/blend.md)"

@@ -1,4 +1,4 @@
-"""Rows of a feature store as heads read them: in memory where they fit, else chunk by chunk from the disk."""
+"""Rows of a feature store as heads read them: from memory if they fit, else from the disk, chunk by chunk."""
 
 import math
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ BLOCK_BYTES = 64 << 20
 class LayerRows:
     """Some arrays of a feature store, as (n_images, n_places, n_channels) each; a vector has one place.
 
-    device : where rows are computed with; they are kept in main memory, as they are stored
-    budget : bytes that may be kept; what does not fit is read anew whenever it is asked for
-    held : {array: rows, as they are stored} of some images alone, in place of those of the store
+    device : of the rows that are returned; rows are kept in main memory, as stored
+    budget : bytes that may be kept; arrays that do not fit are read from the disk at every use
+    held : {array: rows as stored} of some images, in place of those of the store
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class LayerRows:
 
     @property
     def n_features(self) -> int:
-        """Of all arrays together."""
+        """Features of an image, over all arrays."""
         return sum(self.n_places(name) * self.channels[name] for name in self.grids)
 
     @property
@@ -61,7 +61,7 @@ class LayerRows:
 
     @property
     def held_bytes(self) -> int:
-        """What is in memory, and what streaming keeps there."""
+        """Bytes of the arrays in memory, and of the chunks that streaming keeps."""
         chunks = sum(
             min(self._kept_chunks(name) * self._store.chunk_rows(name), len(self))
             * self.n_bytes(name)
@@ -85,32 +85,32 @@ class LayerRows:
         return self._ready(name, rows)
 
     def rows(self, index: np.ndarray) -> dict[str, torch.Tensor]:
-        """{array: (len(index), ...) float32, with the axes that it is stored with} of any images."""
+        """{array: (len(index), ...) float32, with the axes of the store} of any images."""
         return {name: torch.from_numpy(self._stored(name, index)).to(self.device).float() for name in self.grids}
 
     def _stored(self, name: str, index: np.ndarray) -> np.ndarray:
-        """Any images, as they are stored."""
+        """Rows of any images, as stored."""
         if name in self._held:
             rows: np.ndarray = self._held[name][index]
             return rows
         array, step = self._store.arrays[name], self._store.chunk_rows(name)
-        out = np.empty((len(index), *array.shape[1:]), dtype=array.dtype)
-        for chunk in np.unique(index // step):  # whole chunks are read and checked: rows of one are taken together
-            own = index // step == chunk
-            out[own] = self._chunk(name, int(chunk))[index[own] - chunk * step]
-        return out
+        rows = np.empty((len(index), *array.shape[1:]), dtype=array.dtype)
+        for chunk in np.unique(index // step):  # a chunk is read and checked as a whole, so its rows are taken together
+            in_chunk = index // step == chunk
+            rows[in_chunk] = self._chunk(name, int(chunk))[index[in_chunk] - chunk * step]
+        return rows
 
     def _kept_chunks(self, name: str) -> int:
-        """As many as cover the images that a shuffled order draws from at a time."""
-        widest = max(self._store.chunk_rows(one) for one in self.streamed)
+        """Number of chunks to keep, so that they cover the images that a shuffled order draws from at a time."""
+        widest = max(map(self._store.chunk_rows, self.streamed))
         return _CHUNKS * widest // self._store.chunk_rows(name)
 
     def _chunk(self, name: str, number: int) -> np.ndarray:
-        """One of the chunks on the disk; the last few are kept, because batches are drawn from a few."""
+        """One chunk of an array; the last few are kept, because batches are drawn from a few."""
         if (name, number) not in self._chunks:
-            own = [key for key in self._chunks if key[0] == name]
-            if len(own) >= self._kept_chunks(name):
-                del self._chunks[own[0]]
+            kept = [key for key in self._chunks if key[0] == name]
+            if len(kept) >= self._kept_chunks(name):
+                del self._chunks[kept[0]]
             first = number * self._store.chunk_rows(name)
             last = min(first + self._store.chunk_rows(name), len(self._store.image_ids))
             self._chunks[name, number] = self._store.read(name, first, last)
@@ -120,7 +120,7 @@ class LayerRows:
         return self.rows(np.asarray(index.cpu() if isinstance(index, torch.Tensor) else index))
 
     def shuffled(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows in a new order by torch's seed: any, or, where arrays are read from the disk, a few chunks at a time."""
+        """Rows in a random order by torch's seed; if arrays are read from the disk, from a few chunks at a time."""
         if not self.streamed:
             return index[torch.randperm(len(index), device=index.device)]
         step = max(self._store.chunk_rows(name) for name in self.streamed)
@@ -130,9 +130,7 @@ class LayerRows:
         return index[torch.argsort(window + torch.rand(len(index), device=index.device).double())]
 
     def mean_and_variance(self, name: str, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(n_places, n_channels) mean over the first rows; (n_channels,) variance over these rows and all places, each
-        about its place's mean.
-        """
+        """(n_places, n_channels) mean over the first rows; (n_channels,) variance about it, over rows and places."""
         total: Any = 0.0
         squares: Any = 0.0
         step = self.block_rows(name)
@@ -143,11 +141,11 @@ class LayerRows:
         return mean.float(), (squares / n_rows - mean.square()).clamp_min(0).mean(0).float()
 
     def block_rows(self, name: str) -> int:
-        """Images whose float32 rows of an array are worth having in memory at once."""
+        """Number of images in a block whose float32 rows of an array take about BLOCK_BYTES."""
         return max(BLOCK_BYTES // (4 * self.n_places(name) * self.channels[name]), 1)
 
     def subset(self, index: np.ndarray) -> "LayerRows":
-        """Some images alone, in memory."""
+        """Rows of some images, in memory."""
         held = {name: self._stored(name, index) for name in self.grids}
         return LayerRows(self._store, tuple(self.grids), self.device, 0, held)
 

@@ -22,8 +22,8 @@ from heads.features.rows import LayerRows
 class FeatureSet:
     """The features of one subject that one model reads.
 
-    stores : of a frozen backbone, the one store; of a trained one, a store for each fold that there is, in their order
-    arrays : those that heads read; None: all there are
+    stores : the one store of a frozen backbone, or a store for each fold of a trained backbone, in order
+    arrays : that heads read; None: all
     """
 
     stores: tuple[Store, ...]
@@ -31,12 +31,12 @@ class FeatureSet:
 
     @cached_property
     def keys(self) -> tuple[FeatureKey, ...]:
-        """What decided the rows of each store."""
+        """Key of each store: what decided its rows."""
         return tuple(FeatureKey.of(store) for store in self.stores)
 
     @cached_property
     def facts(self) -> tuple[FeatureFacts, ...]:
-        """What else is known of each store."""
+        """Facts of each store besides its key."""
         return tuple(FeatureFacts.from_json(store.facts) for store in self.stores)
 
     @cached_property
@@ -45,7 +45,7 @@ class FeatureSet:
         return tuple(key.fold for key in self.keys if key.fold is not None)
 
     @property
-    def trained(self) -> bool:
+    def backbone_trained(self) -> bool:
         """Whether the backbone was trained, once for each fold."""
         return bool(self.trainings)
 
@@ -65,11 +65,11 @@ class FeatureSet:
         return "-".join([self.keys[0].backbone, *(training.label for training in self.trainings[:1])])
 
     def key(self) -> dict[str, Any]:
-        """What decides the features, as prediction stores keep it; of a trained backbone, for all folds together."""
+        """Key of the features, as prediction stores keep it; for a trained backbone, of all folds together."""
         key = dict(self.stores[0].key)
         if self.arrays is not None:
             key["read"] = list(self.arrays)
-        if not self.trained:
+        if not self.backbone_trained:
             return key
         weights = [feature_key.weights for feature_key in self.keys]
         training = {name: value for name, value in key["fold"].items() if name != "fold"}
@@ -90,12 +90,12 @@ class FeatureSet:
         return [LayerRows(store, self.names, device, budget) for store in self.stores]
 
     def reading(self, layers: str) -> "list[FeatureSet]":
-        """What heads read under --layers: one set for each model (see `models_of`)."""
+        """Feature sets that heads read under --layers, one for each model (see `models_of`)."""
         stored = tuple(self.stores[0].arrays)
         return [replace(self, arrays=None if read == stored else read) for read in models_of(stored, layers)]
 
     def only(self, arrays: Sequence[str]) -> "FeatureSet":
-        """The same features, of which heads read some arrays alone."""
+        """The same features, of which heads read only some arrays."""
         return replace(self, arrays=tuple(arrays))
 
     def seen_ids(self) -> list[np.ndarray]:
@@ -127,7 +127,7 @@ def layer_of(name: str) -> str:
 
 
 def feature_sets(subject: Subject, work: Path) -> list[FeatureSet]:
-    """The complete features of the subject's images as they are now; what is left out is named."""
+    """The complete features of the subject's current images. Says which stores are left out, and why."""
     stores = subject_stores(subject, Workdir(work).features, "extract")
     digest = image_digest(subject, work) if stores else ""
     stores = keep(subject, stores, lambda store: "" if store.key["images"] == digest else "made from other images")
@@ -137,26 +137,26 @@ def feature_sets(subject: Subject, work: Path) -> list[FeatureSet]:
         families.setdefault(_family(store), []).append(store)
     sets = [FeatureSet(tuple(sorted(family, key=_fold))) for family in families.values()]
     for features in sets:
-        if features.trained and len(features.stores) < (n_folds := features.trainings[0].n_folds):
+        if features.backbone_trained and len(features.stores) < (n_folds := features.trainings[0].n_folds):
             folds = ", ".join(map(str, features.held_out))
             say(f"{subject.name}: {features.label} has fold {folds} of {n_folds}; only their images are predicted")
     return sets
 
 
 def _older_fault(store: Store, stores: Sequence[Store]) -> str:
-    """Of two stores of one fold of one training, the later counts: an unfinished checkpoint may have made the other."""
+    """Why a store is left out beside a newer one of the same fold and training, as of an unfinished checkpoint."""
     alike = [other for other in stores if _family(other) == _family(store) and _fold(other) == _fold(store)]
     return newer_fault(store, alike, "training")
 
 
 def newer_fault(store: Store, alike: Sequence[Store], what: str) -> str:
-    """Why a store is left out beside others that stand for the same thing: the one that was written last counts."""
+    """Why a store is left out beside others of the same `what`: the one that was written last counts; '' if kept."""
     newest = max(alike, key=lambda other: (other.path / "committed.json").stat().st_mtime_ns)
     return "" if store is newest else f"{newest.name} is of the same {what} and newer"
 
 
 def _family(store: Store) -> str:
-    """Equal for the folds of one training, and for nothing else."""
+    """Name that stores share only if they are folds of one training."""
     training = store.key["fold"]
     if training is None:
         return store.name
@@ -170,7 +170,7 @@ def _fold(store: Store) -> int:
 
 
 def subject_stores(subject: Subject, folder: Path, command: str) -> list[Store]:
-    """The subject's stores in a folder that are complete and have the rows of its images, in their order."""
+    """The subject's stores in a folder that are complete and have the rows of its images, in the same order."""
     stores = [store for store in list_stores(folder) if store.key["subject"] == subject.name]
     if not stores:
         say(f"{subject.name}: nothing in {folder}; run '{command}'")
@@ -187,7 +187,7 @@ def _row_fault(store: Store, subject: Subject) -> str:
 
 
 def keep(subject: Subject, stores: Sequence[Store], fault: Callable[[Store], str]) -> list[Store]:
-    """The stores without a fault; the others are named with theirs."""
+    """The stores without a fault. Says the faults of the others."""
     faults = {store.name: fault(store) for store in stores}
     for name, why in faults.items():
         if why:

@@ -176,7 +176,7 @@ def prediction_key(
 ) -> PredictionKey:
     """The key of the predictions of these heads, on these features, for this subject."""
     key, spec, digests = config.key(), config.solver_spec, subject_digests(subject)
-    if plan.trained and spec.fits:  # its training chose the folds; a seed is of the loop alone
+    if plan.backbone_trained and spec.fits:  # its training chose the folds; a seed is of the loop alone
         training = features.trainings[0]
         key |= {"n_folds": training.n_folds} | ({} if spec.random else {"seed": training.seed})
     reads_rois = spec.fits and HEADS[config.head].reads_rois

@@ -50,5 +50,5 @@ def block_of(subject: Subject, surface: str, responses: np.ndarray, vertices: sl
         responses=torch.from_numpy(np.array(responses[:, vertices], dtype=np.float32)).to(device),
         noise_ceiling=None if ceiling is None else ceiling[vertices],
         rois=tuple(mask[vertices] for mask in subject.rois[surface].values()),
-        whole=responses,
+        all_responses=responses,
     )

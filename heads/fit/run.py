@@ -101,9 +101,9 @@ def _suitable(sets: Sequence[FeatureSet], subject: Subject, takes_heads: bool) -
     if not takes_heads:
         return list(sets)
     for features in sets:
-        if not features.trained:
+        if not features.backbone_trained:
             say(f"{subject.name}: left out {features.name}: no heads were trained with a frozen backbone")
-    return [features for features in sets if features.trained]
+    return [features for features in sets if features.backbone_trained]
 
 
 def _fit_variants(
@@ -111,7 +111,7 @@ def _fit_variants(
 ) -> Iterator[tuple[Trainee, Fitted]]:
     """Fit several losses to each set of features, which is read once for all of them."""
     for group in _groups(trainees, variants[0], work):
-        joint = Shared()
+        shared = Shared()
         for trainee in group:
             for config in variants:
                 problem = Problem(
@@ -121,8 +121,8 @@ def _fit_variants(
                     config=config,
                     device=device,
                     work=work,
-                    together=tuple(group),
-                    joint=joint,
+                    trainees=tuple(group),
+                    shared=shared,
                 )
                 yield trainee, _fit(problem)
             give_back_memory()
@@ -133,17 +133,17 @@ def _groups(trainees: Sequence[Trainee], config: FitConfig, work: Path) -> list[
     if not config.joint:
         return [[trainee] for trainee in trainees]
     groups: dict[str, list[Trainee]] = {}
-    for one in trainees:
-        model = prediction_key(one.subject, one.features, one.plan, config, work).model
-        groups.setdefault(f"{model} {one.features.names}", []).append(one)
+    for trainee in trainees:
+        model = prediction_key(trainee.subject, trainee.features, trainee.plan, config, work).model
+        groups.setdefault(f"{model} {trainee.features.names}", []).append(trainee)
     return list(groups.values())
 
 
 def _key(problem: Problem) -> PredictionKey:
     """The key of one fit, with those of the other subjects where several are trained together."""
     keys = {
-        one.subject: prediction_key(one.subject, one.features, one.plan, problem.config, problem.work)
-        for one in problem.together
+        trainee.subject: prediction_key(trainee.subject, trainee.features, trainee.plan, problem.config, problem.work)
+        for trainee in problem.trainees
     }
     key = keys.pop(problem.subject)
     return replace(key, joint={subject.name: other.to_json() for subject, other in keys.items()}) if keys else key
@@ -172,7 +172,7 @@ def _fit(problem: Problem) -> Fitted:
                 features=features.name,
                 torch=torch.__version__,
                 # for whoever blends, when features and checkpoints may be gone
-                seen_ids=[seen.tolist() for seen in features.seen_ids()] if plan.trained else None,
+                seen_ids=[seen.tolist() for seen in features.seen_ids()] if plan.backbone_trained else None,
             )
             ids, n_scored = np.concatenate([subject.train.ids[plan.scored], subject.test.ids]), len(plan.scored)
             store = create_store(folder, label, key.to_json(), ids, n_scored, subject.n_vertices, facts.to_json())
@@ -189,7 +189,7 @@ def _refuse_leaks(problem: Problem) -> None:
     for fold in np.unique(plan.folds):
         refuse_leak(ids[plan.folds != fold], ids[plan.folds == fold], f"fold {fold} of {subject.name}")
     for k, (store, seen) in enumerate(zip(features.stores, features.seen_ids(), strict=True)):
-        scored = ids[plan.inside(k)] if plan.trained else ids
+        scored = ids[plan.inside(k)] if plan.backbone_trained else ids
         refuse_leak(seen, scored, f"{store.name} of {subject.name}")
         refuse_leak(seen, subject.test.ids, f"the test split of {subject.name}")
 

@@ -1,1 +1,1 @@
-"""What a head is: modules that map features to vertices."""
+"""Heads: modules that map features to vertices."""

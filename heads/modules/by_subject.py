@@ -1,7 +1,7 @@
-"""Heads that are trained together with a backbone: of one subject, or of several beside each other.
+"""Heads that are trained together with a backbone, for one subject or several.
 
-They read {array: rows}, as the tapped layers give it, and put out one row of numbers an image, (n_images, n_outputs).
-`columns` says which of these outputs are a subject's vertices, so that training and scoring know nothing else of them.
+They read {array: rows} of the tapped layers and return (n_images, n_outputs). `columns` says which of these outputs are
+a subject's vertices; training and scoring need to know nothing else of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,9 @@ from heads.modules.linear import LinearMap, RoiHead, linear_layer
 from heads.modules.saved import saved_shapes, shape_tensors
 from heads.modules.spatial import Rows, Shapes, SpatialReadout, Standardise
 
-Columns = dict[tuple[str, str], torch.Tensor]  # {(subject, surface): (n_vertices,) int64, the outputs that they are}
+Columns = dict[tuple[str, str], torch.Tensor]  # {(subject, surface): (n_vertices,) int64, the output of each vertex}
 
-_SPACE = "space"  # name of the rows that vertices are linear in, among rows that have the names of arrays
+_SPACE = "space"  # name of the outputs of the shared space, among rows that have the names of arrays
 
 
 class SubjectHeads(nn.Module):
@@ -40,7 +40,7 @@ class SubjectHeads(nn.Module):
         raise NotImplementedError
 
     def penalty(self) -> torch.Tensor | None:
-        """What a step of training adds to its loss, a number; None where there is nothing to add."""
+        """Number to add to the loss of a training step; None if there is nothing to add."""
         return None
 
     def _column_tensors(self) -> dict[str, torch.Tensor]:
@@ -50,9 +50,9 @@ class SubjectHeads(nn.Module):
 class AllSubjects(SubjectHeads):
     """Pooled heads of stage 1: features beside a learnt embedding of the subject, then linear and batch norm.
 
-    One layer for all surfaces is the same as a layer for each: nothing in it mixes outputs.
+    One layer for all surfaces is the same as a layer for each, because nothing mixes outputs.
 
-    start : size of the first outputs, 1 for torch's own
+    start : standard deviation of the outputs before training; 1 for torch's
     """
 
     def __init__(self, n_features: int, names: Sequence[str], columns: Columns, n_embedding: int, start: float) -> None:
@@ -61,7 +61,7 @@ class AllSubjects(SubjectHeads):
         # without bias: the norm takes the mean out
         self.linear = nn.Linear(n_features + n_embedding, self.n_outputs, bias=False)
         self.norm = nn.BatchNorm1d(self.n_outputs)
-        nn.init.constant_(self.norm.weight, start)  # the standard deviation of the outputs before training
+        nn.init.constant_(self.norm.weight, start)
 
     def forward(self, rows: Rows, subjects: torch.Tensor) -> torch.Tensor:
         outputs: torch.Tensor = self.norm(self.linear(torch.cat([rows[POOLED], self.embedding(subjects)], 1)))
@@ -94,7 +94,7 @@ class OneSubject(SubjectHeads):
         return torch.cat([head(rows[POOLED]) for head in self.hemispheres.values()], 1)
 
     def start_from(self, maps: Mapping[str, LinearMap]) -> None:
-        """Make every layer of a surface the same map, {surface: map}, so that their mean is that map."""
+        """Start every layer of a surface from the same map, {surface: map}, so that their mean is that map."""
         for surface, linear_map in maps.items():
             self._head(surface).start_from(linear_map)
 
@@ -113,15 +113,15 @@ class OneSubject(SubjectHeads):
 class SpatialHeads(SubjectHeads):
     """Heads on places, of both stages: each subject has its own, for all of its surfaces.
 
-    The outputs of an image are its subject's vertices, from the first output on; those that are left over are 0. So one
-    output means other vertices for another subject.
+    The first outputs of an image are its subject's vertices; the remaining outputs are 0. So an output stands for other
+    vertices in another subject.
 
     Parameters
     ----------
-    shapes : {array: shape of a row} of what is read
+    shapes : {array: shape of a row}
     config : `space`, `rank`, `token_dropout`, `smoothness` and `sparsity`. With a space, one readout of all subjects
         gives its outputs, and each subject's vertices are linear in them
-    start : size of the first weights, 1 for torch's own
+    start : scale of the initial weights; 1 for torch's
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class SpatialHeads(SubjectHeads):
         return SpatialReadout(self._shapes, n_outputs, config.rank, config.token_dropout, start, standardised=True)
 
     def _vertices(self, n_vertices: int) -> nn.Module:
-        """What gives one subject's vertices: a readout of its own, or a linear layer on the space."""
+        """Module that predicts one subject's vertices: a separate readout, or a linear layer on the space."""
         if self.space is None:
             return self._readout(n_vertices, self._start)
         return linear_layer(self.space.n_outputs, n_vertices, self._start)
@@ -157,7 +157,7 @@ class SpatialHeads(SubjectHeads):
         return torch.cat(outputs)[torch.cat(order).argsort()]
 
     def of_subject(self, rows: Rows, number: int) -> torch.Tensor:
-        """(n_images, n_vertices) of all surfaces, where all images are one subject's."""
+        """(n_images, n_vertices) predictions for all surfaces of one subject."""
         rows = self.standardise(rows)
         outputs: torch.Tensor = self.subjects[number](rows if self.space is None else self.space(rows))
         return outputs
@@ -167,7 +167,7 @@ class SpatialHeads(SubjectHeads):
         return nn.functional.pad(outputs, (0, self.n_outputs - outputs.shape[1]))
 
     def regularisation(self) -> torch.Tensor:
-        """Cost of the spatial maps under `smoothness` and `sparsity`: the mean over all readouts."""
+        """Penalty of the spatial maps under `smoothness` and `sparsity`, the mean over all readouts."""
         readouts = [module for module in (self.space, *self.subjects) if isinstance(module, SpatialReadout)]
         costs = [readout.regularisation(self._config.smoothness, self._config.sparsity) for readout in readouts]
         return torch.stack(costs).mean()
@@ -176,7 +176,7 @@ class SpatialHeads(SubjectHeads):
         return self.regularisation() if self._config.smoothness or self._config.sparsity else None
 
     def start_from(self, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> bool:
-        """Take over the heads that a checkpoint has for these subjects; False, and no change, where shapes differ.
+        """Load a checkpoint's heads for these subjects. Returns False and changes nothing if shapes differ.
 
         Parameters
         ----------
@@ -193,7 +193,7 @@ class SpatialHeads(SubjectHeads):
         return True
 
     def _name_among(self, key: str, names: Sequence[str]) -> str:
-        """Name that one of the tensors here has in heads of these subjects, where a subject's number may differ."""
+        """Name of one of these tensors in the heads of a checkpoint, where a subject's number may differ."""
         kind, _, rest = key.partition(".")
         if kind != "subjects":
             return key
@@ -208,9 +208,9 @@ class SpatialHeads(SubjectHeads):
 def output_columns(subjects: Sequence[Subject]) -> Columns:
     """Outputs of stage 1 that are each subject's vertices.
 
-    With the fsaverage masks of every subject, one output is one place on the surface: the outputs are the union of all
-    subjects' vertices, and a vertex that a subject lacks is not among its columns. Without them, columns of two
-    subjects mean nothing to each other, and every subject has outputs of its own.
+    If every subject has fsaverage masks, one output is one place on the surface: the outputs are the union of all
+    subjects' vertices, and a vertex that a subject lacks is not among its columns. Otherwise vertices of two subjects
+    cannot be matched, and every subject has separate outputs.
     """
     columns: Columns = {}
     offset = 0
@@ -224,7 +224,7 @@ def output_columns(subjects: Sequence[Subject]) -> Columns:
 
 
 def _outputs_of(subjects: Sequence[Subject], surface: str) -> tuple[list[np.ndarray], int]:
-    """Outputs of one surface from 0: those of each subject's vertices, and how many there are in all."""
+    """Outputs of each subject's vertices on one surface, counted from 0, and the number of outputs."""
     masks = [mask for subject in subjects if (mask := subject.fsaverage[surface]) is not None]
     if len(masks) == len(subjects):
         output_of_place = np.cumsum(np.logical_or.reduce(masks)) - 1
@@ -235,7 +235,7 @@ def _outputs_of(subjects: Sequence[Subject], surface: str) -> tuple[list[np.ndar
 
 
 def _side_by_side(subject: Subject) -> Columns:
-    """The vertices of one subject, surface after surface."""
+    """Columns of one subject, surface after surface."""
     columns, offset = {}, 0
     for surface in subject.surfaces:
         columns[subject.name, surface] = torch.arange(offset, offset + subject.n_vertices[surface])

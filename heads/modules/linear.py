@@ -22,13 +22,13 @@ class LinearMap(NamedTuple):
         return torch.addmm(self.intercept, features, self.weights)
 
 
-# torch's own start predicts noise of the size of the signal, which few images never wear down; zero would leave
-# correlation losses without a gradient.
+# Torch's initial weights predict noise of the size of the signal, which training on few images does not remove; zeros
+# would leave correlation losses without a gradient.
 SMALL = 0.1
 
 
 def linear_layer(n_features: int, n_outputs: int, start: float) -> nn.Linear:
-    """`start` times torch's own random weights; below 1 without its random intercepts."""
+    """Linear layer with `start` times torch's initial weights, and intercepts of 0 if `start` is below 1."""
     layer = nn.Linear(n_features, n_outputs)
     if start < 1:
         with torch.no_grad():
@@ -42,7 +42,7 @@ class _Linear(nn.Module):
         raise NotImplementedError
 
     def snapshot(self) -> LinearMap:
-        """The head as it is now."""
+        """Copy of the head as a linear map."""
         return LinearMap(*(part.detach().clone() for part in self.linear_map()))
 
 
@@ -64,10 +64,10 @@ class LinearHead(_Linear):
 class RoiHead(_Linear):
     """A linear layer for the whole hemisphere and one for each ROI; a vertex's prediction is the mean of its layers.
 
-    A vertex in no ROI has the hemisphere layer's prediction, unscaled. The layers lie side by side in one product.
+    A vertex in no ROI has the hemisphere layer's prediction, unscaled. All layers are computed in one product.
 
     rois : masks (n_vertices,) of the ROIs; empty ones have no layer
-    start : the size of the first weights, 1 for torch's own
+    start : scale of the initial weights; 1 for torch's
     """
 
     vertex: torch.Tensor  # (n_outputs,) the vertex of each output: all of them, then those of each ROI
@@ -88,18 +88,18 @@ class RoiHead(_Linear):
 
     @torch.no_grad()
     def start_from(self, head: LinearMap) -> None:
-        """Make every layer predict what `head` does for its vertices, so that their mean does."""
+        """Give every layer the weights of `head` for its vertices, so that the mean of the layers equals `head`."""
         self.layer.weight.copy_(head.weights.T[self.vertex])
         self.layer.bias.copy_(head.intercept[self.vertex])
 
     def _mean(self, outputs: torch.Tensor) -> torch.Tensor:
-        """(rows, n_outputs) -> (rows, n_vertices)"""
+        """Mean over the layers of each vertex: (rows, n_outputs) -> (rows, n_vertices)."""
         sums = outputs.new_zeros(len(outputs), len(self.share))
         return sums.index_add(1, self.vertex, outputs) * self.share
 
 
 def make_linear(n_features: int, n_vertices: int, rois: Sequence[np.ndarray]) -> LinearHead:
-    """One layer for all vertices, whatever the ROIs."""
+    """One layer for all vertices; ROIs are not used."""
     return LinearHead(n_features, n_vertices)
 
 

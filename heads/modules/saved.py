@@ -1,7 +1,7 @@
 """Heads of a checkpoint, read back from the tensors that it keeps.
 
-The modules of `heads.modules.by_subject` write these tensors (`saved`) into `heads.safetensors`. What reads them here
-needs neither the settings of the training nor its subjects:
+The modules of `heads.modules.by_subject` write these tensors (`saved`) into `heads.safetensors`. Reading them needs
+neither the settings of the training nor its subjects:
 
 - `<subject>.<surface>.weights` and `.intercept`: a linear map of the pooled features (stage 2);
 - `linear.*`, `norm.*`, `embedding.*` and `columns.<subject>.<surface>`: one layer for all subjects (stage 1);
@@ -16,7 +16,7 @@ from torch import nn
 from heads.modules.linear import SMALL, LinearMap, linear_layer
 from heads.modules.spatial import Shapes, SpatialReadout
 
-_ARRAY = "array."  # begins the name of a tensor that is the shape of an array's rows
+_ARRAY = "array."  # prefix of the names of tensors that hold the shape of an array's rows
 
 
 def linear_map_of(tensors: Mapping[str, torch.Tensor], names: Sequence[str], subject: str, surface: str) -> LinearMap:
@@ -33,8 +33,8 @@ def linear_map_of(tensors: Mapping[str, torch.Tensor], names: Sequence[str], sub
     weights = tensors["linear.weight"][outputs]
     scale = tensors["norm.weight"][outputs] / (tensors["norm.running_var"][outputs] + nn.BatchNorm1d(1).eps).sqrt()
     n_features = weights.shape[1] - tensors["embedding.weight"].shape[1]
-    level = weights[:, n_features:] @ tensors["embedding.weight"][list(names).index(subject)]
-    intercept = tensors["norm.bias"][outputs] + scale * (level - tensors["norm.running_mean"][outputs])
+    embedded = weights[:, n_features:] @ tensors["embedding.weight"][list(names).index(subject)]
+    intercept = tensors["norm.bias"][outputs] + scale * (embedded - tensors["norm.running_mean"][outputs])
     return LinearMap((weights[:, :n_features] * scale[:, None]).T.contiguous(), intercept)
 
 

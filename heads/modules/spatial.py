@@ -1,7 +1,7 @@
-"""Heads that read maps: they learn which channels matter and where in the image in separate weights.
+"""Heads on maps, with separate weights for places in the image and for channels.
 
 A vertex's weights on a layer are weights of places times weights of channels, summed over a few ranks. For 7 x 7 places
-of 300 channels that is 349 numbers a rank instead of 14,700: few enough to be learnt from a few thousand images.
+of 300 channels that is 349 numbers per rank instead of 14,700: few enough to be learnt from a few thousand images.
 
 Source: Klindt et al., Neural system identification for large populations separating "what" and "where" (2017).
 """
@@ -19,15 +19,15 @@ from heads.modules.linear import SMALL
 Rows = dict[str, torch.Tensor]  # {array: (n_images, n_features), or (n_images, height, width, n_channels)}
 Shapes = Mapping[str, tuple[int, ...]]  # {array: shape of a row}
 
-_NOISE = 0.1  # standard deviation of the first spatial maps, as a part of the uniform map around which they are
-_LARGEST = 2**24  # numbers that a product of channels may keep for the backward pass; larger ones are computed again
+_NOISE = 0.1  # standard deviation of the initial spatial maps, relative to the uniform map
+_LARGEST = 2**24  # numbers that a product of channels may keep for the backward pass; larger ones are recomputed
 
 
 class Standardise(nn.Module):
     """{array: rows} -> the same rows with each channel at mean 0 and variance 1 over images and places.
 
-    It uses running statistics, in training as in evaluation. So they follow a backbone that is trained along, no image
-    depends on the others of its batch, and statistics that are given (`fix`) stay as they are.
+    It uses running statistics, in training and in evaluation. So they follow a backbone that is trained with the heads,
+    no image depends on the others of its batch, and statistics set by `fix` do not change.
 
     shapes : {array: shape of a row}
     """
@@ -43,7 +43,7 @@ class Standardise(nn.Module):
 
     @torch.no_grad()
     def fix(self, statistics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Use these statistics and no others, {array: (mean (n_channels,), variance (n_channels,))}."""
+        """Set the statistics for good, {array: (mean (n_channels,), variance (n_channels,))}."""
         for array, channels in zip(self._arrays, cast("list[_Channels]", list(self.channels)), strict=True):
             mean, variance = statistics[array]
             channels.running_mean.copy_(mean)
@@ -55,7 +55,7 @@ class Standardise(nn.Module):
 class _Channels(nn.modules.batchnorm._BatchNorm):
     """Standardisation of one array's channels by running statistics.
 
-    It is a batch norm by class, so that what holds the statistics of batch norms still holds these still too.
+    It is a subclass of batch norm, so that code that freezes the statistics of batch norms freezes these too.
     """
 
     running_mean: torch.Tensor
@@ -67,12 +67,12 @@ class _Channels(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         if self.training and (self.momentum or not self.num_batches_tracked):
-            self._remember(values)
+            self._update(values)
         scale = (self.running_var + self.eps).rsqrt()
         return torch.addcmul(-self.running_mean * scale, values, scale)
 
     @torch.no_grad()
-    def _remember(self, values: torch.Tensor) -> None:
+    def _update(self, values: torch.Tensor) -> None:
         variance, mean = torch.var_mean(values.flatten(0, -2), 0, correction=0)
         self.num_batches_tracked += 1
         share = max(self.momentum or 0.0, 1 / int(self.num_batches_tracked))  # the first batches count equally
@@ -92,8 +92,8 @@ class SpatialReadout(nn.Module):
     shapes : {array: shape of a row}: (height, width, n_channels) of maps and (n_features,) of vectors
     rank : pairs of weights of places and weights of channels that each output has on a layer
     dropout : probability that a place of a layer is left out of an image, in training
-    start : size of the first weights, 1 for torch's own
-    standardised : whether the rows are standardised already, as where several readouts share one standardisation
+    start : scale of the initial weights; 1 for torch's
+    standardised : whether the rows are standardised already, because several readouts share one standardisation
     """
 
     def __init__(
@@ -108,14 +108,14 @@ class SpatialReadout(nn.Module):
         super().__init__()
         self.shapes, self.n_outputs, self.rank, self.dropout = dict(shapes), n_outputs, rank, dropout
         self.standardise = nn.Identity() if standardised else Standardise(shapes)
-        size = start / len(shapes) ** 0.5  # so that the sum over layers has the size that was asked for
-        self.layers = nn.ModuleList(_reader(shape, n_outputs, rank, size) for shape in shapes.values())
+        start_of_layer = start / len(shapes) ** 0.5  # so that the sum over layers has the scale `start`
+        self.layers = nn.ModuleList(_reader(shape, n_outputs, rank, start_of_layer) for shape in shapes.values())
         self.mixture = nn.Parameter(torch.zeros(n_outputs, len(shapes)))
         self.bias = nn.Parameter(torch.zeros(n_outputs))
 
     @torch.no_grad()
     def start_from(self, weights: Mapping[str, torch.Tensor], bias: torch.Tensor) -> None:
-        """Take the products of places and channels that are closest to given weights, layer by layer.
+        """Start from the products of places and channels that are closest to given weights, layer by layer.
 
         weights : {array: (n_outputs, n_places, n_channels)} of standardised rows; bias : (n_outputs,)
         """
@@ -129,10 +129,10 @@ class SpatialReadout(nn.Module):
         shares = len(self.shapes) * self.mixture.softmax(1)
         outputs = self.bias.expand(len(next(iter(rows.values()))), -1)
         for layer, (array, reader) in enumerate(zip(self.shapes, self.layers, strict=True)):
-            outputs = outputs + shares[:, layer] * reader(self._thinned(rows[array]))
+            outputs = outputs + shares[:, layer] * reader(self._drop_places(rows[array]))
         return outputs
 
-    def _thinned(self, values: torch.Tensor) -> torch.Tensor:
+    def _drop_places(self, values: torch.Tensor) -> torch.Tensor:
         if values.ndim == 2 or not (self.training and self.dropout):
             return values
         kept = functional.dropout(values.new_ones(*values.shape[:-1], 1), self.dropout)
@@ -141,7 +141,7 @@ class SpatialReadout(nn.Module):
     def regularisation(self, smoothness: float, sparsity: float) -> torch.Tensor:
         """Penalty of the spatial maps, to add to a loss: a mean over outputs, ranks and layers.
 
-        A map that is multiplied by a number costs the same.
+        The penalty of a map does not depend on its scale.
 
         smoothness : weight of the mean squared difference of neighbouring places, over the map's mean square
         sparsity : weight of the mean absolute value, over the root of that mean square
@@ -154,9 +154,9 @@ class SpatialReadout(nn.Module):
         total = self.bias.new_zeros(())
         for places in maps:
             size = places.square().mean((2, 3)).clamp_min(torch.finfo(places.dtype).tiny)
-            rough = sum(step.square().mean((2, 3)) for d in (2, 3) if (step := places.diff(dim=d)).numel())
-            dense = places.abs().mean((2, 3)) / size.sqrt()
-            total = total + (smoothness * (rough / size) + sparsity * dense).mean() / len(maps)
+            roughness = sum(step.square().mean((2, 3)) for d in (2, 3) if (step := places.diff(dim=d)).numel())
+            density = places.abs().mean((2, 3)) / size.sqrt()
+            total = total + (smoothness * (roughness / size) + sparsity * density).mean() / len(maps)
         return total
 
     @torch.no_grad()
@@ -177,7 +177,7 @@ class SpatialReadout(nn.Module):
         return places, functional.normalize(self.mixture.softmax(1) * torch.stack(sizes, 1), p=1, dim=1)
 
     def _readers(self) -> "list[tuple[str, tuple[int, ...], _VectorReader | _MapReader]]":
-        """The arrays with what reads them, as [(array, shape of a row, reader)]."""
+        """Arrays and their readers, as [(array, shape of a row, reader)]."""
         readers = cast("list[_VectorReader | _MapReader]", list(self.layers))
         return [(array, shape, reader) for (array, shape), reader in zip(self.shapes.items(), readers, strict=True)]
 
@@ -193,7 +193,7 @@ class _VectorReader(nn.Module):
         return functional.linear(values, self.channels)
 
     def start_from(self, weights: torch.Tensor) -> None:
-        """Take these weights, (n_outputs, 1, n_features)."""
+        """Start from weights (n_outputs, 1, n_features)."""
         self.channels.copy_(weights[:, 0])
 
     def squares(self) -> torch.Tensor:
@@ -204,8 +204,8 @@ class _VectorReader(nn.Module):
 class _MapReader(nn.Module):
     """Products of places and channels on a map: (n_images, height, width, n_channels) -> (n_images, n_outputs).
 
-    spatial : (n_outputs, rank, n_places), sqrt(n_places) times the weights of the places. It begins near
-        1 / sqrt(n_places), so a map has norm 1 and becomes a peak in as many steps as a channel needs to be turned on
+    spatial : (n_outputs, rank, n_places), sqrt(n_places) times the weights of the places. It starts near
+        1 / sqrt(n_places), so that a map has norm 1 and places are learnt as fast as channels
     channels : (n_outputs, rank, n_channels)
     """
 
@@ -219,7 +219,7 @@ class _MapReader(nn.Module):
         return _contract(values.flatten(1, 2), self.spatial / self.spatial.shape[2] ** 0.5, self.channels)
 
     def start_from(self, weights: torch.Tensor) -> None:
-        """Take the products closest to these weights, (n_outputs, n_places, n_channels), by singular values.
+        """Start from the products closest to weights (n_outputs, n_places, n_channels), by singular values.
 
         Weights of places have norm 1 afterwards.
         """
@@ -251,8 +251,8 @@ def _uniform(start: float, *shape: int) -> nn.Parameter:
 def _contract(values: torch.Tensor, spatial: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
     """Product of values (n, P, C), spatial (V, R, P) and channels (V, R, C), summed over P, C and R: (n, V).
 
-    Channels are summed first, (V R, n P): no other order was faster. Where that is large, it is computed for some
-    outputs at a time, and again in the backward pass.
+    Channels are summed first, (V R, n P): no other order was faster. If that is large, it is computed for some outputs
+    at a time, and again in the backward pass.
     """
     n_outputs, rank = channels.shape[:2]
     block = max(1, _LARGEST // (rank * values.shape[0] * values.shape[1]))

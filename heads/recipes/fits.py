@@ -13,7 +13,7 @@ from heads.solvers.layers.ridge import METHOD, LayeredSizes
 from heads.solvers.memory import CACHE_SHARE, FEATURE_SHARE, STACK_SHARE, Sizes, blockwise_bytes, whole_bytes
 from heads.solvers.ridge import VERTEX_BLOCK
 
-_CHOICES_OF_A_TRAINED_FOLD = 5  # four parts of the held-out images, and one head for images of no fold
+_CHOICES_OF_A_TRAINED_FOLD = 5  # four parts of the held-out images, and one head for test images
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Features:
     n_folds: int = 0
 
     @property
-    def trained(self) -> bool:
+    def backbone_trained(self) -> bool:
         return bool(self.held_out)
 
     @property
@@ -91,7 +91,7 @@ def fit_memory(sizes: FitSizes, config: FitConfig) -> float:
         n_folds=sizes.n_held_out,
         n_sources=features.n_stores,
     )
-    if spec.linear_least_squares and not features.trained:
+    if spec.linear_least_squares and not features.backbone_trained:
         fixed, per_vertex = blockwise_bytes(flat)
         return fixed + per_vertex * min(VERTEX_BLOCK, max(sizes.n_vertices))
     return whole_bytes(flat, HEADS[config.head].copies if spec.fits else 1)
@@ -114,11 +114,11 @@ def _layered(sizes: FitSizes) -> LayeredSizes:
         n_train=sizes.n_train,
         n_images=sizes.n_images,
         n_fit=(sizes.n_train - sizes.n_train // sizes.n_folds,) * sizes.n_held_out,
-        n_choices=_CHOICES_OF_A_TRAINED_FOLD if features.trained else 1,
+        n_choices=_CHOICES_OF_A_TRAINED_FOLD if features.backbone_trained else 1,
         n_sources=features.n_stores,
         n_features=features.n_features,
         n_priors=len(priors),
-        trained=features.trained,
+        backbone_trained=features.backbone_trained,
         stack_bytes=0.0,
         held_bytes=min(stored, free * FEATURE_SHARE),
         cache_bytes=free * CACHE_SHARE,

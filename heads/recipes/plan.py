@@ -260,7 +260,7 @@ class _Work:
         memory, disk = [0.0], 0.0
         for counts in subjects:
             for key, features in self.features[counts.name].items():
-                if not features.trained and not config.solver_spec.fits:
+                if not features.backbone_trained and not config.solver_spec.fits:
                     continue  # no heads were trained with a frozen backbone
                 for arrays in models_of(list(features.rows), config.layers):
                     for variant in config.variants():
@@ -294,8 +294,8 @@ def _fit_sizes(counts: Counts, features: Features, config: FitConfig) -> FitSize
         n_train=counts.n_train,
         n_test=counts.n_test,
         n_vertices=tuple(counts.n_vertices.values()),
-        n_held_out=features.n_stores if features.trained else config.n_folds,
-        n_folds=features.n_folds if features.trained else config.n_folds,
+        n_held_out=features.n_stores if features.backbone_trained else config.n_folds,
+        n_folds=features.n_folds if features.backbone_trained else config.n_folds,
         features=features,
     )
 

@@ -1,7 +1,7 @@
 """Losses that heads and backbones are trained with: pure functions of predictions and responses.
 
 Every loss is ``loss(predictions, responses, noise_ceiling=None) -> 0-d tensor``, so that one loop can train with any of
-them; those without a use for the ceiling only check it.
+them; those that do not use the ceiling only check it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def mnnpc(predictions: Matrix, responses: Matrix, noise_ceiling: Matrix | None =
 
 
 class _Losses(Mapping[str, Loss]):
-    """The loss functions by name, each loaded when it is first asked for: `heads.config.losses` lists them."""
+    """The loss functions by name, each loaded at first use: `heads.config.losses` lists them."""
 
     def __getitem__(self, name: str) -> Loss:
         function: Loss = load(LOSS_SPECS[name].function)
@@ -191,41 +191,41 @@ def _distance(predictions: Tensor, responses: Tensor) -> Tensor:
 class _Correlation(torch.autograd.Function):
     """r of each column, (n_vertices,); 0, with a gradient of 0, where either is constant.
 
-    With p and y centred columns of norm 1, the gradient of r = p'y with respect to what p was made of is (y - r p)
-    divided by the norm: written out, it passes over the matrices a third as often as through every step of the way.
+    With p and y centred columns of norm 1, the gradient of r = p'y with respect to the column that p was computed from
+    is (y - r p) / norm. This formula reads the matrices a third as often as autograd through each step.
     """
 
     @staticmethod
     def forward(ctx: Any, predictions: Tensor, responses: Tensor) -> Tensor:
-        ours, own_norm = _unit_columns(predictions)
-        theirs, their_norm = _unit_columns(responses)
-        r: Tensor = torch.linalg.vecdot(ours, theirs, dim=0)
-        ctx.save_for_backward(ours, own_norm, theirs, their_norm, r)
+        p, p_norm = _unit_columns(predictions)
+        y, y_norm = _unit_columns(responses)
+        r: Tensor = torch.linalg.vecdot(p, y, dim=0)
+        ctx.save_for_backward(p, p_norm, y, y_norm, r)
         return r
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        ours, own_norm, theirs, their_norm, r = ctx.saved_tensors
+        p, p_norm, y, y_norm, r = ctx.saved_tensors
 
-        def of(unit: Tensor, norm: Tensor, other: Tensor) -> Tensor:
+        def gradient_of(unit: Tensor, norm: Tensor, other: Tensor) -> Tensor:
             slope = gradient / norm
             return torch.addcmul(other * slope, unit, -r * slope)
 
         needed = ctx.needs_input_grad
         return (
-            of(ours, own_norm, theirs) if needed[0] else None,
-            of(theirs, their_norm, ours) if needed[1] else None,
+            gradient_of(p, p_norm, y) if needed[0] else None,
+            gradient_of(y, y_norm, p) if needed[1] else None,
         )
 
 
 def _unit_columns(values: Tensor) -> tuple[Tensor, Tensor]:
     """Columns less their mean, of norm 1, and the norms; a constant column becomes 0, and its norm infinite."""
     first = values[0]
-    # The mean of a constant column may be off by a rounding; less its first row it is exactly 0.
+    # The mean of a constant column may have a rounding error; minus its first row, the column is exactly 0.
     centred = values - first
     centred -= centred.mean(0)
-    # squares of what is divided by the largest neither overflow nor vanish
+    # divided by the largest value, squares neither overflow nor vanish
     scale = torch.linalg.vector_norm(centred, torch.inf, dim=0)
     limits = torch.finfo(values.dtype)
     constant = scale <= first.abs() * limits.eps + limits.tiny  # False for NaN, which must show up in the loss

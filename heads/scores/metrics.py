@@ -28,11 +28,11 @@ ZeroCeiling = Literal["exclude", "epsilon"]
 _TILE_VERTICES = 4096
 _TILE_NUMBERS = 64 * _TILE_VERTICES
 
-_MAX_MEAN_TO_SD = 10.0  # beyond it, sums of squares that were not shifted lose more than two digits
-_CONSTANT_SD_TO_MEAN = 1e-13  # below it, what varies is the rounding of float64
-_CONSTANT_SPREAD = 1e-6  # of a mean square: below it, what varies is the rounding of sums that were kept as float32
+_MAX_MEAN_TO_SD = 10.0  # above it, sums of squares that were not shifted lose more than two digits
+_CONSTANT_SD_TO_MEAN = 1e-13  # below it, the variation is rounding of float64
+_CONSTANT_SCATTER = 1e-6  # share of the sum of squares: below it, the variation is rounding of sums stored as float32
 _ALL_SURFACES = "both"
-_EPSILON_CEILING = 1e-14  # what the organisers' published script puts for a ceiling of 0
+_EPSILON_CEILING = 1e-14  # replaces a ceiling of 0 in the organisers' published script
 
 
 def pearson_r(predictions: ArrayLike, responses: ArrayLike) -> Float64s:
@@ -61,7 +61,7 @@ def pearson_r(predictions: ArrayLike, responses: ArrayLike) -> Float64s:
 
     def fill(first: int) -> None:
         block = slice(first, first + _TILE_VERTICES)
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused, in one line
+        with np.errstate(over="ignore", invalid="ignore"):  # _block_r refuses values that are not finite
             r[block] = _block_r(predictions[:, block], responses[:, block])
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy lets go of the interpreter while it sums
@@ -74,7 +74,7 @@ def r_from_sums(n: Array, p: Array, pp: Array, py: Array, y: Array, yy: Array) -
     """Pearson correlation from sums over images; exactly 0 where either side is constant.
 
     ``r = (sum py - sum p sum y / n) / sqrt((sum pp - (sum p)**2 / n) (sum yy - (sum y)**2 / n))``. A side is constant
-    where its spread is below 1e-6 of its mean square: the sums may have been rounded to float32.
+    where its scatter is below 1e-6 of its sum of squares: the sums may have been rounded to float32.
 
     Parameters
     ----------
@@ -87,9 +87,9 @@ def r_from_sums(n: Array, p: Array, pp: Array, py: Array, y: Array, yy: Array) -
     r : float64 in [-1, 1], of the common shape
     """
     n = np.maximum(n, 1)
-    p_spread, y_spread = pp - p**2 / n, yy - y**2 / n
-    defined = (p_spread > _CONSTANT_SPREAD * pp) & (y_spread > _CONSTANT_SPREAD * yy)
-    norm = np.sqrt(np.where(defined, p_spread * y_spread, 1))
+    p_scatter, y_scatter = pp - p**2 / n, yy - y**2 / n
+    defined = (p_scatter > _CONSTANT_SCATTER * pp) & (y_scatter > _CONSTANT_SCATTER * yy)
+    norm = np.sqrt(np.where(defined, p_scatter * y_scatter, 1))
     r: Float64s = np.clip(np.where(defined, (py - p * y / n) / norm, 0), -1, 1)
     return r
 
@@ -151,9 +151,9 @@ def explained_share(r: Array, noise_ceiling: Array, whole: float = 1) -> Float64
 
     r : (..., n_vertices), in [-1, 1]
     noise_ceiling : (n_vertices,), fraction of variance in (0, 1], or NaN
-    whole : what all of the explainable variance counts: 1 for fractions, 100 for percent
+    whole : value for all of the explainable variance: 1 for fractions, 100 for percent
     """
-    # The share is clipped before it is a share: dividing by the tiniest ceilings would overflow.
+    # clipped before the division, because dividing by the smallest ceilings would overflow
     share: Float64s = whole * np.minimum(np.maximum(r, 0) ** 2, noise_ceiling) / noise_ceiling
     return share
 
@@ -209,12 +209,12 @@ class Summary:
 
 
 def summarize(scores: Sequence[VertexScores], zero_ceiling: ZeroCeiling = "exclude") -> list[Summary]:
-    """Means for each subject's surfaces, each subject, each ROI over all of them, and, last, over everything.
+    """Means for each surface of each subject, each subject, each ROI of all subjects, and last for all vertices.
 
-    Every mean is over vertices, those of all subjects and surfaces together, and never a mean of means.
-    ``mean_r`` keeps negative r; ``mean_r2`` takes them as 0 before squaring, as the metric does. ``accuracy`` covers
-    only the vertices that have a ceiling: subjects without one, and (unless ``zero_ceiling`` is "epsilon") vertices
-    whose ceiling is 0, count in the other columns alone. An ROI, or a surface, with no vertex has no row.
+    Every mean is over vertices, never over means. ``mean_r`` keeps negative r; ``mean_r2`` takes them as 0 before
+    squaring, as the metric does. ``accuracy`` covers only the vertices that have a ceiling: subjects without one, and
+    (unless ``zero_ceiling`` is "epsilon") vertices whose ceiling is 0, count only in the other columns. An ROI or a
+    surface without vertices has no row.
 
     Parameters
     ----------
@@ -245,7 +245,7 @@ def summarize(scores: Sequence[VertexScores], zero_ceiling: ZeroCeiling = "exclu
 def _summary(
     subject: str, surface: str, roi: str, scores: Sequence[VertexScores], zero_ceiling: ZeroCeiling
 ) -> Summary | None:
-    """One row over the vertices of ``roi``, or None where there are none."""
+    """Means over the vertices of ``roi``; None if there are none."""
     parts = [_in_roi(score, roi, zero_ceiling) for score in scores]
     r, accuracy = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     if not r.size:
@@ -263,7 +263,7 @@ def _summary(
 
 
 def _in_roi(score: VertexScores, roi: str, zero_ceiling: ZeroCeiling) -> tuple[Float64s, Float64s]:
-    """r and accuracy of the vertices in ``roi``; NaN for an accuracy that does not count."""
+    """r and accuracy of the vertices in ``roi``; an accuracy is NaN if it does not count."""
     r = np.asarray(score.r, dtype=np.float64)
     if score.noise_ceiling is None:
         accuracy = np.full(r.shape, np.nan)
@@ -332,33 +332,34 @@ def _block_r(predictions: Array, responses: Array) -> Float64s:
     n_images = len(predictions)
     shifts = np.zeros((2, predictions.shape[1]))
     sums, squares, products = _sums(predictions, responses, shifts)
-    if _mean_swamps_spread(sums, squares, n_images).any():
-        # Less its first row, a constant column is exactly 0, and no other loses more than log10(n_images) digits, since
-        # (first - mean)**2 is at most the sum of all such squares. Rarely needed, so not the way for every block.
+    if _mean_dominates(sums, squares, n_images).any():
+        # Minus its first row, a constant column is exactly 0; others lose at most log10(n_images) digits, because
+        # (first - mean)**2 is at most the sum of all such squares. Rarely needed, so not done for every block.
         shifts = np.stack([predictions[0], responses[0]]).astype(np.float64)
         sums, squares, products = _sums(predictions, responses, shifts)
     means = sums / n_images
-    spreads = squares - sums * means
-    if not np.isfinite(spreads).all():
+    scatter = squares - sums * means
+    if not np.isfinite(scatter).all():
         raise FeatcacheError(
             "predictions and responses",
             expected="finite numbers",
             found="some that are NaN, infinite or too large to square",
             remedy="look for a diverged fit or a damaged file",
         )
-    constant = spreads <= n_images * (_CONSTANT_SD_TO_MEAN * (shifts + means)) ** 2
-    norms = np.sqrt(np.where(constant, 1, spreads))
+    constant = scatter <= n_images * (_CONSTANT_SD_TO_MEAN * (shifts + means)) ** 2
+    norms = np.sqrt(np.where(constant, 1, scatter))
     r = (products - sums[0] * means[1]) / norms[0] / norms[1]
     return np.where(constant.any(axis=0), 0, np.clip(r, -1, 1))
 
 
-def _mean_swamps_spread(sums: Float64s, squares: Float64s, n_images: int) -> NDArray[np.bool_]:
+def _mean_dominates(sums: Float64s, squares: Float64s, n_images: int) -> NDArray[np.bool_]:
+    """Whether a column's mean is so large against its standard deviation that sums of squares lose digits."""
     mean_squares = sums**2 / n_images
     return mean_squares > _MAX_MEAN_TO_SD**2 * (squares - mean_squares)
 
 
 def _sums(predictions: Array, responses: Array, shifts: Float64s) -> tuple[Float64s, Float64s, Float64s]:
-    """Sums over images of both matrices less ``shifts``, (2, n_block), of their squares, and, (n_block,), of p y."""
+    """Sums over images of both matrices minus ``shifts``, (2, n_block), of their squares, and of p y, (n_block,)."""
     n_images, n_block = predictions.shape
     n_rows = max(1, _TILE_NUMBERS // n_block)
     sums, squares, products = np.zeros((2, n_block)), np.zeros((2, n_block)), np.zeros(n_block)

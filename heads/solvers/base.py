@@ -29,7 +29,7 @@ class Block:
     responses : (n_train, n_vertices) float32, on the device that fits
     noise_ceiling : (n_vertices,), fraction of variance in [0, 1]; None where not given
     rois : masks (n_vertices,) of the ROIs
-    whole : (n_train, all vertices of the surface), for what is chosen for all of them together; memory-mapped
+    all_responses : (n_train, all vertices of the surface), for choices made once per surface; memory-mapped
     """
 
     surface: str
@@ -37,25 +37,26 @@ class Block:
     responses: torch.Tensor
     noise_ceiling: np.ndarray | None = None
     rois: tuple[np.ndarray, ...] = ()
-    whole: np.ndarray | torch.Tensor | None = None
+    all_responses: np.ndarray | torch.Tensor | None = None
 
 
 class Piece(NamedTuple):
-    """Predictions of some held-out images by the head that may predict them.
+    """Predictions of some held-out images by a head that was neither fitted to nor chosen on these images.
 
     rows : (n,) numbers of the images
     predictions : (n, n_vertices)
-    mean, spread : (n_vertices,) of the head's predictions of the images that it was trained on; a spread is never 0
+    mean, std : (n_vertices,) mean and standard deviation of the head's predictions of the images that it was trained
+        on; 1 in place of a standard deviation of 0
     """
 
     rows: np.ndarray
     predictions: torch.Tensor
     mean: torch.Tensor
-    spread: torch.Tensor
+    std: torch.Tensor
 
 
 class FoldFit(NamedTuple):
-    """What was fitted without one fold.
+    """Predictions of the heads that were fitted without one fold.
 
     held_out : predictions of the fold's images
     test : (n_test, n_vertices) predictions of the test images
@@ -66,11 +67,11 @@ class FoldFit(NamedTuple):
 
 
 class Fits(NamedTuple):
-    """What was fitted to one block.
+    """Predictions and heads that were fitted to one block.
 
     folds : one for each held-out fold
-    saved : {(prefix, part): tensor}, the heads themselves; a prefix tells folds apart. Of a solver that takes blocks of
-        vertices, the last axis is vertices
+    saved : {(prefix, part): tensor}, the heads themselves; prefixes name folds. If `vertex_block` is set, the last axis
+        of every tensor must be vertices
     """
 
     folds: list[FoldFit]
@@ -80,37 +81,37 @@ class Fits(NamedTuple):
 class Solver(Protocol):
     """Fits heads on all folds but one, for each fold in turn, and predicts the images of that fold.
 
-    vertex_block : vertices that it takes at a time; None: all of a surface at once
+    vertex_block : number of vertices to fit at a time; None: all of a surface at once
     """
 
     vertex_block: int | None
 
     def fit(self, block: Block) -> Fits:
-        """Fit heads to a block of responses, and predict held-out and test images by them."""
+        """Fit heads to a block of responses, and predict held-out and test images with them."""
         ...
 
     def memory(self, n_vertices: int) -> float:
-        """Bytes that it is expected to take for a surface of so many vertices, besides the program itself."""
+        """Bytes of memory that a fit of a surface is expected to take, besides the program itself."""
         ...
 
 
 class Shared:
-    """What the subjects of one training have in common; the first that needs it makes it."""
+    """Values that several fits share; each is made at first use."""
 
     def __init__(self) -> None:
-        self._made: dict[str, Any] = {}
+        self._values: dict[str, Any] = {}
 
-    def once(self, name: str, make: Callable[[], T]) -> T:
-        """What `make` gives, made once under this name."""
-        if name not in self._made:
-            self._made[name] = make()
-        made: T = self._made[name]
-        return made
+    def get_or_make(self, name: str, make: Callable[[], T]) -> T:
+        """The value of this name; `make` is called if there is none yet."""
+        if name not in self._values:
+            self._values[name] = make()
+        value: T = self._values[name]
+        return value
 
 
 @dataclass(frozen=True, eq=False)
 class Trainee:
-    """One subject of a training that serves several."""
+    """One subject to fit: its features and its folds. One training may serve several."""
 
     subject: Subject
     features: FeatureSet
@@ -125,7 +126,8 @@ class Problem:
     plan : folds, and on which images a choice may be made
     device : 'cpu' or 'cuda'
     work : the work folder, where checkpoints are
-    together, joint : all subjects that one training serves, if it serves several, and what their fits have in common
+    trainees : all subjects that one training serves, if it serves several
+    shared : values that their fits share
     """
 
     subject: Subject
@@ -134,8 +136,8 @@ class Problem:
     config: FitConfig
     device: str = "cpu"
     work: Path = Path()
-    together: tuple[Trainee, ...] = ()
-    joint: Shared = field(default_factory=Shared)
+    trainees: tuple[Trainee, ...] = ()
+    shared: Shared = field(default_factory=Shared)
 
     @property
     def n_train(self) -> int:
@@ -151,28 +153,28 @@ class Problem:
         return tuple(self.subject.n_vertices.values())
 
 
-def level_and_spread(predictions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mean_and_std(predictions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each vertex over rows, (n_images, n_vertices); 1 where it is constant."""
-    spread, mean = torch.std_mean(predictions, 0, correction=0)
-    return mean, torch.where(spread > 0, spread, torch.ones_like(spread))
+    std, mean = torch.std_mean(predictions, 0, correction=0)
+    return mean, torch.where(std > 0, std, torch.ones_like(std))
 
 
-def piece_of(predictions: torch.Tensor, rows: np.ndarray, trained: np.ndarray) -> Piece:
-    """Predictions of some rows, out of those of all images, with the level and spread of the rows trained on."""
-    return Piece(rows, predictions[rows], *level_and_spread(predictions[trained]))
+def piece_of(predictions: torch.Tensor, rows: np.ndarray, train_rows: np.ndarray) -> Piece:
+    """Piece of some held-out rows. predictions : (n_images, n_vertices) of all images"""
+    return Piece(rows, predictions[rows], *mean_and_std(predictions[train_rows]))
 
 
-def comparable(pieces: Sequence[Piece], level: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Predictions of the pieces, brought to one level and one scale for each vertex.
+def comparable(pieces: Sequence[Piece], mean: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Predictions of the pieces, all with the same mean and standard deviation for each vertex.
 
-    Heads of different folds differ in level and scale: a fold whose responses happen to be high leaves a low mean to
-    the head trained without it, and each takes its own penalty. Pooled over folds, these steps give predictions of
-    noise a correlation below 0 and take some from every real one. Level and spread are set to one number a vertex, on
-    which no r depends, from nothing but the images that the head saw.
+    Heads of different folds differ in mean and scale: if the responses of a fold happen to be high, the head that is
+    trained without it has a low mean; and each head has its own penalty. When folds are pooled, these differences make
+    noise correlate negatively and lower every true correlation. So each fold is set to the same mean and standard
+    deviation. They are computed only from images that the head was trained on.
 
-    level : (n_vertices,) mean response
+    mean : (n_vertices,) mean response
     """
-    common = torch.stack([piece.spread for piece in pieces]).mean(0)
-    ratios = [common / piece.spread for piece in pieces]
+    common = torch.stack([piece.std for piece in pieces]).mean(0)
+    ratios = [common / piece.std for piece in pieces]
     for piece, ratio in zip(pieces, ratios, strict=True):
-        yield torch.addcmul(level - piece.mean * ratio, piece.predictions, ratio)
+        yield torch.addcmul(mean - piece.mean * ratio, piece.predictions, ratio)

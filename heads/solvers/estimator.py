@@ -22,7 +22,7 @@ class RidgeHead(RegressorMixin, BaseEstimator):
     penalties : multiples of the mean eigenvalue of the centred features' scatter
     selection : 'auto', 'loo' or 'gcv', how a vertex's penalty is chosen
 
-    Attributes after `fit`, of the kind that `fit` was given (torch tensors stay on their device)
+    Attributes after `fit`, arrays or tensors like the responses (torch tensors stay on their device)
     ----------
     weights_ : (n_features, n_vertices) float32
     intercept_ : (n_vertices,) float32
@@ -36,9 +36,9 @@ class RidgeHead(RegressorMixin, BaseEstimator):
         self.selection = selection
 
     def fit(self, features: Any, responses: Any) -> "RidgeHead":
-        """features (n_images, n_features), responses (n_images, n_vertices).
+        """Fit one ridge model per vertex. features : (n_images, n_features); responses : (n_images, n_vertices)
 
-        Raises ConfigError for shapes that do not belong together, values that are not finite, or fewer than 3 images.
+        Raises ConfigError for shapes that do not match, values that are not finite, or fewer than 3 images.
         """
         config = RidgeConfig(penalties=tuple(self.penalties), selection=self.selection)
         x = _matrix("features", features)
@@ -51,44 +51,47 @@ class RidgeHead(RegressorMixin, BaseEstimator):
                 remedy="pass the rows of the same images",
             )
         basis = eigenbasis(x)
-        level, penalties = y.new_empty(2, y.shape[1])
+        mean, penalties = y.new_empty(2, y.shape[1])
         on_axes = y.new_empty(len(basis.values), y.shape[1])
-        scores, offered = basis.own_scores(x), basis.penalties(config.penalties)
+        scores, offered = basis.train_scores(x), basis.penalties(config.penalties)
         for start in range(0, y.shape[1], VERTEX_BLOCK):
             block = slice(start, start + VERTEX_BLOCK)
-            level[block] = y[:, block].mean(0)
-            centred = y[:, block] - level[block]
+            mean[block] = y[:, block].mean(0)
+            centred = y[:, block] - mean[block]
             rotated = scores.T @ centred
             rows = (scores, centred) if is_exact(config, len(x)) else None
             errors = penalty_errors(basis.values, len(x), rotated, sum_of_squares(centred), offered, rows)
             penalties[block] = offered[errors.argmin(0)]
             torch.div(rotated, basis.values[:, None] + penalties[block], out=on_axes[:, block])
-        self._basis, self._on_axes, self._level = basis, on_axes, level
+        self._basis, self._on_axes, self._mean = basis, on_axes, mean
         self._map: LinearMap | None = None
         self._tensors = isinstance(responses, torch.Tensor)
-        self.penalties_ = self._own(penalties)
+        self.penalties_ = self._like_input(penalties)
         self.n_features_in_ = x.shape[1]
         return self
 
     @property
     def weights_(self) -> Any:
-        return self._own(self._linear_map().weights)
+        return self._like_input(self._linear_map().weights)
 
     @property
     def intercept_(self) -> Any:
-        return self._own(self._linear_map().intercept)
+        return self._like_input(self._linear_map().intercept)
 
     def _linear_map(self) -> LinearMap:
-        """Formed when it is asked for: predictions need no weights on features, and with few images it is most work."""
+        """Weights on features and intercept, computed at first use: predictions do not need them, and they are slow."""
         check_is_fitted(self)
         if self._map is None:
             weights = self._basis.weights(self._on_axes)
-            self._map = LinearMap(weights, self._level - self._basis.mean @ weights)
+            self._map = LinearMap(weights, self._mean - self._basis.mean @ weights)
             del self._on_axes
         return self._map
 
     def predict(self, features: Any) -> Any:
-        """(n_images, n_vertices) float32, of the kind that `features` is. Raises NotFittedError before `fit`."""
+        """(n_images, n_vertices) float32 predictions, as an array or tensor, like `features`.
+
+        Raises NotFittedError before `fit`, ConfigError for another number of columns or values that are not finite.
+        """
         check_is_fitted(self)
         x = _matrix("features", features)
         if x.shape[1] != self.n_features_in_:
@@ -98,15 +101,15 @@ class RidgeHead(RegressorMixin, BaseEstimator):
                 found=x.shape[1],
                 remedy="read the same layers",
             )
-        given, x = x.device, x.to(self._level.device)
+        device, x = x.device, x.to(self._mean.device)
         if self._map is None:
-            predictions = torch.addmm(self._level, self._basis.scores(x), self._on_axes)
+            predictions = torch.addmm(self._mean, self._basis.scores(x), self._on_axes)
         else:
             predictions = self._map(x)
-        return predictions.to(given) if isinstance(features, torch.Tensor) else predictions.cpu().numpy()
+        return predictions.to(device) if isinstance(features, torch.Tensor) else predictions.cpu().numpy()
 
-    def _own(self, values: torch.Tensor) -> Any:
-        """As the kind of thing that `fit` was given."""
+    def _like_input(self, values: torch.Tensor) -> Any:
+        """The values as an array or tensor, like the responses given to `fit`."""
         return values if self._tensors else values.cpu().numpy()
 
 
@@ -119,7 +122,7 @@ def _matrix(name: str, values: Any) -> torch.Tensor:
             remedy="reshape it",
         )
     matrix = matrix.to(torch.float32)
-    # a sum is a fraction of the time of looking at every number, and finite only if all are
+    # a sum takes a fraction of the time of a test of every number, and is finite only if all are
     if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():
         raise ConfigError(expected=f"finite {name}", found="NaN or infinity", remedy="remove those rows or columns")
     return matrix

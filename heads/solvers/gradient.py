@@ -1,4 +1,4 @@
-"""Heads that a gradient trains on cached features: batches, loss, optimiser, schedule, early stopping."""
+"""Heads trained by gradient descent on cached features: batches, loss, optimiser, schedule, early stopping."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -19,12 +19,12 @@ from heads.solvers.held_out import FoldPlan, Split
 from heads.solvers.linear import FoldHeads, LinearPredictions
 from heads.solvers.memory import Sizes, announce_whole, whole_bytes
 
-# The first gradients of a correlation loss are the largest, and torch's 0.999 would remember them for 1,000 steps.
+# The first gradients of a correlation loss are the largest; with torch's 0.999 they would count for 1,000 steps.
 _BETAS = (0.9, 0.95)
 
 
 def build(problem: Problem) -> "GradientSolver":
-    """Build the solver for heads that a gradient trains on one matrix of features. Raises ConfigError."""
+    """Build the solver for heads trained by gradient on one matrix of features. Raises ConfigError."""
     features = [rows.dense() for rows in problem.features.read(problem.device, 0)]
     announce_whole(problem, features[0].shape[1], "by gradient")
     return GradientSolver(features, problem.plan, problem.config)
@@ -36,11 +36,11 @@ class GradientSolver:
     features : (n_train + n_test, n_features) float32 on the device that trains, one for all folds or one for each
     """
 
-    vertex_block: int | None = None  # a loss is a mean over vertices and stops for all of them together
+    vertex_block: int | None = None  # the loss and early stopping are means over all vertices
 
     def __init__(self, features: Sequence[torch.Tensor], plan: FoldPlan, config: FitConfig) -> None:
         self._features, self._plan, self._config = list(features), plan, config
-        # what the splits refuse is refused before a store is made
+        # Build the splits now: folds that are too small must raise before a store exists.
         self._splits = [plan.split(k, config.adamw.validation, config.seed) for k in range(len(plan))]
         self._predictions = LinearPredictions(self._features, plan)
 
@@ -59,14 +59,14 @@ class GradientSolver:
         return self._fits_of_modules(heads, block)
 
     def _train(self, k: int, split: Split, block: Block) -> list[Any]:
-        """Train once; for each choice, the head of the epoch that scored best on its rows."""
-        self._plan.refuse_leaks(split.choices, split.trained, "early stopping")
+        """Train once; for each choice, return the head of the epoch that scored best on its rows."""
+        self._plan.refuse_leaks(split.choice_rows, split.train_rows, "early stopping")
         features = self._features[self._plan.source(k)][: self._plan.n_train]
-        mean, scale = _standardisation(features[split.trained])
+        mean, scale = _standardisation(features[split.train_rows])
         torch.manual_seed(self._config.seed)
         head = load(str(HEADS[self._config.head].module))(features.shape[1], block.responses.shape[1], block.rois)
         standardised = (features - mean) / scale
-        task = Task(standardised, block.responses, split.trained, split.choices, block.noise_ceiling)
+        task = Task(standardised, block.responses, split.train_rows, split.choice_rows, block.noise_ceiling)
         best = train_head(head.to(features.device), [task], weighted_sum(self._config.terms), self._config.adamw)
         return [self._unstandardised(head, mean, scale, features, split, block.responses) for head in best]
 
@@ -79,27 +79,27 @@ class GradientSolver:
         split: Split,
         responses: torch.Tensor,
     ) -> Any:
-        """The head on features as they are stored: a LinearMap, calibrated, or a module with its standardisation."""
+        """The head for features as stored: a calibrated LinearMap, or a module with its standardisation."""
         if not isinstance(head, LinearMap):
-            return _OnStored(head, mean, scale)
+            return _Standardised(head, mean, scale)
         weights = head.weights / scale[:, None]
         stored = LinearMap(weights, head.intercept - mean @ weights)
-        return calibrate(stored, features[split.trained], responses[split.trained])
+        return calibrate(stored, features[split.train_rows], responses[split.train_rows])
 
     @torch.no_grad()
-    def _fits_of_modules(self, heads: Sequence[Sequence["_OnStored"]], block: Block) -> Fits:
+    def _fits_of_modules(self, heads: Sequence[Sequence["_Standardised"]], block: Block) -> Fits:
         folds: list[FoldFit] = []
         saved: dict[tuple[str, str], torch.Tensor] = {}
-        for k, (split, choices) in enumerate(zip(self._splits, heads, strict=True)):
+        for k, (split, fold_heads) in enumerate(zip(self._splits, heads, strict=True)):
             features = self._features[self._plan.source(k)]
-            folds.append(fold_fit((head(features) for head in choices), split, block.responses))
+            folds.append(fold_fit((head(features) for head in fold_heads), split, block.responses))
             prefix = f"fold{self._plan.held_out[k]}."
-            saved |= {(prefix, f"head.{name}"): values for name, values in choices[-1].state_dict().items()}
+            saved |= {(prefix, f"head.{name}"): values for name, values in fold_heads[-1].state_dict().items()}
         return Fits(folds, saved)
 
 
-class _OnStored(nn.Module):
-    """A trained module behind the standardisation of the features that it was trained on."""
+class _Standardised(nn.Module):
+    """A trained module that standardises stored features first, as in training."""
 
     mean: torch.Tensor
     scale: torch.Tensor
@@ -116,87 +116,87 @@ class _OnStored(nn.Module):
 
 
 def fold_fit(predictions: Iterable[torch.Tensor], split: Split, responses: torch.Tensor) -> FoldFit:
-    """What the heads of one fold say, each calibrated on the rows that it was trained on.
+    """Predictions of the heads of one fold, each calibrated on the rows that it was trained on.
 
     predictions : (n_images, n_vertices) of each choice's head
     responses : (n_train, n_vertices)
     """
     pieces, test = [], responses[:0]
     for choice, values in enumerate(predictions):
-        slope, shift = calibration(values[split.trained], responses[split.trained])
+        slope, shift = calibration(values[split.train_rows], responses[split.train_rows])
         values = slope * values + shift
         if choice < len(split.parts):
-            pieces.append(piece_of(values, split.parts[choice], split.trained))
+            pieces.append(piece_of(values, split.parts[choice], split.train_rows))
         test = values[len(responses) :]
     return FoldFit(pieces, test)
 
 
 class Task(NamedTuple):
-    """What one set of vertices learns from.
+    """Features, responses and rows that a head is trained on, for one set of vertices.
 
     features : features[rows] is what the head reads: a matrix (n_images, n_features), or the rows of several layers
     responses : (n_images, n_vertices) float32, on the device that trains
-    trained, choices : row numbers to train on, and those that each choice of an epoch is made on
+    train_rows, choice_rows : row numbers to train on, and for each choice of an epoch those that it is made on
     noise_ceiling : (n_vertices,), or None
     """
 
     features: Any
     responses: torch.Tensor
-    trained: np.ndarray
-    choices: Sequence[np.ndarray]
+    train_rows: np.ndarray
+    choice_rows: Sequence[np.ndarray]
     noise_ceiling: np.ndarray | None
 
 
 def train_head(head: Any, tasks: Sequence[Task], loss: Loss, config: AdamWConfig) -> list[Any]:
-    """Train a head on the trained rows; for each choice, the snapshot of the epoch that scored best on its rows.
+    """Train a head; for each choice, return the snapshot of the epoch that scored best on its rows.
 
-    A head of several tasks is called with their number as well, and a batch is of one task; a choice is then made by
-    the mean score over all their vertices. Batches differ between epochs; the torch seed decides them.
+    A batch has rows of one task. With several tasks, the head also gets the task's number, and a choice is made by the
+    mean score over the vertices of all tasks. Batches differ between epochs; the torch seed decides them.
     """
     ceilings = [
         None if t.noise_ceiling is None else torch.as_tensor(t.noise_ceiling, device=t.responses.device) for t in tasks
     ]
-    decayed, free = [p for p in head.parameters() if p.ndim > 1], [p for p in head.parameters() if p.ndim == 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    # fused: one pass over weights, moments and gradient, and not one for each of its operations
+    decayed, undecayed = [p for p in head.parameters() if p.ndim > 1], [p for p in head.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    # fused: one pass over weights, moments and gradient instead of one for each operation
     optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS, fused=True)
-    n_batches = sum(max(len(task.trained) // config.batch_size, 1) for task in tasks)
+    n_batches = sum(max(len(task.train_rows) // config.batch_size, 1) for task in tasks)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs * n_batches)
-    cost = getattr(head, "regularisation", None)
-    called = [head] if len(tasks) == 1 else [partial(head, number=number) for number in range(len(tasks))]
-    first = _snapshot(head)
-    stops = [_Stop(first) for _ in tasks[0].choices]
+    penalty = getattr(head, "regularisation", None)
+    call_by_task = [head] if len(tasks) == 1 else [partial(head, number=number) for number in range(len(tasks))]
+    untrained = _snapshot(head)
+    stops = [_Stop(untrained) for _ in tasks[0].choice_rows]
     for _ in range(config.epochs):
         head.train()
         for number, batch in _epoch(tasks, config.batch_size):
             task = tasks[number]
             optimiser.zero_grad(set_to_none=True)
-            value = loss(called[number](task.features[batch]), task.responses[batch], ceilings[number])
-            (value if cost is None else value + cost()).backward()
+            value = loss(call_by_task[number](task.features[batch]), task.responses[batch], ceilings[number])
+            (value if penalty is None else value + penalty()).backward()
             optimiser.step()
             schedule.step()
         head.eval()
-        now = _snapshot(head)
+        snapshot = _snapshot(head)
         for choice, stop in enumerate(stops):
-            stop.see(now, _overall(called, tasks, choice))
+            stop.update(snapshot, _mean_score(call_by_task, tasks, choice))
         if all(stop.waited >= config.patience for stop in stops):
             break
     return [stop.best for stop in stops]
 
 
 def _snapshot(head: Any) -> Any:
-    """The head as it is now: what its own `snapshot` gives, or a copy."""
+    """Copy of the head as it is now, by its `snapshot` method if it has one."""
     return head.snapshot() if hasattr(head, "snapshot") else copy.deepcopy(head).requires_grad_(False)
 
 
 def _epoch(tasks: Sequence[Task], batch_size: int) -> list[tuple[int, torch.Tensor]]:
-    """(number of the task, rows) of every batch; images that do not fill one come in another epoch."""
+    """(number of the task, rows) of every batch; left-over images are skipped in this epoch."""
     batches = []
     for number, task in enumerate(tasks):
-        rows = torch.as_tensor(task.trained, device=task.responses.device)
+        rows = torch.as_tensor(task.train_rows, device=task.responses.device)
         order = getattr(task.features, "shuffled", _shuffled)(rows)
-        whole = max(len(rows) // batch_size, 1) * batch_size
-        batches += [(number, batch) for batch in order[:whole].split(batch_size)]
+        n_used = max(len(rows) // batch_size, 1) * batch_size
+        batches += [(number, batch) for batch in order[:n_used].split(batch_size)]
     return batches if len(tasks) == 1 else [batches[k] for k in torch.randperm(len(batches)).tolist()]
 
 
@@ -204,22 +204,23 @@ def _shuffled(rows: torch.Tensor) -> torch.Tensor:
     return rows[torch.randperm(len(rows), device=rows.device)]
 
 
-def _overall(called: Sequence[Any], tasks: Sequence[Task], choice: int) -> float:
-    """The mean over tasks, each by the number of its vertices."""
+def _mean_score(call_by_task: Sequence[Any], tasks: Sequence[Task], choice: int) -> float:
+    """Mean score of the tasks on the rows of one choice, weighted by their numbers of vertices."""
     scores = [
-        _score(head, task.features[task.choices[choice]], task.responses[task.choices[choice]], task.noise_ceiling)
-        for head, task in zip(called, tasks, strict=True)
+        _score(head, task.features[rows], task.responses[rows], task.noise_ceiling)
+        for head, task in zip(call_by_task, tasks, strict=True)
+        for rows in [task.choice_rows[choice]]
     ]
     return float(np.average(scores, weights=[task.responses.shape[1] for task in tasks]))
 
 
 class _Stop:
-    """The best head so far, by one score, and for how many epochs there was no better one."""
+    """The best head so far, by one score, and the number of epochs since."""
 
-    def __init__(self, first: Any) -> None:
-        self.best, self.score, self.waited = first, -np.inf, 0
+    def __init__(self, untrained: Any) -> None:
+        self.best, self.score, self.waited = untrained, -np.inf, 0
 
-    def see(self, head: Any, score: float) -> None:
+    def update(self, head: Any, score: float) -> None:
         self.waited += 1
         if score > self.score:
             self.best, self.score, self.waited = head, score, 0
@@ -227,17 +228,17 @@ class _Stop:
 
 @torch.no_grad()
 def calibrate(head: LinearMap, features: torch.Tensor, responses: torch.Tensor) -> LinearMap:
-    """Give each vertex the scale and intercept that fit these rows best, its direction kept; a scale below 0 becomes 0.
+    """Head with the scale and intercept of each vertex that fit these rows best; a scale below 0 becomes 0.
 
-    Correlation losses leave both free, and folds that stop at different epochs differ in them. Pooled over folds, such
-    steps would count as errors.
+    Correlation losses leave both undetermined, and folds that stop at different epochs differ in them. When folds are
+    pooled, these differences would count as errors.
     """
     slope, shift = calibration(head(features), responses)
     return LinearMap(head.weights * slope, shift + slope * head.intercept)
 
 
 def calibration(predictions: torch.Tensor, responses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n_vertices,) slopes, 0 or more, and shifts: slope * prediction + shift is closest to the responses."""
+    """(n_vertices,) slopes, 0 or more, and shifts that bring slope * prediction + shift closest to the responses."""
     centred = predictions - predictions.mean(0)
     variance = centred.square().sum(0)
     covariance = (centred * (responses - responses.mean(0))).sum(0)
@@ -247,7 +248,7 @@ def calibration(predictions: torch.Tensor, responses: torch.Tensor) -> tuple[tor
 
 @torch.no_grad()
 def _score(head: Any, features: Any, responses: torch.Tensor, noise_ceiling: np.ndarray | None) -> float:
-    """The challenge's metric over vertices, or mean r without ceilings."""
+    """The challenge's metric over vertices; mean r if there are no noise ceilings."""
     r = pearson_r(head(features).cpu(), responses.cpu())
     if noise_ceiling is None or not noise_ceiling.any():
         return float(r.mean())

@@ -1,10 +1,10 @@
-"""Which images a head is fitted to, chosen by and scored on, fold by fold: decided here and nowhere else.
+"""Which images a head is fitted to, chosen on and scored on, fold by fold: decided here and nowhere else.
 
-On features of a frozen backbone everything that is chosen (penalties, when to stop) is chosen on images that the head
-may see: no image of the held-out fold has a say. On features of a backbone that was trained on those very images that
-would be worthless: it has learnt their responses, noise and all, and no penalty looks too small. There, choices are
-made on the held-out fold, and yet no image has a say in the head that predicts it: the fold is cut in parts, and each
-part is predicted by the head that the other parts chose.
+On features of a frozen backbone, penalties and the epoch to stop at are chosen on training images: no image of the
+held-out fold influences its head. If the backbone was trained on these images, choosing on them is useless: it has
+learnt their responses with the noise, and no penalty looks too small. Then choices are made on the held-out fold. The
+fold is cut in parts, and each part is predicted by a head that was chosen on the other parts: no image influences the
+head that predicts it.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ _PARTS = 4  # of a held-out fold
 class Split(NamedTuple):
     """The rows of one fold for a solver that chooses when to stop.
 
-    trained : rows to fit to
-    choices : for each head, the rows that it is chosen by; the last head is for images of no fold
+    train_rows : rows to fit to
+    choice_rows : for each head, the rows that it is chosen on; the last head is for test images
     parts : the held-out rows that each of the first heads predicts
     """
 
-    trained: np.ndarray
-    choices: list[np.ndarray]
+    train_rows: np.ndarray
+    choice_rows: list[np.ndarray]
     parts: list[np.ndarray]
 
 
@@ -41,34 +41,34 @@ class FoldPlan:
     image_ids : (n_train,) int64
     folds : (n_train,) the fold of each training image
     held_out : the folds that are held out, in turn
-    trained : whether the features come from a backbone that was trained once for each held-out fold, on the others;
-        then there is one set of features for each, else one for all
+    backbone_trained : whether the backbone was trained once for each held-out fold, on the other folds; then there is
+        one set of features for each held-out fold, else one for all
     """
 
     image_ids: np.ndarray
     folds: np.ndarray
     held_out: tuple[int, ...]
-    trained: bool
+    backbone_trained: bool
 
     @classmethod
     def of_frozen(cls, image_ids: np.ndarray, n_folds: int, seed: int) -> "FoldPlan":
-        """The plan for a frozen backbone: every fold is held out in turn. Raises ConfigError for an empty fold."""
+        """Plan for a frozen backbone: every fold is held out in turn. Raises ConfigError for an empty fold."""
         folds = assign_folds(image_ids, n_folds, seed)
         check_folds(folds, n_folds)
-        return cls(image_ids=image_ids, folds=folds, held_out=tuple(range(n_folds)), trained=False)
+        return cls(image_ids=image_ids, folds=folds, held_out=tuple(range(n_folds)), backbone_trained=False)
 
     @classmethod
     def of_features(cls, subject: Subject, features: FeatureSet, n_folds: int, seed: int) -> "FoldPlan":
-        """The plan for some features: the folds of the backbone's training, or those asked for where there was none.
+        """Plan for some features: with the folds of the backbone's training, or `n_folds` for a frozen backbone.
 
         Raises ConfigError for a fold without images.
         """
-        if not features.trained:
+        if not features.backbone_trained:
             return cls.of_frozen(subject.train.ids, n_folds, seed)
         training = features.trainings[0]
         folds = assign_folds(subject.train.ids, training.n_folds, training.seed)
         check_folds(folds, training.n_folds)
-        return cls(image_ids=subject.train.ids, folds=folds, held_out=features.held_out, trained=True)
+        return cls(image_ids=subject.train.ids, folds=folds, held_out=features.held_out, backbone_trained=True)
 
     def __len__(self) -> int:
         """Number of folds that are held out."""
@@ -80,13 +80,13 @@ class FoldPlan:
 
     @property
     def n_sources(self) -> int:
-        """Sets of features: one for all folds, or one for each."""
-        return len(self) if self.trained else 1
+        """Number of sets of features: one for all folds, or one for each."""
+        return len(self) if self.backbone_trained else 1
 
     @property
     def prefixes(self) -> list[str]:
-        """Names of what is saved of the heads: one for each set of features."""
-        return [f"fold{fold}." for fold in self.held_out] if self.trained else [""]
+        """Prefixes of the names of saved heads, one for each set of features."""
+        return [f"fold{fold}." for fold in self.held_out] if self.backbone_trained else [""]
 
     @property
     def scored(self) -> np.ndarray:
@@ -95,7 +95,7 @@ class FoldPlan:
 
     def source(self, k: int) -> int:
         """Number of the set of features that the k-th held-out fold reads."""
-        return k if self.trained else 0
+        return k if self.backbone_trained else 0
 
     def outside(self, k: int) -> np.ndarray:
         """Rows to fit to, without the k-th held-out fold."""
@@ -106,37 +106,37 @@ class FoldPlan:
         return np.flatnonzero(self.folds == self.held_out[k])
 
     def parts(self, k: int) -> list[np.ndarray]:
-        """The held-out rows in the parts that are predicted by heads chosen apart; one part for a frozen backbone."""
-        if not self.trained:
+        """The held-out rows in parts, with a separate head for each; one part for a frozen backbone."""
+        if not self.backbone_trained:
             return [self.inside(k)]
         return clean_parts(self.image_ids, self.inside(k), self.held_out[k])
 
     def n_choices(self, k: int) -> int:
-        """Heads of the k-th fold: one a part and, where parts are chosen for apart, one for images of no fold."""
-        return len(self.parts(k)) + self.trained
+        """Number of heads of the k-th fold: one for each part, and one for test images if the backbone was trained."""
+        return len(self.parts(k)) + int(self.backbone_trained)
 
     def split(self, k: int, one_in: int, seed: int) -> Split:
-        """The rows of the k-th fold for early stopping. Raises ConfigError for too few images.
+        """Rows of the k-th fold for early stopping. Raises ConfigError for too few images.
 
-        one_in, seed : on a frozen backbone, one in so many images outside the fold decides when to stop
+        one_in, seed : on a frozen backbone, one in `one_in` images outside the fold decides when to stop
         """
         parts = self.parts(k)
-        if self.trained:
+        if self.backbone_trained:
             inside = self.inside(k)
             return Split(self.outside(k), [*(np.setdiff1d(inside, part) for part in parts), inside], parts)
-        trained, stop = stop_split(self.image_ids, self.outside(k), self.held_out[k], one_in, seed)
-        return Split(trained, [stop], parts)
+        train_rows, stop = stop_split(self.image_ids, self.outside(k), self.held_out[k], one_in, seed)
+        return Split(train_rows, [stop], parts)
 
-    def refuse_leaks(self, choices: Sequence[np.ndarray], trained: np.ndarray, what: str) -> None:
-        """Raise LeakError where an image is both trained on and chosen by."""
-        for rows in choices:
-            refuse_leak(self.image_ids[trained], self.image_ids[rows], what)
+    def refuse_leaks(self, choice_rows: Sequence[np.ndarray], train_rows: np.ndarray, what: str) -> None:
+        """Raise LeakError where an image is both trained on and chosen on."""
+        for rows in choice_rows:
+            refuse_leak(self.image_ids[train_rows], self.image_ids[rows], what)
 
 
 def stop_split(
     image_ids: np.ndarray, outside: np.ndarray, fold: int, one_in: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and rows to decide when to stop by, all outside a fold, which is for scoring.
+    """Rows to train on, and rows that decide when to stop: both outside a fold, which is for scoring.
 
     Raises ConfigError for fewer than 4 images outside the fold.
     """
@@ -148,14 +148,15 @@ def stop_split(
             remedy="add images, or give other --folds",
         )
     stop = assign_folds(image_ids[outside], one_in, seed + 1) == 0
-    if not 2 <= stop.sum() <= len(outside) - 2:  # so few images that the draw left none for r: every tenth, by id
+    # if the random draw leaves too few images for r: every tenth image by id, or 2 or 3 of fewer than 20
+    if not 2 <= stop.sum() <= len(outside) - 2:
         stop = np.zeros(len(outside), dtype=bool)
         stop[np.argsort(image_ids[outside], kind="stable")[:: min(10, len(outside) // 2)]] = True
     return outside[~stop], outside[stop]
 
 
 def clean_parts(image_ids: np.ndarray, held_out: np.ndarray, fold: int) -> list[np.ndarray]:
-    """Row numbers of a held-out fold in parts, by image id; the others have 2 images or more to choose each by.
+    """Rows of a held-out fold in parts, by image id; for each part, the other parts together have at least 2 images.
 
     Raises ConfigError for a fold that is too small.
     """

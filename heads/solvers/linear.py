@@ -1,4 +1,4 @@
-"""Predictions of heads that are linear maps of one matrix of features, and what is saved of them."""
+"""Predictions of heads that are linear maps of one matrix of features, and the maps to save."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ class FoldHeads(NamedTuple):
     """Linear heads that were fitted without one fold.
 
     held_out : (row numbers, the map that predicts them out of fold)
-    final : the map for images of no fold
+    final : the map for test images
     """
 
     held_out: list[tuple[np.ndarray, LinearMap]]
@@ -30,12 +30,12 @@ class LinearPredictions:
 
     def __init__(self, features: Sequence[torch.Tensor], plan: FoldPlan) -> None:
         self._features, self._plan = list(features), plan
-        self._spreads: dict[int, _Spread] = {}
+        self._statistics: dict[int, _Statistics] = {}
 
     def fits(self, folds: Sequence[FoldHeads]) -> Fits:
-        """Predictions of every fold, and its map, or the mean of all maps where folds share their features."""
+        """Predictions of every fold, and the maps to save: one for each fold, or their mean if folds share features."""
         finals = [fold.final for fold in folds]
-        if not self._plan.trained:
+        if not self._plan.backbone_trained:
             finals = [LinearMap(*(torch.stack(parts).mean(0) for parts in zip(*finals, strict=True)))]
         saved = {
             (prefix, part): values
@@ -46,18 +46,18 @@ class LinearPredictions:
 
     def _predict(self, k: int, fold: FoldHeads) -> FoldFit:
         features = self._features[self._plan.source(k)]
-        if k not in self._spreads:
-            self._spreads[k] = _Spread(features[self._plan.outside(k)])
-        spread = self._spreads[k]
+        if k not in self._statistics:
+            self._statistics[k] = _Statistics(features[self._plan.outside(k)])
+        trained = self._statistics[k]
         pieces = [
-            Piece(rows, head(features[rows]), spread.mean @ head.weights + head.intercept, spread.of(head.weights))
+            Piece(rows, head(features[rows]), trained.mean @ head.weights + head.intercept, trained.std(head.weights))
             for rows, head in fold.held_out
         ]
         return FoldFit(pieces, fold.final(features[self._plan.n_train :]))
 
 
-class _Spread:
-    """The features that a fold's heads were fitted to, as far as the spread of predictions needs them.
+class _Statistics:
+    """Statistics of the training features of a fold, for the mean and standard deviation of predictions.
 
     mean : (n_features,)
     """
@@ -68,8 +68,8 @@ class _Spread:
         self._tall = len(features) > features.shape[1]
         self._factor = centred.T @ centred if self._tall else centred
 
-    def of(self, weights: torch.Tensor) -> torch.Tensor:
-        """Standard deviation of the predictions, (n_vertices,); 1 where they are constant."""
+    def std(self, weights: torch.Tensor) -> torch.Tensor:
+        """(n_vertices,) standard deviation of the predictions; 1 where they are constant."""
         product = self._factor @ weights
         squares = (weights * product).sum(0) if self._tall else product.square().sum(0)
         return torch.where(squares > 0, squares / self._n_images, 1).sqrt()

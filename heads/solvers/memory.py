@@ -1,4 +1,4 @@
-"""How many bytes of main memory fits take, from counts alone: for solvers before they start, and for plans."""
+"""Bytes of main memory that fits take, from counts alone: for solvers before they start, and for plans."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from featcache.machine.progress import say
 from heads.config import HEADS
 from heads.solvers.base import Problem
 from heads.solvers.held_out import FoldPlan
-from heads.solvers.ridge import TOGETHER, VERTEX_BLOCK
+from heads.solvers.ridge import MAX_NUMBERS_AT_ONCE, VERTEX_BLOCK
 
-# Parts of the free memory: features as they are stored, kernels of single places, and decompositions.
+# shares of the free memory for features as stored, kernels of single places, and decompositions
 FEATURE_SHARE, STACK_SHARE, CACHE_SHARE = 0.2, 0.2, 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Counts that memory follows from.
+    """Counts that decide the memory of a fit.
 
     n_train, n_test : images
     n_vertices : of each surface
@@ -58,39 +58,39 @@ class Sizes:
 
 
 def blockwise_bytes(sizes: Sizes) -> tuple[float, float]:
-    """Bytes of a fit on the axes of each fold: whatever the block of vertices, and for each vertex of a block."""
+    """(fixed bytes, bytes per vertex in a block) of a fit on the axes of each fold."""
     n_train, n_test, n_features, n_folds = sizes.n_train, sizes.n_test, sizes.n_features, sizes.n_folds
     n_all, rank = n_train + n_test, min(n_features, n_train)
     features = n_all * n_features * 2 + (n_train + n_folds * n_test) * rank + n_folds * rank * n_features
-    decomposition = 8 * rank * rank  # in float64, with what it works on
-    # responses are a file that is mapped, and count as long as nothing else needs their place
+    decomposition = 8 * rank * rank  # in float64, with its workspace
+    # responses are a memory-mapped file; they stay in memory as long as nothing else needs it
     results = (n_all + n_train) * max(sizes.n_vertices) + 2 * n_features * sum(sizes.n_vertices)
     block = (2 * n_folds + 4) * rank + 4 * n_train + n_folds * n_test + n_features
-    return 4.0 * (features + decomposition + results) + 16.0 * TOGETHER, 4.0 * block
+    return 4.0 * (features + decomposition + results) + 16.0 * MAX_NUMBERS_AT_ONCE, 4.0 * block
 
 
 def whole_bytes(sizes: Sizes, copies: int = 1) -> float:
-    """Bytes of heads that see all vertices of a surface at once. copies : layers that predict a vertex, at most"""
+    """Bytes of a fit to all vertices of a surface at once. copies : the most layers that predict one vertex"""
     n_features, n_vertices, n_all = sizes.n_features, max(sizes.n_vertices), sizes.n_train + sizes.n_test
     # by gradient: weights, gradient, both moments, and the best so far; in closed form: products with the responses,
-    # the same on the axes, and weights
+    # their rotation to the axes, and weights
     trained = 5.0 * copies * n_features * n_vertices
-    kept = (sizes.n_folds + 2.0) * n_features * n_vertices  # of each fold, and of two surfaces to save
+    kept = (sizes.n_folds + 2.0) * n_features * n_vertices  # weights of each fold, and of two surfaces to save
     rows = sizes.n_sources * 2.0 * n_all * n_features + (2.0 * sizes.n_train + 2.0 * n_all) * n_vertices
     return 4.0 * (trained + kept + rows)
 
 
-def announce_whole(problem: Problem, n_features: int, way: str) -> None:
-    """Say the memory of heads that see all vertices of a surface at once. Raises ConfigError beyond --max-memory."""
+def announce_whole(problem: Problem, n_features: int, method: str) -> None:
+    """Say the memory of a fit to all vertices of a surface at once. Raises ConfigError beyond --max-memory."""
     peak = memory_at_start() + whole_bytes(Sizes.of(problem, n_features), HEADS[problem.config.head].copies)
     refuse_above(problem.config.max_memory, peak)
-    say(f"{problem.subject.name}: {n_features:,} features, {problem.n_train:,} images: {way}; {said(peak)}")
+    say(f"{problem.subject.name}: {n_features:,} features, {problem.n_train:,} images: {method}; {said(peak)}")
 
 
 def choose_block(problem: Problem, n_features: int) -> int:
-    """Vertices to fit at a time, so that memory suffices; says how many, and the memory that it expects.
+    """Number of vertices to fit at a time, so that memory suffices; says it, and the memory that it expects.
 
-    Raises ConfigError where not even the smallest block fits into --max-memory.
+    Raises ConfigError if not even the smallest block fits into --max-memory.
     """
     sizes = Sizes.of(problem, n_features)
     fixed, per_vertex = blockwise_bytes(sizes)

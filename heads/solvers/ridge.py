@@ -4,13 +4,13 @@ With X the centred features and U e U' = X'X, the weights of a vertex under pena
 
     w(p) = U (U'X'y) / (e + p)
 
-so one eigendecomposition serves every vertex and penalty, and (XU)'y is all that is needed of the responses: with fewer
-features than images one product of the size of X'Y, with more of them one of images by images. XU are the scores of the
+so one eigendecomposition serves every vertex and penalty, and the responses enter only by (XU)'y: with fewer features
+than images this is one product of the size of X'Y, with more features one of images by images. XU are the scores of the
 images on their principal axes.
 
-Penalties are chosen on the training images alone, per vertex, by the smallest of
-- 'loo': the exact leave-one-out error, mean of ((y - h y) / (1 - h_ii))^2, one product of the size of X'Y a penalty;
-- 'gcv': generalised cross-validation, the same with h_ii replaced by its mean. It needs only X'Y, but trusts that
+Penalties are chosen on the training images alone. Each vertex takes the penalty with the smallest
+- 'loo': exact leave-one-out error, mean of ((y - h y) / (1 - h_ii))^2; one product of the size of X'Y per penalty;
+- 'gcv': generalised cross-validation, the same with h_ii replaced by its mean. It needs only X'Y, but assumes that
   leverages are alike, which fails with few images that resemble each other (docs/decisions/0002).
 'auto' takes 'loo' up to 1,024 training images and 'gcv' beyond.
 
@@ -26,10 +26,10 @@ from heads.config import RidgeConfig
 from heads.modules.linear import LinearMap
 
 _LOO_IMAGES = 1024  # up to here the exact error costs seconds
-_NULL = 1e-7  # eigenvalues below this part of the largest are rounding of float32 features
-FULL = 0.99  # a penalty that leaves fewer than 1 % of the degrees of freedom has no error left to judge it by
-TOGETHER = 1 << 22  # numbers in the predictions of penalties that are tried at once
-VERTEX_BLOCK = 2048  # vertices at a time: what is done to each number between two products stays in a cache
+_NULL = 1e-7  # eigenvalues below this share of the largest are rounding of float32 features
+FULL = 0.99  # a fit with more than this share of the degrees of freedom leaves too little error to judge its penalty
+MAX_NUMBERS_AT_ONCE = 1 << 22  # in the predictions under penalties that are tried at once
+VERTEX_BLOCK = 2048  # vertices at a time, so that elementwise steps between two products stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Eigenbasis:
     n_images : number of images they come from
     mean : (n_features,) mean of the features over those images
     values : (rank,) eigenvalues of X'X that are not null, ascending
-    mixing : (n_features, rank) their eigenvectors; with fewer images than features these are rows' @ mixing instead
-    rows : None, or (n_images, n_features) the centred features
+    mixing : (n_features, rank) their eigenvectors; if n_images <= n_features, the eigenvectors are rows.T @ mixing, and
+        this is (n_images, rank)
+    rows : (n_images, n_features) the centred features if n_images <= n_features, else None
     """
 
     n_images: int
@@ -50,20 +51,20 @@ class Eigenbasis:
     rows: torch.Tensor | None = None
 
     def scores(self, features: torch.Tensor) -> torch.Tensor:
-        """(n, rank) of any images, (n, n_features)."""
+        """(n, rank) scores of any images. features : (n, n_features)"""
         centred = features - self.mean
         return (centred if self.rows is None else centred @ self.rows.T) @ self.mixing
 
-    def own_scores(self, features: torch.Tensor) -> torch.Tensor:
-        """(n_images, rank) of the images that the axes come from, given again."""
+    def train_scores(self, features: torch.Tensor) -> torch.Tensor:
+        """(n_images, rank) scores of the training images. `features` must be the same rows as in the fit."""
         return self.scores(features) if self.rows is None else self.mixing * self.values
 
     def weights(self, on_axes: torch.Tensor) -> torch.Tensor:
-        """(n_features, n_vertices) on the features, from weights on the axes, (rank, n_vertices)."""
+        """(n_features, n_vertices) weights on the features, from weights on the axes, (rank, n_vertices)."""
         return self.mixing @ on_axes if self.rows is None else self.rows.T @ (self.mixing @ on_axes)
 
     def penalties(self, multiples: Sequence[float]) -> torch.Tensor:
-        """(n_penalties,) in the units of the eigenvalues."""
+        """(n_penalties,) multiples of the mean eigenvalue, in its units."""
         return penalties_of(self.values, multiples)
 
 
@@ -74,7 +75,7 @@ def penalties_of(values: torch.Tensor, multiples: Sequence[float]) -> torch.Tens
 
 
 def eigenbasis(features: torch.Tensor) -> Eigenbasis:
-    """Of (n_images, n_features) rows, by the smaller of the two Gram matrices."""
+    """Axes of (n_images, n_features) rows, from the smaller of the two Gram matrices."""
     n_images, n_features = features.shape
     mean = features.mean(0)
     centred = features - mean
@@ -85,12 +86,12 @@ def eigenbasis(features: torch.Tensor) -> Eigenbasis:
 
 
 def eigenbasis_of_gram(gram: torch.Tensor, mean: torch.Tensor, n_images: int) -> Eigenbasis:
-    """Of centred X'X, (n_features, n_features)."""
+    """Axes from centred X'X, (n_features, n_features)."""
     return Eigenbasis(n_images, mean, *eigh_of(gram))
 
 
 def eigh_of(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues and -vectors without the null space. In float64: float32 decompositions can fail on a GPU."""
+    """Eigenvalues and eigenvectors without the null space. In float64: float32 decompositions can fail on a GPU."""
     values, vectors = torch.linalg.eigh(gram.double())
     keep = values > _NULL * values.max().clamp_min(torch.finfo(torch.float32).tiny)
     return values[keep].to(gram.dtype), vectors[:, keep].to(gram.dtype)
@@ -118,7 +119,7 @@ def penalty_errors(
     else:
         errors = _loo_errors(values, rotated, shrinkage, *rows)
     errors[freedom > FULL] = torch.inf
-    errors[penalties.argmax()].clamp_max_(torch.finfo(errors.dtype).max)  # the largest penalty is always on offer
+    errors[penalties.argmax()].clamp_max_(torch.finfo(errors.dtype).max)  # the largest penalty can always be chosen
     return errors
 
 
@@ -132,13 +133,14 @@ def _gcv_errors(
 ) -> torch.Tensor:
     """(n_penalties, n_vertices) float64, ||y - h y||^2 / n / (1 - trace(h) / n)^2.
 
-    What h leaves of y is what no axis explains and what it shrinks away: two sums of squares, so that float32 serves.
+    The residual is the part of y outside the axes plus the part on the axes that shrinkage removes. Both are sums of
+    squares, so float32 is enough.
     """
     shares = torch.cat([(1 - shrinkage).square(), torch.ones_like(shrinkage[:1])]) / values
     *shrunk, explained = (shares @ rotated.square()).double()
-    # as many axes as centred images have leave nothing, and the rounding of nothing would be all there is
-    beyond = (response_squares.double() - explained).clamp_min(0) * (len(values) < n_images - 1)
-    errors: torch.Tensor = (beyond + torch.stack(shrunk)) / n_images
+    # With rank n_images - 1 nothing is left outside the axes; set it to 0 to avoid rounding noise.
+    unexplained = (response_squares.double() - explained).clamp_min(0) * (len(values) < n_images - 1)
+    errors: torch.Tensor = (unexplained + torch.stack(shrunk)) / n_images
     return errors / (1 - freedom.double()).clamp_min(1e-9)[:, None] ** 2
 
 
@@ -148,13 +150,13 @@ def _loo_errors(
     """(n_penalties, n_vertices) mean over images of ((y - h y) / (1 - h_ii))^2."""
     left = scores / values.sqrt()  # left singular vectors
     target = rotated / values.sqrt()[:, None]
-    left_out = (1 - 1 / len(scores) - left.square() @ shrinkage.T).clamp_min(1e-6)  # (n_images, n_penalties)
-    some = max(TOGETHER // max(responses.numel(), 1), 1)
+    one_minus_leverage = (1 - 1 / len(scores) - left.square() @ shrinkage.T).clamp_min(1e-6)  # (n_images, n_penalties)
+    n_at_once = max(MAX_NUMBERS_AT_ONCE // max(responses.numel(), 1), 1)
     errors = []
-    for h, out in zip(shrinkage.split(some), left_out.split(some, dim=1), strict=True):
-        fitted = left @ (h.T[:, :, None] * target[:, None]).flatten(1)  # penalties side by side: one product
-        residuals = responses[:, None] - fitted.view(len(scores), *h.shape[:1], -1)
-        errors.append((residuals / out[:, :, None]).square().mean(0))
+    for shrinkages, divisors in zip(shrinkage.split(n_at_once), one_minus_leverage.split(n_at_once, 1), strict=True):
+        fitted = left @ (shrinkages.T[:, :, None] * target[:, None]).flatten(1)  # penalties side by side: one product
+        residuals = responses[:, None] - fitted.view(len(scores), len(shrinkages), -1)
+        errors.append((residuals / divisors[:, :, None]).square().mean(0))
     return torch.cat(errors)
 
 
@@ -164,10 +166,10 @@ def held_out_errors(
     penalties: torch.Tensor,
     parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
 ) -> torch.Tensor:
-    """(n_parts + 1, n_penalties, n_vertices) mean squared error over the other parts of a fold, and over all.
+    """(n_parts + 1, n_penalties, n_vertices) mean squared error over a fold without each part, and over all of it.
 
     values, rotated : eigenvalues of X'X (rank,), and U'X'Y (rank, n_vertices)
-    parts : scores XU (n, rank) and centred responses (n, n_vertices) of each
+    parts : scores XU (n, rank) and centred responses (n, n_vertices) of each part
     """
     squares = torch.stack(
         [
@@ -176,10 +178,10 @@ def held_out_errors(
         ]
     )
     counts = torch.tensor([len(y) for _, y in parts], device=squares.device)[:, None, None]
-    # added up and not subtracted from the whole: rounding would let a part's outliers have a say in its own choice
+    # summed, not subtracted from the total: rounding would let a part's outliers influence the choice for that part
     others = 1 - torch.eye(len(parts), device=squares.device, dtype=squares.dtype)
-    apart = torch.einsum("ij,jpv->ipv", others, squares) / (counts.sum() - counts)
-    return torch.cat([apart, squares.sum(0)[None] / counts.sum()])
+    without_each = torch.einsum("ij,jpv->ipv", others, squares) / (counts.sum() - counts)
+    return torch.cat([without_each, squares.sum(0)[None] / counts.sum()])
 
 
 def is_exact(config: RidgeConfig, n_images: int) -> bool:
@@ -190,12 +192,12 @@ def is_exact(config: RidgeConfig, n_images: int) -> bool:
 def maps_of_penalties(
     basis: Eigenbasis, rotated: torch.Tensor, response_mean: torch.Tensor, penalties: torch.Tensor
 ) -> LinearMap:
-    """The map of each vertex under its penalty, (n_vertices,), from U'X'Y."""
+    """Linear map with a penalty per vertex, (n_vertices,), from U'X'Y."""
     weights = basis.weights(rotated / (basis.values[:, None] + penalties))
     return LinearMap(weights, response_mean - basis.mean @ weights)
 
 
 def sum_of_squares(values: torch.Tensor) -> torch.Tensor:
-    """(n_vertices,) over rows."""
+    """(n_vertices,) sums of squares over rows."""
     squares: torch.Tensor = torch.linalg.vecdot(values, values, dim=0)
     return squares

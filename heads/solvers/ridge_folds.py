@@ -1,4 +1,4 @@
-"""Closed-form heads on all folds but one, for each fold in turn: a penalty per vertex on the fold's axes."""
+"""Ridge heads in closed form on all folds but one, for each fold in turn, with a penalty per vertex."""
 
 from collections.abc import Sequence
 
@@ -22,22 +22,22 @@ from heads.solvers.ridge import (
 
 
 def build(problem: Problem) -> Solver:
-    """Build the closed form that suits the features: under priors, of a frozen backbone, or of one trained per fold."""
+    """Build the closed form for the features: several layers, or one matrix, of a frozen or a trained backbone."""
     if problem.features.is_layered:
         return build_layered(problem)
     features = [rows.dense() for rows in problem.features.read(problem.device, 0)]
-    if problem.plan.trained:
+    if problem.plan.backbone_trained:
         announce_whole(problem, features[0].shape[1], "closed form")
-        return TunedRidge(features, problem.plan, problem.config.ridge)
+        return TrainedBackboneRidge(features, problem.plan, problem.config.ridge)
     block = choose_block(problem, features[0].shape[1])
     return RidgeFolds(features[0], problem.plan, problem.config.ridge, vertex_block=block)
 
 
 class RidgeFolds:
-    """Closed-form heads on features that no fold's images have shaped.
+    """Closed-form heads on features of a frozen backbone.
 
     features : (n_train + n_test, n_features) float32
-    save : whether weights on the features are wanted, the mean over folds
+    save : whether to return weights on the features, the mean over folds
     """
 
     def __init__(
@@ -62,20 +62,20 @@ class RidgeFolds:
         return self._axes.predict(((self._solve(fold, target), target.mean) for fold, target in targets), self._save)
 
     def _solve(self, fold: Fold, target: Target) -> torch.Tensor:
-        """Weights on the axes, (rank, n_vertices), each vertex under the penalty of its least error."""
+        """(rank, n_vertices) weights on the axes, each vertex with the penalty of its smallest error."""
         values, n_images = fold.basis.values, fold.basis.n_images
         offered = fold.basis.penalties(self._config.penalties)
         rows = None
-        if is_exact(self._config, n_images) and fold.own is not None and target.rows is not None:
-            rows = fold.own, target.rows
+        if is_exact(self._config, n_images) and fold.train_scores is not None and target.rows is not None:
+            rows = fold.train_scores, target.rows
         errors = penalty_errors(values, n_images, target.rotated, target.squares, offered, rows)
         return target.rotated.div_(values[:, None] + offered[errors.argmin(0)])
 
 
-class TunedRidge:
-    """Closed form on features of a backbone that was trained without each held-out fold.
+class TrainedBackboneRidge:
+    """Closed-form heads on features of backbones that were trained without each held-out fold.
 
-    features : (n_train + n_test, n_features) float32 for each of the held-out folds
+    features : (n_train + n_test, n_features) float32 for each held-out fold
     """
 
     vertex_block: int | None = VERTEX_BLOCK
@@ -102,9 +102,9 @@ class TunedRidge:
         scores, rows, parts, basis = self._scores[k], self._plan.outside(k), self._parts[k], self._bases[k]
         penalties = basis.penalties(self._config.penalties)
         target = responses[rows]
-        level = target.mean(0)
-        rotated = scores[rows].T @ target.sub_(level)
-        judged = [(scores[part], responses[part] - level) for part in parts]
-        errors = held_out_errors(basis.values, rotated, penalties, judged)
-        maps = [maps_of_penalties(basis, rotated, level, penalties[error.argmin(0)]) for error in errors]
+        mean = target.mean(0)
+        rotated = scores[rows].T @ target.sub_(mean)
+        choice_inputs = [(scores[part], responses[part] - mean) for part in parts]
+        errors = held_out_errors(basis.values, rotated, penalties, choice_inputs)
+        maps = [maps_of_penalties(basis, rotated, mean, penalties[error.argmin(0)]) for error in errors]
         return FoldHeads(list(zip(parts, maps[:-1], strict=True)), maps[-1])

@@ -1,4 +1,4 @@
-"""Heads that were trained with the backbone, taken as they are."""
+"""Predictions by the heads that were trained with the backbone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,9 +25,9 @@ _BATCH = 256  # images a pass where heads only predict
 
 
 def build(problem: Problem) -> Solver:
-    """Take the heads of the checkpoints that made the features.
+    """Build the solver that predicts with the heads of the checkpoints that made the features.
 
-    Raises CheckpointError where these are gone, ConfigError for features that lack what the heads read.
+    Raises CheckpointError if a checkpoint is gone, ConfigError if the features lack arrays that the heads read.
     """
     features, plan, subject = problem.features, problem.plan, problem.subject
     checkpoints = _checkpoints(features, problem.work)
@@ -45,13 +45,13 @@ def build(problem: Problem) -> Solver:
     share = spare_memory(problem.config.max_memory) * FEATURE_SHARE / len(features.stores)
     rows = features.only(tuple(shapes)).read(problem.device, share)
     if maps:
-        return TrainedMaps(maps, [one.dense() for one in rows], plan)
+        return TrainedMaps(maps, [layer_rows.dense() for layer_rows in rows], plan)
     heads = {surface: [spatial_head_of(*pair, subject.name, surface) for pair in saved] for surface in subject.surfaces}
     return TrainedModules(heads, rows, plan, Sizes.of(problem, rows[0].n_features))
 
 
 def read_by_its_heads(features: FeatureSet, work: Path) -> FeatureSet:
-    """Those layers of the features that the heads of their checkpoints read; all of them where some are missing."""
+    """The layers that the checkpoints' heads read. If one is missing, the features unchanged."""
     shapes = dict(saved_shapes(_checkpoints(features, work)[0].heads())) or {POOLED: ()}
     read = tuple(name for name in features.names if name in shapes)
     return features if len(read) < len(shapes) or read == features.names else features.only(read)
@@ -67,17 +67,17 @@ def _refuse_missing(features: FeatureSet, shapes: Mapping[str, tuple[int, ...]])
         grids = sorted({shape[0] for shape in shapes.values() if len(shape) > 1})
         raise ConfigError(
             "--solver trained",
-            expected=f"the arrays that those heads read, {', '.join(shapes)}",
-            found=f"no {', '.join(missing)} of their shape",
+            expected=f"features {', '.join(shapes)} in the shapes that the checkpoint's heads were trained on",
+            found=f"{', '.join(missing)} missing or of another shape",
             remedy="extract with the --layers and --grid of the training"
             + (f" ({', '.join(map(str, grids))} places a side)" if grids else ""),
         )
 
 
 class TrainedMaps:
-    """Linear heads of pooled features.
+    """Predictions of linear heads on pooled features.
 
-    maps : {surface: one for each held-out fold}
+    maps : {surface: a map for each held-out fold}
     features : (n_train + n_test, n_features) float32 for each held-out fold
     """
 
@@ -100,9 +100,9 @@ class TrainedMaps:
 
 
 class TrainedModules:
-    """Heads that read the places of layers.
+    """Predictions of heads that read the places of layers.
 
-    heads : {surface: one for each held-out fold}, {array: rows} -> (n_images, n_vertices)
+    heads : {surface: a head for each held-out fold}, each {array: rows} -> (n_images, n_vertices)
     rows : for each held-out fold
     """
 
@@ -131,5 +131,5 @@ class TrainedModules:
 def predict(heads: Sequence[Callable[..., torch.Tensor]], rows: LayerRows) -> list[torch.Tensor]:
     """Predictions of each head, (n_images, n_vertices), in one pass over the rows."""
     batches = np.array_split(np.arange(len(rows)), -(-len(rows) // _BATCH))
-    parts = [[head(read) for head in heads] for read in map(rows.__getitem__, batches)]
-    return [torch.cat(batch) for batch in zip(*parts, strict=True)]
+    parts = [[head(inputs) for head in heads] for inputs in map(rows.__getitem__, batches)]
+    return [torch.cat(batches_of_head) for batches_of_head in zip(*parts, strict=True)]

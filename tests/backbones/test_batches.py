@@ -35,7 +35,7 @@ def images(subjects, pixels):
 def test_an_epoch_has_every_pair_once_and_batches_mix_subjects(images):
     batches = images.epoch(seed=0, number=0, n_images=4)
     pairs = [tuple(pair) for pair in np.concatenate(batches).tolist()]
-    expected = {(number, row) for number, rows in enumerate(images.trained) for row in rows.tolist()}
+    expected = {(number, row) for number, rows in enumerate(images.train_rows) for row in rows.tolist()}
     assert len(set(pairs)) == len(pairs) >= len(images) - 3 and set(pairs) <= expected
     assert sum(len(set(batch[:, 0])) == 2 for batch in batches) > len(batches) / 2
 
@@ -55,10 +55,10 @@ def test_no_image_of_the_held_out_fold_of_any_subject_is_trained_on(images):
 
 def test_what_one_subject_is_tested_on_no_other_is_trained_on(images, pixels):
     first, second = images.subjects
-    stolen = first.train.ids[images.trained[0][:3]]
+    stolen = first.train.ids[images.train_rows[0][:3]]
     second.test.ids[:3] = stolen
     again = Images(images.subjects, pixels, SPLIT)
-    assert not np.isin(stolen, again.trained_ids).any() and len(again.trained[0]) == len(images.trained[0]) - 3
+    assert not np.isin(stolen, again.trained_ids).any() and len(again.train_rows[0]) == len(images.train_rows[0]) - 3
 
 
 def test_pixels_and_responses_belong_together(images, pixels):

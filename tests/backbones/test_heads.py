@@ -56,7 +56,7 @@ def test_pooled_heads_without_a_stage_1_start_from_the_closed_form(tiny, tmp_pat
     config = StageConfig(stage="finetune", train=QUICK)
     heads = build_heads({"pooled": (backbone.model.num_features,)}, subjects, config)
     assert start_heads(heads, FirstWeights(None, backbone, images), config) == ""
-    (rows,) = images.trained
+    (rows,) = images.train_rows
     features = backbone.pooled(backbone.normalise(pixels.read(rows)))
     for surface in subject.surfaces:
         expected = RidgeHead().fit(features, torch.from_numpy(np.array(subject.responses(surface)[rows])))

@@ -42,7 +42,7 @@ def test_patterns_that_leave_no_name_are_refused(models, exclude, message):
 def test_a_model_says_what_its_store_says(tmp_path):
     model = models_of(tmp_path, made_up()[0])[2]
     assert (model.name, model.key.backbone, model.stage, model.key.folds) == ("model 2", "net1", "frozen", (5, 0))
-    assert not model.trained and model.seen_ids == {}
+    assert not model.backbone_trained and model.seen_ids == {}
 
 
 def trained_model(subject, work, seen_ids):
@@ -72,7 +72,7 @@ def subject(tmp_path, monkeypatch):
 def test_a_model_of_a_trained_backbone_knows_what_each_fold_was_trained_on(subject, tmp_path):
     trained_model(subject, tmp_path, [IDS[:N_TRAIN][fold != FOLDS] for fold in range(5)])
     ((model,),) = find_models([subject], tmp_path).values()
-    assert model.trained and model.stage == "pretrain"
+    assert model.backbone_trained and model.stage == "pretrain"
     assert {fold: set(ids.tolist()) for fold, ids in model.seen_ids.items()} == {
         fold: set(IDS[:N_TRAIN][fold != FOLDS].tolist()) for fold in range(5)
     }

@@ -39,7 +39,7 @@ def test_folds_of_one_training_are_one_model_in_order(subject, tmp_path):
     assert [float(rows.dense()[0, 0]) for rows in one.read("cpu", 0)] == [0, 1, 2]
     plan = FoldPlan.of_features(subject, one, 5, 0)
     np.testing.assert_array_equal(plan.folds, assign_folds(subject.train.ids, 3, 7))
-    assert plan.trained and plan.held_out == (0, 1, 2)
+    assert plan.backbone_trained and plan.held_out == (0, 1, 2)
 
 
 def test_trainings_layers_and_frozen_backbones_stay_apart(subject, tmp_path):
@@ -51,7 +51,7 @@ def test_trainings_layers_and_frozen_backbones_stay_apart(subject, tmp_path):
     store(subject, tmp_path, weights="v")
     sets = feature_sets(subject, tmp_path)
     assert sorted(len(one.stores) for one in sets) == [1, 1, 2, 2, 2]
-    assert sum(one.trained for one in sets) == 3
+    assert sum(one.backbone_trained for one in sets) == 3
 
 
 def test_of_two_stores_of_one_fold_the_later_counts_and_the_other_is_named(subject, tmp_path, said):

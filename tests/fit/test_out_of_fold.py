@@ -118,7 +118,7 @@ def test_a_block_has_its_vertices_of_responses_ceilings_and_rois(subject, solver
         own = block.vertices
         assert block.surface == "lh" and block.responses.dtype == torch.float32
         np.testing.assert_array_equal(block.responses, responses[:, own].astype(np.float32))
-        np.testing.assert_array_equal(block.whole, responses)
+        np.testing.assert_array_equal(block.all_responses, responses)
         np.testing.assert_array_equal(block.noise_ceiling, subject.noise_ceiling["lh"][own])
         assert [mask.tolist() for mask in block.rois] == [m[own].tolist() for m in subject.rois["lh"].values()]
 

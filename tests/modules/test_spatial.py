@@ -76,12 +76,12 @@ def test_places_are_dropped_whole_while_training_alone():
     readout = SpatialReadout({"a": (6, 6, 5)}, 3, dropout=0.5, standardised=True)
     rows = {"a": torch.ones(200, 6, 6, 5)}
     torch.manual_seed(0)
-    thinned = readout._thinned(rows["a"])
+    thinned = readout._drop_places(rows["a"])
     assert set(thinned.unique().tolist()) == {0.0, 2.0} and (thinned == thinned[..., :1]).all()
     assert abs(thinned.mean() - 1) < 0.05
     assert not torch.equal(readout(rows)[0], readout(rows)[1])
     readout.eval()
-    assert torch.equal(readout(rows), readout(rows)) and torch.equal(readout._thinned(rows["a"]), rows["a"])
+    assert torch.equal(readout(rows), readout(rows)) and torch.equal(readout._drop_places(rows["a"]), rows["a"])
 
 
 def test_rough_maps_and_broad_maps_cost_more():

@@ -30,7 +30,7 @@ def sizes_of(features, **changes):
 def test_features_count_places_and_channels():
     assert LAYERED.n_features == 96 + 7 * 7 * 32 and LAYERED.grids == {"pooled": (1, 1), "deep": (7, 7)}
     assert LAYERED.is_layered and not POOLED.is_layered and LAYERED.reading(["deep"]).is_layered
-    assert (POOLED.n_stores, TRAINED.n_stores) == (1, 3) and TRAINED.trained and not POOLED.trained
+    assert (POOLED.n_stores, TRAINED.n_stores) == (1, 3) and TRAINED.backbone_trained and not POOLED.backbone_trained
 
 
 def test_heads_by_gradient_take_what_their_solver_says():

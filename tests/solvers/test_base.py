@@ -9,7 +9,7 @@ from featcache.dataset.splits import assign_folds
 from heads.config import FitConfig, RidgeConfig
 from heads.features.rows import LayerRows
 from heads.scores.metrics import pearson_r
-from heads.solvers.base import Piece, Problem, Shared, comparable, level_and_spread, piece_of
+from heads.solvers.base import Piece, Problem, Shared, comparable, mean_and_std, piece_of
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import prior_set
 from heads.solvers.layers.ridge import LayeredRidge
@@ -32,10 +32,10 @@ def pieces(seed=0):
 
 def test_pieces_are_given_one_level_and_the_mean_spread():
     given, level = pieces(), torch.tensor([1.0, -2.0, 0.0, 5.0])
-    common = np.mean([piece.spread.numpy() for piece in given], 0)
+    common = np.mean([piece.std.numpy() for piece in given], 0)
     for piece, found in zip(given, comparable(given, level), strict=True):
         for vertex in range(N_VERTICES):
-            z = (piece.predictions[:, vertex] - piece.mean[vertex]) / piece.spread[vertex]
+            z = (piece.predictions[:, vertex] - piece.mean[vertex]) / piece.std[vertex]
             np.testing.assert_allclose(found[:, vertex], level[vertex] + z * common[vertex], rtol=1e-4, atol=1e-5)
 
 
@@ -66,28 +66,28 @@ def test_heads_that_differ_in_level_and_scale_alone_become_the_same():
         torch.testing.assert_close(found, 1 + 2 * z[piece.rows])
 
 
-def test_level_and_spread_are_mean_and_deviation_and_1_where_nothing_varies():
+def test_mean_and_std_of_predictions_with_1_where_nothing_varies():
     rng = np.random.default_rng(0)
     values = torch.tensor(rng.normal(size=(30, 3)), dtype=torch.float64)
     values[:, 1] = 4.0
-    mean, spread = level_and_spread(values)
+    mean, std = mean_and_std(values)
     np.testing.assert_allclose(mean, values.numpy().mean(0))
-    np.testing.assert_allclose(spread, [values[:, 0].numpy().std(), 1, values[:, 2].numpy().std()])
+    np.testing.assert_allclose(std, [values[:, 0].numpy().std(), 1, values[:, 2].numpy().std()])
 
 
-def test_a_piece_has_the_level_and_spread_of_the_rows_trained_on():
+def test_a_piece_has_the_mean_and_std_of_the_rows_trained_on():
     values = torch.tensor(np.random.default_rng(0).normal(size=(30, 3)), dtype=torch.float32)
     held_out, trained = np.arange(4, 9), np.arange(10, 30)
     piece = piece_of(values, held_out, trained)
     assert np.array_equal(piece.rows, held_out) and torch.equal(piece.predictions, values[4:9])
     torch.testing.assert_close(piece.mean, values[10:].mean(0))
-    torch.testing.assert_close(piece.spread, values[10:].std(0, correction=0))
+    torch.testing.assert_close(piece.std, values[10:].std(0, correction=0))
 
 
 def test_what_fits_share_is_made_once_by_name():
     shared, made = Shared(), []
     for name in ("axes", "products", "axes"):
-        assert shared.once(name, lambda name=name: made.append(name) or name) == name
+        assert shared.get_or_make(name, lambda name=name: made.append(name) or name) == name
     assert made == ["axes", "products"]
 
 
@@ -96,7 +96,7 @@ def test_a_problem_counts_images_and_vertices(tiny):
     problem = Problem(subject=subject, features=None, plan=plan_of(subject.train.ids), config=FitConfig())
     assert (problem.n_train, problem.n_test) == (24, 6)
     assert problem.n_vertices == tuple(subject.n_vertices.values()) and len(problem.n_vertices) == 2
-    assert problem.together == ()
+    assert problem.trainees == ()
 
 
 N_NOISE = 60

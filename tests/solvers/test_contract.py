@@ -89,8 +89,8 @@ def test_every_scored_row_is_predicted_once_by_a_head_of_its_fold(made):
             for piece in fold.held_out:
                 assert piece.predictions.shape == (len(piece.rows), n_vertices)
                 assert piece.predictions.dtype == torch.float32 and piece.predictions.isfinite().all()
-                assert piece.mean.shape == piece.spread.shape == (n_vertices,)
-                assert (piece.spread > 0).all()
+                assert piece.mean.shape == piece.std.shape == (n_vertices,)
+                assert (piece.std > 0).all()
 
 
 @every_solver
@@ -125,7 +125,8 @@ def test_fit_does_not_edit_its_block_and_gives_the_same_again(made):
     block, given = block_for(problem), block_for(problem)
     first = solver.fit(block)
     assert torch.equal(block.responses, given.responses)
-    assert np.array_equal(block.noise_ceiling, given.noise_ceiling) and np.array_equal(block.whole, given.whole)
+    assert np.array_equal(block.noise_ceiling, given.noise_ceiling)
+    assert np.array_equal(block.all_responses, given.all_responses)
     assert all(np.array_equal(one, other) for one, other in zip(block.rois, given.rois, strict=True))
     solver.fit(block_for(problem, "rh"))
     again = solver.fit(block)

@@ -29,15 +29,15 @@ def test_scores_are_of_held_out_and_test_images_about_the_trained_mean(n_feature
     features, _, folds = made_up(n_features)
     for k, fold in enumerate(axes_of(features, folds).folds):
         assert fold.held_out.tolist() == np.flatnonzero(folds == k).tolist()
-        assert fold.trained.tolist() == np.flatnonzero(folds != k).tolist()
+        assert fold.train_rows.tolist() == np.flatnonzero(folds != k).tolist()
         x = features.astype(np.float64)
         mean = x[:N_TRAIN][folds != k].mean(0)
         others = np.concatenate([x[:N_TRAIN][folds == k], x[N_TRAIN:]]) - mean
         trained = x[:N_TRAIN][folds != k] - mean
         # axes may be turned; products of scores may not
-        np.testing.assert_allclose(fold.own @ fold.own.T, trained @ trained.T, atol=2e-3, rtol=1e-3)
-        np.testing.assert_allclose(fold.scores @ fold.own.T, others @ trained.T, atol=2e-3, rtol=1e-3)
-        np.testing.assert_allclose(np.linalg.norm(fold.own, axis=0) ** 2, fold.basis.values, rtol=1e-3)
+        np.testing.assert_allclose(fold.train_scores @ fold.train_scores.T, trained @ trained.T, atol=2e-3, rtol=1e-3)
+        np.testing.assert_allclose(fold.scores @ fold.train_scores.T, others @ trained.T, atol=2e-3, rtol=1e-3)
+        np.testing.assert_allclose(np.linalg.norm(fold.train_scores, axis=0) ** 2, fold.basis.values, rtol=1e-3)
 
 
 @SHAPES
@@ -45,7 +45,7 @@ def test_scores_are_of_held_out_and_test_images_about_the_trained_mean(n_feature
 def test_targets_are_of_the_images_that_a_fold_trains_on(n_features, by_rows):
     features, responses, folds = made_up(n_features)
     axes = axes_of(features, folds, by_rows)
-    own = [fold.own for fold in axes_of(features, folds).folds]
+    own = [fold.train_scores for fold in axes_of(features, folds).folds]
     for k, target in enumerate(axes.targets(torch.from_numpy(responses.copy()))):
         trained = responses[folds != k].astype(np.float64)
         centred = trained - trained.mean(0)
@@ -102,7 +102,7 @@ def test_heads_that_say_one_thing_have_a_spread_of_1(n_features):
     axes = axes_of(features, folds)
     solved = [(torch.zeros_like(target.rotated), target.mean) for target in axes.targets(torch.from_numpy(responses))]
     for fit in axes.predict(iter(solved), False).folds:
-        assert (fit.held_out[0].spread == 1).all()
+        assert (fit.held_out[0].std == 1).all()
 
 
 @SHAPES

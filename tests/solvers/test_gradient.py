@@ -323,7 +323,7 @@ def test_a_module_that_is_no_linear_map_is_fitted_out_of_fold(mlp, trained):
     for k, fold in enumerate(fits.folds):
         assert len(fold.held_out) == (len(plan.parts(k)) if trained else 1)
         assert sorted(np.concatenate([piece.rows for piece in fold.held_out])) == plan.inside(k).tolist()
-        assert all((piece.spread > 0).all() for piece in fold.held_out)
+        assert all((piece.std > 0).all() for piece in fold.held_out)
 
 
 def test_a_module_is_calibrated_on_the_rows_that_it_was_trained_on(mlp):
@@ -331,7 +331,7 @@ def test_a_module_is_calibrated_on_the_rows_that_it_was_trained_on(mlp):
     plan = plan_of(ids)
     fits = GradientSolver([torch.cat([features, features])], plan, mlp).fit(block_of(10 * responses + 7))
     for k, fold in enumerate(fits.folds):
-        trained = plan.split(k, mlp.adamw.validation, mlp.seed).trained
+        trained = plan.split(k, mlp.adamw.validation, mlp.seed).train_rows
         slope, shift = calibration(fold.test[trained], 10 * responses[trained] + 7)
         torch.testing.assert_close(slope, torch.ones(N_VERTICES), rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(shift, torch.zeros(N_VERTICES), rtol=0, atol=5e-2)

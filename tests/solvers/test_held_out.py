@@ -10,7 +10,7 @@ from heads.config import AdamWConfig, FitConfig, RidgeConfig
 from heads.scores.metrics import pearson_r
 from heads.solvers.gradient import GradientSolver
 from heads.solvers.held_out import FoldPlan, clean_parts, stop_split
-from heads.solvers.ridge_folds import RidgeFolds, TunedRidge
+from heads.solvers.ridge_folds import RidgeFolds, TrainedBackboneRidge
 from support.plans import assert_same_fits, block_of, out_of_fold, plan_of
 
 N_FOLDS, N_IMAGES, N_FEATURES, N_VERTICES = 3, 150, 12, 5
@@ -32,7 +32,7 @@ def planted(seed=0):
 
 
 SOLVERS = {
-    "ridge": lambda features, plan: TunedRidge(features, plan, RIDGE),
+    "ridge": lambda features, plan: TrainedBackboneRidge(features, plan, RIDGE),
     "adamw": lambda features, plan: GradientSolver(features, plan, ADAMW),
 }
 
@@ -48,7 +48,7 @@ def slow_ridge(x, y, penalty):
 
 def test_ridge_takes_for_each_part_the_penalty_that_is_best_on_the_other_parts():
     plan, features, responses = planted()
-    for k, found in enumerate(TunedRidge(features, plan, RIDGE).heads(responses)):
+    for k, found in enumerate(TrainedBackboneRidge(features, plan, RIDGE).heads(responses)):
         x, trained, held_out = features[k], plan.outside(k), plan.inside(k)
         maps = [slow_ridge(x[trained], responses[trained], penalty) for penalty in RIDGE.penalties]
         errors = np.stack([(responses.numpy() - x.numpy() @ w - b) ** 2 for w, b in maps])
@@ -67,11 +67,11 @@ def test_no_image_has_a_say_in_the_head_that_predicts_it(kind):
     other[before.rows] = torch.randn(len(before.rows), N_VERTICES) * 50
     after = SOLVERS[kind](features, plan).fit(block_of(other)).folds[1].held_out[2]
     assert torch.equal(after.predictions, before.predictions)
-    assert torch.equal(after.mean, before.mean) and torch.equal(after.spread, before.spread)
+    assert torch.equal(after.mean, before.mean) and torch.equal(after.std, before.std)
     moved = [x.clone() for x in features]
     moved[1][before.rows] = 50 * torch.randn(len(before.rows), N_FEATURES)
     after = SOLVERS[kind](moved, plan).fit(block_of(other)).folds[1].held_out[2]
-    assert torch.equal(after.mean, before.mean) and torch.equal(after.spread, before.spread)  # of the same weights
+    assert torch.equal(after.mean, before.mean) and torch.equal(after.std, before.std)  # of the same weights
 
 
 @pytest.mark.parametrize("kind", SOLVERS)
@@ -101,7 +101,7 @@ def test_features_that_learnt_the_noise_of_their_training_images_do_not_fool_it(
         trained = plan.outside(k)
         noise[trained] += 0.05 * responses[trained] @ torch.randn(N_VERTICES, 40)
         memorised.append(torch.cat([x, noise], 1))
-    clean = out_of_fold(TunedRidge(memorised, plan, RidgeConfig()).fit(block_of(responses)), N_IMAGES)
+    clean = out_of_fold(TrainedBackboneRidge(memorised, plan, RidgeConfig()).fit(block_of(responses)), N_IMAGES)
     naive = np.empty((N_IMAGES, N_VERTICES))
     for k, x in enumerate(memorised):
         solver = RidgeFolds(x, plan_of(plan.image_ids, N_FOLDS), RidgeConfig())
@@ -145,15 +145,15 @@ def test_a_split_trains_on_no_image_that_it_chooses_by_or_predicts(trained):
     plan = plan_of(np.random.default_rng(1).permutation(73_000)[:90], trained=trained)
     for k in range(len(plan)):
         split = plan.split(k, 10, 0)
-        assert not np.intersect1d(split.trained, plan.inside(k)).size
-        assert len(split.choices) == plan.n_choices(k)
+        assert not np.intersect1d(split.train_rows, plan.inside(k)).size
+        assert len(split.choice_rows) == plan.n_choices(k)
         assert sorted(np.concatenate(split.parts)) == plan.inside(k).tolist()
-        for rows in split.choices:
-            assert len(rows) >= 2 and not np.intersect1d(rows, split.trained).size
-        for part, rows in zip(split.parts, split.choices, strict=False):
+        for rows in split.choice_rows:
+            assert len(rows) >= 2 and not np.intersect1d(rows, split.train_rows).size
+        for part, rows in zip(split.parts, split.choice_rows, strict=False):
             assert not np.intersect1d(part, rows).size
-        assert np.array_equal(split.choices[-1], plan.inside(k)) is trained
-        plan.refuse_leaks(split.choices, split.trained, "early stopping")
+        assert np.array_equal(split.choice_rows[-1], plan.inside(k)) is trained
+        plan.refuse_leaks(split.choice_rows, split.train_rows, "early stopping")
 
 
 def test_rows_that_are_trained_on_and_chosen_by_are_refused():

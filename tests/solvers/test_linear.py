@@ -30,7 +30,7 @@ def assert_is_applied(piece, head, features, trained):
     own = everything[:N_TRAIN][trained].numpy()
     np.testing.assert_allclose(piece.predictions, everything[piece.rows], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(piece.mean, own.mean(0), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(piece.spread, own.std(0), rtol=1e-3)
+    np.testing.assert_allclose(piece.std, own.std(0), rtol=1e-3)
 
 
 @pytest.mark.parametrize("n_features", [N_FEATURES, 120], ids=["few features", "many"])

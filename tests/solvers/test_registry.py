@@ -8,7 +8,7 @@ from heads.config.solvers import HeadSpec, SolverSpec
 from heads.solvers.gradient import GradientSolver
 from heads.solvers.layers.ridge import LayeredRidge
 from heads.solvers.registry import build_solver
-from heads.solvers.ridge_folds import RidgeFolds, TunedRidge
+from heads.solvers.ridge_folds import RidgeFolds, TrainedBackboneRidge
 from heads.solvers.spatial import SpatialSolver
 from heads.solvers.trained import TrainedMaps
 from support.problems import LAYERS, VECTOR, features_of, planted_responses, problem_of, responding
@@ -30,7 +30,7 @@ def built(tiny, tmp_path):
     ("settings", "shapes", "trained", "kind"),
     [
         ({}, VECTOR, False, RidgeFolds),
-        ({}, VECTOR, True, TunedRidge),
+        ({}, VECTOR, True, TrainedBackboneRidge),
         ({}, LAYERS, False, LayeredRidge),
         ({}, LAYERS, True, LayeredRidge),
         ({"loss": "smooth_l1"}, VECTOR, False, GradientSolver),

@@ -34,7 +34,7 @@ def test_scores_are_the_features_on_orthogonal_axes(n_images, n_features):
     basis = eigenbasis(x)
     axes = basis.weights(torch.eye(len(basis.values)))
     np.testing.assert_allclose(axes.T @ axes, np.eye(len(basis.values)), atol=1e-4)
-    for scores in (basis.scores(x), basis.own_scores(x), (x - x.mean(0)) @ axes):
+    for scores in (basis.scores(x), basis.train_scores(x), (x - x.mean(0)) @ axes):
         np.testing.assert_allclose(scores.T @ scores, torch.diag(basis.values), atol=1e-4 * basis.values.max())
 
 

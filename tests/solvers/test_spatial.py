@@ -28,7 +28,7 @@ from heads.modules.spatial import SpatialReadout
 from heads.scores.losses import LOSSES
 from heads.scores.metrics import pearson_r
 from heads.solvers.gradient import Task, train_head
-from heads.solvers.spatial import Member, SpatialTraining
+from heads.solvers.spatial import SpatialTraining, TraineeRows
 from heads.solvers.trained import predict
 from support.plans import assert_same_fits, block_of, plan_of
 
@@ -115,47 +115,47 @@ def planted():
 
 
 @pytest.fixture(scope="module")
-def member(planted, tmp_path_factory):
+def trainee(planted, tmp_path_factory):
     """A subject with these, whose rows are in memory; for reading."""
-    return member_of(tmp_path_factory.mktemp("member"), planted)
+    return trainee_of(tmp_path_factory.mktemp("trainee"), planted)
 
 
 @pytest.fixture(scope="module")
-def few_fits(member):
+def few_fits(trainee):
     """What a short training gives of its first surface."""
-    return fits_of([member], config_of(FEW))
+    return fits_of([trainee], config_of(FEW))
 
 
-def member_of(folder, planted, trained=False, budget=np.inf, name="subj01"):
+def trainee_of(folder, planted, trained=False, budget=np.inf, name="subj01"):
     ids, values, responses = planted
     several = values if isinstance(values, list) else [values]
     rows = [rows_of(folder / "f", one, budget, len(ids)) for one in several]
-    return Member(subject_of(folder, name, ids, responses), rows, plan_of(ids, N_FOLDS, trained=trained))
+    return TraineeRows(subject_of(folder, name, ids, responses), rows, plan_of(ids, N_FOLDS, trained=trained))
 
 
-def training_of(members, config):
-    return SpatialTraining(members, config, "cpu")
+def training_of(trainees, config):
+    return SpatialTraining(trainees, config, "cpu")
 
 
-def fits_of(members, config, number=0, surface="lh", training=None):
-    training = training or training_of(members, config)
-    responses = np.array(members[number].subject.responses(surface))
+def fits_of(trainees, config, number=0, surface="lh", training=None):
+    training = training or training_of(trainees, config)
+    responses = np.array(trainees[number].subject.responses(surface))
     return training.solver(number).fit(block_of(responses, surface))
 
 
-def out_of_fold(member, config, members=None, number=0):
+def out_of_fold(trainee, config, trainees=None, number=0):
     """{surface: predictions} as a prediction store has them."""
-    solver = training_of(members or [member], config).solver(number)
+    solver = training_of(trainees or [trainee], config).solver(number)
     return {
-        surface: predict_surface(solver, member.subject, surface, lambda _: None)[0]
-        for surface in member.subject.surfaces
+        surface: predict_surface(solver, trainee.subject, surface, lambda _: None)[0]
+        for surface in trainee.subject.surfaces
     }
 
 
-def r_of(member, config, members=None, number=0):
+def r_of(trainee, config, trainees=None, number=0):
     """Mean r out of fold, over the vertices of both surfaces."""
-    predictions, n_train = out_of_fold(member, config, members, number), member.plan.n_train
-    r = [pearson_r(values[:n_train], member.subject.responses(surface)) for surface, values in predictions.items()]
+    predictions, n_train = out_of_fold(trainee, config, trainees, number), trainee.plan.n_train
+    r = [pearson_r(values[:n_train], trainee.subject.responses(surface)) for surface, values in predictions.items()]
     return np.mean(np.concatenate(r))
 
 
@@ -174,8 +174,8 @@ def watched(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "space", "loss"), [(1, 0, "mse"), (2, 0, "smooth_l1+mnnpc"), (1, 12, "pearson")])
-def test_one_place_of_one_layer_is_predicted_out_of_fold_and_on_test_images(member, planted, rank, space, loss):
-    found = out_of_fold(member, config_of(loss=loss, rank=rank, space=space))
+def test_one_place_of_one_layer_is_predicted_out_of_fold_and_on_test_images(trainee, planted, rank, space, loss):
+    found = out_of_fold(trainee, config_of(loss=loss, rank=rank, space=space))
     for surface, truth in planted[2].items():
         assert found[surface].shape == truth.shape and found[surface].dtype == np.float32
         r = [pearson_r(found[surface][part], truth[part]) for part in (slice(N_TRAIN), slice(N_TRAIN, None))]
@@ -186,20 +186,20 @@ def test_one_place_of_one_layer_is_predicted_out_of_fold_and_on_test_images(memb
 def test_there_is_nothing_to_predict_in_noise(tmp_path, planted):
     ids, values, responses = planted
     order = np.random.default_rng(5).permutation(N_TRAIN)
-    member = member_of(tmp_path, (ids, values, {h: one[:N_TRAIN][order] for h, one in responses.items()}))
-    assert abs(r_of(member, config_of())) < 0.12
+    trainee = trainee_of(tmp_path, (ids, values, {h: one[:N_TRAIN][order] for h, one in responses.items()}))
+    assert abs(r_of(trainee, config_of())) < 0.12
 
 
 @pytest.mark.slow
-def test_responses_of_a_fold_have_no_say_in_its_predictions(tmp_path, planted, member):
+def test_responses_of_a_fold_have_no_say_in_its_predictions(tmp_path, planted, trainee):
     ids, values, responses = planted
     held_out = assign_folds(ids, N_FOLDS, 0) == 1
     moved = {h: one.copy() for h, one in responses.items()}
     for one in moved.values():
         one[:N_TRAIN][held_out] = 50 * np.random.default_rng(0).normal(size=(held_out.sum(), one.shape[1]))
-    members = [member, member_of(tmp_path, (ids, values, moved))]
-    trainings = [training_of([one], config_of(FEW)) for one in members]
-    before, after = (fits_of([one], config_of(FEW), training=own) for one, own in zip(members, trainings, strict=True))
+    trainees = [trainee, trainee_of(tmp_path, (ids, values, moved))]
+    trainings = [training_of([one], config_of(FEW)) for one in trainees]
+    before, after = (fits_of([one], config_of(FEW), training=own) for one, own in zip(trainees, trainings, strict=True))
     (ours,), (theirs,) = before.folds[1].held_out, after.folds[1].held_out
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -207,13 +207,13 @@ def test_responses_of_a_fold_have_no_say_in_its_predictions(tmp_path, planted, m
     assert not torch.allclose(before.folds[0].test, after.folds[0].test, atol=0.1)
     stored = [
         predict_surface(training.solver(0), one.subject, "lh", lambda _: None)[0]
-        for one, training in zip(members, trainings, strict=True)
+        for one, training in zip(trainees, trainings, strict=True)
     ]
     ours, theirs = (values[:N_TRAIN][held_out] for values in stored)
     np.testing.assert_allclose(pearson_r(ours, theirs), 1, atol=1e-4)  # one level and spread for all folds, no more
 
 
-def test_images_that_decide_when_to_stop_are_not_trained_on(tmp_path, planted, member):
+def test_images_that_decide_when_to_stop_are_not_trained_on(tmp_path, planted, trainee):
     ids, values, responses = planted
     config = config_of(replace(FEW, epochs=1))  # one epoch: nothing to decide
     trained, (stop,), _ = plan_of(ids, N_FOLDS).split(0, config.adamw.validation, config.seed)
@@ -221,7 +221,7 @@ def test_images_that_decide_when_to_stop_are_not_trained_on(tmp_path, planted, m
     moved = {h: one.copy() for h, one in responses.items()}
     for one in moved.values():
         one[stop] = -one[stop]
-    before, after = (fits_of([one], config) for one in (member, member_of(tmp_path, (ids, values, moved))))
+    before, after = (fits_of([one], config) for one in (trainee, trainee_of(tmp_path, (ids, values, moved))))
     assert torch.equal(before.folds[0].test, after.folds[0].test)
 
 
@@ -229,15 +229,15 @@ def test_images_that_decide_when_to_stop_are_not_trained_on(tmp_path, planted, m
 def test_on_trained_backbones_a_part_of_a_fold_has_no_say_in_the_head_that_predicts_it(tmp_path, planted):
     ids, _, responses = planted
     several = [values_of(N_TRAIN + N_TEST, seed) for seed in range(N_FOLDS)]
-    member = member_of(tmp_path / "a", (ids, several, responses), trained=True)
+    trainee = trainee_of(tmp_path / "a", (ids, several, responses), trained=True)
     config = config_of()
-    before = fits_of([member], config)
+    before = fits_of([trainee], config)
     assert [len(fold.held_out) for fold in before.folds] == [4] * N_FOLDS
     part = before.folds[1].held_out[2]
     moved = {h: one.copy() for h, one in responses.items()}
     for one in moved.values():
         one[part.rows] = 50 * np.random.default_rng(0).normal(size=(len(part.rows), one.shape[1]))
-    after = fits_of([member_of(tmp_path / "b", (ids, several, moved), trained=True)], config).folds[1].held_out[2]
+    after = fits_of([trainee_of(tmp_path / "b", (ids, several, moved), trained=True)], config).folds[1].held_out[2]
     for one, other in zip(part, after, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -246,35 +246,35 @@ def test_on_trained_backbones_a_part_of_a_fold_has_no_say_in_the_head_that_predi
 def test_every_image_is_predicted_once_by_a_head_of_its_fold_and_its_backbone(tmp_path, planted):
     ids, values, responses = planted
     other = values_of(N_TRAIN + N_TEST, 9)
-    member = member_of(tmp_path, (ids, [values, values, other], responses), trained=True)
-    fits = fits_of([member], config_of())
+    trainee = trainee_of(tmp_path, (ids, [values, values, other], responses), trained=True)
+    fits = fits_of([trainee], config_of())
     r = []
     for k, fold in enumerate(fits.folds):
         rows = np.concatenate([piece.rows for piece in fold.held_out])
-        assert sorted(rows) == np.flatnonzero(member.plan.folds == k).tolist()
+        assert sorted(rows) == np.flatnonzero(trainee.plan.folds == k).tolist()
         predictions = torch.cat([piece.predictions for piece in fold.held_out])
         r.append(pearson_r(predictions.numpy(), responses["lh"][rows]).mean())
     assert min(r[:2]) > 0.4 and r[2] < 0.3  # the third backbone says nothing of these responses
 
 
-def test_saved_heads_rebuild_the_test_predictions_of_their_fold(member):
+def test_saved_heads_rebuild_the_test_predictions_of_their_fold(trainee):
     for space in (0, 3):
-        fits = fits_of([member], config_of(FEW, space=space, rank=2), surface="rh")
+        fits = fits_of([trainee], config_of(FEW, space=space, rank=2), surface="rh")
         for k, fold in enumerate(fits.folds):
             own = {part.removeprefix("head."): t for (prefix, part), t in fits.saved.items() if prefix == f"fold{k}."}
             head = torch.nn.Sequential(SpatialReadout(SHAPES, space or N_VERTICES["rh"], rank=2))
             if space:
                 head.append(torch.nn.Linear(space, N_VERTICES["rh"]))
             head.load_state_dict(own)
-            (rebuilt,) = predict([head.eval()], member.rows[0])
+            (rebuilt,) = predict([head.eval()], trainee.rows[0])
             r = pearson_r(rebuilt[N_TRAIN:].numpy(), fold.test.numpy())  # what is not saved is a slope and a shift
             np.testing.assert_allclose(r[fold.test.std(0).numpy() > 1e-4], 1, atol=1e-3)
 
 
 def test_predictions_are_in_the_units_of_the_responses(tmp_path, planted):
     ids, values, responses = planted
-    member = member_of(tmp_path, (ids, values, {h: 10 * one + 5 for h, one in responses.items()}))
-    found = out_of_fold(member, config_of(loss="pearson"))["lh"]
+    trainee = trainee_of(tmp_path, (ids, values, {h: 10 * one + 5 for h, one in responses.items()}))
+    found = out_of_fold(trainee, config_of(loss="pearson"))["lh"]
     truth = 10 * responses["lh"] + 5
     assert np.sqrt(np.square(found - truth).mean()) < 0.95 * truth.std()
     np.testing.assert_allclose(found.mean(0), truth.mean(0), atol=4)
@@ -283,37 +283,37 @@ def test_predictions_are_in_the_units_of_the_responses(tmp_path, planted):
 def test_a_vertex_that_never_answers_is_predicted_as_it_is(tmp_path, planted):
     ids, values, responses = planted
     silent = {surface: own * (np.arange(own.shape[1]) != 1) for surface, own in responses.items()}
-    found = out_of_fold(member_of(tmp_path, (ids, values, silent)), config_of(FEW, "mnnpc"))
+    found = out_of_fold(trainee_of(tmp_path, (ids, values, silent)), config_of(FEW, "mnnpc"))
     for one in found.values():
         assert np.isfinite(one).all()
         np.testing.assert_allclose(one[:, 1], 0, atol=1e-5)
 
 
-def test_ceilings_of_both_surfaces_weigh_the_loss(member):
+def test_ceilings_of_both_surfaces_weigh_the_loss(trainee):
     ceilings = [{h: np.full(n, 0.3, np.float32) for h, n in N_VERTICES.items()} for _ in range(2)]
     ceilings[1]["lh"][0] = 1
     tests = []
     for ceiling in ceilings:
-        weighed = replace(member, subject=replace(member.subject, noise_ceiling=ceiling))
+        weighed = replace(trainee, subject=replace(trainee.subject, noise_ceiling=ceiling))
         tests.append(fits_of([weighed], config_of(FEW, "mnnpc", space=3)).folds[0].test)
     assert not torch.equal(*tests)
 
 
-def test_the_seed_decides_everything(member, few_fits):
+def test_the_seed_decides_everything(trainee, few_fits):
     torch.manual_seed(99)
-    assert_same_fits(few_fits, fits_of([member], config_of(FEW)), rtol=0, atol=0)
-    other = fits_of([member], config_of(FEW, seed=1))
+    assert_same_fits(few_fits, fits_of([trainee], config_of(FEW)), rtol=0, atol=0)
+    other = fits_of([trainee], config_of(FEW, seed=1))
     assert not torch.equal(few_fits.folds[0].test, other.folds[0].test)
 
 
-def test_both_surfaces_come_from_one_training_a_fold(member, monkeypatch):
+def test_both_surfaces_come_from_one_training_a_fold(trainee, monkeypatch):
     trainings = watched(monkeypatch)
-    training = training_of([member], config_of(FEW))
-    for surface in member.subject.surfaces:
-        predict_surface(training.solver(0), member.subject, surface, lambda _: None)
+    training = training_of([trainee], config_of(FEW))
+    for surface in trainee.subject.surfaces:
+        predict_surface(training.solver(0), trainee.subject, surface, lambda _: None)
     assert len(trainings) == N_FOLDS
     for k, (task,) in enumerate(trainings):
-        assert np.array_equal(task.trained, training.split(0, k).trained)
+        assert np.array_equal(task.train_rows, training.split(0, k).train_rows)
         assert task.responses.shape[1] == sum(N_VERTICES.values())
 
 
@@ -324,7 +324,7 @@ def test_both_surfaces_come_from_one_training_a_fold(member, monkeypatch):
 def test_streamed_rows_give_what_rows_in_memory_give_in_the_same_order(tmp_path, planted, monkeypatch):
     monkeypatch.setattr(featcache.cache.store, "_CHUNK_ROWS", 16)
     monkeypatch.setattr(LayerRows, "shuffled", lambda self, index: index[torch.randperm(len(index))])
-    kept, streamed = (member_of(tmp_path / str(b), planted, budget=b) for b in (np.inf, 0))
+    kept, streamed = (trainee_of(tmp_path / str(b), planted, budget=b) for b in (np.inf, 0))
     assert kept.rows[0].streamed == [] and streamed.rows[0].streamed == list(SHAPES)
     assert_same_fits(fits_of([kept], config_of(FEW)), fits_of([streamed], config_of(FEW)), rtol=1e-5, atol=1e-5)
 
@@ -333,7 +333,7 @@ def test_streamed_rows_give_what_rows_in_memory_give_in_the_same_order(tmp_path,
 def test_streamed_rows_predict_as_well(tmp_path, planted, monkeypatch):
     monkeypatch.setattr(featcache.cache.store, "_CHUNK_ROWS", 16)
     config = config_of()
-    r = [r_of(member_of(tmp_path / str(b), planted, budget=b), config) for b in (np.inf, 0)]
+    r = [r_of(trainee_of(tmp_path / str(b), planted, budget=b), config) for b in (np.inf, 0)]
     assert r[1] > 0.5 and abs(r[0] - r[1]) < 0.15
 
 
@@ -384,7 +384,7 @@ def joint(folder, seed, n_few=36, n_many=300, noise=1.0):
     """Two subjects whose vertices are linear in the same three numbers of an image; the second saw few images."""
     rng = np.random.default_rng(seed)
     channels = rng.normal(size=(3, 6, 1))
-    members = []
+    trainees = []
     for number, n in enumerate((n_many, n_few)):
         values = values_of(n + N_TEST, 10 * seed + number)
         near = values["near"].astype(np.float64) - values["near"].mean((0, 1, 2), dtype=np.float64)
@@ -399,17 +399,17 @@ def joint(folder, seed, n_few=36, n_many=300, noise=1.0):
         if number:  # of the first's images, and, unless there are too few, 9 that decide when to stop
             stop = assign_folds(ids, 10, 1) == 0
             ids = ids[np.argsort(~stop, kind="stable")][stop.sum() - 9 :][:n] if stop.sum() > 9 else ids[:n]
-        members.append(member_of(folder / f"{seed}-{number}", (ids, values, responses), name=f"subj0{number + 1}"))
-    return members
+        trainees.append(trainee_of(folder / f"{seed}-{number}", (ids, values, responses), name=f"subj0{number + 1}"))
+    return trainees
 
 
 @pytest.mark.slow
 def test_a_subject_with_few_images_gains_from_one_with_many(tmp_path):
     config, alone, together = config_of(replace(QUICK, epochs=4), space=3), [], []
     for seed in range(2):
-        members = joint(tmp_path, seed)
-        alone.append(r_of(members[1], config))
-        together.append(r_of(members[1], config, members, 1))
+        trainees = joint(tmp_path, seed)
+        alone.append(r_of(trainees[1], config))
+        together.append(r_of(trainees[1], config, trainees, 1))
     assert np.mean(together) > np.mean(alone) + 0.15, (alone, together)
 
 
@@ -421,17 +421,17 @@ def test_an_image_is_in_the_same_fold_of_every_subject_that_saw_it(tmp_path):
 
 @pytest.mark.slow
 def test_responses_of_a_fold_reach_its_predictions_through_no_subject(tmp_path):
-    members = joint(tmp_path, 0, n_many=120, n_few=90)
+    trainees = joint(tmp_path, 0, n_many=120, n_few=90)
     config = config_of(FEW, space=3)
-    training = training_of(members, config)
-    before = [fits_of(members, config, number, training=training) for number in (0, 1)]
-    for member in members:
-        path = member.subject.response_paths["lh"]
+    training = training_of(trainees, config)
+    before = [fits_of(trainees, config, number, training=training) for number in (0, 1)]
+    for trainee in trainees:
+        path = trainee.subject.response_paths["lh"]
         responses = np.load(path)
-        responses[member.plan.folds == 1] *= -50
+        responses[trainee.plan.folds == 1] *= -50
         np.save(path, responses)
-    training = training_of(members, config)
-    after = [fits_of(members, config, number, training=training) for number in (0, 1)]
+    training = training_of(trainees, config)
+    after = [fits_of(trainees, config, number, training=training) for number in (0, 1)]
     for ours, theirs in zip(before, after, strict=True):
         assert torch.equal(ours.folds[1].held_out[0].predictions, theirs.folds[1].held_out[0].predictions)
         assert not torch.equal(ours.folds[0].test, theirs.folds[0].test)
@@ -454,12 +454,12 @@ def test_no_subject_is_trained_on_what_another_chooses_by(tmp_path, monkeypatch)
     seen = []
     monkeypatch.setattr("heads.solvers.held_out.stop_split", by_row)
     monkeypatch.setattr("heads.solvers.spatial.train_head", lambda head, tasks, *about: seen.extend(tasks) or [head])
-    members = joint(tmp_path, 0, n_many=120, n_few=90)
+    trainees = joint(tmp_path, 0, n_many=120, n_few=90)
     with suppress(LeakError):
-        training_of(members, config_of(FEW, space=3)).heads(0)
-    ids = [member.subject.train.ids for member in members]
-    trained = [own[task.trained] for own, task in zip(ids, seen, strict=False)]
-    chosen = [own[task.choices[0]] for own, task in zip(ids, seen, strict=False)]
+        training_of(trainees, config_of(FEW, space=3)).heads(0)
+    ids = [trainee.subject.train.ids for trainee in trainees]
+    trained = [own[task.train_rows] for own, task in zip(ids, seen, strict=False)]
+    chosen = [own[task.choice_rows[0]] for own, task in zip(ids, seen, strict=False)]
     assert not seen or not np.intersect1d(np.concatenate(trained), np.concatenate(chosen)).size
 
 
@@ -467,14 +467,14 @@ def test_no_subject_is_trained_on_what_another_chooses_by(tmp_path, monkeypatch)
 def test_a_few_images_of_each_are_enough_to_train_together(tmp_path):
     """Where the draw leaves a subject nothing to stop by, what is taken instead is no image that another trains on."""
     for seed in range(4):
-        members = joint(tmp_path, seed, n_many=26, n_few=24)
-        found = fits_of(members, config_of(replace(FEW, epochs=1), space=3, seed=seed), 1)
+        trainees = joint(tmp_path, seed, n_many=26, n_few=24)
+        found = fits_of(trainees, config_of(replace(FEW, epochs=1), space=3, seed=seed), 1)
         assert all(fold.test.isfinite().all() for fold in found.folds)
 
 
-def as_trained(member):
-    """The member as if its backbone had been trained, with the same features for every fold."""
-    return replace(member, rows=member.rows * N_FOLDS, plan=replace(member.plan, trained=True))
+def as_trained(trainee):
+    """The trainee as if its backbone had been trained, with the same features for every fold."""
+    return replace(trainee, rows=trainee.rows * N_FOLDS, plan=replace(trainee.plan, backbone_trained=True))
 
 
 @pytest.mark.slow
@@ -482,21 +482,21 @@ def test_on_trained_backbones_no_subject_has_a_say_in_the_head_of_an_image_that_
     """However few images of a fold a subject has: its choices are of the same images as the others'."""
     trained = watched(monkeypatch)
     for seed in range(4):
-        members = [as_trained(member) for member in joint(tmp_path, seed, n_many=40, n_few=24)]
+        trainees = [as_trained(trainee) for trainee in joint(tmp_path, seed, n_many=40, n_few=24)]
         trained.clear()
         config = config_of(replace(FEW, epochs=1), space=3)
-        training = training_of(members, config)
-        fitted = [fits_of(members, config, number, training=training) for number in range(2)]
+        training = training_of(trainees, config)
+        fitted = [fits_of(trainees, config, number, training=training) for number in range(2)]
         for k in range(N_FOLDS):
             tasks, fits = trained[k], [one.folds[k] for one in fitted]
-            for own, fit in zip(members, fits, strict=True):
+            for own, fit in zip(trainees, fits, strict=True):
                 assert (
                     sorted(np.concatenate([one.rows for one in fit.held_out]))
                     == np.flatnonzero(own.plan.folds == k).tolist()
                 )
                 for part, piece in enumerate(fit.held_out):
-                    for theirs, task in zip(members, tasks, strict=True):
-                        seen = theirs.subject.train.ids[task.choices[part]]
+                    for theirs, task in zip(trainees, tasks, strict=True):
+                        seen = theirs.subject.train.ids[task.choice_rows[part]]
                         assert not np.intersect1d(own.subject.train.ids[piece.rows], seen).size
 
 

@@ -57,7 +57,7 @@ def test_trained_heads_are_used_as_they_are():
         torch.testing.assert_close(piece.predictions, head(rows[piece.rows]))
         own = head(rows[PLAN.outside(k)])
         torch.testing.assert_close(piece.mean, own.mean(0), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(piece.spread, own.std(0, correction=0), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(piece.std, own.std(0, correction=0), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(fold.test, head(rows[N_TRAIN:]))
         prefix = PLAN.prefixes[k]
         assert torch.equal(fits.saved[prefix, "weights"], head.weights)
@@ -149,7 +149,7 @@ def test_features_without_what_the_heads_read_are_left_whole_and_refused(made):
     subject, features, work = made
     bare = replace(features, arrays=("low",))
     assert read_by_its_heads(bare, work) is bare
-    with pytest.raises(ConfigError, match=r"--solver trained: expected .*pooled; found no pooled .*; extract with"):
+    with pytest.raises(ConfigError, match=r"--solver trained: .*features pooled .*; found pooled missing .*; extract"):
         build(problem_of(subject, bare, FitConfig(solver="trained"), work))
 
 
@@ -254,7 +254,7 @@ def test_features_that_spatial_heads_cannot_read_are_refused(tiny, extracted, tm
     first, second = layer_names(subject, work)
     layers = {"nothing": f"{first},pooled", "a layer": f"{second},pooled", "layers": "pooled"}[lacking]
     with pytest.raises(
-        ConfigError, match=r"--solver trained: expected .*; found no .*; extract with .*\(2 places"
+        ConfigError, match=r"--solver trained: expected .*; found .* missing .*; extract with .*\(2 places"
     ) as refusal:
         fit_heads([subject], FitConfig(solver="trained", layers=layers), work)
     assert "\n" not in str(refusal.value) and not (work / "predictions.zarr").exists()

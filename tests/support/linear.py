@@ -60,6 +60,6 @@ def errors_of(features, responses, penalties, exact):
     """(n_penalties, n_vertices), as heads choose by them."""
     x, y = torch.from_numpy(features), torch.from_numpy(responses)
     basis, centred = eigenbasis(x), y - y.mean(0)
-    scores, squares = basis.own_scores(x), sum_of_squares(centred)
+    scores, squares = basis.train_scores(x), sum_of_squares(centred)
     rows = (scores, centred) if exact else None
     return penalty_errors(basis.values, len(x), scores.T @ centred, squares, torch.tensor(penalties), rows)

@@ -29,12 +29,12 @@ def plan_of(
     folds = assign_folds(ids, n_folds, seed) if folds is None else folds
     every = range(int(folds.max()) + 1)
     return FoldPlan(
-        image_ids=ids, folds=folds, held_out=tuple(every if held_out is None else held_out), trained=trained
+        image_ids=ids, folds=folds, held_out=tuple(every if held_out is None else held_out), backbone_trained=trained
     )
 
 
 def block_of(responses: torch.Tensor | np.ndarray, surface: str = "lh", **about: Any) -> Block:
-    """All vertices of a surface. responses : (n_train, n_vertices); about : noise_ceiling, rois, whole, vertices"""
+    """All vertices of a surface. responses : (n_train, n_vertices); about : other fields of Block"""
     tensor = torch.as_tensor(responses)
     return Block(surface=surface, responses=tensor, **({"vertices": slice(0, tensor.shape[1])} | about))
 

@@ -1,13 +1,14 @@
-"""Axes that the training images of a fold span under a prior, in three ways by what is few.
+"""Axes that the training images of a fold span under a prior.
 
-On such axes ridge regression is one division (see ridge.py), whatever they were found from:
+On these axes ridge regression is one division (see ridge.py). There are three methods to compute them; the smallest of
+images, features and landmarks decides:
 
-    images         the kernel of the training images                        dual, exact
-    features       their scatter                                            primal, exact
-    landmarks      features by the kernel with some images, the landmarks   Nyström, where neither are few
+    images         kernel of the training images                          dual, exact
+    features       scatter of the features                                primal, exact
+    landmarks      features from kernels with some images, the landmarks  Nyström, for many images and many features
 
-With C the kernel of all images with the landmarks and W W' the inverse of the landmarks' own, C W are features whose
-inner products are the kernel up to what landmarks do not span (Williams and Seeger 2001, Advances in Neural Information
+Let C be the kernel of all images with the landmarks, and W W' the inverse of the kernel of the landmarks. Then C W are
+features whose inner products approximate the kernel (Williams and Seeger 2001, Advances in Neural Information
 Processing Systems 13).
 """
 
@@ -20,18 +21,18 @@ from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import Prior
 from heads.solvers.ridge import eigh_of
 
-LANDMARKS = 2048  # as many images, where images and features are more (docs/decisions/0014)
+LANDMARKS = 2048  # number of landmark images, if both images and features are more (docs/decisions/0014)
 
 
 @dataclass(frozen=True)
 class Basis:
-    """One prior's axes on one fold.
+    """Axes of one prior on one fold.
 
-    rows : (n_trained,) numbers of the images that the fold trains on
-    values : (rank,) of their centred scatter
+    rows : (n_train_rows,) numbers of the images that the fold trains on
+    values : (rank,) eigenvalues of their centred scatter
     features : (n_images, n) of all images; folds may share them
     mean, axes : (n,) and (n, rank): scores on the axes are (features - mean) @ axes; None: features are the scores
-    span : landmarks and their W, where features are of landmarks
+    span : landmarks and their W, if the features come from landmarks
     """
 
     rows: np.ndarray
@@ -42,24 +43,27 @@ class Basis:
     span: tuple[np.ndarray, torch.Tensor] | None = None
 
     def scores(self, rows: np.ndarray) -> torch.Tensor:
-        """(len(rows), rank)"""
-        own = self.features[rows]
-        return own if self.axes is None or self.mean is None else (own - self.mean) @ self.axes
+        """(len(rows), rank) scores of any images."""
+        features = self.features[rows]
+        return features if self.axes is None or self.mean is None else (features - self.mean) @ self.axes
 
     def rotated(self, target: torch.Tensor) -> torch.Tensor:
-        """(rank, n_vertices) scores' @ target, for responses (n_trained, n_vertices) centred over the rows."""
-        cross = self.features[self.rows].T @ target  # features need no centring where responses have it
+        """(rank, n_vertices) scores' @ target. target : (n_train_rows, n_vertices) centred responses"""
+        cross = self.features[self.rows].T @ target  # the target is centred, so the features need not be
         return cross if self.axes is None else self.axes.T @ cross
 
     def predictions(self, weights: torch.Tensor) -> torch.Tensor:
-        """(n_images, n_vertices) for weights on the axes, without a level."""
+        """(n_images, n_vertices) predictions without intercept, from weights on the axes, (rank, n_vertices)."""
         if self.axes is None or self.mean is None:
             return self.features @ weights
-        own = self.axes @ weights
-        return torch.addmm(-(self.mean @ own), self.features, own)
+        feature_weights = self.axes @ weights
+        return torch.addmm(-(self.mean @ feature_weights), self.features, feature_weights)
 
     def dual(self, weights: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
-        """Images, and what their kernels are weighed with (n, n_vertices) for the same predictions up to a level."""
+        """(image rows, dual weights (n, n_vertices)) with the same predictions, up to an intercept.
+
+        weights : (rank, n_vertices) on the axes
+        """
         if self.span is None or self.axes is None:
             return self.rows, self.scores(self.rows) @ (weights / self.values[:, None])
         landmarks, whitening = self.span
@@ -67,43 +71,43 @@ class Basis:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one prior leaves of a store's images, from which every fold's basis is made.
+class PriorView:
+    """Kernel or features of a store's images under one prior, from which the basis of every fold is computed.
 
-    way : 'images', 'features' or 'landmarks'
+    method : 'images', 'features' or 'landmarks'
     values : (n_images, n_images) kernel, or (n_images, n) features
+    span : landmarks and their W, if the method is 'landmarks'
     """
 
-    way: str
+    method: str
     values: torch.Tensor
     span: tuple[np.ndarray, torch.Tensor] | None = None
 
     def basis(self, rows: np.ndarray) -> Basis:
-        """Of the images that a fold trains on."""
-        return (
-            basis_of_kernel(self.values, rows)
-            if self.way == "images"
-            else basis_of_features(self.values, rows, self.span)
-        )
+        """Axes of the images that a fold trains on."""
+        if self.method == "images":
+            return basis_of_kernel(self.values, rows)
+        return basis_of_features(self.values, rows, self.span)
 
 
-def way_for(n_images: int, n_features: int) -> str:
-    """Of what there are few, for so many images to fit to: it sets the size of what is decomposed."""
+def method_for(n_images: int, n_features: int) -> str:
+    """The method that decomposes the smallest matrix. n_images : images to fit to"""
     if min(n_images, n_features) > LANDMARKS:
         return "landmarks"
     return "images" if n_features >= n_images else "features"
 
 
-def seen_under(prior: Prior, kernels: LayerKernels, way: str) -> Seen:
-    if way == "landmarks":
+def view_under(prior: Prior, kernels: LayerKernels, method: str) -> PriorView:
+    """Kernel or features of all images under a prior."""
+    if method == "landmarks":
         landmarks = np.sort(np.random.default_rng(0).permutation(kernels.n_train)[:LANDMARKS])
         features, whitening = landmark_features(kernels.across(prior, landmarks), landmarks)
-        return Seen(way, features, (landmarks, whitening))
-    return Seen(way, kernels.kernel(prior) if way == "images" else kernels.features(prior))
+        return PriorView(method, features, (landmarks, whitening))
+    return PriorView(method, kernels.kernel(prior) if method == "images" else kernels.features(prior))
 
 
 def basis_of_kernel(kernel: torch.Tensor, rows: np.ndarray) -> Basis:
-    """Of a kernel (n_images, n_images), centred over the training images."""
+    """Axes from a kernel (n_images, n_images), centred over the training images."""
     index = torch.from_numpy(rows).to(kernel.device)
     across = kernel[:, index]
     means = across[index].mean(0)
@@ -115,11 +119,11 @@ def basis_of_kernel(kernel: torch.Tensor, rows: np.ndarray) -> Basis:
 def basis_of_features(
     features: torch.Tensor, rows: np.ndarray, span: tuple[np.ndarray, torch.Tensor] | None = None
 ) -> Basis:
-    """Of features (n_images, n), which may be those of landmarks."""
-    own = features[rows]
-    mean = own.mean(0)
-    own -= mean
-    values, vectors = eigh_of(own.T @ own)
+    """Axes from features (n_images, n), which may come from landmarks."""
+    train_features = features[rows]
+    mean = train_features.mean(0)
+    train_features -= mean
+    values, vectors = eigh_of(train_features.T @ train_features)
     return Basis(rows, values, features, mean, vectors, span)
 
 

@@ -1,14 +1,14 @@
 """Closed form on several layers: ridge regression under many priors at once.
 
-With K the kernel of images under a prior, centred over the training images, and U e U' = K, predictions of any image
+Let K be the kernel of images under a prior, centred over the training images, and U e U' = K. Predictions of any image
 under penalty p are linear in its scores K(x, .) U e^(-1/2), which are the features rotated to the axes that the
-training images span. There the formulas of ridge.py hold as they are, with eigenvalues e (see axes.py, also for
+training images span. There the formulas of ridge.py apply unchanged, with eigenvalues e (axes.py, which also handles
 more images than a kernel can be decomposed for).
 
-Every vertex has a penalty under every prior. Its prediction is the mean over priors, weighed by how well each did:
-exp(-n / 8 * error / variance), where the error is leave-one-out or generalised on the n training images (see
-ridge.py), or on held-out images where the backbone was trained on the others (see held_out.py). A single best prior
-is noisier; the mean was better on every recording tried (docs/decisions/0013).
+Every vertex has a penalty under every prior. Its prediction is the mean over priors with weights
+exp(-n / 8 * error / variance). The error is leave-one-out or generalised on the n training images (see ridge.py), or
+that of held-out images if the backbone was trained on the other images (see held_out.py). A single best prior is
+noisier; the mean was better on every recording tried (docs/decisions/0013).
 
 Penalties over groups of features: Dupré la Tour et al. 2022, https://doi.org/10.1016/j.neuroimage.2022.119728
 """
@@ -25,35 +25,44 @@ from featcache.machine.memory import memory_at_start, refuse_above, said, spare_
 from featcache.machine.progress import say
 from heads.config import RidgeConfig
 from heads.features.rows import BLOCK_BYTES
-from heads.solvers.base import Block, Fits, FoldFit, Piece, Problem, level_and_spread
+from heads.solvers.base import Block, Fits, FoldFit, Problem, piece_of
 from heads.solvers.held_out import FoldPlan
-from heads.solvers.layers.axes import LANDMARKS, Basis, Seen, basis_of_features, landmark_features, seen_under, way_for
+from heads.solvers.layers.axes import (
+    LANDMARKS,
+    Basis,
+    PriorView,
+    basis_of_features,
+    landmark_features,
+    method_for,
+    view_under,
+)
 from heads.solvers.layers.kernels import BLUR, LayerKernels
 from heads.solvers.layers.priors import CENTRES, DEPTH_WIDTH, DEPTHS, NARROW_IMAGES, WIDTHS, Prior, prior_set
 from heads.solvers.memory import CACHE_SHARE, FEATURE_SHARE, STACK_SHARE
-from heads.solvers.ridge import TOGETHER, held_out_errors, is_exact, penalties_of, penalty_errors
+from heads.solvers.ridge import MAX_NUMBERS_AT_ONCE, held_out_errors, is_exact, penalties_of, penalty_errors
 
-_WAYS = {
+_METHOD_WORDS = {
     "images": "dual, by kernels of images",
     "features": "primal",
     "landmarks": "by kernels with landmark images",
 }
 
-_SHARPNESS = 1 / 8  # of the mean over priors, per training image
-_NEGLIGIBLE = 0.01  # a prior with less than this part of the best one's weight is left out
-_SEARCH_IMAGES = 1024  # with more, the priors to try on all of them are found on so many,
-_SEARCH_LANDMARKS = 512  # on so many axes,
-_SEARCH_VERTICES = 2048  # for so many vertices of a hemisphere
-_FINALISTS = 8  # priors that are tried on all images then
+_SHARPNESS = 1 / 8  # of the weights of priors, per training image
+_NEGLIGIBLE = 0.01  # a prior with less than this share of the best prior's weight is left out
+# With more training images than this, priors are first compared on a sample: so many images, landmarks and vertices.
+_SEARCH_IMAGES = 1024
+_SEARCH_LANDMARKS = 512
+_SEARCH_VERTICES = 2048
+_FINALISTS = 8  # priors that are tried on all images after that
 _VERTEX_BLOCK = 4096
-_WORST = 1e30  # error of a penalty that cannot be judged, so that differences of errors are numbers
+_WORST = 1e30  # error of a penalty that cannot be judged; finite, so that differences of errors are numbers
 _PENDING_BYTES = 256 << 20  # of dual weights that wait to be multiplied with features
-_WEIGHTS_BYTES = 2e9  # of a hemisphere's weights that are saved; larger ones are left out
+_WEIGHTS_BYTES = 2e9  # weights of a hemisphere that take more are not saved
 
-# One a decade: the mean over priors fills in what lies between, and each costs a product as large as a prediction.
+# One per decade: the mean over priors smooths between them, and each costs a product as large as a prediction.
 PENALTIES = tuple(10.0**k for k in range(-4, 5))
 
-# what decides the heads besides features and responses; part of every prediction store's key
+# settings that decide the heads besides features and responses; part of every prediction store's key
 METHOD = {
     "blur": BLUR,
     "centres": list(CENTRES),
@@ -68,46 +77,47 @@ METHOD = {
 }
 
 
-class _Tried(NamedTuple):
-    """One prior on one fold. error : fraction of variance; both (n_choices, n_vertices)."""
+class _PriorResult(NamedTuple):
+    """Smallest error (a fraction of variance) of one prior on one fold, and its penalty, (n_choices, n_vertices)."""
 
     error: torch.Tensor
     penalty: torch.Tensor
 
 
 def build_layered(problem: Problem) -> "LayeredRidge":
-    """Build the closed form under priors over layers and places; says its way and its memory.
+    """Build the closed form under priors over layers and places; says its method and its memory.
 
     Raises ConfigError beyond --max-memory.
     """
     config, features, plan = problem.config, problem.features, problem.plan
     free = spare_memory(config.max_memory)
     rows = features.read(problem.device, free * FEATURE_SHARE / len(features.stores))
-    kernels = [LayerKernels(one, plan.n_train, free * STACK_SHARE / len(rows)) for one in rows]
+    kernels = [LayerKernels(of_store, plan.n_train, free * STACK_SHARE / len(rows)) for of_store in rows]
     priors = prior_set(rows[0].grids, DEPTHS if len(features.names) > 1 else (None,), plan.n_train)
     ridge = replace(config.ridge, penalties=PENALTIES)
     solver = LayeredRidge(kernels, plan, ridge, priors, cache_bytes=free * CACHE_SHARE)
     peak = memory_at_start() + solver.memory(max(problem.n_vertices))
     refuse_above(config.max_memory, peak)
-    streamed = list(dict.fromkeys(name for one in rows for name in one.streamed))
+    streamed = list(dict.fromkeys(name for of_store in rows for name in of_store.streamed))
     say(
         f"{problem.subject.name}: {rows[0].n_features:,} features, {len(plan.outside(0)):,} images to fit to: "
-        f"{_WAYS[solver.way]}; {said(peak)}"
+        f"{_METHOD_WORDS[solver.method]}; {said(peak)}"
         + (f"; {', '.join(streamed)} read from the store block by block" if streamed else "")
-        + ("; too little to keep decompositions, which are made again as they are needed" if solver.forgets else "")
+        + ("; not enough memory to keep decompositions; they are recomputed each time" if solver.recomputes else "")
     )
     return solver
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayeredSizes:
-    """Counts that the memory of a fit under priors follows from.
+    """Counts that decide the memory of a fit under priors.
 
-    n_fit : training images of each held-out fold
-    n_choices : heads of a fold that choose for themselves, at most
+    n_fit : images to fit to, for each held-out fold
+    n_choices : separately chosen heads of a fold, at most
     n_sources : sets of features, one for all folds or one for each
-    stack_bytes : of kernels of single places, where there is room for them
+    stack_bytes : of kernels of single places, if they are kept
     held_bytes : of features that are kept in memory
+    cache_bytes : memory for decompositions
     """
 
     n_train: int
@@ -117,68 +127,68 @@ class LayeredSizes:
     n_sources: int
     n_features: int
     n_priors: int
-    trained: bool
+    backbone_trained: bool
     stack_bytes: float
     held_bytes: float
     cache_bytes: float
 
     @property
-    def way(self) -> str:
-        """What is decomposed: see heads/solvers/layers/axes.py."""
-        return way_for(min(self.n_fit), self.n_features)
+    def method(self) -> str:
+        """'images', 'features' or 'landmarks' (see axes.py)."""
+        return method_for(min(self.n_fit), self.n_features)
 
     @property
     def searched(self) -> bool:
-        """Whether the priors that serve are found on a part of the images first."""
+        """Whether priors are first compared on a sample of the images."""
         return self.n_train > _SEARCH_IMAGES and self.n_priors > _FINALISTS
 
     @property
     def decomposed_bytes(self) -> float:
-        """Of all decompositions that serve any responses."""
-        if self.way == "images":
-            of_prior = 4.0 * self.n_images * sum(self.n_fit)
+        """Bytes of all decompositions, which serve any responses."""
+        if self.method == "images":
+            per_prior = 4.0 * self.n_images * sum(self.n_fit)
         else:
             n = min(LANDMARKS, self.n_features)
-            of_prior = 4.0 * n * (self.n_images * self.n_sources + n * len(self.n_fit))
-        return (_FINALISTS if self.searched else self.n_priors) * of_prior
+            per_prior = 4.0 * n * (self.n_images * self.n_sources + n * len(self.n_fit))
+        return (_FINALISTS if self.searched else self.n_priors) * per_prior
 
     @property
-    def forgets(self) -> bool:
-        """Whether decompositions do not fit into their memory, and every use of one computes it."""
+    def recomputes(self) -> bool:
+        """Whether decompositions do not fit into their memory and are recomputed at every use."""
         return self.decomposed_bytes > self.cache_bytes
 
     @property
     def n_saved(self) -> int:
-        """Sets of weights that are saved: the mean over folds, or one for each."""
-        return len(self.n_fit) if self.trained else 1
+        """Number of sets of weights that are saved: one for the mean over folds, or one for each."""
+        return len(self.n_fit) if self.backbone_trained else 1
 
     def saved_bytes(self, n_vertices: int) -> float:
-        """Of the weights of a surface; 0 for those that are too many to save."""
+        """Bytes of the saved weights of a surface; 0 if they are too many to save."""
         weights = 4.0 * self.n_features * n_vertices * self.n_saved
         return weights if weights <= _WEIGHTS_BYTES else 0.0
 
     def memory(self, n_vertices: int) -> float:
-        """About what fitting a surface takes: features, decompositions, predictions of every choice, responses."""
-        block = min(n_vertices, _VERTEX_BLOCK) if not self.forgets else n_vertices
+        """Bytes that a fit of a surface takes: features, decompositions, predictions of every choice, responses."""
+        block = min(n_vertices, _VERTEX_BLOCK) if not self.recomputes else n_vertices
         per_fold = 4.0 * self.n_images * block * self.n_choices
         # a kernel, its centred copy, and both in float64
-        decomposition = 28.0 * self.n_images * (self.n_images if self.way == "images" else LANDMARKS)
-        kept = 0.0 if self.forgets else self.decomposed_bytes
+        decomposition = 28.0 * self.n_images * (self.n_images if self.method == "images" else LANDMARKS)
+        kept = 0.0 if self.recomputes else self.decomposed_bytes
         duals = 2 * min(4.0 * self.n_priors * self.n_images * block, _PENDING_BYTES)
-        errors = 16.0 * max(TOGETHER, self.n_train * block)
+        errors = 16.0 * max(MAX_NUMBERS_AT_ONCE, self.n_train * block)
         # read, centred, scaled, blurred, weighed
         blocks = 6.0 * min(4 * self.n_images * self.n_features, BLOCK_BYTES)
-        weights = 4 * self.saved_bytes(n_vertices)  # of two surfaces, and while they are written
-        responded = per_fold * len(self.n_fit) + 12.0 * self.n_train * block
-        total = self.stack_bytes + decomposition + kept + responded + duals + errors + blocks + weights
-        return 1.2 * (total + self.held_bytes)  # a fifth for what the allocator cannot use again
+        weights = 4 * self.saved_bytes(n_vertices)  # of two surfaces, and their copies while they are written
+        predictions = per_fold * len(self.n_fit) + 12.0 * self.n_train * block
+        total = self.stack_bytes + decomposition + kept + predictions + duals + errors + blocks + weights
+        return 1.2 * (total + self.held_bytes)  # a fifth more for memory that the allocator cannot reuse
 
 
 class LayeredRidge:
     """Kernel ridge heads on all folds but one, for each fold in turn.
 
     kernels : of the one store, or of one store for each held-out fold
-    priors : what to choose from
+    priors : to average over
     cache_bytes : memory for decompositions, which serve any responses
     """
 
@@ -193,24 +203,24 @@ class LayeredRidge:
     ) -> None:
         self._kernels, self._config, self._plan = list(kernels), config, plan
         self._rows = [plan.outside(k) for k in range(len(plan))]
-        self._choices = [plan.parts(k) for k in range(len(plan))]
+        self._parts = [plan.parts(k) for k in range(len(plan))]
         self._n_train, self._n_images = plan.n_train, len(kernels[0].rows)
-        self._all = list(priors)
-        self._priors = [self._all for _ in self._rows]
-        self._sizes = self._counted(cache_bytes)
+        self._all_priors = list(priors)
+        self._priors = [self._all_priors for _ in self._rows]
+        self._sizes = self._count(cache_bytes)
         shuffled = np.random.default_rng(0).permutation(self._n_train)
         self._sample = np.sort(shuffled[:_SEARCH_IMAGES]) if self._sizes.searched else None
         self._searched_for: str | None = None
         self._sampled: LayerKernels | None = None
-        self.way, self.forgets = self._sizes.way, self._sizes.forgets
-        self._cache: dict[tuple[Prior, int], Basis] | None = None if self.forgets else {}
-        # without the cache every block of vertices would cost all decompositions anew
-        self.vertex_block: int | None = None if self.forgets else _VERTEX_BLOCK
+        self.method, self.recomputes = self._sizes.method, self._sizes.recomputes
+        self._cache: dict[tuple[Prior, int], Basis] | None = None if self.recomputes else {}
+        # without the cache all decompositions would be recomputed for every block of vertices
+        self.vertex_block: int | None = None if self.recomputes else _VERTEX_BLOCK
 
-    def _counted(self, cache_bytes: float) -> LayeredSizes:
+    def _count(self, cache_bytes: float) -> LayeredSizes:
         rows = self._kernels[0].rows
         stacks = float(sum(kernels.stack_bytes for kernels in self._kernels))
-        if self._n_train > _SEARCH_IMAGES and len(self._all) > _FINALISTS:
+        if self._n_train > _SEARCH_IMAGES and len(self._all_priors) > _FINALISTS:
             stacks += self._kernels[0].stack_bytes_of(_SEARCH_IMAGES)
         return LayeredSizes(
             n_train=self._n_train,
@@ -219,8 +229,8 @@ class LayeredRidge:
             n_choices=max(map(self._plan.n_choices, range(len(self._plan)))),
             n_sources=len(self._kernels),
             n_features=rows.n_features,
-            n_priors=len(self._all),
-            trained=self._plan.trained,
+            n_priors=len(self._all_priors),
+            backbone_trained=self._plan.backbone_trained,
             stack_bytes=stacks,
             held_bytes=float(sum(kernels.rows.held_bytes for kernels in self._kernels)),
             cache_bytes=cache_bytes,
@@ -230,99 +240,101 @@ class LayeredRidge:
         return self._sizes.memory(n_vertices)
 
     def fit(self, block: Block) -> Fits:
-        """Fit heads under all priors, or those that serve the whole surface best where there are many images."""
+        """Fit heads under all priors; with many images, under those that explain the surface best."""
         responses = block.responses
-        if self._sample is not None and (block.whole is None or self._searched_for != block.surface):
+        if self._sample is not None and (block.all_responses is None or self._searched_for != block.surface):
             self._searched_for = block.surface
             with matrix_products("float32"):
-                self._priors = self._finalists(responses if block.whole is None else block.whole)
-            if self._cache is not None:  # what an earlier search found must not add up
-                self._cache = {key: one for key, one in self._cache.items() if key[0] in self._priors[key[1]]}
-        tried: list[dict[Prior, _Tried]] = [{} for _ in self._rows]
+                self._priors = self._finalists(responses if block.all_responses is None else block.all_responses)
+            if self._cache is not None:  # drop bases of another surface's priors, so that the cache does not grow
+                self._cache = {key: basis for key, basis in self._cache.items() if key[0] in self._priors[key[1]]}
+        results: list[dict[Prior, _PriorResult]] = [{} for _ in self._rows]
         for prior, k, basis in self._bases(lambda prior, k: prior in self._priors[k]):
-            tried[k][prior] = self._try(basis, k, responses)
-        weights = [_weights(one, len(rows)) for one, rows in zip(tried, self._rows, strict=True)]
+            results[k][prior] = self._evaluate(basis, k, responses)
+        weights = [_weights(of_fold, len(rows)) for of_fold, rows in zip(results, self._rows, strict=True)]
         mixes = [_Mix(self._plan.n_choices(k), rows, self._n_images, responses) for k, rows in enumerate(self._rows)]
         saved = _Saved(self._kernels, self._plan, responses.shape[1], self._sizes.saved_bytes(responses.shape[1]) > 0)
         for prior, k, basis in self._bases(lambda prior, k: prior in weights[k]):
-            saved.add(prior, k, basis, *mixes[k].add(basis, tried[k][prior].penalty, weights[k][prior]))
+            saved.add(prior, k, basis, *mixes[k].add(basis, results[k][prior].penalty, weights[k][prior]))
         fits = [self._fit(k, mix) for k, mix in enumerate(mixes)]
         return Fits(fits, saved.tensors([mix.predictions[-1][: self._n_train].mean(0) for mix in mixes]))
 
     def _bases(self, wanted: Callable[[Prior, int], bool]) -> Iterator[tuple[Prior, int, Basis]]:
-        """Decompositions, prior by prior; a kernel is computed when a decomposition of it is missing, once for all."""
+        """(prior, k, basis), prior by prior. A kernel is computed only if a decomposition is missing, for all folds."""
         for prior in dict.fromkeys(prior for priors in self._priors for prior in priors):
-            products: dict[int, Seen] = {}
+            views: dict[int, PriorView] = {}
             for k in range(len(self._rows)):
                 if wanted(prior, k):
-                    yield prior, k, self._basis(prior, k, products)
+                    yield prior, k, self._basis(prior, k, views)
 
-    def _basis(self, prior: Prior, k: int, products: dict[int, Seen]) -> Basis:
+    def _basis(self, prior: Prior, k: int, views: dict[int, PriorView]) -> Basis:
+        """Basis of the k-th fold. views : by source; the view of this fold is added if it is needed"""
         if self._cache is not None and (prior, k) in self._cache:
             return self._cache[prior, k]
         source = self._plan.source(k)
-        with matrix_products("float32"):  # what is decomposed needs all its digits
-            if source not in products:
-                products[source] = seen_under(prior, self._kernels[source], self.way)
-            basis = products[source].basis(self._rows[k])
+        with matrix_products("float32"):  # decompositions need full precision
+            if source not in views:
+                views[source] = view_under(prior, self._kernels[source], self.method)
+            basis = views[source].basis(self._rows[k])
         if self._cache is not None:
             self._cache[prior, k] = basis
         return basis
 
-    def _try(self, basis: Basis, k: int, responses: torch.Tensor) -> _Tried:
-        rows, choices = self._rows[k], self._choices[k]
+    def _evaluate(self, basis: Basis, k: int, responses: torch.Tensor) -> _PriorResult:
+        """Smallest error over penalties for each choice of the k-th fold."""
+        rows = self._rows[k]
         target = responses[rows] - responses[rows].mean(0)
         penalties = penalties_of(basis.values, self._config.penalties)
         rotated = basis.rotated(target)
         variance = target.square().mean(0)
         variance = torch.where(variance > 0, variance, torch.ones_like(variance))
-        if self._plan.trained:
-            parts = [(basis.scores(part), responses[part] - responses[rows].mean(0)) for part in choices]
+        if self._plan.backbone_trained:
+            parts = [(basis.scores(part), responses[part] - responses[rows].mean(0)) for part in self._parts[k]]
             errors = held_out_errors(basis.values, rotated, penalties, parts)
         else:
-            own = (basis.scores(rows), target) if is_exact(self._config, len(rows)) else None
-            errors = penalty_errors(basis.values, len(rows), rotated, target.square().sum(0), penalties, own)[None]
+            exact_inputs = (basis.scores(rows), target) if is_exact(self._config, len(rows)) else None
+            squares = target.square().sum(0)
+            errors = penalty_errors(basis.values, len(rows), rotated, squares, penalties, exact_inputs)[None]
         least, which = errors.min(1)
-        return _Tried((least.to(variance.dtype).clamp_max(_WORST) / variance).clamp_max(_WORST), penalties[which])
+        return _PriorResult((least.to(variance.dtype).clamp_max(_WORST) / variance).clamp_max(_WORST), penalties[which])
 
     def _fit(self, k: int, mix: "_Mix") -> FoldFit:
-        held_out, pieces = self._choices[k], []
-        for choice, rows in enumerate(held_out):
-            mean, spread = level_and_spread(mix.predictions[choice][self._rows[k]])
-            pieces.append(Piece(rows, mix.predictions[choice][rows], mean, spread))
+        pieces = [piece_of(mix.predictions[choice], part, self._rows[k]) for choice, part in enumerate(self._parts[k])]
         return FoldFit(pieces, mix.predictions[-1][self._n_train :])
 
     def _finalists(self, responses: Any) -> list[list[Prior]]:
-        """For each fold the priors that serve its vertices best between them, from a part of its training images.
+        """The best priors of each fold, on a sample of its training images and of the vertices of the surface.
 
-        One after the other, each the one that adds most to the variance that the best of those chosen explain.
+        responses : (n_train, all vertices of the surface)
         """
         assert self._sample is not None
-        columns = np.random.default_rng(1).permutation(responses.shape[1])[:_SEARCH_VERTICES]
-        some = torch.as_tensor(np.sort(columns)) if isinstance(responses, torch.Tensor) else np.sort(columns)
-        y = torch.as_tensor(responses[self._sample][:, some], device=self._kernels[0].rows.device).float()
-        explained = [torch.empty(len(self._all), y.shape[1], device=y.device) for _ in self._rows]
-        for source, whole in enumerate(self._kernels):
-            kernels = self._sampled or whole.of_some(self._sample)
-            if not self._plan.trained:  # for the other surfaces
+        columns: Any = np.sort(np.random.default_rng(1).permutation(responses.shape[1])[:_SEARCH_VERTICES])
+        columns = torch.as_tensor(columns) if isinstance(responses, torch.Tensor) else columns
+        y = torch.as_tensor(responses[self._sample][:, columns], device=self._kernels[0].rows.device).float()
+        explained = [torch.empty(len(self._all_priors), y.shape[1], device=y.device) for _ in self._rows]
+        for source, all_kernels in enumerate(self._kernels):
+            kernels = self._sampled or all_kernels.of_images(self._sample)
+            if not self._plan.backbone_trained:  # for the other surfaces
                 self._sampled = kernels
-            for number, prior in enumerate(self._all):
-                seen = landmark_features(kernels.kernel(prior)[:, :_SEARCH_LANDMARKS], slice(_SEARCH_LANDMARKS))[0]
-                for k in [source] if self._plan.trained else range(len(self._rows)):
-                    explained[k][number] = self._explained(seen, np.isin(self._sample, self._rows[k]), y)
-        return [[self._all[c] for c in _between_them(one)] for one in explained]
+            for number, prior in enumerate(self._all_priors):
+                features = landmark_features(kernels.kernel(prior)[:, :_SEARCH_LANDMARKS], slice(_SEARCH_LANDMARKS))[0]
+                for k in [source] if self._plan.backbone_trained else range(len(self._rows)):
+                    train_rows = np.flatnonzero(np.isin(self._sample, self._rows[k]))
+                    explained[k][number] = self._explained(features, train_rows, y)
+        return [[self._all_priors[number] for number in _choose_greedily(of_fold)] for of_fold in explained]
 
-    def _explained(self, features: torch.Tensor, trained: np.ndarray, responses: torch.Tensor) -> torch.Tensor:
-        """(n_vertices,) sum of squares that the best penalty explains of images that were left out."""
-        rows = np.flatnonzero(trained)
+    def _explained(self, features: torch.Tensor, rows: np.ndarray, responses: torch.Tensor) -> torch.Tensor:
+        """(n_vertices,) share of variance that the best penalty explains, by generalised cross-validation."""
         basis, y = basis_of_features(features, rows), responses[rows] - responses[rows].mean(0)
         squares, penalties = y.square().sum(0), penalties_of(basis.values, self._config.penalties)
         errors = penalty_errors(basis.values, len(rows), basis.rotated(y), squares, penalties, None)
         return (1 - errors.min(0).values * len(rows) / squares.clamp_min(1e-12)).clamp_min(0).float()
 
 
-def _between_them(explained: torch.Tensor) -> list[int]:
-    """Rows of (n_priors, n_vertices) whose maxima add up to most, chosen one after the other."""
+def _choose_greedily(explained: torch.Tensor) -> list[int]:
+    """Numbers of priors, chosen greedily: each adds most to the explained variance, summed over vertices, of the best
+    prior chosen so far. explained : (n_priors, n_vertices)
+    """
     chosen: list[int] = []
     best = torch.zeros_like(explained[0])
     while len(chosen) < min(_FINALISTS, len(explained)):
@@ -336,98 +348,102 @@ def _between_them(explained: torch.Tensor) -> list[int]:
 def flat_weights(
     kernels: LayerKernels, basis: Basis, responses: torch.Tensor, penalties: Sequence[float]
 ) -> dict[str, torch.Tensor]:
-    """{array: (n_places * n_channels, n_vertices)} weights on the features as they are stored.
+    """{array: (n_places * n_channels, n_vertices)} weights on the features as stored.
 
     basis : under the flat prior, on the images to fit to
     responses : (n_train, n_vertices)
-    penalties : to choose from by generalised or exact leave-one-out error; a single one is taken
+    penalties : to choose from by exact or generalised leave-one-out error
     """
     rows = basis.rows
     target = responses[rows] - responses[rows].mean(0)
     rotated = basis.rotated(target)
     offered = penalties_of(basis.values, penalties)
-    own = (basis.scores(rows), target) if is_exact(RidgeConfig(), len(rows)) else None
-    errors = penalty_errors(basis.values, len(rows), rotated, target.square().sum(0), offered, own)
+    exact_inputs = (basis.scores(rows), target) if is_exact(RidgeConfig(), len(rows)) else None
+    errors = penalty_errors(basis.values, len(rows), rotated, target.square().sum(0), offered, exact_inputs)
     index, dual = basis.dual(rotated / (basis.values[:, None] + offered[errors.argmin(0)]))
-    whole = responses.new_zeros(len(kernels.rows), responses.shape[1])
-    whole[index] = dual
-    return kernels.weights([Prior()], whole[None])
+    duals = responses.new_zeros(len(kernels.rows), responses.shape[1])
+    duals[index] = dual
+    return kernels.weights([Prior()], duals[None])
 
 
-def _weights(tried: dict[Prior, _Tried], n_images: int) -> dict[Prior, torch.Tensor]:
-    """{prior: (n_choices, n_vertices)}, which sum to 1; priors that no vertex needs are not among them."""
-    errors = torch.stack([one.error for one in tried.values()])
+def _weights(results: dict[Prior, _PriorResult], n_images: int) -> dict[Prior, torch.Tensor]:
+    """{prior: (n_choices, n_vertices)} weights, which sum to 1 over priors; priors without any weight are left out."""
+    errors = torch.stack([result.error for result in results.values()])
     weights = torch.softmax((errors.amin(0) - errors) * (n_images * _SHARPNESS), 0)
     weights = torch.where(weights >= _NEGLIGIBLE * weights.amax(0), weights, 0)
     weights = weights / weights.sum(0)
-    return {prior: one for prior, one in zip(tried, weights, strict=True) if one.any()}
+    return {prior: weight for prior, weight in zip(results, weights, strict=True) if weight.any()}
 
 
 class _Mix:
-    """One fold's predictions under all priors together.
+    """Predictions of one fold, summed over priors.
 
     predictions : (n_choices, n_images, n_vertices)
     """
 
     def __init__(self, n_choices: int, rows: np.ndarray, n_images: int, responses: torch.Tensor) -> None:
-        level = responses[rows].mean(0)
-        self._rows, self._target = rows, responses[rows] - level
-        self.predictions = level.repeat(n_choices, n_images, 1)
+        mean = responses[rows].mean(0)
+        self._target = responses[rows] - mean
+        self.predictions = mean.repeat(n_choices, n_images, 1)
 
     def add(self, basis: Basis, penalties: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add one prior's part, (n_choices, n_vertices) each; gives the vertices that have one, and their weights on
-        the axes under the last choice, (rank, n_vertices).
+        """Add the predictions of one prior. penalties, weights : (n_choices, n_vertices)
+
+        Returns the vertices with any weight, and their weights on the axes for the last choice, (rank, n_used).
         """
-        some = torch.nonzero(weights.amax(0) > 0)[:, 0]
-        rotated = basis.rotated(self._target[:, some])
-        for choice, (penalty, weight) in enumerate(zip(penalties[:, some], weights[:, some], strict=True)):
-            own = rotated / (basis.values[:, None] + penalty) * weight
-            self.predictions[choice].index_add_(1, some, basis.predictions(own))
-        return some, own
+        used_vertices = torch.nonzero(weights.amax(0) > 0)[:, 0]
+        rotated = basis.rotated(self._target[:, used_vertices])
+        used = zip(penalties[:, used_vertices], weights[:, used_vertices], strict=True)
+        for choice, (penalty, weight) in enumerate(used):
+            prior_weights = rotated / (basis.values[:, None] + penalty) * weight
+            self.predictions[choice].index_add_(1, used_vertices, basis.predictions(prior_weights))
+        return used_vertices, prior_weights
 
 
 class _Saved:
-    """Weights on the features as they are stored, added up over priors, and over folds where these share features."""
+    """Weights on the features as stored, summed over priors, and averaged over folds if these share features."""
 
     def __init__(self, kernels: Sequence[LayerKernels], plan: FoldPlan, n_vertices: int, kept: bool) -> None:
         self._kernels, self._plan, self._n_vertices, self._kept = kernels, plan, n_vertices, kept
         self._pending: list[dict[Prior, torch.Tensor]] = [{} for _ in plan.prefixes]
         self._weights: list[dict[str, torch.Tensor]] = [{} for _ in plan.prefixes]
 
-    def add(self, prior: Prior, k: int, basis: Basis, some: torch.Tensor, weights: torch.Tensor) -> None:
-        """weights : (rank, len(some)) on the axes of fold k, of some vertices"""
+    def add(self, prior: Prior, k: int, basis: Basis, vertices: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add the weights of one prior. weights : (rank, len(vertices)) on the axes of fold k"""
         if not self._kept:
             return
-        own = self._plan.source(k)
-        pending = self._pending[own]
+        source = self._plan.source(k)
+        pending = self._pending[source]
         if prior not in pending:
             n_images = len(self._kernels[0].rows)
             if 4 * n_images * self._n_vertices * len(pending) > _PENDING_BYTES:
-                self._flush(own)
-            pending = self._pending[own]
+                self._flush(source)
+            pending = self._pending[source]
             pending[prior] = weights.new_zeros(n_images, self._n_vertices)
         index, dual = basis.dual(weights)
-        rows = torch.as_tensor(index, device=some.device)[:, None]
-        pending[prior][rows, some] += dual / (1 if self._plan.trained else len(self._plan))
+        rows = torch.as_tensor(index, device=vertices.device)[:, None]
+        pending[prior][rows, vertices] += dual / (1 if self._plan.backbone_trained else len(self._plan))
 
-    def _flush(self, own: int) -> None:
-        pending, self._pending[own] = self._pending[own], {}
+    def _flush(self, source: int) -> None:
+        """Multiply the pending dual weights with features and add the products to the weights."""
+        pending, self._pending[source] = self._pending[source], {}
         if pending:
-            kernels, weights = self._kernels[own], self._weights[own]
+            kernels, weights = self._kernels[source], self._weights[source]
             for name, values in kernels.weights(list(pending), torch.stack(list(pending.values()))).items():
                 weights[name] = weights[name] + values if name in weights else values
 
     def tensors(self, means: Sequence[torch.Tensor]) -> dict[tuple[str, str], torch.Tensor]:
-        """means : each fold's mean prediction over all training images, which is that of their mean features"""
+        """Weights and intercepts, {(prefix, part): tensor}. means : of each fold's predictions of training images"""
         if not self._kept:
             return {}
-        for own in range(len(self._weights)):
-            self._flush(own)
-        if not self._plan.trained:
+        for source in range(len(self._weights)):
+            self._flush(source)
+        if not self._plan.backbone_trained:
             means = [torch.stack(list(means)).mean(0)]
-        found = {}
+        tensors = {}
         for k, (prefix, weights) in enumerate(zip(self._plan.prefixes, self._weights, strict=True)):
-            kernels = self._kernels[k]
-            found[prefix, "intercept"] = means[k] - sum(kernels.means[n].flatten() @ w for n, w in weights.items())
-            found |= {(prefix, f"{name}.weights"): values for name, values in weights.items()}
-        return found
+            # the mean prediction is the prediction of the mean features
+            feature_means = self._kernels[k].means
+            tensors[prefix, "intercept"] = means[k] - sum(feature_means[n].flatten() @ w for n, w in weights.items())
+            tensors |= {(prefix, f"{name}.weights"): values for name, values in weights.items()}
+        return tensors

@@ -7,14 +7,14 @@ import torch
 import heads.solvers.layers.axes
 from featcache.cache.store import Row, create_store
 from heads.features.rows import LayerRows
-from heads.solvers.layers.axes import seen_under, way_for
+from heads.solvers.layers.axes import method_for, view_under
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import Prior
 
 N, N_TRAIN, N_LANDMARKS = 90, 80, 20
 ROWS = np.delete(np.arange(N_TRAIN), np.arange(3, 60, 4))
 PRIOR = Prior(0.3, 0.7, 0.4, 0.5)
-WAYS = ("images", "features", "landmarks")
+METHODS = ("images", "features", "landmarks")
 
 
 @pytest.fixture
@@ -32,21 +32,21 @@ def kernels(tmp_path, monkeypatch):
     return LayerKernels(LayerRows(store, tuple(values), "cpu", np.inf), N_TRAIN, 0)
 
 
-def features_of(kernels, way, landmarks):
-    """(N, n) float64 whose inner products are what the way takes for the kernel."""
+def features_of(kernels, method, landmarks):
+    """(N, n) float64 whose inner products are what the method takes for the kernel."""
     x = kernels.features(PRIOR).double().numpy()
-    if way != "landmarks":
+    if method != "landmarks":
         return x
     values, vectors = np.linalg.eigh(x[landmarks] @ x[landmarks].T)
     keep = values > 1e-7 * values[-1]
     return x @ (x[landmarks].T @ vectors[:, keep] / np.sqrt(values[keep]))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_ridge_on_the_axes_is_plain_ridge(kernels, way):
-    seen = seen_under(PRIOR, kernels, way)
-    x = features_of(kernels, way, seen.span[0] if seen.span else None)
-    basis = seen.basis(ROWS)
+@pytest.mark.parametrize("method", METHODS)
+def test_ridge_on_the_axes_is_plain_ridge(kernels, method):
+    view = view_under(PRIOR, kernels, method)
+    x = features_of(kernels, method, view.span[0] if view.span else None)
+    basis = view.basis(ROWS)
     y = torch.randn(len(ROWS), 4, generator=torch.Generator().manual_seed(0))
     y -= y.mean(0)
     centred = x - x[ROWS].mean(0)
@@ -58,12 +58,12 @@ def test_ridge_on_the_axes_is_plain_ridge(kernels, way):
     np.testing.assert_allclose(basis.scores(np.arange(N)) @ weights, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_dual_weights_on_the_kernel_predict_the_same_up_to_a_level(kernels, way):
-    basis = seen_under(PRIOR, kernels, way).basis(ROWS)
+@pytest.mark.parametrize("method", METHODS)
+def test_dual_weights_on_the_kernel_predict_the_same_up_to_a_level(kernels, method):
+    basis = view_under(PRIOR, kernels, method).basis(ROWS)
     weights = torch.randn(len(basis.values), 3, generator=torch.Generator().manual_seed(1))
     index, dual = basis.dual(weights)
-    assert way == "landmarks" or np.array_equal(index, ROWS)
+    assert method == "landmarks" or np.array_equal(index, ROWS)
     x = kernels.features(PRIOR).double().numpy()
     found = x @ x[index].T @ dual.double().numpy()
     expected = basis.predictions(weights).double().numpy()
@@ -72,15 +72,15 @@ def test_dual_weights_on_the_kernel_predict_the_same_up_to_a_level(kernels, way)
 
 def test_axes_are_of_what_there_is_least(monkeypatch):
     monkeypatch.setattr(heads.solvers.layers.axes, "LANDMARKS", N_LANDMARKS)
-    assert way_for(20, 33) == "images"
-    assert way_for(80, 33) == "landmarks"  # 20 of them
+    assert method_for(20, 33) == "images"
+    assert method_for(80, 33) == "landmarks"  # 20 of them
     monkeypatch.setattr(heads.solvers.layers.axes, "LANDMARKS", 40)
-    assert way_for(33, 33) == "images"
-    assert way_for(80, 33) == "features"
+    assert method_for(33, 33) == "images"
+    assert method_for(80, 33) == "features"
 
 
 def test_landmarks_are_training_images_and_the_same_for_every_fold(kernels):
-    first, second = (seen_under(PRIOR, kernels, "landmarks").span[0] for _ in range(2))
+    first, second = (view_under(PRIOR, kernels, "landmarks").span[0] for _ in range(2))
     assert np.array_equal(first, second) and len(np.unique(first)) == N_LANDMARKS and first.max() < N_TRAIN
 
 
@@ -89,7 +89,7 @@ def test_as_many_landmarks_as_training_images_are_exact(kernels, monkeypatch):
     y = torch.randn(len(ROWS), 4, generator=torch.Generator().manual_seed(0))
     y -= y.mean(0)
     found = []
-    for way in ("images", "landmarks"):
-        basis = seen_under(PRIOR, kernels, way).basis(ROWS)
+    for method in ("images", "landmarks"):
+        basis = view_under(PRIOR, kernels, method).basis(ROWS)
         found.append(basis.predictions(basis.rotated(y) / (basis.values[:, None] + 0.7)))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)

@@ -136,7 +136,7 @@ def test_all_ways_of_computing_agree(store, monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 def test_kernels_of_some_images_are_a_part_of_the_whole(store, monkeypatch, way):
     whole, index = made(store, way, monkeypatch), np.array([1, 2, 5, 11, 16])
-    some = whole.of_some(index)
+    some = whole.of_images(index)
     for prior in PRIORS:
         torch.testing.assert_close(some.kernel(prior), whole.kernel(prior)[index][:, index], rtol=1e-4, atol=1e-4)
     assert len(whole.rows) == N

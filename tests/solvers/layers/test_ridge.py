@@ -13,7 +13,7 @@ from featcache.cache.store import Row, create_store
 from heads.config import RidgeConfig
 from heads.features.rows import LayerRows
 from heads.scores.metrics import pearson_r
-from heads.solvers.layers.axes import Basis, way_for
+from heads.solvers.layers.axes import Basis, method_for
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import DEPTHS, Prior
 from heads.solvers.layers.ridge import LayeredRidge
@@ -95,7 +95,7 @@ def test_with_one_prior_and_one_penalty_it_is_plain_ridge(tmp_path, shape):
     for prior in PRIORS[:3]:
         values = values_of(SHAPES[shape])
         kernels = kernels_of(tmp_path, values)
-        assert way_for(N_TRAIN * 2 // 3, kernels.rows.n_features) == {"dual": "images", "primal": "features"}[shape]
+        assert method_for(N_TRAIN * 2 // 3, kernels.rows.n_features) == {"dual": "images", "primal": "features"}[shape]
         x, y = kernels.features(prior).double().numpy(), responses_of(values)
         fits = solver([kernels], [prior], config=RidgeConfig(penalties=(0.3,))).fit(block_of(y))
         for k, fold in enumerate(fits.folds):
@@ -193,7 +193,7 @@ def test_held_out_responses_have_no_say_in_what_a_frozen_fold_predicts(tmp_path,
     moved[FOLDS == 1] = 50 * torch.randn(int((FOLDS == 1).sum()), y.shape[1])
     after = heads.fit(block_of(moved))
     assert torch.equal(before.folds[1].held_out[0].predictions, after.folds[1].held_out[0].predictions)
-    assert torch.equal(before.folds[1].held_out[0].spread, after.folds[1].held_out[0].spread)
+    assert torch.equal(before.folds[1].held_out[0].std, after.folds[1].held_out[0].std)
     assert torch.equal(before.folds[1].test, after.folds[1].test)
     assert not torch.equal(before.folds[0].test, after.folds[0].test)
 
@@ -368,9 +368,9 @@ def test_a_search_for_one_surface_does_not_narrow_the_next_ones(planted, monkeyp
     kernels, y, plan = planted
     right, priors = other_surface(kernels), EVERYWHERE[::3]
     used = solver([kernels], priors, plan)
-    used.fit(block_of(y[:N_MANY], "lh", whole=y[:N_MANY]))
-    found = used.fit(block_of(right, "rh", whole=right))
-    assert_same_fits(found, solver([kernels], priors, plan).fit(block_of(right, "rh", whole=right)))
+    used.fit(block_of(y[:N_MANY], "lh", all_responses=y[:N_MANY]))
+    found = used.fit(block_of(right, "rh", all_responses=right))
+    assert_same_fits(found, solver([kernels], priors, plan).fit(block_of(right, "rh", all_responses=right)))
 
 
 def test_searches_for_both_surfaces_keep_no_more_decompositions_than_were_allowed(planted, monkeypatch):
@@ -378,9 +378,9 @@ def test_searches_for_both_surfaces_keep_no_more_decompositions_than_were_allowe
     kernels, y, plan = planted
     allowed = 4 * 2 * len(kernels.rows) * sum(len(plan.outside(k)) for k in range(3))
     used = solver([kernels], EVERYWHERE[::3], plan, cache_bytes=allowed)
-    assert not used.forgets
+    assert not used.recomputes
     for surface, responses in (("lh", y[:N_MANY]), ("rh", other_surface(kernels))):
-        used.fit(block_of(responses, surface, whole=responses))
+        used.fit(block_of(responses, surface, all_responses=responses))
         gc.collect()
         assert 0 < sum(4 * one.features.numel() for one in gc.get_objects() if isinstance(one, Basis)) <= allowed
 
@@ -390,14 +390,14 @@ def test_priors_are_sought_for_the_whole_surface_and_once(planted, monkeypatch):
     searching(monkeypatch, finalists=2)
     kernels, y, plan = planted
     used, y = solver([kernels], EVERYWHERE[::3], plan), y[:N_MANY]
-    whole = used.fit(block_of(y, whole=y))
+    whole = used.fit(block_of(y, all_responses=y))
     # what a search decomposes a part of the images by
     monkeypatch.setattr("heads.solvers.layers.ridge.basis_of_features", lambda *_: pytest.fail("searched again"))
-    block = used.fit(block_of(y[:, :2], whole=y))
+    block = used.fit(block_of(y[:, :2], all_responses=y))
     for one, other in zip(whole.folds, block.folds, strict=True):
         torch.testing.assert_close(one.test[:, :2], other.test, rtol=1e-4, atol=1e-4)
     with pytest.raises(pytest.fail.Exception, match="searched again"):
-        used.fit(block_of(y, "rh", whole=y))
+        used.fit(block_of(y, "rh", all_responses=y))
 
 
 # --- saved weights
@@ -443,7 +443,7 @@ def test_with_landmarks_saved_weights_are_the_predictions_and_blocks_change_noth
     for module in (heads.solvers.layers.axes, heads.solvers.layers.ridge):
         monkeypatch.setattr(module, "LANDMARKS", 25)
     heads_, values = made(tmp_path, "dual", trained)
-    assert heads_.way == "landmarks"
+    assert heads_.method == "landmarks"
     y = responses_of(values[0])
     fits = heads_.fit(block_of(y))
     assert_same_fits(fits, made(tmp_path, "dual", trained, cache_bytes=0)[0].fit(block_of(y)))
@@ -480,7 +480,7 @@ def test_vertices_that_never_answer_are_predicted_as_they_are(tmp_path, shape, t
             assert found.isfinite().all()
             torch.testing.assert_close(found[:, 1], torch.zeros(len(found)), atol=1e-5, rtol=0)
             torch.testing.assert_close(found[:, 3], torch.full((len(found),), 0.1), atol=1e-5, rtol=0)
-        assert all((piece.spread > 0).all() for piece in fold.held_out)
+        assert all((piece.std > 0).all() for piece in fold.held_out)
 
 
 @both_modes
