@@ -55,6 +55,11 @@ def test_a_new_loss_head_or_solver_is_one_file_and_one_entry(extended, filled, c
     assert cli.run(["blend", "--models", f"*{words.split()[-1]}*"]) == 0
 
 
+def test_the_new_solver_refuses_what_memory_does_not_hold_as_every_solver_must(extended, filled, capfd):
+    assert cli.run(["fit-heads", "--solver", "random-search", "--layers", "pooled", "--max-memory", "1e-6"]) == 1
+    assert "--max-memory: expected " in capfd.readouterr().err
+
+
 def test_without_the_entries_their_names_are_refused(filled, capfd):
     for option, name in (("--loss", "huber"), ("--head", "mlp"), ("--solver", "random-search")):
         assert cli.run(["fit-heads", option, name]) == 1

@@ -1,6 +1,6 @@
 """Reader of the challenge's tree: its subjects, its faults, and noise ceilings as fractions.
 
-Layout of Algonauts 2023 (Gifford et al. 2023, https://arxiv.org/abs/2301.03198). Only this file knows it.
+Layout of Algonauts 2023 (Gifford et al. 2023, https://arxiv.org/abs/2301.03198). Only this file reads it.
 """
 
 import os
@@ -94,14 +94,11 @@ def deep_faults(
             if fault:
                 yield fault
     for subject in challenge.subjects:
-        for hemisphere in HEMISPHERES:
-            yield from _response_faults(subject, hemisphere)
+        for surface in subject.surfaces:  # scan_tree reports those whose responses cannot be read
+            yield from _response_faults(subject.response_paths[surface])
 
 
-def _response_faults(subject: Subject, hemisphere: str) -> Iterator[Fault]:
-    path = subject.response_paths[hemisphere]
-    if not path.exists() or hemisphere not in subject.n_vertices:
-        return  # scan_tree reports this
+def _response_faults(path: Path) -> Iterator[Fault]:
     responses = np.load(path, mmap_mode="r")
     for start in range(0, len(responses), _ROWS_PER_SCAN):
         bad = np.argwhere(~np.isfinite(responses[start : start + _ROWS_PER_SCAN]))
@@ -291,16 +288,16 @@ def _notes_on_missing(subjects: Sequence[Subject]) -> list[str]:
     """Notes on what some subjects lack, and on what follows from it."""
 
     def names_where(missing: Callable[[Subject, str], bool]) -> str:
-        names = [subject.name for subject in subjects if any(missing(subject, h) for h in HEMISPHERES)]
+        names = [subject.name for subject in subjects if any(missing(subject, surface) for surface in subject.rois)]
         return "all subjects" if len(names) == len(subjects) else ", ".join(names)
 
     notes = []
-    if names := names_where(lambda subject, h: subject.fsaverage[h] is None):
+    if names := names_where(lambda subject, surface: subject.fsaverage[surface] is None):
         notes.append(f"no fsaverage masks ({names}): columns of different subjects cannot be aligned")
-    if names := names_where(lambda subject, h: not subject.rois[h]):
+    if names := names_where(lambda subject, surface: not subject.rois[surface]):
         notes.append(f"no ROI masks ({names}): scores are per hemisphere only, and --head roi has no ROI")
     any_ceiling = any(ceiling is not None for subject in subjects for ceiling in subject.noise_ceiling.values())
-    if any_ceiling and (names := names_where(lambda subject, h: subject.noise_ceiling[h] is None)):
+    if any_ceiling and (names := names_where(lambda subject, surface: subject.noise_ceiling[surface] is None)):
         notes.append(f"no noise ceiling ({names}): left out of noise-normalised scores")
     return notes
 

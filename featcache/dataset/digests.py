@@ -12,11 +12,12 @@ import numpy as np
 from featcache.config import fingerprint
 from featcache.dataset.subject import Subject
 from featcache.machine.files import replace_json
+from featcache.workdir import Workdir
 
 
 def image_digest(subject: Subject, work: Path) -> str:
     """Digest of the contents of a subject's image files, in row order; remembered under `work`."""
-    return DigestIndex(work / "index" / f"{subject.name}.json").digest(subject.image_paths)
+    return DigestIndex(Workdir(work).image_index(subject.name)).digest(subject.image_paths)
 
 
 def id_digest(subject: Subject) -> str:
@@ -26,7 +27,7 @@ def id_digest(subject: Subject) -> str:
 
 def response_digest(subject: Subject, work: Path) -> str:
     """Digest of the contents of a subject's response files; remembered under `work`."""
-    index = DigestIndex(work / "index" / f"{subject.name}-responses.json")
+    index = DigestIndex(Workdir(work).response_index(subject.name))
     return index.digest([subject.response_paths[surface] for surface in subject.surfaces])
 
 

@@ -114,7 +114,7 @@ class Challenge:
 
 
 def names_in(names: str, known: Sequence[str]) -> list[str]:
-    """Names of the subjects that '--subject' chooses. Raises ChallengeError for one that is not known."""
+    """Names of the subjects that '--subject' chooses; 1 stands for 'subj01'. Raises ChallengeError for others."""
     if names == "all":
         return list(known)
     wanted = [f"subj{int(part):02d}" if part.isdigit() else part for part in names.split(",")]

@@ -22,7 +22,7 @@ from heads.commands.options import (
     option_of,
     read,
 )
-from heads.config import HEADS, AdamWConfig, BlendConfig, FitConfig, SpatialConfig, adamw_of, refuse_unread
+from heads.config import HEADS, SOLVERS, AdamWConfig, BlendConfig, FitConfig, SpatialConfig, adamw_of, refuse_unread
 from heads.recipes.jobs import Job, Outcome
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ def _fit(subjects: "Sequence[Subject]", config: FitConfig, work: Path) -> Outcom
     from heads.report.printing import print_table
     from heads.report.scores import score_table, scores_as_json
 
-    if shared := config.shared_losses:
+    for solver, losses in config.shared_losses.items():
         say(
-            f"{', '.join(shared)}: closed form{', one model' if len(shared) > 1 else ''}; "
-            "linear heads have the same optimum under mse, pearson and mnnpc"
+            f"{', '.join(losses)}: --solver {solver}{', one model' if len(losses) > 1 else ''}; "
+            f"its heads are the same under {', '.join(SOLVERS[solver].losses)}"
         )
     done = run(subjects, config, work)
     scores = scores_by_model(subjects, done)

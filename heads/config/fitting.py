@@ -8,7 +8,7 @@ from typing import Any
 from featcache.config import DEVICES, PRODUCTS, at_least, one_of, option
 from featcache.errors import ConfigError
 from heads.config.checks import check_dropout, refuse_given
-from heads.config.losses import LOSS_NAMES, LOSS_SPECS, loss_label, parse_loss, split_losses
+from heads.config.losses import LOSS_NAMES, loss_label, parse_loss, split_losses
 from heads.config.solvers import HEADS, SOLVERS, SolverSpec, automatic_solver
 
 
@@ -138,12 +138,13 @@ class FitConfig:
         at_least("max-memory", self.max_memory, 0)
         for loss in split_losses(self.loss):
             terms = parse_loss(loss)
-            if self.solver != "auto" and not SOLVERS[self.solver].serves(self.head, names_of(terms)):
+            losses = names_of(terms)
+            if self.solver != "auto" and not (spec := SOLVERS[self.solver]).serves(self.head, losses):
                 raise ConfigError(
                     f"--solver {self.solver}",
-                    expected=f"--head linear and a loss of {', '.join(_least_squares())}",
+                    expected=f"--head {' or '.join(spec.heads)} and a loss of {', '.join(spec.losses)}",
                     found=f"--head {self.head} --loss {loss_label(terms)}",
-                    remedy="use --solver adamw",
+                    remedy=f"use --solver {automatic_solver(self.head, losses)}",
                 )
 
     def variants(self) -> "list[FitConfig]":
@@ -181,14 +182,17 @@ class FitConfig:
         return self.solver_spec.fits and HEADS[self.head].settings is not None and self.spatial.space > 0
 
     @property
-    def shared_losses(self) -> list[str]:
-        """Those of the losses whose heads are the same heads, because their solver has one objective for all."""
-        variants = [(loss, replace(self, loss=loss).solver_spec) for loss in split_losses(self.loss)]
-        return [loss for loss, spec in variants if spec.fits and spec.objective]
+    def shared_losses(self) -> dict[str, list[str]]:
+        """{solver: losses whose heads are the same}, for solvers that fit one objective whatever the loss."""
+        shared: dict[str, list[str]] = {}
+        for variant in (replace(self, loss=loss) for loss in split_losses(self.loss)):
+            if variant.solver_spec.fits and variant.solver_spec.objective:
+                shared.setdefault(variant.resolved_solver, []).append(variant.loss)
+        return shared
 
     @property
     def objective(self) -> str:
-        """What the heads optimise, in a word: every loss that closed form serves has the same heads."""
+        """What the heads optimise, in a word: the loss, or the one objective that their solver has."""
         return self.solver_spec.objective or loss_label(self.terms)
 
     def key(self) -> dict[str, Any]:
@@ -207,10 +211,6 @@ class FitConfig:
         return {option: list(value) if isinstance(value, tuple) else value for option, value in settings.items()}
 
 
-def _least_squares() -> list[str]:
-    return [name for name, spec in LOSS_SPECS.items() if spec.least_squares]
-
-
 def names_of(terms: Sequence[tuple[float, str]]) -> list[str]:
     """Names of the losses in a sum."""
     return [name for _, name in terms]
@@ -223,25 +223,25 @@ def default_settings(head: str, spec: SolverSpec) -> dict[str, Any]:
     return {option: value for name in names for option, value in vars(getattr(usual, name)).items()}
 
 
-# options of fit-heads that decide something for some solvers or heads, and not for all
-_OF_SOLVERS = tuple(dict.fromkeys(option for spec in SOLVERS.values() for option in spec.options))
+# options of fit-heads that decide something for some heads, and for every solver that fits
 _OF_SPATIAL = tuple(setting.name for setting in fields(SpatialConfig))
-_OF_A_FIT = ("loss", "head", "folds", "fold_seed", "seed", *_OF_SOLVERS, *_OF_SPATIAL)
+_OF_A_FIT = ("loss", "head", "folds", "fold_seed", "seed")
 
 
 def refuse_unread(given: Collection[str], config: FitConfig) -> None:
     """Raise ConfigError for options of fit-heads that were given and decide nothing under these settings."""
     specs = {variant.resolved_solver: variant.solver_spec for variant in config.variants()}
-    solver = f"--solver {config.solver}"
+    of_solvers = dict.fromkeys(name for spec in SOLVERS.values() for name in spec.options)
+    found = f"--solver {config.solver}"
     if not any(spec.fits for spec in specs.values()):
-        taken = f"{solver}, which takes the heads of a checkpoint as they are"
-        refuse_given([name for name in _OF_A_FIT if name in given], "a solver that fits heads", taken)
-    read = {option for spec in specs.values() for option in spec.options}
-    chosen = (
-        "" if config.solver in specs else f", which is {' and '.join(specs)} for --head {config.head} and this loss"
-    )
-    refuse_given(
-        [name for name in _OF_SOLVERS if name in given and name not in read], "--solver adamw", solver + chosen
-    )
+        taken = f"{found}, which takes the heads of a checkpoint as they are"
+        unread = [name for name in (*_OF_A_FIT, *of_solvers, *_OF_SPATIAL) if name in given]
+        refuse_given(unread, "a solver that fits heads", taken)
+    if config.solver not in specs:
+        found += f", which is {' and '.join(specs)} for --head {config.head} and this loss"
+    for name in of_solvers:
+        readers = [solver for solver, spec in SOLVERS.items() if name in spec.options]
+        if name in given and specs.keys().isdisjoint(readers):
+            refuse_given([name], f"--solver {' or '.join(readers)}", found)
     if HEADS[config.head].settings is None:
         refuse_given([name for name in _OF_SPATIAL if name in given], "--head spatial", f"--head {config.head}")

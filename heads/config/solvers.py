@@ -4,7 +4,7 @@ A new solver is one file with a builder and one entry in SOLVERS; a new head is 
 HEADS (docs/extending.md). Nobody else compares their names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from featcache.errors import StoreError
@@ -20,7 +20,9 @@ class SolverSpec:
     settings: str | None = None  # the field of FitConfig that holds its settings
     options: tuple[str, ...] = ()  # options of fit-heads that it reads, beyond those that every solver reads
     automatic: bool = False  # whether --solver auto may take it; the first in the table that serves is taken
-    linear_least_squares: bool = False  # whether it serves linear heads under losses with that optimum alone
+    linear_heads: bool = False  # whether it serves linear heads alone
+    serves_loss: Callable[[str], bool] | None = None  # whether it serves a loss, by name; None: every loss
+    blockwise: bool = False  # whether it takes blocks of vertices on features of a frozen backbone, as plans estimate
     fits: bool = True  # False: it takes heads as they are, so that loss, head and folds decide nothing
     random: bool = False  # whether its heads depend on the seed, beyond the folds
     reads_noise_ceiling: bool = False
@@ -30,9 +32,22 @@ class SolverSpec:
 
     def serves(self, head: str, losses: Sequence[str]) -> bool:
         """Whether it can fit these heads under a sum of these losses."""
-        return not self.linear_least_squares or (
-            HEADS[head].linear and all(LOSS_SPECS[loss].least_squares for loss in losses)
-        )
+        return head in self.heads and set(losses) <= set(self.losses)
+
+    @property
+    def heads(self) -> list[str]:
+        """Names of the heads that it serves."""
+        return [name for name, head in HEADS.items() if head.linear or not self.linear_heads]
+
+    @property
+    def losses(self) -> list[str]:
+        """Names of the losses that it serves, and sums of which."""
+        return [name for name in LOSS_SPECS if self.serves_loss is None or self.serves_loss(name)]
+
+
+def least_squares(loss: str) -> bool:
+    """Whether the best linear map under a loss is that of least squares."""
+    return LOSS_SPECS[loss].least_squares
 
 
 SOLVERS: dict[str, SolverSpec] = {
@@ -41,7 +56,9 @@ SOLVERS: dict[str, SolverSpec] = {
         stored="exact",
         settings="ridge",
         automatic=True,
-        linear_least_squares=True,
+        linear_heads=True,
+        serves_loss=least_squares,
+        blockwise=True,
         objective="ridge",
         under_priors=True,
         named_settings=False,  # it chooses penalties by itself

@@ -91,7 +91,7 @@ def fit_memory(sizes: FitSizes, config: FitConfig) -> float:
         n_folds=sizes.n_held_out,
         n_sources=features.n_stores,
     )
-    if spec.linear_least_squares and not features.backbone_trained:
+    if spec.blockwise and not features.backbone_trained:
         fixed, per_vertex = blockwise_bytes(flat)
         return fixed + per_vertex * min(VERTEX_BLOCK, max(sizes.n_vertices))
     return whole_bytes(flat, HEADS[config.head].copies if spec.fits else 1)

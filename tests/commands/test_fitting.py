@@ -55,8 +55,8 @@ def test_what_decides_nothing_or_cannot_work_is_refused(arguments, option):
 @pytest.mark.parametrize(
     ("loss", "shared"),
     [
-        ("mnnpc", "mnnpc: closed form; linear heads"),
-        ("mse,pearson", "mse, pearson: closed form, one model; linear heads"),
+        ("mnnpc", "mnnpc: --solver ridge; its heads are the same under mse, pearson, mnnpc"),
+        ("mse,pearson", "mse, pearson: --solver ridge, one model; its heads are the same"),
     ],
 )
 def test_losses_of_the_closed_form_are_said_and_fits_are_counted(filled, capfd, monkeypatch, loss, shared):

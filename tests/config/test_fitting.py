@@ -138,9 +138,9 @@ def test_losses_of_one_optimum_are_one_variant():
 
 
 def test_losses_that_share_their_heads_are_named():
-    assert FitConfig(loss="mnnpc,pearson,smooth_l1").shared_losses == ["mnnpc", "pearson"]
-    assert FitConfig(loss="mnnpc,pearson", solver="adamw").shared_losses == []
-    assert FitConfig(loss="mnnpc,pearson", solver="trained").shared_losses == []
+    assert FitConfig(loss="mnnpc,pearson,smooth_l1").shared_losses == {"ridge": ["mnnpc", "pearson"]}
+    assert FitConfig(loss="mnnpc,pearson", solver="adamw").shared_losses == {}
+    assert FitConfig(loss="mnnpc,pearson", solver="trained").shared_losses == {}
 
 
 def test_the_closed_form_takes_linear_heads_under_losses_with_its_optimum_alone():

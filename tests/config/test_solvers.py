@@ -6,10 +6,10 @@ import inspect
 import pytest
 import torch
 
-from featcache.errors import StoreError
-from heads.config import HEADS, LOSS_NAMES, SOLVERS, FitConfig
+from featcache.errors import ConfigError, StoreError
+from heads.config import HEADS, LOSS_NAMES, SOLVERS, FitConfig, refuse_unread
 from heads.config.registry import load
-from heads.config.solvers import automatic_solver, solver_of
+from heads.config.solvers import SolverSpec, automatic_solver, solver_of
 from heads.solvers.base import Problem
 
 
@@ -60,9 +60,21 @@ def test_auto_takes_a_solver_that_serves_and_that_fits(head, loss):
     assert spec.automatic and spec.fits and spec.serves(head, [loss])
 
 
-def test_a_solver_for_linear_least_squares_serves_no_sum_with_another_loss():
+def test_the_closed_form_serves_linear_heads_and_no_sum_with_another_loss():
     ridge = SOLVERS["ridge"]
     assert ridge.serves("linear", ["mse", "mnnpc"])
     assert not ridge.serves("linear", ["mse", "smooth_l1"])
     assert not ridge.serves("roi", ["mse"])
     assert SOLVERS["adamw"].serves("roi", ["smooth_l1"])
+
+
+def test_a_solver_may_serve_one_loss_and_is_refused_under_others_with_words_of_its_entry(monkeypatch):
+    lasso = SolverSpec(build="a:b", stored="lasso", options=("sparsest",), linear_heads=True, serves_loss="mse".__eq__)
+    monkeypatch.setitem(SOLVERS, "lasso", lasso)
+    assert FitConfig(solver="lasso", loss="mse").objective == "mse"
+    with pytest.raises(ConfigError) as refused:
+        FitConfig(solver="lasso", loss="pearson")
+    expected = "--solver lasso: expected --head linear and a loss of mse; found --head linear --loss pearson; use "
+    assert str(refused.value) == expected + "--solver ridge"
+    with pytest.raises(ConfigError, match="--sparsest: expected --solver lasso with it; found --solver ridge; "):
+        refuse_unread(["sparsest"], FitConfig(solver="ridge"))
