@@ -14,7 +14,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(PYTEST)
 
-# The tests that take less than half a second, of every room
+# The tests that compute in less than half a second, without files
 quick: .venv/installed
 	$(PYTEST) -m 'not slow'
 

@@ -35,6 +35,17 @@ for name in [name for name in os.environ if name.startswith("FEATCACHE_")]:
     del os.environ[name]  # a developer's defaults are not the tests'
 
 
+# Tests that read a tree from the disk, or what was made of it, are slow.
+FILES = frozenset({"tiny", "tree", "v4", "installed", "suite"})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what does more than compute."""
+    for item in items:
+        if FILES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish() -> None:
     """Training collects garbage after every fold, which is slow where it looks through all that was imported."""
     gc.collect()

@@ -43,6 +43,7 @@ def test_a_head_is_fitted_in_three_lines():
     assert fc.pearson_r(head.predict(features), features @ weights) == pytest.approx(np.ones(3), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "featcache", "--version"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stdout.startswith(f"featcache {fc.__version__}")

@@ -118,6 +118,7 @@ def test_check_lists_and_fails(tree, capfd):
     assert len(json.loads(capfd.readouterr().out.splitlines()[-1])["faults"]) == 2
 
 
+@pytest.mark.slow
 def test_simulate_writes_a_tree_that_check_passes(tmp_path, capfd):
     data = str(tmp_path / "made")
     sizes = (
@@ -234,6 +235,7 @@ def test_a_store_of_an_older_format_is_one_line(work, capfd):
     assert "expected store format 1; found 0; delete it" in fails(capfd, "fit-heads")
 
 
+@pytest.mark.slow
 def test_the_installed_command_is_the_same_program():
     done = subprocess.run([sys.executable, "cli.py", "extract", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "--backbone" in done.stdout
@@ -318,6 +320,7 @@ def test_layers_lists_what_extract_takes(work, capfd):
     ]
 
 
+@pytest.mark.slow
 def test_layers_need_no_weights_and_no_tree(capfd):
     assert len(run(capfd, "layers", "convnext_xlarge")["layers"]) == 4
 

@@ -24,6 +24,7 @@ SOURCES = sorted(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_file_has_its_own_test_file(source):
     path = Path(source)

@@ -11,6 +11,7 @@ from featcache.config import BackboneConfig, LayerConfig
 from featcache.errors import BackboneError, ConfigError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [("pooled",), ("auto",), ("all",)])
 @pytest.mark.parametrize(("name", "size"), [("test_resnet", 48), ("test_vit", 32), ("test_efficientnet", 64)])
 def test_shapes_and_weights_are_those_of_the_network(name, size, layers):
@@ -40,6 +41,7 @@ def test_outputs_of_layers_are_counted_as_they_come(monkeypatch: pytest.MonkeyPa
     assert half.kept == found.kept / 2 and half.weights == found.weights
 
 
+@pytest.mark.slow
 def test_a_large_network_takes_no_memory():
     found = outline(BackboneConfig(name="convnext_xlarge"), LayerConfig())
     assert found.weights > 1.3e9 and all(shape for shape in found.shapes.values())

@@ -26,6 +26,7 @@ def random_weights(name: str, seed: int = 3) -> dict[str, torch.Tensor]:
     return timm.create_model(name).state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LITE)
 def test_packaged_weights_know_a_palace_when_they_see_one(name):
     """The names were mapped by order: a wrong mapping would leave chance, 1 in 1000."""

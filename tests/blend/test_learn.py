@@ -86,6 +86,7 @@ def slow_weights(predictions, responses, without, method, per):
     return coarser, chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", LEVELS)
 @pytest.mark.parametrize("method", ["nnls", "score"])
 @pytest.mark.parametrize("noise", [(1, 1.5, 2), (2, 6, 6)])
@@ -100,6 +101,7 @@ def test_shrinkage_is_what_scores_best_on_images_that_were_left_out(noise, metho
         np.testing.assert_allclose(found.nested["blend"][fold], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", LEVELS)
 @pytest.mark.parametrize("method", [method for method in BLENDS if method != "uniform"])
 def test_nothing_of_a_fold_reaches_the_weights_it_is_scored_with(method, per):
@@ -117,6 +119,7 @@ def test_nothing_of_a_fold_reaches_the_weights_it_is_scored_with(method, per):
     assert not all(np.array_equal(other.nested["blend"][f], one.nested["blend"][f]) for f in (0, 1, 3, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", BLENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_weights_are_shares_everywhere(name, method):
@@ -163,6 +166,7 @@ def scored(columns, folds, cross_fitted, **settings):
     return nested_r(products, found.nested["blend"]).mean(), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["nnls", "score", "greedy"])
 def test_models_of_noise_score_nothing_although_all_of_them_knew_the_fold_that_is_scored(method):
     columns, folds = kernel_models(n_models=8, n_images=100, n_vertices=150, signal=0)
@@ -173,6 +177,7 @@ def test_models_of_noise_score_nothing_although_all_of_them_knew_the_fold_that_i
     assert abs(free - nothing_learnt) < 0.015
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["nnls", "score", "greedy"])
 def test_a_model_that_knows_something_is_found_all_the_same(method):
     columns, folds = kernel_models(n_models=8, n_images=400, n_vertices=60, signal=1)
@@ -201,6 +206,7 @@ def many(n_images_a_fold, alike, seed=0):
     return products, Judge(np.ones(n_vertices), np.full(n_vertices, True)), levels
 
 
+@pytest.mark.slow
 def test_vertices_that_are_alike_share_weights_and_others_have_their_own():
     for alike in (True, False):
         products, judge, levels = many(12 if alike else 60, alike)
@@ -213,6 +219,7 @@ def test_vertices_that_are_alike_share_weights_and_others_have_their_own():
         assert score["vertex"] > (score["all"] - 0.01 if alike else score["all"] + 0.05)
 
 
+@pytest.mark.slow
 def test_shrinkage_is_learnt_from_some_vertices_where_there_are_many(monkeypatch):
     products, judge, levels = many(60, alike=False)
     whole = learn(products, judge, levels, BlendConfig(method="nnls", per="vertex"))
@@ -224,6 +231,7 @@ def test_shrinkage_is_learnt_from_some_vertices_where_there_are_many(monkeypatch
     assert np.abs(few.weights - whole.weights).max() < 0.1
 
 
+@pytest.mark.slow
 def test_vertices_that_do_not_count_have_the_weights_of_their_group():
     predictions, responses = made_up(noise=(1, 1.5, 2, 3))
     counts = np.array([True, True, False, True, True, False, True])
@@ -236,6 +244,7 @@ def test_vertices_that_do_not_count_have_the_weights_of_their_group():
     np.testing.assert_allclose(other.weights, fine.weights, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["score", "nnls", "greedy"])
 def test_models_of_one_backbone_are_one_model_of_their_average(method):
     predictions, responses = made_up(noise=(1, 1.5, 2, 3))

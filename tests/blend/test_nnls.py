@@ -20,6 +20,7 @@ def normal_equations(x, y):
     return np.einsum("piv,piw->pvw", x, x), np.einsum("piv,pi->pv", x, y)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     n_variables=st.integers(1, 30),

@@ -8,6 +8,7 @@ from support.blends import N_TRAIN, made_up, models_of, slow_r, standardised, su
 from support.commands import run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ceiling", [None, np.array([0, 0.5, 1, 0.7, 0.9, 0.2, 0.8], np.float32)])
 def test_scores_of_models_are_those_of_their_predictions(ceiling, tmp_path, monkeypatch):
     predictions, responses = made_up(noise=(3, 1, 2, 4))

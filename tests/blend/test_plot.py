@@ -15,6 +15,7 @@ def subjects(tmp_path):
     return {name: subject_of(tmp_path / name, made_up()[1], name=name) for name in ("subj01", "subj02")}
 
 
+@pytest.mark.slow
 def test_bars_are_means_over_vertices_and_subjects(subjects, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     figures = []
@@ -31,6 +32,7 @@ def test_bars_are_means_over_vertices_and_subjects(subjects, tmp_path, monkeypat
         assert image.format == "PNG" and min(image.size) > 100
 
 
+@pytest.mark.slow
 def test_many_models_share_the_last_colour(subjects, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     figures = []

@@ -53,6 +53,7 @@ def test_batches_of_any_shape_add_up_to_the_plain_sums(n_train, n_vertices, n_mo
         np.testing.assert_allclose(sums[fold], np.einsum("civ,div->vcd", own, own), atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_rows", [256, 16])
 def test_products_are_gathered_from_the_stores(chunk_rows, data, tmp_path, monkeypatch):
     monkeypatch.setattr(featcache.cache.store, "_CHUNK_ROWS", chunk_rows)
@@ -61,6 +62,7 @@ def test_products_are_gathered_from_the_stores(chunk_rows, data, tmp_path, monke
     np.testing.assert_allclose(found.products.sums, slow_products(predictions, responses).sums, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_products_are_of_the_training_images_alone(tmp_path):
     predictions, responses = made_up()
     other = predictions.copy()
@@ -72,6 +74,7 @@ def test_products_are_of_the_training_images_alone(tmp_path):
     np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_units_are_mean_and_spread_of_the_columns(data, tmp_path):
     predictions, responses = data
     units = gather(subject_of(tmp_path, responses), stores_of(tmp_path, predictions)).units

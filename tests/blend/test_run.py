@@ -45,6 +45,7 @@ def predicted(folder: Path, name="subj01"):
     return np.concatenate(parts, axis=1)
 
 
+@pytest.mark.slow
 def test_the_blend_is_better_on_images_that_nobody_saw(made, tmp_path):
     predictions, responses = made_up(noise=(2, 2, 2.5, 3))
     done, _ = made(predictions, responses)
@@ -58,6 +59,7 @@ def test_the_blend_is_better_on_images_that_nobody_saw(made, tmp_path):
     assert gain > 0.05 and abs(gain - single.gain) < 0.1
 
 
+@pytest.mark.slow
 def test_weights_are_listed_by_roi_and_models_without_any_by_name(made, tmp_path, pictures):
     predictions, responses = made_up(noise=(1, 1.5, 2, 2))
     predictions[3] = 7  # explains nothing
@@ -81,6 +83,7 @@ def test_weights_are_listed_by_roi_and_models_without_any_by_name(made, tmp_path
     assert (tmp_path / "submission/weights.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_the_same_blend_again_is_the_same_bytes(made, tmp_path):
     data = made_up(noise=(2, 2.5, 3, 4))
     config = BlendConfig(method="greedy", per="hemisphere", seed=3)
@@ -92,6 +95,7 @@ def test_the_same_blend_again_is_the_same_bytes(made, tmp_path):
     assert vars(one.gains[0]) == vars(other.gains[0])
 
 
+@pytest.mark.slow
 def test_one_model_is_passed_through_and_said(made, tmp_path, said):
     predictions, responses = made_up(n_models=1)
     done, _ = made(predictions, responses)
@@ -100,6 +104,7 @@ def test_one_model_is_passed_through_and_said(made, tmp_path, said):
     assert done.gains[0].gain == 0 and done.gains[0].low == 0 and done.gains[0].high == 0
 
 
+@pytest.mark.slow
 def test_models_of_one_backbone_have_one_weight_under_the_preset_of_the_paper(made):
     done, _ = made(*made_up(noise=(1, 3, 2, 2)), BlendConfig(method="score", per="all", by="backbone"))
     for of_hemisphere in done.weights["subj01"].values():
@@ -108,6 +113,7 @@ def test_models_of_one_backbone_have_one_weight_under_the_preset_of_the_paper(ma
         assert weights["model 0"] != weights["model 2"]
 
 
+@pytest.mark.slow
 def test_a_blend_is_applied_to_other_predictions_of_its_models(made, tmp_path):
     predictions, responses = made_up(noise=(1, 2, 3, 4))
     _, models = made(predictions, responses)

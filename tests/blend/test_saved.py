@@ -38,6 +38,7 @@ def blended(folder, predictions, responses, method="nnls", per="vertex"):
     return weights, np.concatenate(rows, axis=1), coefficients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_blend_is_the_regression_of_the_responses_on_it(name, tmp_path):
     predictions, responses = case(name)
@@ -62,6 +63,7 @@ def test_a_perfect_model_in_other_units_gives_the_responses(tmp_path):
     assert pearson_r(rows, responses).min() > 0.9999
 
 
+@pytest.mark.slow
 def test_units_of_the_models_do_not_matter(tmp_path):
     predictions, responses = made_up()
     one = blended(tmp_path / "a", predictions, responses)
@@ -71,6 +73,7 @@ def test_units_of_the_models_do_not_matter(tmp_path):
     np.testing.assert_allclose(other[1], one[1], atol=2e-2)
 
 
+@pytest.mark.slow
 def test_a_blend_of_models_with_errors_of_their_own_beats_the_best_of_them_on_test_images(tmp_path):
     predictions, responses = made_up(noise=(1, 1, 1, 1))
     _, rows, _ = blended(tmp_path, predictions, responses)
@@ -93,6 +96,7 @@ def test_responses_that_never_change_are_predicted_as_they_are(tmp_path):
     np.testing.assert_allclose(rows[:, 3], 1000.1, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.3, 7.7, 1e4])
 def test_models_that_never_change_add_no_noise(value, tmp_path):
     # Out of fold and test predictions are sums in another order: the last digit of a constant may differ.
@@ -104,6 +108,7 @@ def test_models_that_never_change_add_no_noise(value, tmp_path):
     assert (np.abs(rows - mean) < 0.01 * spread).all()
 
 
+@pytest.mark.slow
 def test_a_file_gives_back_the_blend(tmp_path):
     _, _, coefficients = blended(tmp_path, *made_up())
     save_blend(tmp_path / "blend.safetensors", {"subj01": coefficients, "subj02": coefficients})

@@ -43,6 +43,7 @@ def test_scores_of_surfaces_have_their_vertices(tmp_path):
     np.testing.assert_array_equal(np.concatenate([score.noise_ceiling for score in scores]), ceiling)
 
 
+@pytest.mark.slow
 def test_a_blend_by_backbone_has_one_weight_for_all_models_of_a_backbone(tmp_path):
     predictions, responses = made_up(noise=(1, 3, 2, 2))
     subject, models = subject_of(tmp_path, responses), models_of(tmp_path / "stores", predictions)

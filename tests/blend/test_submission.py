@@ -188,6 +188,7 @@ def test_every_subject_is_needed(folder, subjects, tmp_path):
 normal = st.floats(float(FLOAT32.smallest_normal), float(FLOAT32.max), width=32)
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(arrays(np.float32, 20, elements=normal), st.sampled_from([-1, 1]))
 def test_rounding_changes_less_than_its_last_bit(values, sign):

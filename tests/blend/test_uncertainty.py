@@ -95,6 +95,7 @@ def resampled(folder, predictions, responses, seed=0, n_vertices=None):
     return resample(found, IDS_TRAINED, r, learnt, lambda m, _: learn(m, judge, levels, config), scorer, seed)
 
 
+@pytest.mark.slow
 def test_a_blend_that_helps_is_sure_of_it_and_one_that_cannot_is_not(tmp_path):
     predictions, responses = made_up(noise=(2, 2, 2, 2))
     one = resampled(tmp_path / "a", predictions, responses)
@@ -109,6 +110,7 @@ def test_a_blend_that_helps_is_sure_of_it_and_one_that_cannot_is_not(tmp_path):
     assert nothing.low == pytest.approx(0, abs=1e-3) and nothing.high == pytest.approx(0, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_shuffled_responses_give_nothing_but_optimism(tmp_path, monkeypatch):
     monkeypatch.setattr(heads.blend.uncertainty, "N_PERMUTATIONS", N_PERMUTATIONS)
     found = null([resampled(tmp_path, *made_up(noise=(2, 2, 2, 2)))])
@@ -116,6 +118,7 @@ def test_shuffled_responses_give_nothing_but_optimism(tmp_path, monkeypatch):
     assert found.optimistic > found.mean + 0.02
 
 
+@pytest.mark.slow
 def test_the_null_is_of_some_vertices_where_there_are_many(tmp_path, monkeypatch):
     monkeypatch.setattr(heads.blend.uncertainty, "NULL_VERTICES", 3)
     asked = []
@@ -135,6 +138,7 @@ def test_the_null_is_of_some_vertices_where_there_are_many(tmp_path, monkeypatch
     assert len(one.bootstraps["blend"]) == heads.blend.uncertainty.N_BOOTSTRAPS
 
 
+@pytest.mark.slow
 def test_subjects_count_by_their_vertices(tmp_path):
     good, bad = made_up(noise=(2, 2, 2, 2)), made_up(noise=(9, 9, 9, 9), seed=1)
     one = resampled(tmp_path / "a", *good, n_vertices=30)

@@ -129,6 +129,7 @@ def test_score_is_a_softmax_of_mean_r(temperature, ceiling, level):
         np.testing.assert_allclose(found, powers / powers.sum(), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", BLENDS)
 @all_levels
 @all_ceilings
@@ -201,6 +202,7 @@ def slow_greedy(standard, responses, ceiling, level, n_rounds):
     return np.where((alone.max(1) >= 0)[:, None], chosen / chosen.sum(1, keepdims=True), np.nan)
 
 
+@pytest.mark.slow
 @all_levels
 @all_ceilings
 @pytest.mark.parametrize("n_rounds", [1, 2, 6])

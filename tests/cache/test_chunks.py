@@ -24,6 +24,7 @@ def stored(path: Path, values: np.ndarray, chunk: int = CHUNK) -> zarr.Array:
     return array
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     n_rows=st.integers(1, 40),

@@ -156,6 +156,7 @@ def test_chunk_rows_are_powers_of_two_of_bounded_size(monkeypatch):
         assert rows in {1 << k for k in range(9)} and (rows == 1 or rows * n_columns * 4 <= 16 << 20)
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused(store):
     script = (
         "import sys; from pathlib import Path; from featcache.cache.store import open_store\n"

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = [name for group in COMMANDS.values() for name in group]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("spelling", ["-h", "--help"])
 def test_every_command_explains_itself(name, spelling, capfd):
@@ -69,11 +70,13 @@ def complete(line: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_a_shell_completes_commands_and_options():
     assert complete("featcache ext") == ["extract"]
     assert complete("featcache fit-heads --fold") == ["--folds", "--fold-seed"]
 
 
+@pytest.mark.slow
 def test_help_waits_for_nothing_heavy():
     code = "import sys, cli; cli.run(['fit-heads', '--help']); print(*{'torch', 'numpy', 'zarr'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -77,12 +77,14 @@ def test_what_is_no_loss_is_refused(text):
         FitConfig(loss=f"mse,{text},pearson" if "," not in text else f"{text},")
 
 
+@pytest.mark.slow
 @given(sums)
 def test_a_loss_is_read_as_it_is_written(terms):
     label = loss_label(tuple(terms))
     assert sorted(parse_loss(label)) == sorted(terms)
 
 
+@pytest.mark.slow
 @given(sums, st.randoms(use_true_random=False))
 def test_a_loss_has_one_label_whatever_its_order(terms, random):
     shuffled = random.sample(terms, len(terms))

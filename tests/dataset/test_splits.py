@@ -26,6 +26,7 @@ def slow_fold(image_id: int, n_folds: int, seed: int) -> int:
     return splitmix64((splitmix64(seed % 2**64) + image_id) % 2**64) % n_folds
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(ids_lists, fold_counts, seeds)
 def test_folds_are_those_of_each_image_alone(image_ids, n_folds, seed):
@@ -41,6 +42,7 @@ def test_hash_is_the_published_one():
     assert _splitmix64(np.array(states, dtype=np.uint64)).tolist() == published
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(ids_lists, fold_counts, seeds, st.randoms(use_true_random=False))
 def test_order_and_company_do_not_matter(image_ids, n_folds, seed, random):
@@ -117,6 +119,7 @@ def test_leak_names_the_first_few():
         refuse_leak(range(100), range(200), "a head")
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(ids_lists, ids_lists)
 def test_guard_raises_exactly_when_an_image_is_shared(trained_ids, scored_ids):

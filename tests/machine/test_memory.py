@@ -103,6 +103,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
 def test_kept_memory_is_not_cleared_again():
     """32 MB blocks, freed and asked for 20 times: page faults in each mode, counted by the kernel."""

@@ -51,6 +51,7 @@ def exported(work, subject, pattern="*"):
     return {path.suffix: path for path in written}
 
 
+@pytest.mark.slow
 def test_files_hold_the_maps_of_every_vertex_and_of_every_roi_with_vertices(planted, said):
     work, subject, model = planted
     files = exported(work, subject)
@@ -103,6 +104,7 @@ def test_a_pattern_that_matches_no_model_is_one_line_with_those_there_are(plante
     assert model.name in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_only_models_that_match_are_written(fitted, tmp_path, said, unplotted):
     work, subject, (joint, near) = fitted("few priors", "few priors, near")
     copy = shutil.copytree(work, tmp_path / "work")

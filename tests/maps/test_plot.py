@@ -22,6 +22,7 @@ def size_of(path, n_rois, n_layers):
         return image.size
 
 
+@pytest.mark.slow
 def test_a_picture_grows_with_rois_and_layers(tmp_path):
     width, height = size_of(tmp_path / "a.png", 1, 1)
     wider, as_high = size_of(tmp_path / "b.png", 1, 3)

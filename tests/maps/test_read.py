@@ -26,6 +26,7 @@ SIDE = 7
 SURFACES = tuple(N_VERTICES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ridge", "spatial", "rank 2", "space"])
 def test_maps_peak_at_the_planted_place_of_the_planted_layer(fitted, name):
     work, _, (model,) = fitted(name)

@@ -100,6 +100,7 @@ def test_rough_maps_and_broad_maps_cost_more():
     assert SpatialReadout({"v": (5,)}, 1).regularisation(1, 1) == 0
 
 
+@pytest.mark.slow
 def test_a_planted_place_of_a_planted_layer_is_found():
     """Responses that are one place of one layer: predicted on new images, and the maps say where it is."""
     shapes = {"pooled": (9,), "near": (6, 6, 8), "far": (5, 5, 12)}

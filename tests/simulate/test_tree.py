@@ -25,6 +25,7 @@ def digests(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 def test_same_seed_writes_the_same_bytes_whatever_the_number_of_workers(tmp_path):
     simulate(SMALLEST, tmp_path / "one worker")
     simulate(replace(SMALLEST, workers=2), tmp_path / "two workers")
@@ -38,6 +39,7 @@ def test_no_file_carries_the_time_of_writing(tree):
         assert image.info == {}
 
 
+@pytest.mark.slow
 def test_another_seed_writes_other_images_ceilings_and_responses(tmp_path):
     for seed in (0, 1):
         simulate(replace(SMALLEST, seed=seed), tmp_path / str(seed))
@@ -49,6 +51,7 @@ def test_another_seed_writes_other_images_ceilings_and_responses(tmp_path):
         assert first[name] != second[name]
 
 
+@pytest.mark.slow
 def test_torch_is_not_imported():
     script = "import sys, featcache.simulate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2]).returncode == 0
@@ -86,6 +89,7 @@ def test_image_names_count_from_one_and_hold_the_id(tree):
         assert (image.mode, image.size) == ("RGB", (32, 32))
 
 
+@pytest.mark.slow
 def test_counts_may_differ_between_subjects(tmp_path):
     simulate(SMALLEST, tmp_path / "tree")
     assert [len(ids_of(tmp_path / "tree", f"subj{s:02d}", "training")) for s in (1, 2)] == [5, 6]
@@ -134,6 +138,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_an_empty_folder_is_filled(tmp_path):
     root = tmp_path / "tree"
     root.mkdir()
@@ -151,6 +156,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_progress_runs_to_its_total(tmp_path):
     seen: list[tuple[int, int]] = []
     simulate(SMALLEST, tmp_path / "tree", lambda done, total: seen.append((done, total)))

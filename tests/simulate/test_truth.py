@@ -39,6 +39,7 @@ def training_noise(root: Path, subject: str, hemisphere: str) -> np.ndarray:
     return noise[:, ~truth["dead"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hemisphere", HEMISPHERES)
 def test_the_written_ceiling_is_what_a_perfect_model_reaches(long_tree, hemisphere):
     truth = load_truth(long_tree, "subj01", hemisphere)
@@ -71,6 +72,7 @@ def test_noise_is_white_over_images_hemispheres_and_subjects(long_tree, tree):
     assert abs(correlation(left, right)) < 0.15 and abs(correlation(left, other)) < 0.15
 
 
+@pytest.mark.slow
 def test_signals_are_standard_over_the_reference_images(long_tree):
     planted = load_planted(long_tree, "subj01", "lh")
     signals = planted.signals(np.load(long_tree / "truth" / "features.npy")[-400:])
@@ -110,6 +112,7 @@ def test_deleted_vertices_do_not_shift_the_dead_ones(tree, subject, hemisphere):
     np.testing.assert_array_equal((load_responses(tree, subject, hemisphere) == 0).all(axis=0), truth["dead"])
 
 
+@pytest.mark.slow
 def test_ceilings_agree_between_subjects_through_the_masks():
     config = replace(TINY, n_vertices=(4_000, 4_000))
     bank = np.random.default_rng(0).standard_normal((10, N_FEATURES))

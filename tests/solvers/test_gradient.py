@@ -63,6 +63,7 @@ def differs(one, other):
     return not torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [*LOSSES, "smooth_l1+0.5*mnnpc"])
 @pytest.mark.parametrize("head", ["linear", "roi"])
 def test_a_planted_linear_model_is_recovered_out_of_fold(loss, head):
@@ -78,6 +79,7 @@ def test_there_is_nothing_to_recover_from_noise():
     assert abs(out_of_fold_r(ids, features, shuffled, config_of()).mean()) < 0.12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["mse", "smooth_l1"])
 def test_predictions_are_in_the_units_of_the_responses(loss):
     ids, features, responses = planted(noise=0.1)
@@ -137,12 +139,14 @@ def test_ceilings_weigh_the_loss():
     assert differs(one[0], other[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ceiling", [np.zeros(N_VERTICES), np.r_[0, 0, np.full(N_VERTICES - 2, 0.95)]])
 def test_ceilings_of_zero_break_nothing(ceiling):
     r = out_of_fold_r(*planted(), config_of("mnnpc"), noise_ceiling=ceiling.astype(np.float32))
     assert r.min() > 0.75  # of the vertices without a ceiling too: each is trained
 
 
+@pytest.mark.slow
 def test_features_and_responses_that_never_change():
     ids, features, responses = planted()
     features, responses = features.clone(), responses.clone()
@@ -153,6 +157,7 @@ def test_features_and_responses_that_never_change():
     assert r[[0, 2, 3, 4, 5]].mean() > 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [*LOSSES])
 @pytest.mark.parametrize(("n_images", "n_folds"), [(12, 3), (12, 2), (16, 5)])
 def test_a_handful_of_images(loss, n_images, n_folds):
@@ -306,6 +311,7 @@ def mlp(monkeypatch):
     return config_of("pearson", "mlp", adamw=AdamWConfig(learning_rate=2e-2, epochs=25, batch_size=32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_a_module_that_is_no_linear_map_is_fitted_out_of_fold(mlp, trained):
     """What is planted here no linear map of the features can say."""
@@ -326,6 +332,7 @@ def test_a_module_that_is_no_linear_map_is_fitted_out_of_fold(mlp, trained):
         assert all((piece.std > 0).all() for piece in fold.held_out)
 
 
+@pytest.mark.slow
 def test_a_module_is_calibrated_on_the_rows_that_it_was_trained_on(mlp):
     ids, features, responses = planted()
     plan = plan_of(ids)
@@ -355,6 +362,7 @@ def test_saved_tensors_of_a_module_rebuild_its_predictions(mlp):
         np.testing.assert_allclose(pearson_r(rebuilt[:, varies], fold.test[:, varies]), 1, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_held_out_images_do_not_reach_the_module_that_predicts_them(mlp):
     ids, features, responses = planted()
     mlp = replace(mlp, adamw=FEW)

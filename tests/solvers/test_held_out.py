@@ -59,6 +59,7 @@ def test_ridge_takes_for_each_part_the_penalty_that_is_best_on_the_other_parts()
         assert sorted(np.concatenate([rows for rows, _ in found.held_out])) == held_out.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SOLVERS)
 def test_no_image_has_a_say_in_the_head_that_predicts_it(kind):
     plan, features, responses = planted()
@@ -81,6 +82,7 @@ def test_every_image_is_predicted_once_by_a_head_of_its_own_fold(kind):
         assert sorted(np.concatenate([piece.rows for piece in fold.held_out])) == plan.inside(k).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SOLVERS)
 def test_some_folds_alone_are_what_they_are_among_all(kind):
     plan, features, responses = planted()

@@ -49,6 +49,7 @@ def every_fold(features, responses, folds, config, **options):
     return RidgeFolds(x, plan_of(len(folds), folds=folds), config, **options).fit(block_of(responses))
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     n_images=st.integers(12, 70),

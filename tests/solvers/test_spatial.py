@@ -213,6 +213,7 @@ def test_responses_of_a_fold_have_no_say_in_its_predictions(tmp_path, planted, t
     np.testing.assert_allclose(pearson_r(ours, theirs), 1, atol=1e-4)  # one level and spread for all folds, no more
 
 
+@pytest.mark.slow
 def test_images_that_decide_when_to_stop_are_not_trained_on(tmp_path, planted, trainee):
     ids, values, responses = planted
     config = config_of(replace(FEW, epochs=1))  # one epoch: nothing to decide
@@ -257,6 +258,7 @@ def test_every_image_is_predicted_once_by_a_head_of_its_fold_and_its_backbone(tm
     assert min(r[:2]) > 0.4 and r[2] < 0.3  # the third backbone says nothing of these responses
 
 
+@pytest.mark.slow
 def test_saved_heads_rebuild_the_test_predictions_of_their_fold(trainee):
     for space in (0, 3):
         fits = fits_of([trainee], config_of(FEW, space=space, rank=2), surface="rh")
@@ -271,6 +273,7 @@ def test_saved_heads_rebuild_the_test_predictions_of_their_fold(trainee):
             np.testing.assert_allclose(r[fold.test.std(0).numpy() > 1e-4], 1, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_predictions_are_in_the_units_of_the_responses(tmp_path, planted):
     ids, values, responses = planted
     trainee = trainee_of(tmp_path, (ids, values, {h: 10 * one + 5 for h, one in responses.items()}))
@@ -289,6 +292,7 @@ def test_a_vertex_that_never_answers_is_predicted_as_it_is(tmp_path, planted):
         np.testing.assert_allclose(one[:, 1], 0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ceilings_of_both_surfaces_weigh_the_loss(trainee):
     ceilings = [{h: np.full(n, 0.3, np.float32) for h, n in N_VERTICES.items()} for _ in range(2)]
     ceilings[1]["lh"][0] = 1
@@ -299,6 +303,7 @@ def test_ceilings_of_both_surfaces_weigh_the_loss(trainee):
     assert not torch.equal(*tests)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_everything(trainee, few_fits):
     torch.manual_seed(99)
     assert_same_fits(few_fits, fits_of([trainee], config_of(FEW)), rtol=0, atol=0)
@@ -352,6 +357,7 @@ def streaming(tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_bytes", [1 << 20, 1600], ids=["equal chunks", "small chunks of wide rows"])
 def test_an_epoch_of_streamed_rows_reads_every_chunk_about_once(streaming, monkeypatch, chunk_bytes):
     store, rows = streaming(32, chunk_bytes)
@@ -369,6 +375,7 @@ def test_an_epoch_of_streamed_rows_reads_every_chunk_about_once(streaming, monke
         assert len(reads) <= 2 * n_chunks
 
 
+@pytest.mark.slow
 def test_a_batch_of_streamed_rows_is_of_a_few_chunks_that_change_with_every_epoch(streaming):
     _, rows = streaming(8)
     torch.manual_seed(0)

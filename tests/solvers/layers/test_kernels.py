@@ -80,11 +80,13 @@ def slow_kernel(values, prior):
     return sum(np.einsum("ipc,jpc->ij", x, x) for x in slow_features(values, prior).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", PRIORS, ids=str)
 def test_a_kernel_is_what_its_description_says(kernels, values, prior):
     np.testing.assert_allclose(kernels.kernel(prior), slow_kernel(values, prior), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", PRIORS, ids=str)
 def test_a_kernel_is_the_inner_product_of_its_features(kernels, values, prior):
     features = kernels.features(prior).double().numpy()
@@ -103,6 +105,7 @@ def test_every_layer_has_its_share_of_the_trace_over_training_images(store, monk
             assert trace == pytest.approx(N_TRAIN * prior.layer(depth), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", PRIORS, ids=str)
 def test_weights_on_stored_features_say_what_the_kernel_says(kernels, values, prior):
     """The difference is one number a vertex: the intercept."""
@@ -126,6 +129,7 @@ def test_a_channel_that_says_nothing_of_training_images_has_no_weight(kernels):
     assert weights["low"].reshape(20, 3, 2)[:, 1].abs().max() == 0
 
 
+@pytest.mark.slow
 def test_all_ways_of_computing_agree(store, monkeypatch):
     for prior in prior_set({name: shape[:2] for name, shape in SHAPES.items() if len(shape) > 1}, DEPTHS)[::13]:
         first, *others = (made(store, way, monkeypatch).kernel(prior) for way in WAYS)
@@ -133,6 +137,7 @@ def test_all_ways_of_computing_agree(store, monkeypatch):
             torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_kernels_of_some_images_are_a_part_of_the_whole(store, monkeypatch, way):
     whole, index = made(store, way, monkeypatch), np.array([1, 2, 5, 11, 16])
@@ -142,6 +147,7 @@ def test_kernels_of_some_images_are_a_part_of_the_whole(store, monkeypatch, way)
     assert len(whole.rows) == N
 
 
+@pytest.mark.slow
 def test_test_images_have_no_say_in_means_scales_and_traces(store, values, tmp_path, monkeypatch):
     other = {name: one.copy() for name, one in values.items()}
     for one in other.values():

@@ -111,6 +111,7 @@ def test_with_one_prior_and_one_penalty_it_is_plain_ridge(tmp_path, shape):
             np.testing.assert_allclose(spread, own.std(0), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @both_shapes
 def test_penalties_are_those_of_the_least_error_of_refits_without_each_image(tmp_path, shape):
     values, prior = values_of(SHAPES[shape]), Prior(0.3, 0.3, 0.35)
@@ -170,6 +171,7 @@ def slow_mixture(kernels, y, rows, priors, multiples, n_images):
     return (weights[:, None] * np.array(predictions)).sum(0) / weights.sum(0)
 
 
+@pytest.mark.slow
 @both_shapes
 def test_priors_are_weighed_by_their_errors_as_documented(tmp_path, shape):
     values = values_of(SHAPES[shape])
@@ -198,6 +200,7 @@ def test_held_out_responses_have_no_say_in_what_a_frozen_fold_predicts(tmp_path,
     assert not torch.equal(before.folds[0].test, after.folds[0].test)
 
 
+@pytest.mark.slow
 @both_shapes
 def test_a_part_of_a_trained_fold_is_predicted_by_choices_made_on_the_other_parts(tmp_path, shape):
     heads, values = made(tmp_path, shape, trained=True)
@@ -315,6 +318,7 @@ def whole_fit(planted):
     return on_planted(planted, EVERYWHERE)
 
 
+@pytest.mark.slow
 def test_a_planted_receptive_field_is_found_and_helps(planted, flat_fit, whole_fit):
     (_, flat_r), (fits, r) = flat_fit, whole_fit
     assert r > flat_r + 0.1
@@ -337,6 +341,7 @@ def searching(monkeypatch, images=50, finalists=3):
     monkeypatch.setattr(heads.solvers.layers.ridge, "_FINALISTS", finalists)
 
 
+@pytest.mark.slow
 def test_a_search_on_a_part_of_the_images_finds_it_too(planted, flat_fit, whole_fit, monkeypatch):
     searching(monkeypatch, images=99)
     fits, r = on_planted(planted, EVERYWHERE)
@@ -373,6 +378,7 @@ def test_a_search_for_one_surface_does_not_narrow_the_next_ones(planted, monkeyp
     assert_same_fits(found, solver([kernels], priors, plan).fit(block_of(right, "rh", all_responses=right)))
 
 
+@pytest.mark.slow
 def test_searches_for_both_surfaces_keep_no_more_decompositions_than_were_allowed(planted, monkeypatch):
     searching(monkeypatch, finalists=2)
     kernels, y, plan = planted
@@ -438,6 +444,7 @@ def test_weights_too_large_to_keep_are_left_out_and_predictions_stay(tmp_path, m
 # --- landmarks
 
 
+@pytest.mark.slow
 @both_modes
 def test_with_landmarks_saved_weights_are_the_predictions_and_blocks_change_nothing(tmp_path, monkeypatch, trained):
     for module in (heads.solvers.layers.axes, heads.solvers.layers.ridge):
