@@ -66,7 +66,7 @@ def plain_processor() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def few_shuffles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blends of shuffled responses take ten times as long as the blend; tests of them ask for all ten."""
-    monkeypatch.setattr("heads.blend.uncertainty.N_PERMUTATIONS", 2)
+    monkeypatch.setattr("heads.blend.uncertainty.N_PERMUTATIONS", 1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,10 +9,12 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.main
 
 from featcache import __version__
 from featcache.errors import FeatcacheError
@@ -95,11 +97,17 @@ def _interrupted() -> int:
     return _fail("interrupted; what was committed is kept, and the same command goes on from there", 130)
 
 
+@cache
+def _parser() -> Any:
+    """The commands as typer reads them, made once: a program may call `run` many times."""
+    return typer.main.get_command(app)
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; its exit code. A user's mistake is one line on stderr and code 1."""
     try:
         given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-        asked = app(args=given, standalone_mode=False)
+        asked = _parser()(args=given, standalone_mode=False)
         code: int = _do(asked) if isinstance(asked, Job) else asked or 0
         return _interrupted() if code == 130 else code  # typer may turn the interruption into its exit code
     except FeatcacheError as error:

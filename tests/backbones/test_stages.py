@@ -285,7 +285,7 @@ def test_noise_is_not_predicted_through_both_stages_and_refitted_heads(tree, tmp
             noise = rng.normal(size=(len(subject.train), n_vertices)).astype(np.float32)
             np.save(subject.response_paths[hemisphere], noise)
     settings = TrainConfig(
-        loss="mse", epochs=8, batch_size=4, learning_rate=3e-3, head_learning_rate=1e-2, stop="never", embedding=8
+        loss="mse", epochs=5, batch_size=4, learning_rate=3e-3, head_learning_rate=1e-2, stop="never", embedding=8
     )
     stage = StageConfig(stage="pretrain", train=settings, backbone=BACKBONE, n_folds=2, workers=1)
     train_stage(subjects, stage, tmp_path)
