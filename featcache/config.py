@@ -70,14 +70,15 @@ class BackboneConfig:
     )
     weights: str | None = option(
         None,
-        "Its weights: hub (downloaded), packaged (with the demo extra), none (random), or a .safetensors or .pth file.",
+        "Weights of the network: hub (downloaded), packaged (needs the demo extra), none (random), or a .safetensors "
+        "or .pth file.",
         "Backbone",
         envvar="FEATCACHE_WEIGHTS",
         shown=DEFAULT_WEIGHTS,
     )
     size: int | None = option(
         None,
-        "Pixels on a side of the images that it reads.",
+        "Pixels on a side of the images that the network reads.",
         "Backbone",
         envvar="FEATCACHE_SIZE",
         shown="as its weights were trained",
@@ -107,8 +108,8 @@ class LayerConfig:
     """Which layers are kept, and on which grid of places over the image."""
 
     layers: tuple[str, ...] = ("auto",)  # auto, all, pooled, names, or numbers from 0
-    grid: str = option("auto", "Places on a side of each layer: a number, native, or auto (7 at most).", "Layers")
-    pool: str = option("avg", f"What a place keeps of the finer map of the network: {', '.join(POOLS)}.", "Layers")
+    grid: str = option("auto", "Places on a side of each layer: a number, native, or auto (at most 7).", "Layers")
+    pool: str = option("avg", f"How a map of the network is pooled to these places: {', '.join(POOLS)}.", "Layers")
 
     def __post_init__(self) -> None:
         one_of("pool", self.pool, POOLS)
@@ -126,10 +127,10 @@ class ExtractConfig:
     layers: LayerConfig = field(default_factory=LayerConfig)
     dtype: str = option(
         "auto",
-        f"Precision of the network: {', '.join(DTYPES)}. auto: bfloat16 on a CPU that multiplies it, else float32.",
+        f"Precision of the network: {', '.join(DTYPES)}. auto: bfloat16 on a CPU with units for it, else float32.",
         "Machine",
     )
-    batch_size: int = option(32, "Images that the network reads at a time.", "Machine")
+    batch_size: int = option(32, "Images in one pass of the network.", "Machine")
     workers: int = option(usual_workers, "Threads that decode images.", "Machine")
     device: str = option("auto", f"Where to compute: {', '.join(DEVICES)}.", "Machine")
     # none: the backbone as its weights come | auto: the work folder's checkpoints of it, if any | a checkpoint's folder

@@ -23,7 +23,7 @@ from heads.recipes.jobs import Job, usage_fault
 
 app = typer.Typer(
     help="Predict responses of the visual cortex from cached image features: extract once, refit heads, blend. "
-    "The three commands of the first group need no option, one after the other.",
+    "The three commands of the first group, in this order, work without any option.",
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -37,7 +37,7 @@ def models(
     models: Annotated[str, option_of(BlendConfig, "models")] = BlendConfig.models,
     exclude: Annotated[str, option_of(BlendConfig, "exclude")] = BlendConfig.exclude,
 ) -> Job:
-    """List the models that there are to blend: their scores, fold by fold, and how alike they are."""
+    """List the models that can be blended, with their scores fold by fold, and how alike they are."""
 
     def call() -> Outcome:
         subjects = open_tree(data, noise_ceiling).select(subject)
@@ -61,14 +61,14 @@ def blend(
     preset: Annotated[
         str,
         typer.Option(
-            help=f"Set of defaults: {', '.join(BLEND_PRESETS)}. best: what scored best. paper: as published.",
+            help=f"Set of defaults: {', '.join(BLEND_PRESETS)}. best: what measured best. paper: as published.",
             rich_help_panel="Blend",
         ),
     ] = BLEND_PRESETS[0],
     apply: Annotated[
         Path | None,
         typer.Option(
-            help="A blend that was saved: put these predictions through it, and learn nothing.",
+            help="File of a saved blend: apply it to the predictions in the work folder, and learn nothing.",
             rich_help_panel="Blend",
         ),
     ] = None,

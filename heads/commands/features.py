@@ -16,7 +16,7 @@ def layers(
     backbone: Annotated[str, typer.Argument(help="Any model name of timm.")],
     size: Annotated[int | None, option_of(BackboneConfig, "size")] = BackboneConfig.size,
 ) -> Job:
-    """List the layers of a backbone that can be cached, with the size of their maps."""
+    """List the layers of a backbone that can be cached, with the size of each map."""
 
     def call() -> Outcome:
         from featcache.backbone.network import described_layers
@@ -40,8 +40,8 @@ def extract(
     checkpoint: Annotated[
         str,
         typer.Option(
-            help="Trained weights. auto: those in the work folder, if there are any. none: the backbone as it came. Or "
-            "the folder of a checkpoint.",
+            help="Trained weights. auto: those in the work folder, if there are any. none: the backbone before "
+            "training. Or the folder of a checkpoint.",
             rich_help_panel="Backbone",
         ),
     ] = "auto",
@@ -49,13 +49,13 @@ def extract(
         str,
         typer.Option(
             help="Layers to keep: auto (pooled and up to 6 others), all, pooled, or names or numbers with commas "
-            "between; the command 'layers' lists them.",
+            "between them; the command 'layers' lists them.",
             rich_help_panel="Layers",
         ),
     ] = ",".join(LayerConfig.layers),
     **options: Any,
 ) -> Job:
-    """Run a backbone over every image once, and cache what its layers say."""
+    """Run a backbone over every image once, and cache the features of its layers."""
     config = read(
         ExtractConfig,
         options,

@@ -41,7 +41,7 @@ def fit_heads(
     subject: Subjects = "all",
     **options: Any,
 ) -> Job:
-    """Fit heads to all cached features, and predict every image by heads that were fitted without it."""
+    """Fit heads to all cached features, and predict every image with heads that were not fitted to it."""
     solver = _OLD_SOLVERS.get(options["solver"], options["solver"])
     config = read(
         FitConfig,
@@ -84,7 +84,7 @@ def maps(
     subject: Subjects = "all",
     models: Annotated[str, option_of(BlendConfig, "models")] = BlendConfig.models,
 ) -> Job:
-    """Write where in the image, and in which layers, heads look: for each vertex, for each ROI, and as pictures."""
+    """Write where in the image and in which layers the heads look: for each vertex, for each ROI, and as plots."""
 
     def call() -> Outcome:
         subjects = open_tree(data, noise_ceiling).select(subject)

@@ -29,7 +29,10 @@ Data = Annotated[
 Work = Annotated[
     Path,
     typer.Option(
-        "--work", envvar="FEATCACHE_WORK", help="Folder of all that commands write and read.", rich_help_panel="Data"
+        "--work",
+        envvar="FEATCACHE_WORK",
+        help="Work folder: all results are written there.",
+        rich_help_panel="Data",
     ),
 ]
 Ceiling = Annotated[
@@ -39,7 +42,7 @@ Ceiling = Annotated[
         envvar="FEATCACHE_NOISE_CEILING",
         help="Folder of noise ceilings, subjXX/{lh,rh}.npy, in percent or as fractions.",
         rich_help_panel="Data",
-        show_default="noise_ceiling in the dataset, if it is there",
+        show_default="noise_ceiling in the dataset, if that folder exists",
     ),
 ]
 Subjects = Annotated[
@@ -60,7 +63,7 @@ _OUTPUT = {
         bool, typer.Option("--json", help="Make the last line of stdout a JSON object.", rich_help_panel="Output")
     ],
     "quiet": Annotated[
-        bool, typer.Option("--quiet", help="No progress on stderr; errors still.", rich_help_panel="Output")
+        bool, typer.Option("--quiet", help="Print no progress on stderr, only errors.", rich_help_panel="Output")
     ],
     "show_help": Annotated[
         bool,
@@ -185,7 +188,7 @@ def _values(name: str, presets: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value) or "none"
 
 
 def _hidden(name: str, parameter: inspect.Parameter) -> inspect.Parameter:

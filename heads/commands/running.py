@@ -17,7 +17,7 @@ _FOR_EVERY_STEP = ("data", "work", "noise_ceiling", "subject", "device")
 @command()
 def run(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="A file of commands in order, such as recipes/demo.toml.")],
+    recipe: Annotated[Path, typer.Argument(help="TOML file that lists commands in order, such as recipes/demo.toml.")],
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
@@ -32,7 +32,7 @@ def run(
         ),
     ] = False,
 ) -> Job:
-    """Run all steps of a recipe, or go on where it stopped. Options that are given here go to every step."""
+    """Run all steps of a recipe, or go on where it stopped. Options of data and device apply to every step."""
     for_all = {
         name.replace("_", "-"): context.params[name] for name in on_command_line(context) if name in _FOR_EVERY_STEP
     }

@@ -15,14 +15,18 @@ def simulate(
     full: Annotated[
         bool,
         typer.Option(
-            "--full", help="As many as the real challenge has: 73,000 images, 39,548 vertices.", rich_help_panel="Data"
+            "--full",
+            help="The size of the challenge: 73,000 images, 39,548 vertices. Other counts are ignored.",
+            rich_help_panel="Data",
         ),
     ] = False,
     subjects: Annotated[int, typer.Option(help="Number of subjects.", rich_help_panel="Data")] = 8,
-    images: Annotated[int, typer.Option(help="Training images of a subject.", rich_help_panel="Data")] = 200,
-    test_images: Annotated[int, typer.Option(help="Test images of a subject.", rich_help_panel="Data")] = 40,
+    images: Annotated[int, typer.Option(help="Training images of each subject.", rich_help_panel="Data")] = 200,
+    test_images: Annotated[int, typer.Option(help="Test images of each subject.", rich_help_panel="Data")] = 40,
     shared: Annotated[int, typer.Option(help="Training images that all subjects saw.", rich_help_panel="Data")] = 50,
-    vertices: Annotated[int, typer.Option(help="Vertices of both hemispheres.", rich_help_panel="Data")] = 989,
+    vertices: Annotated[
+        int, typer.Option(help="Vertices of each subject, in both hemispheres.", rich_help_panel="Data")
+    ] = 989,
     image_size: Annotated[int, typer.Option(help="Pixels on a side of an image.", rich_help_panel="Data")] = 128,
     seed: Annotated[
         int, typer.Option(help="Seed of everything random; the same seed gives the same bytes.", rich_help_panel="Data")
@@ -32,7 +36,7 @@ def simulate(
         typer.Option(help="Processes that draw images.", rich_help_panel="Machine", show_default="one a core"),
     ] = None,
 ) -> Job:
-    """Write a small dataset whose true responses are known, to try everything on."""
+    """Write a small dataset with known true responses, to try all commands on."""
     from featcache.machine.progress import steps
     from featcache.simulate import SimulateConfig
     from featcache.simulate import simulate as run

@@ -12,14 +12,14 @@ LEVELS = ("all", "hemisphere", "roi", "vertex")
 class BlendConfig:
     """How models are weighed against each other, for each subject."""
 
-    method: str = option("score", f"How weights are found: {', '.join(BLENDS)} (docs/blend.md).", "Blend")
-    per: str = option("vertex", f"What has weights of its own: {', '.join(LEVELS)}.", "Blend")
+    method: str = option("score", f"How weights are learnt: {', '.join(BLENDS)} (docs/blend.md).", "Blend")
+    per: str = option("vertex", f"For what a separate set of weights is learnt: {', '.join(LEVELS)}.", "Blend")
     by: str = "model"  # model | backbone: what has a weight; the models of one backbone are averaged first
     models: str = option(
-        "*", "Models to take, by name: patterns such as 'convnext*', several with commas between.", "Blend"
+        "*", "Models to take, by name: patterns such as 'convnext*', with commas between them.", "Blend"
     )
-    exclude: str = option("", "Models to leave out, likewise.", "Blend")
-    seed: int = option(0, "Seed of everything random: bags of models, bootstrap and permutations.", "Blend")
+    exclude: str = option("", "Models to leave out, by the same kind of patterns.", "Blend")
+    seed: int = option(0, "Seed of everything random: halves of the models, bootstraps and permutations.", "Blend")
 
     def __post_init__(self) -> None:
         one_of("method", self.method, BLENDS)

@@ -18,13 +18,13 @@ class AdamWConfig:
 
     learning_rate: float = option(
         3e-4,
-        "Learning rate of the first step of adamw; it falls to zero on a cosine.",
+        "Learning rate of adamw at its first step; it falls to zero along a cosine.",
         "Training",
     )
     weight_decay: float = option(0.1, "Decoupled weight decay of adamw; intercepts have none.", "Training")
-    epochs: int = option(60, "Most passes of adamw over the training images.", "Training")
+    epochs: int = option(60, "Largest number of passes of adamw over the training images.", "Training")
     batch_size: int = option(
-        128, "Images a step of adamw. A correlation loss compares these and no others.", "Training"
+        128, "Images in one step of adamw. A correlation loss is taken over these images alone.", "Training"
     )
     patience: int = 10  # epochs without a better validation score before it stops
     validation: int = 10  # one in so many training images decides when to stop, and is not trained on
@@ -69,18 +69,21 @@ class SpatialConfig:
     """Spatial heads on cached layers: maps over places times maps over channels (see heads.modules.spatial)."""
 
     rank: int = option(
-        4, "Maps over places, each with weights of channels, for each output and layer.", "Spatial heads"
+        4, "Number of maps over places, each with weights on channels, for each output and layer.", "Spatial heads"
     )
     space: int = option(
-        0, "Outputs that the vertices of all subjects share, trained together; 0: each subject alone.", "Spatial heads"
+        0,
+        "Outputs of one readout that all subjects share; each vertex is a linear combination of them. 0: no shared "
+        "readout.",
+        "Spatial heads",
     )
     token_dropout: float = option(
-        0.3, "Part of a layer's places that are left out of an image in training.", "Spatial heads"
+        0.3, "Fraction of the places of a layer that training leaves out of an image.", "Spatial heads"
     )
     smoothness: float = option(
-        0.1, "Weight of a penalty of differences between neighbouring places of a map.", "Spatial heads"
+        0.1, "Weight of the penalty on differences between neighbouring places of a map.", "Spatial heads"
     )
-    sparsity: float = option(0.0, "Weight of a penalty of maps that spread over many places.", "Spatial heads")
+    sparsity: float = option(0.0, "Weight of the penalty on maps that spread over many places.", "Spatial heads")
 
     def __post_init__(self) -> None:
         at_least("rank", self.rank, 1)
@@ -96,34 +99,42 @@ class FitConfig:
 
     loss: str = option(
         "mnnpc",
-        f"What heads optimise: {', '.join(LOSS_NAMES)}, or a weighted sum such as smooth_l1+0.5*mnnpc; several with "
-        "commas between, a model of each.",
+        f"What heads optimise: {', '.join(LOSS_NAMES)}, or a weighted sum such as smooth_l1+0.5*mnnpc. Several "
+        "losses with commas between them give a model of each.",
         "Heads",
     )
     head: str = option(
         "linear",
-        f"Kind of head: {', '.join(HEADS)}. linear: one layer. roi: one layer for a surface and one for each ROI. "
-        "spatial: maps over the places of layers.",
+        f"Kind of head: {', '.join(HEADS)}. linear: one linear map for each hemisphere. roi: one more linear "
+        "map for each ROI. spatial: maps over the places of layers.",
         "Heads",
     )
     layers: str = option(
         "all",
-        "Layers that heads read, out of those that were extracted: all, in one model; each, a model of every layer; or "
-        "names with commas between, in one model.",
+        "Extracted layers that the heads read. all: one model on all layers. each: one model on each layer. Or names "
+        "with commas between them: one model on these layers.",
         "Layers",
     )
     solver: str = option(
         "auto",
-        f"How heads are fitted: {', '.join(SOLVERS)}. auto: ridge, the closed form, where it has the optimum of the "
-        "loss, else adamw. trained: the heads that were trained with the backbone.",
+        f"How heads are fitted: {', '.join(SOLVERS)}. auto: ridge (closed form) if it has the optimum of the loss, "
+        "else adamw. trained: the heads that were trained with the backbone, unchanged.",
         "Heads",
     )
     n_folds: int = option(5, "Number of folds of the training images, by image id.", "Data", name="folds")
-    seed: int = option(0, "Seed of the folds. The gradient loop of adamw starts from it too.", "Data", name="fold-seed")
+    seed: int = option(
+        0,
+        "Seed of the folds. The same --folds and --fold-seed give the same folds in every command. Also the seed of "
+        "adamw.",
+        "Data",
+        name="fold-seed",
+    )
     device: str = option("auto", f"Where to compute: {', '.join(DEVICES)}.", "Machine")
     # of the products with responses, never of those that are decomposed
-    products: str = option("float32", f"How CUDA multiplies matrices: {', '.join(PRODUCTS)}.", "Machine")
-    max_memory: float = option(0.0, "Main memory that the process may take, in 10^9 bytes; 0: what is free.", "Machine")
+    products: str = option("float32", f"Precision of matrix products on CUDA: {', '.join(PRODUCTS)}.", "Machine")
+    max_memory: float = option(
+        0.0, "Main memory that the process may take, in 10^9 bytes. 0: all free memory.", "Machine"
+    )
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
     spatial: SpatialConfig = field(default_factory=SpatialConfig)

@@ -55,43 +55,55 @@ class TrainConfig:
     """
 
     loss: str = _train(
-        "smooth_l1", f"What training optimises: {', '.join(LOSS_NAMES)}, or a weighted sum: smooth_l1+0.5*mnnpc."
+        "smooth_l1", f"What training optimises: {', '.join(LOSS_NAMES)}, or a weighted sum such as smooth_l1+0.5*mnnpc."
     )
-    epochs: int = _train(5, "Passes over the training images. The learning rate is zero at the end of the last.")
-    batch_size: int = _train(32, "Images that a device takes at a time.")
-    accumulate: int = _more(1, "Batches before each step of the optimiser.")
+    epochs: int = _train(
+        5, "Largest number of passes over the training images. The learning rate falls to zero at their end."
+    )
+    batch_size: int = _train(32, "Images in one pass of each device.")
+    accumulate: int = _more(1, "Batches for each step of the optimiser.")
     correlation_batch: int = _more(
-        0, "Images over which pearson and mnnpc correlate, taken from several batches and devices; 0: one batch."
+        0, "Images over which pearson and mnnpc correlate, gathered from several batches and devices. 0: one batch."
     )
-    learning_rate: float = _train(3e-4, "Highest learning rate of the backbone's last layer.")
+    learning_rate: float = _train(3e-4, "Highest learning rate of the last layer of the backbone.")
     head_learning_rate: float = _train(1e-3, "Highest learning rate of the heads.")
-    layer_decay: float = _more(1.0, "Learning rate of a layer divided by that of the layer after it; 1: all equal.")
+    layer_decay: float = _more(1.0, "Learning rate of a layer, divided by that of the next layer. 1: all are equal.")
     weight_decay: float = _more(0.05, "Decoupled weight decay (AdamW); biases and norms have none.")
-    warmup: float = _more(0.0, "Epochs over which the learning rate rises from zero.")
-    clip_norm: float = _more(1.0, "Largest norm of the gradient; longer ones are shortened to it. 0: no limit.")
-    ema: float = _more(0.0, "Largest decay a step of a running mean of the weights, which is then kept; 0: no mean.")
-    precision: str = _machine("float32", f"Precision of the arithmetic: {', '.join(PRECISIONS)}.")
-    freeze_norm: bool = _more(True, "Keep the batch statistics that the backbone came with.")
+    warmup: float = _more(0.0, "Epochs in which the learning rate rises from zero, before it falls.")
+    clip_norm: float = _more(1.0, "Largest norm of the gradient; a longer gradient is shortened to it. 0: no limit.")
+    ema: float = _more(0.0, "Keep a running mean of the weights, with this largest decay per step. 0: no mean.")
+    precision: str = _machine("float32", f"Precision of the network in training: {', '.join(PRECISIONS)}.")
+    freeze_norm: bool = _more(True, "Keep the statistics of batch norms that the backbone came with.")
     head_start: str = _heads(
         "fitted",
-        "First weights of the heads: default (torch's), small (a tenth of these), or, in stage 2, fitted "
-        "(stage 1's heads, or closed form).",
+        "First weights of the heads. default: torch's random weights. small: a tenth of these. fitted: in stage 2, the "
+        "heads of stage 1, or else the closed form (linear heads); in stage 1, as small.",
     )
-    augment: bool = _more(False, "Shift and zoom images by up to 3 %, brightness, contrast and saturation by 10 %.")
-    stop: str = _train("fold", "What is kept. fold: the epoch that scores best on the held-out fold. never: the last.")
-    patience: int = _train(3, "With --stop fold: epochs without a better score after which training ends.")
-    embedding: int = _heads(512, "Stage 1: numbers that stand for a subject beside the features of an image.")
+    augment: bool = _more(
+        False, "Shift and zoom images by up to 3 %; change brightness, contrast and saturation by up to 10 %."
+    )
+    stop: str = _train("fold", "Epoch to keep. fold: the one that scores best on the held-out fold. never: the last.")
+    patience: int = _train(3, "With --stop fold: training ends after so many epochs without a better score.")
+    embedding: int = _heads(512, "Linear heads of stage 1: length of the learnt vector that stands for a subject.")
     head: str = _heads(
         "linear",
-        "Kind of head. linear: one layer on the network's last vector. spatial: maps over the places of layers.",
+        "Kind of head. linear: linear maps on the pooled features. spatial: maps over the places of layers.",
     )
-    layers: str = _spatial("auto", "Layers that are read: auto, all, or names or numbers with commas between.")
-    grid: str = _spatial("auto", "Places a side of a layer: a number, native, or auto (at most 7).")
-    space: int = _spatial(0, "Outputs of a common readout, in which all vertices are linear; 0: a readout a vertex.")
-    rank: int = _spatial(1, "Maps over places, each with weights of channels, for each output and layer.")
-    token_dropout: float = _spatial(0.1, "Part of a layer's places that are left out of an image in training.")
-    smoothness: float = _spatial(0.0, "Weight of a penalty of differences between neighbouring places of a map.")
-    sparsity: float = _spatial(0.0, "Weight of a penalty of maps that spread over many places.")
+    layers: str = _spatial(
+        "auto",
+        "Layers that the heads read: auto (pooled and up to 6 others), all, pooled, or names or numbers with commas "
+        "between them; the command 'layers' lists them.",
+    )
+    grid: str = _spatial("auto", "Places on a side of each layer: a number, native, or auto (at most 7).")
+    space: int = _spatial(
+        0,
+        "Outputs of one readout that all subjects share; each vertex is a linear combination of them. 0: no shared "
+        "readout.",
+    )
+    rank: int = _spatial(1, "Number of maps over places, each with weights on channels, for each output and layer.")
+    token_dropout: float = _spatial(0.1, "Fraction of the places of a layer that training leaves out of an image.")
+    smoothness: float = _spatial(0.0, "Weight of the penalty on differences between neighbouring places of a map.")
+    sparsity: float = _spatial(0.0, "Weight of the penalty on maps that spread over many places.")
     seed: int = _train(0, "Seed of the order of images, of the first weights of heads, and of dropout.")
 
     def __post_init__(self) -> None:
@@ -195,18 +207,22 @@ class StageConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     init: str = option(
         "stage1",
-        "What training starts from: stage1 (the checkpoint of stage 1), hub, packaged, none, a weights file, or the "
-        "folder of a checkpoint.",
+        "What training starts from: stage1 (the checkpoint of stage 1 of the same fold), hub, packaged, none, a "
+        "weights file, or the folder of a checkpoint.",
         "Backbone",
     )
     fold: int | None = None  # the one held out; None: each in turn
     n_folds: int = option(5, "Number of folds of the training images, by image id.", "Data", name="folds")
-    fold_seed: int = option(0, "Seed of the folds; those of fit-heads with the same number and seed.", "Data")
+    fold_seed: int = option(
+        0, "Seed of the folds. The same --folds and --fold-seed give the same folds in every command.", "Data"
+    )
     device: str = option("auto", f"Where to compute: {', '.join(DEVICES)}.", "Machine")
     save_every: int = option(
-        0, "Steps between saved states, from which an interrupted run goes on; 0: after epochs only.", "Machine"
+        0,
+        "Steps between saved states. An interrupted run goes on from the last. 0: only after epochs.",
+        "Machine",
     )
-    image_cache: float = option(50.0, "Disk that decoded images may take, in 10^9 bytes.", "Machine")
+    image_cache: float = option(50.0, "Disk space that decoded images may take, in 10^9 bytes.", "Machine")
     workers: int = option(usual_workers, "Threads that decode images.", "Machine")
 
     def __post_init__(self) -> None:

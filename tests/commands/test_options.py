@@ -88,9 +88,10 @@ def test_an_option_of_one_name_means_one_thing():
         if one.param_type_name == "option" and not one.hidden:
             meanings.setdefault(one.opts[0], set()).add(f"{one.rich_help_panel}: {one.help}")
     shared = ("--data", "--work", "--noise-ceiling", "--subject", "--backbone", "--weights", "--size", "--device")
-    assert {
-        name: len(meanings[name]) for name in (*shared, "--folds", "--models", "--exclude", "--json", "--quiet")
-    } == {name: 1 for name in (*shared, "--folds", "--models", "--exclude", "--json", "--quiet")}
+    shared += ("--folds", "--models", "--exclude", "--json", "--quiet")
+    spatial = ("--rank", "--space", "--token-dropout", "--smoothness", "--sparsity")
+    assert {name: len(meanings[name]) for name in (*shared, *spatial)} == {name: 1 for name in (*shared, *spatial)}
+    assert len({text.partition(": ")[2] for text in meanings["--grid"]}) == 1
     assert all(text.startswith(("Training: Seed", "Blend: Seed", "Data: Seed")) for text in meanings["--seed"])
     assert all("linear" in text and "spatial" in text for text in meanings["--head"])
 
