@@ -3,9 +3,9 @@
     import featcache as fc
 
     challenge = fc.open_challenge("data/challenge")
-    fc.extract(challenge.subjects, fc.ExtractConfig(), work)
-    fc.fit_heads(challenge.subjects, fc.FitConfig(loss="mnnpc"), work)
-    fc.blend(challenge, fc.BlendConfig(), work)
+    fc.extract(challenge.subjects, fc.ExtractConfig(), "work")
+    fc.fit_heads(challenge.subjects, fc.FitConfig(loss="mnnpc"), "work")
+    fc.blend(challenge, fc.BlendConfig(), "work")
 
 These names, listed in `__all__`, are the public interface. Each is loaded when it is first used, so that importing
 featcache takes no time. Everything else may change from one version to the next.

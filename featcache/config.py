@@ -105,13 +105,18 @@ class BackboneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """Which layers are kept, and on which grid of places over the image."""
+    """Which layers are kept, and on which grid of places over the image.
 
-    layers: tuple[str, ...] = ("auto",)  # auto, all, pooled, names, or numbers from 0
+    layers : auto, all, pooled, names, or numbers from 0; a text with commas between them is read, too
+    """
+
+    layers: tuple[str, ...] = ("auto",)
     grid: str = option("auto", "Places on a side of each layer: a number, native, or auto (at most 7).", "Layers")
     pool: str = option("avg", f"How a map of the network is pooled to these places: {', '.join(POOLS)}.", "Layers")
 
     def __post_init__(self) -> None:
+        names = self.layers.split(",") if isinstance(self.layers, str) else self.layers
+        object.__setattr__(self, "layers", tuple(name.strip() for name in names))
         one_of("pool", self.pool, POOLS)
         if self.grid not in ("auto", "native") and not (self.grid.isdecimal() and int(self.grid)):
             raise ConfigError(
@@ -121,7 +126,7 @@ class LayerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """How images become rows of features. Only `layers` and `dtype` decide what the rows are."""
+    """How images become rows of features. Batch size, workers and device do not decide what the rows are."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     layers: LayerConfig = field(default_factory=LayerConfig)
@@ -133,7 +138,8 @@ class ExtractConfig:
     batch_size: int = option(32, "Images in one pass of the network.", "Machine")
     workers: int = option(usual_workers, "Threads that decode images.", "Machine")
     device: str = option("auto", f"Where to compute: {', '.join(DEVICES)}.", "Machine")
-    # none: the backbone as its weights come | auto: the work folder's checkpoints of it, if any | a checkpoint's folder
+    # none: the backbone as its weights come | auto: the work folder's checkpoints of it, if any (the command's
+    # default) | a checkpoint's folder
     checkpoint: str = "none"
 
     def __post_init__(self) -> None:

@@ -43,6 +43,21 @@ def test_a_head_is_fitted_in_three_lines():
     assert fc.pearson_r(head.predict(features), features @ weights) == pytest.approx(np.ones(3), abs=1e-3)
 
 
+def test_every_stage_takes_its_folders_as_text(tiny, tmp_path):
+    challenge, work = fc.open_challenge(str(tiny)), str(tmp_path / "work")
+    subjects = challenge.select("1")
+    backbone = fc.BackboneConfig(name="test_resnet", weights="none", size=32)
+    layers = fc.LayerConfig(layers="pooled")
+    fc.extract(subjects, fc.ExtractConfig(backbone=backbone, layers=layers, workers=1), work)
+    (fitted,) = fc.fit_heads(subjects, fc.FitConfig(loss="mnnpc"), work)
+    ensemble = fc.blend(challenge, fc.BlendConfig(), work)
+    assert fitted.path.is_dir() and ensemble.submission is None  # one of two subjects
+    train = fc.TrainConfig(epochs=1, batch_size=8)
+    stage = fc.StageConfig(stage="pretrain", backbone=backbone, fold=0, n_folds=3, train=train)
+    (trained,) = fc.train_stage(subjects, stage, work)
+    assert trained.new and trained.checkpoint.path.is_dir()
+
+
 @pytest.mark.slow
 def test_the_command_line_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "featcache", "--version"], capture_output=True, text=True, cwd=ROOT)

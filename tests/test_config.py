@@ -45,6 +45,10 @@ def test_layer_config_refuses(settings, option):
         LayerConfig(**settings)
 
 
+def test_layers_may_be_a_text_with_commas():
+    assert LayerConfig(layers="pooled, layer4") == LayerConfig(layers=("pooled", "layer4"))
+
+
 def test_layers_are_spread_over_the_network_on_grids_of_its_own_unless_asked_for():
     assert ExtractConfig().layers == LayerConfig(layers=("auto",), grid="auto", pool="avg")
     assert [LayerConfig(grid=grid).grid for grid in ("native", "auto", "1", "14")] == ["native", "auto", "1", "14"]

@@ -35,7 +35,7 @@ def check_backbone(config: BackboneConfig) -> None:
     """Raise BackboneError for a name that timm lacks or for packaged weights that are not installed; load nothing."""
     refuse_unknown(config.resolved_name)
     if config.resolved_weights == "packaged":
-        _refuse_unpackaged(config.resolved_name)
+        _refuse_unpackaged(config)
 
 
 def refuse_unknown(name: str) -> None:
@@ -221,25 +221,26 @@ def _substitutes(name: str) -> str:
     return "--backbone " + " or ".join(weighted[:3]) if weighted else "another backbone"
 
 
-def _refuse_unpackaged(name: str) -> None:
-    if name not in _PACKAGED:
+def _refuse_unpackaged(config: BackboneConfig) -> None:
+    if config.resolved_name not in _PACKAGED:
         raise BackboneError(
             "--weights packaged",
             expected=f"one of {', '.join(_PACKAGED)}",
-            found=name,
-            remedy="choose one of those",
+            found=config.name or f"{config.resolved_name}, the default",
+            remedy="choose one of those with --backbone",
         )
-    if find_spec(_PACKAGED[name]) is None:
+    package = _PACKAGED[config.resolved_name]
+    if find_spec(package) is None:
         raise BackboneError(
             "--weights packaged",
-            expected=f"the package {_PACKAGED[name]}",
+            expected=f"the package {package}",
             found="none",
             remedy="install the demo extra",
         )
 
 
 def _packaged_weights(config: BackboneConfig) -> dict[str, torch.Tensor]:
-    _refuse_unpackaged(config.resolved_name)
+    _refuse_unpackaged(config)
     names = list(timm.create_model(config.resolved_name).state_dict())
     folder = Path(str(import_module(_PACKAGED[config.resolved_name]).__file__)).parent / "models"
     tensors = torch.load(next(folder.glob("*.pth")), map_location="cpu", weights_only=True)

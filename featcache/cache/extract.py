@@ -43,11 +43,12 @@ class Extracted:
     seconds: float
 
 
-def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> list[Extracted]:
+def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path | str) -> list[Extracted]:
     """Fill a feature store for every subject: rows are its training images, then its test images.
 
     A store is found again by what decides its rows (see `feature_key`), never by batch size, workers or paths.
     """
+    work = Path(work)
     device = resolve_device(config.device)
     if device == "cpu":
         keep_freed_memory()

@@ -58,7 +58,8 @@ def scan_tree(root: Path, noise_ceiling: Path | None = None) -> tuple[Challenge,
     """
     folders = sorted(path for path in root.glob("subj*") if re.fullmatch(r"subj\d+", path.name) and path.is_dir())
     if not folders:
-        return Challenge(root, ()), [Fault(root, "folders subj01, subj02, ...", "none")]
+        found = "the folder of one subject" if re.fullmatch(r"subj\d+", root.name) else "none"
+        return Challenge(root, ()), [Fault(root, "folders subj01, subj02, ... in it", found)]
     scans = [_Scan(folder) for folder in folders]
     subjects = [_scan_subject(scan) for scan in scans]
     subjects, note = _with_ceilings(scans, subjects, _ceiling_folder(root, noise_ceiling))
@@ -66,9 +67,12 @@ def scan_tree(root: Path, noise_ceiling: Path | None = None) -> tuple[Challenge,
     return Challenge(root, tuple(subjects), notes), [fault for scan in scans for fault in scan.faults]
 
 
-def open_challenge(root: Path, noise_ceiling: Path | None = None) -> Challenge:
-    """Subjects of the tree under `root`. Raises ChallengeError for the first fault that `scan_tree` finds."""
-    challenge, faults = scan_tree(root, noise_ceiling)
+def open_challenge(root: Path | str, noise_ceiling: Path | str | None = None) -> Challenge:
+    """Subjects of the tree under `root`. Raises ChallengeError for the first fault that `scan_tree` finds.
+
+    noise_ceiling : as for `scan_tree`
+    """
+    challenge, faults = scan_tree(Path(root), None if noise_ceiling is None else Path(noise_ceiling))
     if faults:
         first, more = faults[0], f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise ChallengeError(
@@ -293,7 +297,7 @@ def _notes_on_missing(subjects: Sequence[Subject]) -> list[str]:
 
     notes = []
     if names := names_where(lambda subject, surface: subject.fsaverage[surface] is None):
-        notes.append(f"no fsaverage masks ({names}): columns of different subjects cannot be aligned")
+        notes.append(f"no fsaverage masks ({names}): the same place of two subjects cannot be told")
     if names := names_where(lambda subject, surface: not subject.rois[surface]):
         notes.append(f"no ROI masks ({names}): scores are per hemisphere only, and --head roi has no ROI")
     any_ceiling = any(ceiling is not None for subject in subjects for ceiling in subject.noise_ceiling.values())

@@ -62,12 +62,13 @@ class Trained:
     seconds: float
 
 
-def train_stage(subjects: Sequence[Subject], config: StageConfig, work: Path) -> list[Trained]:
+def train_stage(subjects: Sequence[Subject], config: StageConfig, work: Path | str) -> list[Trained]:
     """Train one stage: `pretrain` leaves a checkpoint for each fold, `finetune` one for each fold and subject.
 
     What is there already is skipped; an interrupted run goes on. Raises CheckpointError for a start that is missing or
     of another tree, and LeakError for one that saw images of the held-out fold.
     """
+    work = Path(work)
     device = resolve_device(config.device)
     if device == "cpu":
         keep_freed_memory()

@@ -13,7 +13,7 @@ from featcache.dataset.splits import assign_folds, refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError
 from featcache.workdir import Workdir
-from heads.features.sets import keep, newer_fault, subject_stores
+from heads.features.sets import keep, newer_fault, say_without, subject_stores
 from heads.fit.names import PredictionFacts, PredictionKey
 
 
@@ -70,6 +70,7 @@ def find_models(subjects: Sequence[Subject], work: Path, models: str = "*", excl
             found="none",
             remedy="run 'extract' and 'fit-heads' first",
         )
+    say_without(stored, Workdir(work).predictions, "fit-heads")
     names = choose_names(names_of(stored), models, exclude)
     chosen = {
         subject: sorted((model for model in of_subject if model.name in names), key=lambda model: model.name)

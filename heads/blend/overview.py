@@ -1,6 +1,6 @@
 """What there is to blend: the models of a work folder, how they score fold by fold, and how alike they are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ class ModelScores:
     score : mean over all their vertices, of predictions that are out of fold
     folds : the same for the images of each fold of the blend
     agreement : {each other model: mean over vertices of the correlation of their predictions}
+    predictions : {subject: its prediction store}
     """
 
     name: str
@@ -35,6 +36,7 @@ class ModelScores:
     score: float
     folds: tuple[float, ...]
     agreement: dict[str, float]
+    predictions: dict[str, str]
 
     def closest(self) -> tuple[str, float] | None:
         """The model whose predictions are most alike, and their correlation."""
@@ -56,8 +58,12 @@ def list_models(
         for subject, of_subject in found.items():
             parts.append(_score(subject, of_subject, accuracy))
             advance(1)
-    by_name = {model.name: model for of_subject in found.values() for model in of_subject}
-    return sorted((_over_subjects(model, parts) for model in by_name.values()), key=lambda row: -row.score), accuracy
+    by_name: dict[str, dict[str, Model]] = {}
+    for subject, of_subject in found.items():
+        for model in of_subject:
+            by_name.setdefault(model.name, {})[subject.name] = model
+    rows = [_over_subjects(of_model, parts) for of_model in by_name.values()]
+    return sorted(rows, key=lambda row: -row.score), accuracy
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,12 @@ def _score(subject: Subject, models: Sequence[Model], accuracy: bool) -> _Part:
     return _Part(subject.name, scorer.n_vertices, names, np.stack(columns, 1), _agreement(total))
 
 
-def _over_subjects(model: Model, parts: Sequence[_Part]) -> ModelScores:
-    """Means over the subjects that a model predicts; of scores, weighed by vertices."""
+def _over_subjects(models: Mapping[str, Model], parts: Sequence[_Part]) -> ModelScores:
+    """Means over the subjects that a model predicts; of scores, weighed by vertices.
+
+    models : {subject: the model}
+    """
+    model = next(iter(models.values()))
     rows = [(part, part.models.index(model.name)) for part in parts if model.name in part.models]
     n_vertices = [max(part.n_vertices, 1) for part, _ in rows]
     scores = np.average([part.scores[row] for part, row in rows], axis=0, weights=n_vertices).tolist()
@@ -99,10 +109,11 @@ def _over_subjects(model: Model, parts: Sequence[_Part]) -> ModelScores:
         layers=tuple(model.key.read),
         head=model.key.head,
         objective=model.key.objective,
-        subjects=tuple(part.subject for part, _ in rows),
+        subjects=tuple(models),
         score=scores[0],
         folds=tuple(scores[1:]),
         agreement={other: float(np.mean(values)) for other, values in alike.items() if other != model.name},
+        predictions={subject: of_subject.store.name for subject, of_subject in models.items()},
     )
 
 

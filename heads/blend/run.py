@@ -47,8 +47,9 @@ class Ensemble:
     submission: Path | None
 
 
-def blend(challenge: Challenge, config: BlendConfig, work: Path) -> Ensemble:
+def blend(challenge: Challenge, config: BlendConfig, work: Path | str) -> Ensemble:
     """Blend the models of every subject. Raises StoreError or ConfigError where there is nothing to blend."""
+    work = Path(work)
     keep_freed_memory()
     models = find_models(challenge.subjects, work, config.models, config.exclude)
     _say_what_is_unusual(models)

@@ -113,4 +113,5 @@ def _refuse_beside_apply(options: Sequence[str]) -> None:
 def _handed_in(submission: Path | None, work: Path, result: dict[str, Any]) -> Outcome:
     folder = Workdir(work).submission
     files = {"submission": str(submission) if submission else None, "predictions": str(folder)}
-    return Outcome(f"wrote {submission or folder}", files | result)
+    without_zip = f"{folder}, and no {Workdir(work).submission_zip.name}: not every subject has predictions"
+    return Outcome(f"wrote {submission or without_zip}", files | result)

@@ -60,7 +60,7 @@ def extract(
         ExtractConfig,
         options,
         backbone=read(BackboneConfig, options),
-        layers=read(LayerConfig, options, layers=tuple(layers.replace(" ", "").split(","))),
+        layers=read(LayerConfig, options, layers=layers),
         checkpoint=checkpoint,
     )
     return Job(config, lambda: _extract(data, noise_ceiling, subject, config, work))

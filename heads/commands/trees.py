@@ -86,7 +86,8 @@ def check(
         for fault in faults:
             typer.echo(str(fault))
         result = {"data": str(data), "faults": [str(fault) for fault in faults], "notes": challenge.notes}
-        message = f"{data}: {len(challenge.subjects)} subjects, {total} images, {len(faults)} faults"
+        counts = (("subject", len(challenge.subjects)), ("image", total), ("fault", len(faults)))
+        message = f"{data}: " + ", ".join(f"{n:,} {what}{'s' * (n != 1)}" for what, n in counts)
         return Outcome(message, result, code=1 if faults else 0)
 
     return Job(None, call)

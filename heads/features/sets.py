@@ -1,6 +1,6 @@
 """The features that heads are fitted to: of a frozen backbone, or of one that was trained once per fold."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -169,11 +169,15 @@ def _fold(store: Store) -> int:
     return training.fold if training else 0
 
 
+def say_without(found: Mapping[Subject, Sequence[object]], folder: Path, command: str) -> None:
+    """Say which subjects have nothing in a folder that can be used."""
+    if names := [subject.name for subject, of_subject in found.items() if not of_subject]:
+        say(f"{', '.join(names)}: nothing to use in {folder}; for these subjects, run '{command}' first")
+
+
 def subject_stores(subject: Subject, folder: Path, command: str) -> list[Store]:
     """The subject's stores in a folder that are complete and have the rows of its images, in the same order."""
     stores = [store for store in list_stores(folder) if store.key["subject"] == subject.name]
-    if not stores:
-        say(f"{subject.name}: nothing in {folder}; run '{command}'")
     complete = keep(subject, stores, lambda store: "" if store.complete else f"not complete, run '{command}' again")
     return keep(subject, complete, lambda store: _row_fault(store, subject))
 

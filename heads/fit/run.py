@@ -19,7 +19,7 @@ from featcache.machine.memory import give_back_memory, keep_freed_memory, memory
 from featcache.machine.progress import bar, say
 from featcache.workdir import Workdir
 from heads.config import FitConfig
-from heads.features.sets import FeatureSet, feature_sets, layer_of
+from heads.features.sets import FeatureSet, feature_sets, layer_of, say_without
 from heads.fit.names import PredictionFacts, PredictionKey, prediction_key
 from heads.fit.out_of_fold import predict_surface
 from heads.scores.metrics import VertexScores, pearson_r
@@ -44,12 +44,13 @@ class Fitted:
     seconds: float
 
 
-def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path) -> list[Fitted]:
+def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path | str) -> list[Fitted]:
     """Fit the heads that `config` names, for each of its losses, to every set of features of these subjects.
 
     Each gives a prediction store: out-of-fold predictions of the training images, then the test images' predictions,
     the mean over the folds' heads. Raises StoreError if there is nothing to fit to.
     """
+    work = Path(work)
     device = resolve_device(config.device)
     if device == "cpu":
         keep_freed_memory()
@@ -78,6 +79,7 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
             found=f"none for the images of this tree{' from a checkpoint with heads' if takes_heads else ''}",
             remedy="run 'pretrain' or 'finetune', then 'extract'" if takes_heads else "run 'extract' first",
         )
+    say_without(stored, Workdir(work).features, "extract")
     if not read:
         known = dict.fromkeys(layer_of(name) for sets in stored.values() for each in sets for name in each.names)
         raise ConfigError(

@@ -14,7 +14,7 @@ from featcache.machine.progress import say
 from featcache.workdir import Workdir
 from heads.blend.models import Model, choose_names, names_of
 from heads.blend.plot import can_draw
-from heads.features.sets import subject_stores
+from heads.features.sets import say_without, subject_stores
 from heads.fit.run import score
 from heads.maps.plot import plot_maps
 from heads.maps.read import VertexMaps, read_maps
@@ -71,6 +71,7 @@ def _models(subjects: Sequence[Subject], pattern: str, work: Path) -> Iterator[t
     }
     if not any(models.values()):
         raise StoreError(folder, expected="fitted heads", found="none", remedy="run 'fit-heads' first")
+    say_without(models, folder, "fit-heads")
     names = choose_names(names_of(models), pattern)
     yield from (
         (subject, model) for subject, of_subject in models.items() for model in of_subject if model.name in names

@@ -50,7 +50,10 @@ class VertexMaps:
         return np.asarray(total / (total.sum((1, 2), keepdims=True) + 1e-30))
 
     def fields(self) -> np.ndarray:
-        """(n_vertices, 3): x and y of the centre, and the standard deviation about it, as parts of the image's side."""
+        """(n_vertices, 3): x and y of the centre, from the left and the top, and the standard deviation about it.
+
+        All are parts of the image's side.
+        """
         weights = self.together().reshape(len(self.shares), -1)
         at = (np.arange(_SIDE) + 0.5) / _SIDE
         y, x = (axis.ravel() for axis in np.meshgrid(at, at, indexing="ij"))

@@ -38,6 +38,8 @@ def test_scores_of_models_are_those_of_their_predictions(ceiling, tmp_path, monk
 def test_models_of_a_work_folder_are_listed(filled, capfd):
     found = run(capfd, "models")
     assert len(found["models"]) == 5
+    stores = {store for row in found["models"] for store in row["predictions"].values()}
+    assert stores == {path.name for path in (filled / "predictions.zarr").iterdir()}
     assert {row["backbone"] for row in found["models"]} == {"test_resnet", "test_vit"}
     assert {tuple(row["layers"]) for row in found["models"]} == {
         *(("pooled",), ("layer2",), ("layer4",), ("pooled", "layer2", "layer4"))

@@ -156,6 +156,13 @@ def test_an_empty_folder_is_one_fault(tmp_path):
     assert ["expected folders subj01, subj02" in str(fault) for fault in faults] == [True]
 
 
+def test_the_folder_of_one_subject_is_named(tree):
+    _, (fault,) = scan_tree(tree / "subj01")
+    assert (
+        str(fault) == f"{tree / 'subj01'}: expected folders subj01, subj02, ... in it; found the folder of one subject"
+    )
+
+
 def test_masks_and_ceilings_may_be_absent_and_are_announced(tree):
     shutil.rmtree(tree / "noise_ceiling")
     shutil.rmtree(tree / "subj01/roi_masks")

@@ -17,6 +17,7 @@ def model(name, score, agreement):
         head="linear",
         objective="ridge",
         subjects=("subj01",),
+        predictions={"subj01": "store"},
         score=score,
         folds=(score, score / 2),
         agreement=agreement,

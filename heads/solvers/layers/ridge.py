@@ -101,7 +101,7 @@ def build_layered(problem: Problem) -> "LayeredRidge":
     streamed = list(dict.fromkeys(name for of_store in rows for name in of_store.streamed))
     say(
         f"{problem.subject.name}: {rows[0].n_features:,} features, {len(plan.outside(0)):,} images to fit to: "
-        f"{_METHOD_WORDS[solver.method]}; {said(peak)}"
+        f"{_METHOD_WORDS[solver.method]}, {len(priors)} priors to compare before the first vertex counts; {said(peak)}"
         + (f"; {', '.join(streamed)} read from the store block by block" if streamed else "")
         + ("; not enough memory to keep decompositions; they are recomputed each time" if solver.recomputes else "")
     )
