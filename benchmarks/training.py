@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from featcache.backbone.checkpoint import BackboneKey, Checkpoint, CheckpointFacts, CheckpointKey, Split, StartKey
+from featcache.backbone.checkpoint import Checkpoint
+from featcache.backbone.keys import BackboneKey, CheckpointFacts, CheckpointKey, Split, StartKey
 from featcache.backbone.network import load_backbone
 from featcache.cache.pixels import cache_pixels
 from featcache.config import POOLED, BackboneConfig, LayerConfig

@@ -1,4 +1,4 @@
-"""Checkpoints of trained backbones: what they are, which images they saw, and how to load them.
+"""Checkpoints of trained backbones: their folders, and how to write, find and load them.
 
 A checkpoint is a folder `<work>/checkpoints/<label>-<fingerprint>`:
 
@@ -13,15 +13,16 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
+from featcache.backbone.keys import CheckpointFacts, CheckpointKey
 from featcache.backbone.network import TimmBackbone, load_backbone
 from featcache.config import BackboneConfig, fingerprint
 from featcache.dataset.digests import file_digest
@@ -34,146 +35,6 @@ from featcache.workdir import Workdir
 FORMAT = 1
 DESCRIPTION = "checkpoint.json"
 _ORIGIN = "featcache checkpoint"  # in the header of its weights files
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """The fold that is held out, of a split of the images into folds by their ids."""
-
-    fold: int  # from 0
-    n_folds: int
-    seed: int
-
-    def to_json(self) -> dict[str, int]:
-        """The numbers by their names."""
-        return dict(vars(self))
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneKey:
-    """The network that was trained."""
-
-    name: str  # timm's
-    weights: str  # its weights before any training: hub, packaged, none, or file
-    size: int  # pixels on a side
-
-
-@dataclass(frozen=True, kw_only=True)
-class StartKey:
-    """The weights that training started from."""
-
-    weights: str  # digest of every tensor
-    training: str | None  # `CheckpointKey.training` of the checkpoint that they are of; None where they are of none
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointKey:
-    """What decides the weights of a checkpoint: the same key, the same weights."""
-
-    stage: str  # pretrain | finetune
-    subjects: Mapping[str, Mapping[str, Any]]  # {subject: digests of its images, ids, responses, ceilings, ROIs, masks}
-    backbone: BackboneKey
-    transform: Mapping[str, Any]  # what timm's transform does, in plain values
-    timm: str  # version
-    start: StartKey
-    split: Split
-    settings: Mapping[str, Any]  # of the training; of a mean of checkpoints, {'soup': the trainings of its members}
-    devices: int | None = None  # processes that trained together; None in the first checkpoints, which did not say
-    other: Mapping[str, Any] = field(default_factory=dict)  # what another version wrote besides
-
-    @classmethod
-    def from_json(cls, json: Mapping[str, Any]) -> Self:
-        """The key in the JSON of a checkpoint. Raises KeyError or TypeError where it is none."""
-        rest = {name: value for name, value in json.items() if name not in _KEY_NAMES}
-        backbone, start, split = json["backbone"], json["start"], json["fold"]
-        return cls(
-            stage=json["stage"],
-            subjects=json["subjects"],
-            backbone=BackboneKey(name=backbone["name"], weights=backbone["weights"], size=backbone["size"]),
-            transform=json["transform"],
-            timm=json["timm"],
-            start=StartKey(weights=start["weights"], training=start["training"]),
-            split=Split(fold=split["fold"], n_folds=split["n_folds"], seed=split["seed"]),
-            settings=json["settings"],
-            devices=json.get("devices"),
-            other=rest,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The key as it is on the disk and in fingerprints."""
-        json = {
-            "kind": "checkpoint",
-            "stage": self.stage,
-            "subjects": self.subjects,
-            "backbone": dict(vars(self.backbone)),
-            "transform": self.transform,
-            "timm": self.timm,
-            "start": dict(vars(self.start)),
-            "fold": self.split.to_json(),
-            "settings": self.settings,
-        }
-        return json | ({} if self.devices is None else {"devices": self.devices}) | dict(self.other)
-
-    @property
-    def training(self) -> str:
-        """Fingerprint of how it was trained: the same for every fold, and for every subject of the second stage."""
-        not_shared = {"fold", "start"} | ({"subjects"} if self.stage == "finetune" else set())
-        shared = {name: value for name, value in self.to_json().items() if name not in not_shared}
-        return fingerprint(shared | {"start": self.start.training or self.start.weights})
-
-    @property
-    def mean_of(self) -> tuple[str, ...]:
-        """Trainings of the members of a mean of checkpoints, which earlier versions could make; else ()."""
-        return tuple(self.settings.get("soup", ()))
-
-    @property
-    def label(self) -> str:
-        """Beginning of its folder's name: stage, subject of stage 2, backbone, 'soup' for a mean, fold."""
-        subjects = self.subjects if self.stage == "finetune" else ()
-        mean = ["soup"] if self.mean_of else []
-        return "-".join([self.stage, *subjects, self.backbone.name, *mean, f"fold{self.split.fold}"])
-
-
-_KEY_NAMES = {"kind", "stage", "subjects", "backbone", "transform", "timm", "start", "fold", "settings", "devices"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointFacts:
-    """What is known of a checkpoint besides its key."""
-
-    label: str  # what a person reads in messages
-    origin: str  # of the first weights, in words
-    versions: Mapping[str, str] = field(default_factory=dict)  # {package: version}
-    scores: tuple[float, ...] = ()  # of each epoch on the held-out fold: fraction of the noise ceiling, or mean r
-    finished: bool = False
-    seen_ids: tuple[int, ...] = ()  # ids of the images that it, or the one it started from, was trained on
-    taps: Mapping[str, Any] | None = None  # layers that its heads read; None where it does not say
-    digests: Mapping[str, str] = field(default_factory=dict)  # {'<folder>/<file>': digest}; older checkpoints: none
-    weights: str | None = None  # folder of the epoch that is kept; None before the first
-    epoch: int | None = None  # the one that is kept, from 1
-    score: float | None = None  # of that epoch
-    state: str | None = None  # folder that an interrupted run goes on from
-    other: Mapping[str, Any] = field(default_factory=dict)  # what another version wrote besides
-
-    @classmethod
-    def from_json(cls, json: Mapping[str, Any]) -> Self:
-        """The facts in the JSON of a checkpoint. Raises KeyError or TypeError where they are none."""
-        known = {name: json[name] for name in _FACT_NAMES if name in json}
-        rest = {name: value for name, value in json.items() if name not in _FACT_NAMES}
-        known |= {"scores": tuple(json.get("scores", ())), "seen_ids": tuple(json["seen_ids"])}
-        return cls(**known, other=rest)
-
-    def to_json(self) -> dict[str, Any]:
-        """The facts as they are on the disk; what is not known is left out."""
-        values = {name: getattr(self, name) for name in _FACT_NAMES}
-        values |= {"scores": list(self.scores), "seen_ids": list(self.seen_ids)}
-        unknown = [name for name in _UNKNOWN_AT_FIRST if values[name] in (None, {})]
-        json = {name: value for name, value in values.items() if name not in unknown}
-        return json | dict(self.other)
-
-
-_FACT_NAMES = tuple(one.name for one in fields(CheckpointFacts) if one.name != "other")
-_UNKNOWN_AT_FIRST = ("versions", "taps", "digests", "weights", "epoch", "score")
 
 
 @dataclass(frozen=True)

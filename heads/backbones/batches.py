@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from featcache.backbone.checkpoint import Split
+from featcache.backbone.keys import Split
 from featcache.cache.pixels import Pixels
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Subject

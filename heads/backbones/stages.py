@@ -20,17 +20,8 @@ import numpy as np
 import timm
 import torch
 
-from featcache.backbone.checkpoint import (
-    DESCRIPTION,
-    BackboneKey,
-    Checkpoint,
-    CheckpointFacts,
-    CheckpointKey,
-    Split,
-    checkpoint_path,
-    open_checkpoint,
-    prune,
-)
+from featcache.backbone.checkpoint import DESCRIPTION, Checkpoint, checkpoint_path, open_checkpoint, prune
+from featcache.backbone.keys import BackboneKey, CheckpointFacts, CheckpointKey, Split
 from featcache.cache.pixels import cache_pixels
 from featcache.config import BackboneConfig
 from featcache.dataset.digests import digests, subject_digests

@@ -7,14 +7,13 @@ from pathlib import Path
 
 from featcache.backbone.checkpoint import (
     Checkpoint,
-    Split,
-    StartKey,
     list_checkpoints,
     open_checkpoint,
     refuse_trained,
     siblings,
     usable,
 )
+from featcache.backbone.keys import Split, StartKey
 from featcache.backbone.network import TimmBackbone, load_backbone
 from featcache.config import BackboneConfig
 from featcache.dataset.digests import digests

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from featcache.backbone.checkpoint import Split
+from featcache.backbone.keys import Split
 from featcache.backbone.network import load_backbone
 from featcache.cache.pixels import cache_pixels
 from featcache.dataset.algonauts import open_challenge

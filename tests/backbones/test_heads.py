@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from featcache.backbone.checkpoint import Split
+from featcache.backbone.keys import Split
 from featcache.backbone.network import load_backbone
 from featcache.cache.pixels import cache_pixels
 from featcache.dataset.algonauts import open_challenge

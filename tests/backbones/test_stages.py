@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import cli
-from featcache.backbone.checkpoint import StartKey, find_checkpoint, list_checkpoints
+from featcache.backbone.checkpoint import find_checkpoint, list_checkpoints
+from featcache.backbone.keys import StartKey
 from featcache.cache.extract import extract
 from featcache.cache.store import open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig

@@ -11,18 +11,8 @@ import numpy as np
 import timm
 import torch
 
-from featcache.backbone.checkpoint import (
-    BackboneKey,
-    Checkpoint,
-    CheckpointFacts,
-    CheckpointKey,
-    Split,
-    StartKey,
-    checkpoint_path,
-    open_checkpoint,
-    record,
-    save_weights,
-)
+from featcache.backbone.checkpoint import Checkpoint, checkpoint_path, open_checkpoint, record, save_weights
+from featcache.backbone.keys import BackboneKey, CheckpointFacts, CheckpointKey, Split, StartKey
 from featcache.backbone.network import Backbone, load_backbone
 from featcache.config import BackboneConfig
 from featcache.dataset.digests import digests, subject_digests
