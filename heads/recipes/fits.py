@@ -3,13 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 from featcache.cache.store import Row
 from featcache.machine.memory import free_memory
 from heads.config import HEADS, FitConfig
 from heads.solvers.layers.priors import DEPTHS, prior_set
-from heads.solvers.layers.ridge import METHOD, LayeredSizes
+from heads.solvers.layers.sizes import SEARCH_IMAGES, LayeredSizes
 from heads.solvers.memory import CACHE_SHARE, FEATURE_SHARE, STACK_SHARE, Sizes, blockwise_bytes, whole_bytes
 from heads.solvers.ridge import VERTEX_BLOCK
 
@@ -128,8 +127,8 @@ def _layered(sizes: FitSizes) -> LayeredSizes:
 
 def _stack_bytes(counts: LayeredSizes, features: Features, room: float) -> float:
     """Bytes of the kernels of single places, of all images and of those on which priors are sought, where they fit."""
-    n_places, search = sum(math.prod(grid) for grid in features.grids.values()), cast(list[int], METHOD["search"])
-    whole, sought = (4.0 * n_places * n_images**2 for n_images in (counts.n_images, search[0]))
+    n_places = sum(math.prod(grid) for grid in features.grids.values())
+    whole, sought = (4.0 * n_places * n_images**2 for n_images in (counts.n_images, SEARCH_IMAGES))
     rows = 4.0 * counts.n_images * counts.n_features  # that kernels of all images are made of
     total = counts.n_sources * (whole + rows) if whole <= room else 0.0
     return total + (sought if counts.searched and sought <= room else 0.0)

@@ -14,7 +14,7 @@ Penalties over groups of features: Dupré la Tour et al. 2022, https://doi.org/1
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,22 +24,22 @@ from featcache.machine.device import matrix_products
 from featcache.machine.memory import memory_at_start, refuse_above, said, spare_memory
 from featcache.machine.progress import say
 from heads.config import RidgeConfig
-from heads.features.rows import BLOCK_BYTES
 from heads.solvers.base import Block, Fits, FoldFit, Problem, piece_of
 from heads.solvers.held_out import FoldPlan
+from heads.solvers.layers import sizes
 from heads.solvers.layers.axes import (
     LANDMARKS,
     Basis,
     PriorView,
     basis_of_features,
     landmark_features,
-    method_for,
     view_under,
 )
 from heads.solvers.layers.kernels import BLUR, LayerKernels
 from heads.solvers.layers.priors import CENTRES, DEPTH_WIDTH, DEPTHS, NARROW_IMAGES, WIDTHS, Prior, prior_set
+from heads.solvers.layers.sizes import LayeredSizes
 from heads.solvers.memory import CACHE_SHARE, FEATURE_SHARE, STACK_SHARE
-from heads.solvers.ridge import MAX_NUMBERS_AT_ONCE, held_out_errors, is_exact, penalties_of, penalty_errors
+from heads.solvers.ridge import held_out_errors, is_exact, penalties_of, penalty_errors
 
 _METHOD_WORDS = {
     "images": "dual, by kernels of images",
@@ -49,15 +49,8 @@ _METHOD_WORDS = {
 
 _SHARPNESS = 1 / 8  # of the weights of priors, per training image
 _NEGLIGIBLE = 0.01  # a prior with less than this share of the best prior's weight is left out
-# With more training images than this, priors are first compared on a sample: so many images, landmarks and vertices.
-_SEARCH_IMAGES = 1024
-_SEARCH_LANDMARKS = 512
-_SEARCH_VERTICES = 2048
-_FINALISTS = 8  # priors that are tried on all images after that
-_VERTEX_BLOCK = 4096
+_SEARCH_LANDMARKS, _SEARCH_VERTICES = 512, 2048  # on which priors are compared, besides `sizes.SEARCH_IMAGES`
 _WORST = 1e30  # error of a penalty that cannot be judged; finite, so that differences of errors are numbers
-_PENDING_BYTES = 256 << 20  # of dual weights that wait to be multiplied with features
-_WEIGHTS_BYTES = 2e9  # weights of a hemisphere that take more are not saved
 
 # One per decade: the mean over priors smooths between them, and each costs a product as large as a prediction.
 PENALTIES = tuple(10.0**k for k in range(-4, 5))
@@ -73,7 +66,7 @@ METHOD = {
     "sharpness": _SHARPNESS,
     "penalties": list(PENALTIES),
     "landmarks": LANDMARKS,
-    "search": [_SEARCH_IMAGES, _SEARCH_LANDMARKS, _SEARCH_VERTICES, _FINALISTS],
+    "search": [sizes.SEARCH_IMAGES, _SEARCH_LANDMARKS, _SEARCH_VERTICES, sizes.FINALISTS],
 }
 
 
@@ -108,82 +101,6 @@ def build_layered(problem: Problem) -> "LayeredRidge":
     return solver
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayeredSizes:
-    """Counts that decide the memory of a fit under priors.
-
-    n_fit : images to fit to, for each held-out fold
-    n_choices : separately chosen heads of a fold, at most
-    n_sources : sets of features, one for all folds or one for each
-    stack_bytes : of kernels of single places, if they are kept
-    held_bytes : of features that are kept in memory
-    cache_bytes : memory for decompositions
-    """
-
-    n_train: int
-    n_images: int
-    n_fit: tuple[int, ...]
-    n_choices: int
-    n_sources: int
-    n_features: int
-    n_priors: int
-    backbone_trained: bool
-    stack_bytes: float
-    held_bytes: float
-    cache_bytes: float
-
-    @property
-    def method(self) -> str:
-        """'images', 'features' or 'landmarks' (see axes.py)."""
-        return method_for(min(self.n_fit), self.n_features)
-
-    @property
-    def searched(self) -> bool:
-        """Whether priors are first compared on a sample of the images."""
-        return self.n_train > _SEARCH_IMAGES and self.n_priors > _FINALISTS
-
-    @property
-    def decomposed_bytes(self) -> float:
-        """Bytes of all decompositions, which serve any responses."""
-        if self.method == "images":
-            per_prior = 4.0 * self.n_images * sum(self.n_fit)
-        else:
-            n = min(LANDMARKS, self.n_features)
-            per_prior = 4.0 * n * (self.n_images * self.n_sources + n * len(self.n_fit))
-        return (_FINALISTS if self.searched else self.n_priors) * per_prior
-
-    @property
-    def recomputes(self) -> bool:
-        """Whether decompositions do not fit into their memory and are recomputed at every use."""
-        return self.decomposed_bytes > self.cache_bytes
-
-    @property
-    def n_saved(self) -> int:
-        """Number of sets of weights that are saved: one for the mean over folds, or one for each."""
-        return len(self.n_fit) if self.backbone_trained else 1
-
-    def saved_bytes(self, n_vertices: int) -> float:
-        """Bytes of the saved weights of a surface; 0 if they are too many to save."""
-        weights = 4.0 * self.n_features * n_vertices * self.n_saved
-        return weights if weights <= _WEIGHTS_BYTES else 0.0
-
-    def memory(self, n_vertices: int) -> float:
-        """Bytes that a fit of a surface takes: features, decompositions, predictions of every choice, responses."""
-        block = min(n_vertices, _VERTEX_BLOCK) if not self.recomputes else n_vertices
-        per_fold = 4.0 * self.n_images * block * self.n_choices
-        # a kernel, its centred copy, and both in float64
-        decomposition = 28.0 * self.n_images * (self.n_images if self.method == "images" else LANDMARKS)
-        kept = 0.0 if self.recomputes else self.decomposed_bytes
-        duals = 2 * min(4.0 * self.n_priors * self.n_images * block, _PENDING_BYTES)
-        errors = 16.0 * max(MAX_NUMBERS_AT_ONCE, self.n_train * block)
-        # read, centred, scaled, blurred, weighed
-        blocks = 6.0 * min(4 * self.n_images * self.n_features, BLOCK_BYTES)
-        weights = 4 * self.saved_bytes(n_vertices)  # of two surfaces, and their copies while they are written
-        predictions = per_fold * len(self.n_fit) + 12.0 * self.n_train * block
-        total = self.stack_bytes + decomposition + kept + predictions + duals + errors + blocks + weights
-        return 1.2 * (total + self.held_bytes)  # a fifth more for memory that the allocator cannot reuse
-
-
 class LayeredRidge:
     """Kernel ridge heads on all folds but one, for each fold in turn.
 
@@ -209,20 +126,17 @@ class LayeredRidge:
         self._priors = [self._all_priors for _ in self._rows]
         self._sizes = self._count(cache_bytes)
         shuffled = np.random.default_rng(0).permutation(self._n_train)
-        self._sample = np.sort(shuffled[:_SEARCH_IMAGES]) if self._sizes.searched else None
+        self._sample = np.sort(shuffled[: sizes.SEARCH_IMAGES]) if self._sizes.searched else None
         self._searched_for: str | None = None
         self._sampled: LayerKernels | None = None
         self.method, self.recomputes = self._sizes.method, self._sizes.recomputes
         self._cache: dict[tuple[Prior, int], Basis] | None = None if self.recomputes else {}
         # without the cache all decompositions would be recomputed for every block of vertices
-        self.vertex_block: int | None = None if self.recomputes else _VERTEX_BLOCK
+        self.vertex_block: int | None = None if self.recomputes else sizes.VERTEX_BLOCK
 
     def _count(self, cache_bytes: float) -> LayeredSizes:
         rows = self._kernels[0].rows
-        stacks = float(sum(kernels.stack_bytes for kernels in self._kernels))
-        if self._n_train > _SEARCH_IMAGES and len(self._all_priors) > _FINALISTS:
-            stacks += self._kernels[0].stack_bytes_of(_SEARCH_IMAGES)
-        return LayeredSizes(
+        counts = LayeredSizes(
             n_train=self._n_train,
             n_images=self._n_images,
             n_fit=tuple(map(len, self._rows)),
@@ -231,10 +145,13 @@ class LayeredRidge:
             n_features=rows.n_features,
             n_priors=len(self._all_priors),
             backbone_trained=self._plan.backbone_trained,
-            stack_bytes=stacks,
+            stack_bytes=float(sum(kernels.stack_bytes for kernels in self._kernels)),
             held_bytes=float(sum(kernels.rows.held_bytes for kernels in self._kernels)),
             cache_bytes=cache_bytes,
         )
+        if not counts.searched:
+            return counts
+        return replace(counts, stack_bytes=counts.stack_bytes + self._kernels[0].stack_bytes_of(sizes.SEARCH_IMAGES))
 
     def memory(self, n_vertices: int) -> float:
         return self._sizes.memory(n_vertices)
@@ -337,7 +254,7 @@ def _choose_greedily(explained: torch.Tensor) -> list[int]:
     """
     chosen: list[int] = []
     best = torch.zeros_like(explained[0])
-    while len(chosen) < min(_FINALISTS, len(explained)):
+    while len(chosen) < min(sizes.FINALISTS, len(explained)):
         gains = (explained - best).clamp_min(0).sum(1)
         gains[chosen] = -1
         chosen.append(int(gains.argmax()))
@@ -416,7 +333,7 @@ class _Saved:
         pending = self._pending[source]
         if prior not in pending:
             n_images = len(self._kernels[0].rows)
-            if 4 * n_images * self._n_vertices * len(pending) > _PENDING_BYTES:
+            if 4 * n_images * self._n_vertices * len(pending) > sizes.PENDING_BYTES:
                 self._flush(source)
             pending = self._pending[source]
             pending[prior] = weights.new_zeros(n_images, self._n_vertices)

@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 import heads.solvers.layers.axes
-import heads.solvers.layers.ridge
+import heads.solvers.layers.sizes
 from featcache.cache.store import Row, create_store
 from heads.config import RidgeConfig
 from heads.features.rows import LayerRows
@@ -337,8 +337,8 @@ def test_weights_have_their_energy_where_it_was_planted(flat_fit, whole_fit):
 
 
 def searching(monkeypatch, images=50, finalists=3):
-    monkeypatch.setattr(heads.solvers.layers.ridge, "_SEARCH_IMAGES", images)
-    monkeypatch.setattr(heads.solvers.layers.ridge, "_FINALISTS", finalists)
+    monkeypatch.setattr(heads.solvers.layers.sizes, "SEARCH_IMAGES", images)
+    monkeypatch.setattr(heads.solvers.layers.sizes, "FINALISTS", finalists)
 
 
 @pytest.mark.slow
@@ -435,7 +435,7 @@ def test_weights_too_large_to_keep_are_left_out_and_predictions_stay(tmp_path, m
     heads_, (values,) = made(tmp_path)
     y = responses_of(values)
     whole = heads_.fit(block_of(y))
-    monkeypatch.setattr(heads.solvers.layers.ridge, "_WEIGHTS_BYTES", 10)
+    monkeypatch.setattr(heads.solvers.layers.sizes, "WEIGHTS_BYTES", 10)
     small = heads_.fit(block_of(y))
     assert small.saved == {} and whole.saved
     assert_same_fits(small, whole)
@@ -447,7 +447,7 @@ def test_weights_too_large_to_keep_are_left_out_and_predictions_stay(tmp_path, m
 @pytest.mark.slow
 @both_modes
 def test_with_landmarks_saved_weights_are_the_predictions_and_blocks_change_nothing(tmp_path, monkeypatch, trained):
-    for module in (heads.solvers.layers.axes, heads.solvers.layers.ridge):
+    for module in (heads.solvers.layers.axes, heads.solvers.layers.sizes):
         monkeypatch.setattr(module, "LANDMARKS", 25)
     heads_, values = made(tmp_path, "dual", trained)
     assert heads_.method == "landmarks"
@@ -466,7 +466,7 @@ def test_with_landmarks_saved_weights_are_the_predictions_and_blocks_change_noth
 
 
 def test_landmarks_lose_little_of_a_planted_field(planted, flat_fit, whole_fit, monkeypatch):
-    for module in (heads.solvers.layers.axes, heads.solvers.layers.ridge):
+    for module in (heads.solvers.layers.axes, heads.solvers.layers.sizes):
         monkeypatch.setattr(module, "LANDMARKS", 60)
     _, r = on_planted(planted, EVERYWHERE)
     assert r > flat_fit[1] + 0.1 and r > whole_fit[1] - 0.05
