@@ -4,8 +4,8 @@ On the disk both are JSON in the store's `zarr.json`. `to_json` gives the same k
 leaves out what does not apply, so that the fingerprint in a store's name never changes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from featcache.cache.store import Store
@@ -13,22 +13,18 @@ from featcache.errors import StoreError
 
 
 @dataclass(frozen=True, kw_only=True)
-class FoldKey:
-    """The training that a backbone went through, and the fold of images that it did not see.
+class _TrainingKey:
+    """The training that a backbone went through.
 
     stage : 'pretrain' or 'finetune'
     training : fingerprint of the settings of the training, the same for all of its folds
     soup : number of trainings whose weights were averaged; None for weights that were trained. Such means are no longer
         made; those that were made are still read
-    fold, n_folds, seed : the fold that was held out, of how many, and the seed that drew them
     """
 
     stage: str
     training: str
     soup: int | None = None
-    fold: int
-    n_folds: int
-    seed: int
 
     @property
     def label(self) -> str:
@@ -38,20 +34,42 @@ class FoldKey:
     @classmethod
     def from_json(cls, mapping: Mapping[str, Any]) -> Self:
         """Key of a training, from the JSON of a store. Raises KeyError for what is missing."""
-        return cls(
-            stage=mapping["stage"],
-            training=mapping["training"],
-            soup=mapping.get("soup"),
-            fold=mapping["fold"],
-            n_folds=mapping["n_folds"],
-            seed=mapping["seed"],
-        )
+        names = [one.name for one in fields(cls)]
+        values: dict[str, Any] = {name: mapping.get(name) if name == "soup" else mapping[name] for name in names}
+        return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
         """The key as stores have it."""
-        soup = {} if self.soup is None else {"soup": self.soup}
-        rest = {"fold": self.fold, "n_folds": self.n_folds, "seed": self.seed}
-        return {"stage": self.stage, "training": self.training} | soup | rest
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldKey(_TrainingKey):
+    """One training of a backbone, and the fold of images that it did not see.
+
+    fold, n_folds, seed : the fold that was held out, of how many, and the seed that drew them
+    """
+
+    fold: int
+    n_folds: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutFolds(_TrainingKey):
+    """One training of a backbone, and its folds that are read together, as prediction stores have them.
+
+    held_out : the fold that each of its backbones did not see
+    """
+
+    n_folds: int
+    seed: int
+    held_out: list[int]
+
+    @classmethod
+    def of(cls, keys: Sequence[FoldKey]) -> Self:
+        """Some folds of one training."""
+        return cls.from_json(keys[0].to_json() | {"held_out": [key.fold for key in keys]})
 
 
 @dataclass(frozen=True, kw_only=True)

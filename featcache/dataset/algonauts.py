@@ -297,7 +297,7 @@ def _notes_on_missing(subjects: Sequence[Subject]) -> list[str]:
 
     notes = []
     if names := names_where(lambda subject, surface: subject.fsaverage[surface] is None):
-        notes.append(f"no fsaverage masks ({names}): the same place of two subjects cannot be told")
+        notes.append(f"no fsaverage masks ({names}): vertices of different subjects cannot be matched")
     if names := names_where(lambda subject, surface: not subject.rois[surface]):
         notes.append(f"no ROI masks ({names}): scores are per hemisphere only, and --head roi has no ROI")
     any_ceiling = any(ceiling is not None for subject in subjects for ceiling in subject.noise_ceiling.values())

@@ -38,17 +38,18 @@ class Model:
     @property
     def backbone_trained(self) -> bool:
         """Whether the backbone was trained, once for each fold."""
-        return self.key.fold is not None
+        return self.key.training is not None
 
     @property
     def stage(self) -> str:
         """Stage of the backbone's training, or 'frozen'."""
-        return "frozen" if self.key.fold is None else str(self.key.fold["stage"])
+        return "frozen" if self.key.training is None else self.key.training.stage
 
     @property
     def seen_ids(self) -> dict[int, np.ndarray]:
         """{fold: ids of the images that the backbone of its predictions was trained on}; {} for a frozen backbone."""
-        return {} if self.key.fold is None else dict(zip(self.key.fold["held_out"], self.facts.seen, strict=True))
+        training = self.key.training
+        return {} if training is None else dict(zip(training.held_out, self.facts.seen, strict=True))
 
 
 SubjectModels = dict[Subject, list[Model]]
@@ -128,7 +129,7 @@ def usable_models(subject: Subject, work: Path) -> list[Model]:
         key = models[store.name].key
         changed = [name for name, digest in digests.items() if getattr(key, name, None) not in (None, digest)]
         widths = {surface: array.shape[1] for surface, array in store.arrays.items()}
-        if (key.features["images"], key.responses) != data:
+        if (key.images, key.responses) != data:
             return "fitted to other images or responses than the tree has now"
         if widths != subject.n_vertices:
             found = " and ".join(str(widths.get(surface, 0)) for surface in subject.surfaces)

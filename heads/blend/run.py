@@ -173,8 +173,7 @@ def _publish(files: Workdir, challenge: Challenge, models: SubjectModels) -> Pat
     shutil.rmtree(files.submission, ignore_errors=True)
     files.submission_staging.rename(files.submission)
     path = files.submission_zip
-    if missing := [subject.name for subject in challenge.subjects if subject not in models]:
+    if len(models) < len(challenge.subjects):
         path.unlink(missing_ok=True)  # an older blend's
-        say(f"no {path.name}: {', '.join(missing)} of the tree have no predictions; extract and fit them first")
         return None
     return write_zip(files.submission, challenge.subjects, path)

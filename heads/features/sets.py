@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.cache.keys import FeatureFacts, FeatureKey, FoldKey
+from featcache.cache.keys import FeatureFacts, FeatureKey, FoldKey, HeldOutFolds
 from featcache.cache.store import Store, list_stores
 from featcache.config import CLASS_TOKEN
 from featcache.dataset.digests import image_digest
@@ -72,8 +72,7 @@ class FeatureSet:
         if not self.backbone_trained:
             return key
         weights = [feature_key.weights for feature_key in self.keys]
-        training = {name: value for name, value in key["fold"].items() if name != "fold"}
-        return key | {"weights": weights, "fold": training | {"held_out": list(self.held_out)}}
+        return key | {"weights": weights, "fold": HeldOutFolds.of(self.trainings).to_json()}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -130,7 +129,7 @@ def feature_sets(subject: Subject, work: Path) -> list[FeatureSet]:
     """The complete features of the subject's current images. Says which stores are left out, and why."""
     stores = subject_stores(subject, Workdir(work).features, "extract")
     digest = image_digest(subject, work) if stores else ""
-    stores = keep(subject, stores, lambda store: "" if store.key["images"] == digest else "made from other images")
+    stores = keep(subject, stores, lambda s: "" if FeatureKey.of(s).images == digest else "made from other images")
     stores = keep(subject, stores, lambda store: _older_fault(store, stores))
     families: dict[str, list[Store]] = {}
     for store in stores:
@@ -157,11 +156,8 @@ def newer_fault(store: Store, alike: Sequence[Store], what: str) -> str:
 
 def _family(store: Store) -> str:
     """Name that stores share only if they are folds of one training."""
-    training = store.key["fold"]
-    if training is None:
-        return store.name
-    alike = {name: value for name, value in store.key.items() if name not in ("weights", "fold")}
-    return repr(alike | {name: value for name, value in training.items() if name != "fold"})
+    key = FeatureKey.of(store)
+    return store.name if key.fold is None else repr(replace(key, weights="", fold=replace(key.fold, fold=0)))
 
 
 def _fold(store: Store) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from featcache.cache.keys import HeldOutFolds
 from featcache.config import LayerConfig, fingerprint
 from featcache.dataset.digests import response_digest, subject_digests
 from featcache.dataset.subject import Subject
@@ -71,16 +72,23 @@ class PredictionKey:
         return str(self.features["backbone"])
 
     @property
-    def fold(self) -> Mapping[str, Any] | None:
-        """How the backbone was trained: stage, n_folds, seed, held_out; None for a frozen one."""
-        fold: Mapping[str, Any] | None = self.features["fold"]
-        return fold
+    def training(self) -> HeldOutFolds | None:
+        """How the backbone was trained; None for a frozen one."""
+        training = self.features["fold"]
+        return None if training is None else HeldOutFolds.from_json(training)
+
+    @property
+    def images(self) -> str:
+        """Digest of the images."""
+        return str(self.features["images"])
 
     @property
     def folds(self) -> tuple[int, int]:
         """Number and seed of the folds that the predictions are out of."""
-        fold = self.fold or {"n_folds": self.n_folds, "seed": self.seed}
-        return int(fold["n_folds"]), int(fold["seed"])
+        if (training := self.training) is not None:
+            return training.n_folds, training.seed
+        assert self.n_folds is not None and self.seed is not None  # heads on a frozen backbone choose folds themselves
+        return self.n_folds, self.seed
 
     @property
     def read(self) -> Sequence[str]:
@@ -101,7 +109,7 @@ class PredictionKey:
         default. The digits change with everything that decides the model.
         """
         # a backbone that was trained has other weights for every fold and, in stage 2, for every subject
-        left_out = (*_OF_A_SUBJECT, "weights") if self.fold else _OF_A_SUBJECT
+        left_out = (*_OF_A_SUBJECT, "weights") if self.training else _OF_A_SUBJECT
         features = {name: value for name, value in self.features.items() if name not in left_out}
         model = {name: value for name, value in self.to_json().items() if name not in _OF_A_SUBJECT}
         digits = fingerprint(model | {"features": features})[:6]
@@ -119,14 +127,13 @@ class PredictionKey:
         return words + ([features["dtype"]] if features["dtype"] != "float32" else [])
 
     def _stage_words(self) -> str:
-        if self.fold is None:
+        if (training := self.training) is None:
             return ""
-        words = f" {self.fold['stage']}"
-        if "soup" in self.fold:  # of an earlier version, which could average checkpoints
-            words += f" soup of {self.fold['soup']}"
-        held_out = self.fold["held_out"]
-        if len(held_out) < self.fold["n_folds"]:  # its score is over other images than a whole model's
-            words += f" fold {','.join(map(str, held_out))}"
+        words = f" {training.stage}"
+        if training.soup is not None:  # of an earlier version, which could average checkpoints
+            words += f" soup of {training.soup}"
+        if len(training.held_out) < training.n_folds:  # its score is over other images than a whole model's
+            words += f" fold {','.join(map(str, training.held_out))}"
         return words
 
     def _setting_words(self) -> list[str]:

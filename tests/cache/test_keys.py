@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featcache.cache.keys import FeatureFacts, FeatureKey, FoldKey
+from featcache.cache.keys import FeatureFacts, FeatureKey, FoldKey, HeldOutFolds
 from featcache.cache.store import create_store
 from featcache.config import fingerprint
 from featcache.errors import StoreError
@@ -48,6 +48,20 @@ def test_the_fields_of_a_key_are_what_was_written():
     assert trained.fold == FoldKey(stage="pretrain", training="0123456789ab", fold=2, n_folds=5, seed=0)
     assert mean.fold is not None and mean.fold.soup == 3
     assert (trained.fold.label, mean.fold.label) == ("pretrain", "finetune-soup")
+
+
+def test_folds_of_a_training_are_named_together_as_prediction_stores_have_them():
+    for written, soup in ((FOLD, ""), (SOUP, '"soup": 3, ')):
+        first = FoldKey.from_json(json.loads(f"{{{written}}}"))
+        together = HeldOutFolds.of([first, replace(first, fold=4)])
+        begin = f'{{"stage": "{first.stage}", "training": "0123456789ab", {soup}"n_folds": 5, "seed": {first.seed}'
+        assert json.dumps(together.to_json()) == f'{begin}, "held_out": [{first.fold}, 4]}}'
+        assert HeldOutFolds.from_json(together.to_json()) == together and together.label == first.label
+
+
+def test_a_training_without_its_fold_is_refused():
+    with pytest.raises(KeyError, match="n_folds"):
+        FoldKey.from_json({"stage": "pretrain", "training": "0123456789ab", "fold": 2, "seed": 0})
 
 
 def test_the_order_of_an_older_store_does_not_matter():

@@ -203,7 +203,7 @@ def test_a_name_has_pooling_and_precision_where_they_are_not_the_usual(features,
 
 
 @pytest.mark.parametrize(
-    ("key", "folds", "fold", "read"),
+    ("key", "folds", "training", "read"),
     [
         (RIDGE, (5, 0), None, ["pooled", "layer2", "layer4"]),
         (JOINT, (5, 0), None, ["layer2", "layer4"]),
@@ -211,9 +211,10 @@ def test_a_name_has_pooling_and_precision_where_they_are_not_the_usual(features,
     ],
     ids=["frozen", "some layers", "trained"],
 )
-def test_a_key_says_folds_backbone_and_layers(key, folds, fold, read):
+def test_a_key_says_folds_backbone_and_layers(key, folds, training, read):
     view = PredictionKey.from_json(key)
-    assert (view.folds, view.fold, view.read, view.backbone) == (folds, fold, read, "test_resnet")
+    assert (view.folds, view.read, view.backbone) == (folds, read, "test_resnet")
+    assert (view.training and view.training.to_json()) == training
 
 
 def test_facts_are_written_as_they_were_read_and_leave_out_what_there_is_not():
