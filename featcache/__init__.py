@@ -23,6 +23,7 @@ _PUBLIC = {  # {name: where it is, and its name there if that is another}
     "BackboneConfig": "featcache.config",
     "BlendConfig": "heads.config",
     "Challenge": "featcache.dataset.subject",
+    "CoreConfig": "heads.config",
     "ExtractConfig": "featcache.config",
     "FeatcacheError": "featcache.errors",
     "FitConfig": "heads.config",

@@ -22,7 +22,17 @@ from heads.commands.options import (
     option_of,
     read,
 )
-from heads.config import HEADS, SOLVERS, AdamWConfig, BlendConfig, FitConfig, SpatialConfig, adamw_of, refuse_unread
+from heads.config import (
+    HEADS,
+    SOLVERS,
+    AdamWConfig,
+    BlendConfig,
+    CoreConfig,
+    FitConfig,
+    SpatialConfig,
+    adamw_of,
+    refuse_unread,
+)
 from heads.recipes.jobs import Job, Outcome
 
 if TYPE_CHECKING:
@@ -32,7 +42,7 @@ _OLD_SOLVERS = {"exact": "ridge"}  # {name in earlier versions: name}
 _LOOPS = {head: vars(adamw_of(head)) for head in HEADS}
 
 
-@command(FitConfig, AdamWConfig, SpatialConfig, old={"seed": "seed"}, presets={AdamWConfig: _LOOPS})
+@command(FitConfig, AdamWConfig, SpatialConfig, CoreConfig, old={"seed": "seed"}, presets={AdamWConfig: _LOOPS})
 def fit_heads(
     context: typer.Context,
     data: Data = DATA,
@@ -48,6 +58,7 @@ def fit_heads(
         options | {"solver": solver},
         adamw=replace(adamw_of(options["head"]), **given(AdamWConfig, options)),
         spatial=read(SpatialConfig, options),
+        core=read(CoreConfig, options),
     )
     refuse_unread(on_command_line(context), config)
     return Job(config, lambda: _fit(open_tree(data, noise_ceiling).select(subject), config, work))

@@ -85,6 +85,7 @@ PANELS = (
     "Layers",
     "Heads",
     "Spatial heads",
+    "Shared core",
     "Blend",
     "Training",
     "Training, in detail",

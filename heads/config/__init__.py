@@ -3,6 +3,7 @@
 from heads.config.blending import BLEND_PRESETS, BLENDS, LEVELS, BlendConfig, blend_preset
 from heads.config.fitting import (
     AdamWConfig,
+    CoreConfig,
     FitConfig,
     RidgeConfig,
     SpatialConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "STAGES",
     "AdamWConfig",
     "BlendConfig",
+    "CoreConfig",
     "FitConfig",
     "RidgeConfig",
     "SpatialConfig",

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from featcache.errors import ConfigError
 
 
-def check_dropout(value: float) -> None:
+def check_dropout(value: float, option: str = "token-dropout") -> None:
     if not 0 <= value < 1:
-        raise ConfigError("--token-dropout", expected="a number from 0 and below 1", found=value, remedy="correct it")
+        raise ConfigError(f"--{option}", expected="a number from 0 and below 1", found=value, remedy="correct it")
 
 
 def refuse_given(unread: Sequence[str], wanted: str, found: str) -> None:

@@ -44,7 +44,10 @@ def adamw_of(head: str) -> AdamWConfig:
 
 
 # Spatial heads start from the closed form, which long steps would only undo (docs/decisions/0015).
-_ADAMW = {"spatial": AdamWConfig(learning_rate=1e-4, epochs=30, batch_size=32)}
+_ADAMW = {
+    "spatial": AdamWConfig(learning_rate=1e-4, epochs=30, batch_size=32),
+    "core": AdamWConfig(learning_rate=2e-3, weight_decay=0.5, epochs=15, batch_size=64, patience=5),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,43 @@ class SpatialConfig:
         at_least("sparsity", self.sparsity, 0)
         check_dropout(self.token_dropout)
 
+    @property
+    def joint(self) -> bool:
+        """Whether one training serves several subjects."""
+        return self.space > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreConfig:
+    """A small network on cached maps that all subjects share (see heads.modules.core)."""
+
+    members: int = option(
+        3, "Networks that are trained from different first weights; predictions are their mean.", "Shared core"
+    )
+    hidden: int = option(256, "Channels that every layer is brought to.", "Shared core")
+    channels: int = option(128, "Channels of the core's output.", "Shared core")
+    blocks: int = option(2, "Residual blocks of the core.", "Shared core")
+    core_dropout: float = option(
+        0.3, "Fraction of the places of the core's output that training leaves out of an image.", "Shared core"
+    )
+
+    def __post_init__(self) -> None:
+        at_least("members", self.members, 1)
+        at_least("hidden", self.hidden, 1)
+        at_least("channels", self.channels, 1)
+        at_least("blocks", self.blocks, 0)
+        check_dropout(self.core_dropout, "core-dropout")
+
+    @property
+    def joint(self) -> bool:
+        """Whether one training serves several subjects."""
+        return True
+
+    @property
+    def readout(self) -> SpatialConfig:
+        """Settings of the readout of each subject."""
+        return SpatialConfig(rank=1, token_dropout=self.core_dropout, smoothness=0.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
@@ -106,7 +146,8 @@ class FitConfig:
     head: str = option(
         "linear",
         f"Kind of head: {', '.join(HEADS)}. linear: one linear map for each hemisphere. roi: one more linear "
-        "map for each ROI. spatial: maps over the places of layers.",
+        "map for each ROI. spatial: maps over the places of layers. core: a small network "
+        "on layers that all subjects share.",
         "Heads",
     )
     layers: str = option(
@@ -138,6 +179,7 @@ class FitConfig:
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
     spatial: SpatialConfig = field(default_factory=SpatialConfig)
+    core: CoreConfig = field(default_factory=CoreConfig)
 
     def __post_init__(self) -> None:
         one_of("head", self.head, tuple(HEADS))
@@ -190,7 +232,8 @@ class FitConfig:
     @property
     def joint(self) -> bool:
         """Whether one training serves several subjects."""
-        return self.solver_spec.fits and HEADS[self.head].settings is not None and self.spatial.space > 0
+        settings = HEADS[self.head].settings
+        return self.solver_spec.fits and settings is not None and bool(getattr(self, settings).joint)
 
     @property
     def shared_losses(self) -> dict[str, list[str]]:
@@ -230,12 +273,15 @@ def names_of(terms: Sequence[tuple[float, str]]) -> list[str]:
 def default_settings(head: str, spec: SolverSpec) -> dict[str, Any]:
     """Settings of a solver and its heads where nothing is asked for."""
     usual = FitConfig(head=head, adamw=adamw_of(head))
-    names = [name for name in (spec.settings, *(head.settings for head in HEADS.values())) if name]
+    names = [name for name in (spec.settings, HEADS[head].settings) if name]
     return {option: value for name in names for option, value in vars(getattr(usual, name)).items()}
 
 
-# options of fit-heads that decide something for some heads, and for every solver that fits
-_OF_SPATIAL = tuple(setting.name for setting in fields(SpatialConfig))
+# {head: options of fit-heads that decide something for these heads alone}, and options for every solver that fits
+_OF_HEADS = {
+    "spatial": tuple(setting.name for setting in fields(SpatialConfig)),
+    "core": tuple(setting.name for setting in fields(CoreConfig)),
+}
 _OF_A_FIT = ("loss", "head", "folds", "fold_seed", "seed")
 
 
@@ -246,7 +292,8 @@ def refuse_unread(given: Collection[str], config: FitConfig) -> None:
     found = f"--solver {config.solver}"
     if not any(spec.fits for spec in specs.values()):
         taken = f"{found}, which takes the heads of a checkpoint as they are"
-        unread = [name for name in (*_OF_A_FIT, *of_solvers, *_OF_SPATIAL) if name in given]
+        of_heads = [name for names in _OF_HEADS.values() for name in names]
+        unread = [name for name in (*_OF_A_FIT, *of_solvers, *of_heads) if name in given]
         refuse_given(unread, "a solver that fits heads", taken)
     if config.solver not in specs:
         found += f", which is {' and '.join(specs)} for --head {config.head} and this loss"
@@ -254,5 +301,6 @@ def refuse_unread(given: Collection[str], config: FitConfig) -> None:
         readers = [solver for solver, spec in SOLVERS.items() if name in spec.options]
         if name in given and specs.keys().isdisjoint(readers):
             refuse_given([name], f"--solver {' or '.join(readers)}", found)
-    if HEADS[config.head].settings is None:
-        refuse_given([name for name in _OF_SPATIAL if name in given], "--head spatial", f"--head {config.head}")
+    for head, names in _OF_HEADS.items():
+        if head != config.head:
+            refuse_given([name for name in names if name in given], f"--head {head}", f"--head {config.head}")

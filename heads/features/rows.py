@@ -1,16 +1,50 @@
 """Rows of a feature store as heads read them: from memory if they fit, else from the disk, chunk by chunk."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from featcache.cache.store import Store
-
 _CHUNKS = 8  # of each streamed array that are in memory at once
 BLOCK_BYTES = 64 << 20
+
+
+class _Source(Protocol):
+    """What holds rows: a feature store, or memory."""
+
+    @property
+    def arrays(self) -> Mapping[str, Any]:
+        """{array: what has a shape, (n_images, ...), and a dtype}"""
+
+    @property
+    def image_ids(self) -> Sequence[int] | np.ndarray:
+        """One for each row."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows of an array."""
+
+    def chunk_rows(self, name: str) -> int:
+        """Number of rows that are read together."""
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Rows of features that are in no store."""
+
+    arrays: Mapping[str, np.ndarray]
+
+    @property
+    def image_ids(self) -> range:
+        return range(len(next(iter(self.arrays.values()))))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self.arrays[name][start:stop]
+
+    def chunk_rows(self, name: str) -> int:
+        return len(self.arrays[name])
 
 
 class LayerRows:
@@ -23,15 +57,15 @@ class LayerRows:
 
     def __init__(
         self,
-        store: Store,
+        store: _Source,
         arrays: Sequence[str],
         device: str,
         budget: float,
         held: dict[str, np.ndarray] | None = None,
     ) -> None:
         self._store, self.device, self._n_images = store, device, len(store.image_ids)
-        self.grids = {name: _grid(store.arrays[name].shape[1:]) for name in arrays}
-        self.channels = {name: store.arrays[name].shape[-1] for name in arrays}
+        self.grids: dict[str, tuple[int, int]] = {name: _grid(store.arrays[name].shape[1:]) for name in arrays}
+        self.channels: dict[str, int] = {name: store.arrays[name].shape[-1] for name in arrays}
         self._held: dict[str, np.ndarray] = held or {}
         self._chunks: dict[tuple[str, int], np.ndarray] = {}
         if held:
@@ -40,6 +74,11 @@ class LayerRows:
         for name in sorted(arrays, key=self.n_bytes):
             if sum(map(self.n_bytes, self._held)) + self.n_bytes(name) <= budget:
                 self._held[name] = store.read(name)
+
+    @classmethod
+    def of_arrays(cls, arrays: dict[str, np.ndarray], device: str) -> "LayerRows":
+        """Rows in memory that are in no store. arrays : {array: (n_images, n_features) or (n_images, h, w, c)}"""
+        return cls(_Memory(arrays), tuple(arrays), device, 0, arrays)
 
     def __len__(self) -> int:
         return self._n_images
@@ -75,7 +114,7 @@ class LayerRows:
 
     def n_bytes(self, name: str) -> int:
         array = self._store.arrays[name]
-        return math.prod(array.shape) * array.dtype.itemsize
+        return int(math.prod(array.shape) * array.dtype.itemsize)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """(stop - start, n_places, n_channels) float32 on the device."""

@@ -187,12 +187,13 @@ def prediction_key(
         training = features.trainings[0]
         key |= {"n_folds": training.n_folds} | ({} if spec.random else {"seed": training.seed})
     reads_rois = spec.fits and HEADS[config.head].reads_rois
+    under_priors = spec.under_priors or (spec.fits and HEADS[config.head].under_priors)
     return PredictionKey(
         subject=subject.name,
         features=features.key(),
         responses=response_digest(subject, work),
         noise_ceiling=digests["noise_ceiling"] if spec.reads_noise_ceiling else None,
         rois=digests["rois"] if reads_rois else None,
-        kernels=METHOD if spec.under_priors and features.is_layered else None,
+        kernels=METHOD if under_priors and features.is_layered else None,
         **key,
     )

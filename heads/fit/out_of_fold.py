@@ -31,6 +31,7 @@ def predict_surface(
         for piece, values in zip(pieces, comparable(pieces, block.responses.mean(0)), strict=True):
             predictions[torch.from_numpy(piece.rows), vertices] = values.cpu()
         predictions[n_train:, vertices] = torch.stack([fold.test for fold in fits.folds]).mean(0).cpu()
+        saved |= {name: values.cpu() for name, values in fits.shared.items()}
         for name, values in fits.saved.items():
             if step >= n_vertices:
                 saved[name] = values.cpu()

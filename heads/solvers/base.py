@@ -4,9 +4,10 @@ A solver fits heads on all folds but one, for each fold in turn. `Problem` is wh
 `fit` is given, and `Fits` what comes back; `heads/fit/` does the rest without knowing what a head is.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -72,10 +73,12 @@ class Fits(NamedTuple):
     folds : one for each held-out fold
     saved : {(prefix, part): tensor}, the heads themselves; prefixes name folds. If `vertex_block` is set, the last axis
         of every tensor must be vertices
+    shared : the same, of what does not depend on the block of vertices
     """
 
     folds: list[FoldFit]
     saved: dict[tuple[str, str], torch.Tensor]
+    shared: Mapping[tuple[str, str], torch.Tensor] = MappingProxyType({})
 
 
 class Solver(Protocol):

@@ -150,8 +150,9 @@ class Task(NamedTuple):
 def train_head(head: Any, tasks: Sequence[Task], loss: Loss, config: AdamWConfig) -> list[Any]:
     """Train a head; for each choice, return the snapshot of the epoch that scored best on its rows.
 
-    A batch has rows of one task. With several tasks, the head also gets the task's number, and a choice is made by the
-    mean score over the vertices of all tasks. Batches differ between epochs; the torch seed decides them.
+    Without any choice, it returns the one head of the last epoch. A batch has rows of one task. With several tasks, the
+    head also gets the task's number, and a choice is made by the mean score over the vertices of all tasks. Batches
+    differ between epochs; the torch seed decides them.
     """
     ceilings = [
         None if t.noise_ceiling is None else torch.as_tensor(t.noise_ceiling, device=t.responses.device) for t in tasks
@@ -179,9 +180,9 @@ def train_head(head: Any, tasks: Sequence[Task], loss: Loss, config: AdamWConfig
         snapshot = _snapshot(head)
         for choice, stop in enumerate(stops):
             stop.update(snapshot, _mean_score(call_by_task, tasks, choice))
-        if all(stop.waited >= config.patience for stop in stops):
+        if stops and all(stop.waited >= config.patience for stop in stops):
             break
-    return [stop.best for stop in stops]
+    return [stop.best for stop in stops] or [snapshot]
 
 
 def _snapshot(head: Any) -> Any:

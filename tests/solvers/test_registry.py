@@ -6,10 +6,10 @@ from featcache.dataset.algonauts import open_challenge
 from heads.config import HEADS, SOLVERS, FitConfig
 from heads.config.solvers import HeadSpec, SolverSpec
 from heads.solvers.gradient import GradientSolver
+from heads.solvers.joint import JointSolver
 from heads.solvers.layers.ridge import LayeredRidge
 from heads.solvers.registry import build_solver
 from heads.solvers.ridge_folds import RidgeFolds, TrainedBackboneRidge
-from heads.solvers.spatial import SpatialSolver
 from heads.solvers.trained import TrainedMaps
 from support.problems import LAYERS, VECTOR, features_of, planted_responses, problem_of, responding
 
@@ -35,8 +35,8 @@ def built(tiny, tmp_path):
         ({}, LAYERS, True, LayeredRidge),
         ({"loss": "smooth_l1"}, VECTOR, False, GradientSolver),
         ({"head": "roi"}, LAYERS, True, GradientSolver),
-        ({"head": "spatial"}, LAYERS, False, SpatialSolver),
-        ({"head": "spatial", "solver": "adamw"}, LAYERS, True, SpatialSolver),
+        ({"head": "spatial"}, LAYERS, False, JointSolver),
+        ({"head": "spatial", "solver": "adamw"}, LAYERS, True, JointSolver),
         ({"solver": "trained"}, VECTOR, True, TrainedMaps),
         ({"solver": "trained", "head": "spatial"}, LAYERS, True, TrainedMaps),
     ],

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import featcache.cache.store
 import heads.features.rows
-import heads.solvers.spatial
+import heads.solvers.joint
 from featcache.cache.extract import extract
 from featcache.cache.store import Row, create_store, open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
@@ -28,7 +28,8 @@ from heads.modules.spatial import SpatialReadout
 from heads.scores.losses import LOSSES
 from heads.scores.metrics import pearson_r
 from heads.solvers.gradient import Task, train_head
-from heads.solvers.spatial import SpatialTraining, TraineeRows
+from heads.solvers.joint import TraineeRows
+from heads.solvers.spatial import SpatialTraining
 from heads.solvers.trained import predict
 from support.plans import assert_same_fits, block_of, plan_of
 
@@ -161,9 +162,9 @@ def r_of(trainee, config, trainees=None, number=0):
 
 def watched(monkeypatch):
     """The tasks of every training, one training a fold."""
-    trainings, honest = [], heads.solvers.spatial.train_head
+    trainings, honest = [], heads.solvers.joint.train_head
     monkeypatch.setattr(
-        "heads.solvers.spatial.train_head",
+        "heads.solvers.joint.train_head",
         lambda head, tasks, *settings: trainings.append(tasks) or honest(head, tasks, *settings),
     )
     return trainings
@@ -460,7 +461,7 @@ def test_no_subject_is_trained_on_what_another_chooses_by(tmp_path, monkeypatch)
 
     seen = []
     monkeypatch.setattr("heads.solvers.held_out.stop_split", by_row)
-    monkeypatch.setattr("heads.solvers.spatial.train_head", lambda head, tasks, *about: seen.extend(tasks) or [head])
+    monkeypatch.setattr("heads.solvers.joint.train_head", lambda head, tasks, *about: seen.extend(tasks) or [head])
     trainees = joint(tmp_path, 0, n_many=120, n_few=90)
     with suppress(LeakError):
         training_of(trainees, config_of(FEW, space=3)).heads(0)

@@ -1,0 +1,132 @@
+"""A small convolutional network on cached maps, shared by all subjects, with a readout for each of their vertices.
+
+Frozen layers are bent towards the responses by a few convolutions that every subject trains, and every vertex reads the
+result at its own places. This is a head on the cache: no image is decoded and no backbone runs.
+
+Source: Cowley, Stan, Pillow and Smith, Compact deep neural network models of visual cortex (2023).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from featcache.dataset.subject import Subject
+from heads.config import CoreConfig
+from heads.modules.by_subject import SpatialHeads
+from heads.modules.linear import SMALL
+from heads.modules.spatial import Rows, Shapes, Standardise
+
+CORE = "core"  # name of the core's output among rows, which have the names of arrays
+_HALVED = 8  # places a side from which the core halves the grid
+
+
+class Core(nn.Module):
+    """{array: standardised rows} -> {'core': (n_images, height, width, n_channels)}.
+
+    Every layer is brought to `hidden` channels by a linear map and to the grid of the layer with most places; their sum
+    goes through ReLU and a separable convolution, which halves a grid of 8 places or more, to `channels` channels, and
+    then through residual blocks.
+
+    shapes : {array: shape of a row}
+    """
+
+    def __init__(self, shapes: Shapes, config: CoreConfig) -> None:
+        super().__init__()
+        self._grid = max((_grid_of(shape) for shape in shapes.values()), key=math.prod)
+        self.inputs = nn.ModuleList(nn.Linear(shape[-1], config.hidden, bias=False) for shape in shapes.values())
+        self.norm = nn.BatchNorm2d(config.hidden)
+        self.step = nn.Sequential(*_separable(config.hidden, config.channels, _stride(self._grid)))
+        self.blocks = nn.ModuleList(_Block(config.channels) for _ in range(config.blocks))
+
+    @staticmethod
+    def shape(shapes: Shapes, config: CoreConfig) -> tuple[int, int, int]:
+        """Shape of a row of the output."""
+        height, width = max((_grid_of(shape) for shape in shapes.values()), key=math.prod)
+        stride = _stride((height, width))
+        return -(-height // stride), -(-width // stride), config.channels
+
+    def forward(self, rows: Rows) -> Rows:
+        layers = [self._on_grid(linear(values)) for linear, values in zip(self.inputs, rows.values(), strict=True)]
+        values = functional.relu(self.norm(torch.stack(layers).sum(0)))
+        values = functional.relu(self.step(values))
+        for block in self.blocks:
+            values = block(values)
+        return {CORE: values.permute(0, 2, 3, 1)}
+
+    def _on_grid(self, values: torch.Tensor) -> torch.Tensor:
+        """(n_images, n_channels, height, width) on the common grid; a vector is the same at all places."""
+        maps = values[:, None, None] if values.ndim == 2 else values
+        maps = maps.permute(0, 3, 1, 2)
+        if maps.shape[2:] == self._grid:
+            return maps
+        if maps.shape[2:] == (1, 1):
+            return maps.expand(-1, -1, *self._grid)
+        return functional.interpolate(maps, self._grid, mode="bilinear")
+
+
+class _Block(nn.Module):
+    """Residual block of one separable convolution; it starts as the identity."""
+
+    def __init__(self, n_channels: int) -> None:
+        super().__init__()
+        layers = _separable(n_channels, n_channels, 1)
+        nn.init.zeros_(layers[-1].weight)
+        self.step = nn.Sequential(*layers)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return functional.relu(values + self.step(values))
+
+
+def _separable(n_inputs: int, n_outputs: int, stride: int) -> list[Any]:
+    """A 3 x 3 convolution within channels, batch norm and ReLU, then one between channels and batch norm."""
+    return [
+        nn.Conv2d(n_inputs, n_inputs, 3, stride, padding=1, groups=n_inputs, bias=False),
+        nn.BatchNorm2d(n_inputs),
+        nn.ReLU(),
+        nn.Conv2d(n_inputs, n_outputs, 1, bias=False),
+        nn.BatchNorm2d(n_outputs),
+    ]
+
+
+def _grid_of(shape: Sequence[int]) -> tuple[int, int]:
+    return (shape[0], shape[1]) if len(shape) == 3 else (1, 1)
+
+
+def _stride(grid: tuple[int, int]) -> int:
+    return 2 if min(grid) >= _HALVED else 1
+
+
+class _Front(Standardise):
+    """The part that all subjects share: standardisation of the rows, then the core."""
+
+    def __init__(self, shapes: Shapes, config: CoreConfig) -> None:
+        super().__init__(shapes)
+        self.core = Core(shapes, config)
+
+    def forward(self, rows: Rows) -> Rows:
+        outputs: Rows = self.core(super().forward(rows))
+        return outputs
+
+
+class CoreHeads(SpatialHeads):
+    """The core of all subjects, and a spatial readout of its output for each.
+
+    shapes : {array: shape of a row}
+    """
+
+    def __init__(self, shapes: Shapes, subjects: Sequence[Subject], config: CoreConfig) -> None:
+        super().__init__({CORE: Core.shape(shapes, config)}, subjects, config.readout, SMALL)
+        self.standardise = _Front(shapes, config)
+
+    def saved_surface(self, subject: str, surface: str) -> dict[str, torch.Tensor]:
+        """The core and the readout of one surface: the tensors of the same heads of that surface alone."""
+        outputs = self.columns[subject, surface]
+        number = f"subjects.{self.names.index(subject)}."
+        readout = {
+            n.replace(number, "subjects.0."): t[outputs] for n, t in self.state_dict().items() if n.startswith(number)
+        }
+        return {n: t for n, t in self.state_dict().items() if n.startswith("standardise.")} | readout
