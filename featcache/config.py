@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from featcache.errors import ConfigError
 
@@ -13,6 +13,8 @@ PRODUCTS = ("float32", "tf32")  # how CUDA multiplies float32 matrices: as they 
 DTYPES = ("auto", "float32", "tf32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 DEFAULT_BACKBONE, DEFAULT_WEIGHTS = "convnext_xlarge", "hub"
+FITS = ("crop", "whole", "pad")  # how an image is brought to the size of the network's input
+DEFAULT_FIT = "crop"
 POOLED = "pooled"  # the layer that a network's own classifier reads
 CLASS_TOKEN = ".cls"  # ends the name of the array that holds the class token of a layer
 POOLS = ("avg", "max")
@@ -83,10 +85,21 @@ class BackboneConfig:
         envvar="FEATCACHE_SIZE",
         shown="as its weights were trained",
     )
+    fit: str | None = option(
+        None,
+        "How an image is brought to that size. crop: resized and cropped in the middle, as its weights were trained; "
+        "the border is lost. whole: the whole image, both sides scaled to the size. pad: the whole image, scaled by "
+        "its longer side, on the mean colour.",
+        "Backbone",
+        envvar="FEATCACHE_FIT",
+        shown=DEFAULT_FIT,
+    )
 
     def __post_init__(self) -> None:
         if self.size is not None:
             at_least("size", self.size, 16)
+        if self.fit is not None:
+            one_of("fit", self.fit, FITS)
 
     @property
     def resolved_name(self) -> str:
@@ -97,6 +110,15 @@ class BackboneConfig:
     def resolved_weights(self) -> str:
         """Weights to load: those that were given, or the default."""
         return self.weights or DEFAULT_WEIGHTS
+
+    @property
+    def resolved_fit(self) -> str:
+        """How an image is brought to the size, one of FITS: as was asked for, or the default."""
+        return self.fit or DEFAULT_FIT
+
+    def applied_to(self, trained: Self) -> Self:
+        """Settings of another backbone, with the size and the fit that are given here, if any."""
+        return replace(trained, size=self.size or trained.size, fit=self.fit or trained.fit)
 
     def admits(self, name: str) -> bool:
         """Whether a network of this name may be taken: it was named, or none was."""

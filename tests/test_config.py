@@ -37,6 +37,18 @@ def test_backbone_config_refuses_a_size_of_nothing():
         BackboneConfig(size=0)
 
 
+def test_backbone_config_refuses_a_fit_that_there_is_not():
+    with pytest.raises(ConfigError, match="--fit: expected one of crop, whole, pad; found 'squash'"):
+        BackboneConfig(fit="squash")
+
+
+def test_size_and_fit_that_are_given_go_over_those_of_another_backbone():
+    trained = BackboneConfig(name="a", weights="hub", size=64, fit="pad")
+    assert BackboneConfig(name="b", weights="none").applied_to(trained) == trained
+    expected = BackboneConfig(name="a", weights="hub", size=32, fit="crop")
+    assert BackboneConfig(size=32, fit="crop").applied_to(trained) == expected
+
+
 @pytest.mark.parametrize(
     ("settings", "option"), [({"pool": "median"}, "--pool"), ({"grid": "0"}, "--grid"), ({"grid": "wide"}, "--grid")]
 )

@@ -82,10 +82,13 @@ class Checkpoint:
         except (OSError, safetensors.SafetensorError) as error:
             raise _damaged(self.path, f"{path.name} cannot be read ({error})") from error
 
-    def backbone(self, device: str = "cpu", size: int | None = None) -> TimmBackbone:
-        """The backbone at the size it was trained at, or another. Raises CheckpointError or BackboneError."""
+    def backbone(self, device: str = "cpu", size: int | None = None, fit: str | None = None) -> TimmBackbone:
+        """The backbone, which reads images as in its training or, where they are given, at another size and fit.
+
+        Raises CheckpointError or BackboneError.
+        """
         path, trained = self._weights("backbone"), self.key.backbone
-        config = BackboneConfig(name=trained.name, weights=str(path), size=size or trained.size)
+        config = BackboneConfig(name=trained.name, weights=str(path), size=size or trained.size, fit=fit or trained.fit)
         return replace(load_backbone(config, device), origin=f"checkpoint {self.name}")
 
     def _weights(self, name: str) -> Path:

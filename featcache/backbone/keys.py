@@ -31,6 +31,16 @@ class BackboneKey:
     name: str  # timm's
     weights: str  # its weights before any training: hub, packaged, none, or file
     size: int  # pixels on a side
+    fit: str = "crop"  # how images are brought to that size, one of FITS
+
+    @classmethod
+    def from_json(cls, json: Mapping[str, Any]) -> Self:
+        """The network in the JSON of a checkpoint. Raises KeyError where it is none."""
+        return cls(name=json["name"], weights=json["weights"], size=json["size"], fit=json.get("fit", cls.fit))
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings by their names; those of the first checkpoints, which all cropped, have no fit."""
+        return {name: value for name, value in vars(self).items() if name != "fit" or value != "crop"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +70,11 @@ class CheckpointKey:
     def from_json(cls, json: Mapping[str, Any]) -> Self:
         """The key in the JSON of a checkpoint. Raises KeyError or TypeError where it is none."""
         rest = {name: value for name, value in json.items() if name not in _KEY_NAMES}
-        backbone, start, split = json["backbone"], json["start"], json["fold"]
+        start, split = json["start"], json["fold"]
         return cls(
             stage=json["stage"],
             subjects=json["subjects"],
-            backbone=BackboneKey(name=backbone["name"], weights=backbone["weights"], size=backbone["size"]),
+            backbone=BackboneKey.from_json(json["backbone"]),
             transform=json["transform"],
             timm=json["timm"],
             start=StartKey(weights=start["weights"], training=start["training"]),
@@ -80,7 +90,7 @@ class CheckpointKey:
             "kind": "checkpoint",
             "stage": self.stage,
             "subjects": self.subjects,
-            "backbone": dict(vars(self.backbone)),
+            "backbone": self.backbone.to_json(),
             "transform": self.transform,
             "timm": self.timm,
             "start": dict(vars(self.start)),

@@ -12,6 +12,7 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import nn
 
+from featcache.backbone.extent import TIMM_SETTINGS
 from featcache.backbone.fuse import fuse_batch_norms
 from featcache.backbone.taps import Taps, choose_taps, map_shapes
 from featcache.backbone.weights import build_network, fixed_size, refuse_unknown, weights_digest
@@ -66,9 +67,9 @@ class Backbone(Protocol):
 
 @dataclass(frozen=True)
 class TimmBackbone:
-    """A backbone of timm with timm's own transform, frozen and in evaluation mode as it is loaded.
+    """A backbone of timm with one of timm's transforms, frozen and in evaluation mode as it is loaded.
 
-    pixels : PIL image -> (3, height, width) uint8, resized and cropped as timm does for these weights
+    pixels : PIL image -> (3, height, width) uint8, resized, and cropped or padded where that was asked for
     transform_settings : what the whole transform does, in plain values
     digest : digest of every tensor, whatever file the weights came in
     origin : where the weights came from, in words
@@ -161,7 +162,7 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> TimmBackbone:
     # Channels last: convolutions ran 2 to 3 times as fast on a CPU, with features equal to 1e-6 (docs/decisions/0004).
     model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     size = {} if config.size is None else {"input_size": (3, config.size, config.size)}
-    settings = _data_settings(model, size)
+    settings = _data_settings(model, {**size, **TIMM_SETTINGS[config.resolved_fit]})
     return TimmBackbone(
         config.resolved_name,
         model.to(device),

@@ -113,7 +113,7 @@ def load_source(checkpoint: Checkpoint | None, config: ExtractConfig, device: st
 
 def _load(checkpoint: Checkpoint | None, config: ExtractConfig, device: str) -> Backbone:
     if checkpoint is not None:
-        return checkpoint.backbone(device, config.backbone.size)
+        return checkpoint.backbone(device, config.backbone.size, config.backbone.fit)
     refuse_trained(config.backbone.resolved_weights, "--checkpoint")
     if config.backbone.resolved_weights == "none":
         say(f"{config.backbone.resolved_name}: random weights, as asked; the scores will show it")

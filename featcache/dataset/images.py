@@ -1,14 +1,17 @@
 """Decoding of image files."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from featcache.dataset.subject import Fault
 from featcache.errors import ChallengeError
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on bad files
+_TURNED = range(5, 9)  # rotation flags that exchange width and height
 
 
 def load_image(path: Path) -> Image.Image:
@@ -18,10 +21,24 @@ def load_image(path: Path) -> Image.Image:
 
     Raises ChallengeError for a file that cannot be decoded to its end.
     """
+    with _opened(path) as image:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def image_shape(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels of an image as `load_image` gives it, from its header. Raises ChallengeError."""
+    with _opened(path) as image:
+        turned = image.width != image.height and image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+        return image.size[::-1] if turned else image.size
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file, open. What Pillow raises on it becomes a ChallengeError."""
     try:
         with Image.open(path) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except _UNREADABLE as error:
         raise ChallengeError(
             path,

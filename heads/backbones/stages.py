@@ -133,7 +133,7 @@ def _checkpoint(subjects: Sequence[Subject], split: Split, config: StageConfig, 
 def _backbone_key(settings: BackboneConfig, size: int) -> BackboneKey:
     weights = settings.resolved_weights
     source = weights if weights in ("hub", "packaged", "none") else "file"
-    return BackboneKey(name=settings.resolved_name, weights=source, size=size)
+    return BackboneKey(name=settings.resolved_name, weights=source, size=size, fit=settings.resolved_fit)
 
 
 def _seen_ids(checkpoint: Checkpoint, images: Images, start: Start) -> tuple[int, ...]:

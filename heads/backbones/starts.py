@@ -28,7 +28,7 @@ class Start:
     """The backbone that training starts from.
 
     checkpoint : the one that its weights are of; None for weights as they came
-    settings : of the first weights, before any training
+    settings : of the first weights, before any training, and of how images are read now
     """
 
     backbone: TimmBackbone
@@ -69,8 +69,9 @@ class Starts:
             return Start(load_backbone(source), None, source)
         checkpoint = open_checkpoint(source)
         trained = checkpoint.key.backbone
-        settings = BackboneConfig(name=trained.name, weights=trained.weights, size=trained.size)
-        return Start(checkpoint.backbone(size=self._config.backbone.size), checkpoint, settings)
+        settings = BackboneConfig(name=trained.name, weights=trained.weights, size=trained.size, fit=trained.fit)
+        settings = self._config.backbone.applied_to(settings)
+        return Start(checkpoint.backbone(size=settings.size, fit=settings.fit), checkpoint, settings)
 
     def _stage1(self, subject: Subject, split: Split) -> Path:
         """The stage-1 checkpoint of this fold in the work folder. A mean of several has to be named to be a start."""
@@ -89,7 +90,8 @@ class Starts:
 
     def _admits(self, checkpoint: Checkpoint) -> bool:
         asked, trained = self._config.backbone, checkpoint.key.backbone
-        return asked.admits(trained.name) and asked.size in (None, trained.size)
+        alike = asked.size in (None, trained.size) and asked.fit in (None, trained.fit)
+        return asked.admits(trained.name) and alike
 
     def _given(self, given: Checkpoint, subject: Subject, split: Split) -> Path:
         """The checkpoint of this fold beside the one that was named."""

@@ -11,7 +11,7 @@ from featcache.config import BackboneConfig
 from featcache.errors import ConfigError
 from featcache.workdir import Workdir
 from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, given, open_tree, read
-from heads.config import PAPER_SIZE, PRESETS, StageConfig, TrainConfig
+from heads.config import PAPER_FIT, PAPER_SIZE, PRESETS, StageConfig, TrainConfig
 from heads.config import preset as settings_of
 from heads.recipes.jobs import Job, Outcome
 
@@ -43,7 +43,8 @@ def _training_command(stage: str, meaning: str) -> Callable[..., Job]:
         preset: Annotated[
             str,
             typer.Option(
-                help=f"Set of defaults: {', '.join(PRESETS)}. paper: as published, at {PAPER_SIZE} pixels.",
+                help=f"Set of defaults: {', '.join(PRESETS)}. paper: as published, at {PAPER_SIZE} pixels "
+                "and of the whole image.",
                 rich_help_panel="Training",
             ),
         ] = PRESETS[0],
@@ -55,13 +56,13 @@ def _training_command(stage: str, meaning: str) -> Callable[..., Job]:
                 "--fold", expected=f"all or a number from 0 to {last}", found=f"{fold!r}", remedy="correct it"
             )
         options |= {"head": _OLD_HEADS.get(options["head"], options["head"])}
-        size = options["size"] or (PAPER_SIZE if preset == "paper" else None)
+        paper = {"size": PAPER_SIZE, "fit": PAPER_FIT} if preset == "paper" else {}
         config = read(
             StageConfig,
             options,
             stage=stage,
             train=replace(settings_of(preset, stage), **given(TrainConfig, options)),
-            backbone=read(BackboneConfig, options | {"size": size}),
+            backbone=read(BackboneConfig, paper | given(BackboneConfig, options)),
             fold=None if fold == "all" else int(fold),
         )
         return Job(config, lambda: _train(open_tree(data, noise_ceiling).select(subject), config, work))

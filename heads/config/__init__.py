@@ -12,7 +12,7 @@ from heads.config.fitting import (
 )
 from heads.config.losses import CORRELATIONS, LEAST_SQUARES, LOSS_NAMES, loss_label, parse_loss
 from heads.config.solvers import HEADS, SOLVERS
-from heads.config.training import PAPER_SIZE, PRESETS, STAGES, StageConfig, TrainConfig, preset
+from heads.config.training import PAPER_FIT, PAPER_SIZE, PRESETS, STAGES, StageConfig, TrainConfig, preset
 
 __all__ = [
     "BLENDS",
@@ -22,6 +22,7 @@ __all__ = [
     "LEAST_SQUARES",
     "LEVELS",
     "LOSS_NAMES",
+    "PAPER_FIT",
     "PAPER_SIZE",
     "PRESETS",
     "SOLVERS",

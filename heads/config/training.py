@@ -180,6 +180,7 @@ class TrainConfig:
 
 
 PAPER_SIZE = 384  # pixels on a side, where --size says nothing else
+PAPER_FIT = "whole"  # how an image is brought to that size, where --fit says nothing else
 
 PRESETS = ("fast", "paper")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from featcache.backbone.extent import fit_of
 from featcache.cache.keys import HeldOutFolds
 from featcache.config import LayerConfig, fingerprint
 from featcache.dataset.digests import response_digest, subject_digests
@@ -116,11 +117,11 @@ class PredictionKey:
         return " ".join([*self._feature_words(), *self.head_words, *self._setting_words(), digits])
 
     def _feature_words(self) -> list[str]:
-        """Backbone and size, stage, layers and their grids, pooling if not avg, precision if not float32."""
+        """Backbone and size, fit if not crop, stage, layers and grids, pooling if not avg, precision if not float32."""
         read, features = self.read, self.features
         layers = "+".join(read) if len(read) < 3 else f"{len(read)} layers"
-        size = features["transform"]["input_size"][-1]
-        words = [f"{self.backbone}@{size}{self._stage_words()} {layers}"]
+        size, fit = features["transform"]["input_size"][-1], fit_of(features["transform"])
+        words = [f"{self.backbone}@{size}{'' if fit == 'crop' else f' {fit}'}{self._stage_words()} {layers}"]
         grids = {"x".join(map(str, grid)): None for layer, grid in features.get("grids", {}).items() if layer in read}
         words += ["/".join(grids)] if grids else []
         words += [features["pool"]] if grids and features["pool"] != LayerConfig.pool else []

@@ -1,13 +1,16 @@
 """Files of maps: per vertex (.npz), means over ROIs (.csv), and pictures (.png)."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from featcache.backbone.extent import Extent, extent_of
+from featcache.dataset.images import image_shape
 from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
 from featcache.machine.progress import say
@@ -19,11 +22,14 @@ from heads.fit.run import score
 from heads.maps.plot import plot_maps
 from heads.maps.read import VertexMaps, read_maps
 
+Shapes = Counter[tuple[int, int]]  # number of images of each width and height
+
 
 @dataclass(frozen=True)
 class RoiMaps:
     """Means over the vertices of an ROI. Each vertex is weighed by its squared out-of-fold r: noise has maps too.
 
+    places : on the grids of the layers
     field : x, y and size as in `VertexMaps.fields`
     """
 
@@ -40,11 +46,12 @@ def export_maps(subjects: Sequence[Subject], pattern: str, work: Path) -> list[P
     Raises ConfigError where no model matches, StoreError where nothing was fitted.
     """
     pairs, draws = list(_models(subjects, pattern, work)), can_draw("maps")
-    return [path for subject, model in pairs for path in _export(subject, model, work, draws)]
+    shapes = {subject: Counter(map(image_shape, subject.train.paths)) for subject, _ in pairs}
+    return [path for subject, model in pairs for path in _export(subject, model, shapes[subject], work, draws)]
 
 
-def _export(subject: Subject, model: Model, work: Path, draws: bool) -> list[Path]:
-    maps = read_maps(model, work)
+def _export(subject: Subject, model: Model, shapes: Shapes, work: Path, draws: bool) -> list[Path]:
+    maps = read_maps(model, work, extent := _extent(subject, model, shapes))
     if maps is None:
         say(f"{subject.name}: left out {model.name}: no weights on places are kept of it")
         return []
@@ -58,8 +65,19 @@ def _export(subject: Subject, model: Model, work: Path, draws: bool) -> list[Pat
         return [vertices]
     _write_table(table, rois)
     if draws:
-        plot_maps(picture, rois, f"{subject.name}, {model.name}")
+        plot_maps(picture, rois, f"{subject.name}, {model.name}", extent)
     return [vertices, table, *([picture] if draws else [])]
+
+
+def _extent(subject: Subject, model: Model, shapes: Shapes) -> Extent:
+    """The part of the subject's training images that the network of a model saw; of most of them, where they differ."""
+    extents: Counter[Extent] = Counter()
+    for (width, height), n_images in shapes.items():
+        extents[extent_of(model.key.features["transform"], width, height)] += n_images
+    ((extent, n_images),) = extents.most_common(1)
+    if len(extents) > 1:
+        say(f"{subject.name}: images have several shapes; maps are in coordinates of {n_images} of {extents.total()}")
+    return extent
 
 
 def _models(subjects: Sequence[Subject], pattern: str, work: Path) -> Iterator[tuple[Subject, Model]]:
@@ -103,7 +121,8 @@ def roi_means(subject: Subject, model: Model, maps: Mapping[str, VertexMaps]) ->
 
 
 def _write_vertices(path: Path, maps: Mapping[str, VertexMaps]) -> None:
-    arrays: dict[str, Any] = {"layers": np.array(next(iter(maps.values())).layers)}
+    first = next(iter(maps.values()))
+    arrays: dict[str, Any] = {"layers": np.array(first.layers), "extent": np.array(astuple(first.extent))}
     for surface, of_surface in maps.items():
         arrays |= {f"{surface}/{name}": values for name, values in of_surface.places.items()}
         arrays |= {f"{surface}/layer_shares": of_surface.shares, f"{surface}/fields": of_surface.fields()}

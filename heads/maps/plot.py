@@ -4,14 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from featcache.backbone.extent import WHOLE, Extent
 from heads.blend.plot import new_figure
 
 if TYPE_CHECKING:
     from heads.maps.export import RoiMaps
 
 
-def plot_maps(path: Path, rois: "Sequence[RoiMaps]", title: str) -> None:
-    """Draw a row for each ROI: its mean map of each layer, and the layers' shares."""
+def plot_maps(path: Path, rois: "Sequence[RoiMaps]", title: str, extent: Extent = WHOLE) -> None:
+    """Draw a row for each ROI: its mean map of each layer, and the layers' shares.
+
+    The frame of a map is the image. What the network did not see of it is grey, and padding is cut off.
+
+    extent : the part of the image that maps span
+    """
+    edges = (extent.left, extent.right, extent.bottom, extent.top)
     layers = list(rois[0].places)
     figure = new_figure(1.3 * (len(layers) + 2), 1.15 * len(rois) + 0.8)
     figure.suptitle(title, fontsize=8)
@@ -20,8 +27,8 @@ def plot_maps(path: Path, rois: "Sequence[RoiMaps]", title: str) -> None:
         axis.set_title(name, fontsize=7)
     for row, roi in zip(axes, rois, strict=True):
         for axis, name in zip(row, layers, strict=False):
-            axis.imshow(roi.places[name], cmap="magma", vmin=0)
-            axis.set(xticks=[], yticks=[])
+            axis.imshow(roi.places[name], cmap="magma", vmin=0, extent=edges)
+            axis.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(1, 0), facecolor="0.8")
         row[0].set_ylabel(roi.roi, fontsize=7)
         row[-1].bar(range(len(roi.shares)), list(roi.shares.values()), color="0.4")
         row[-1].set(xticks=[], yticks=[], ylim=(0, max(roi.shares.values()) * 1.05))

@@ -2,7 +2,8 @@
 
 A map has the size of a vertex's weights at each place of a layer, on channels of unit variance; a layer's share is the
 size of all its weights. Both are of weights, not of variance explained: layers and places that resemble each other
-share them.
+share them. Places are those of a layer's grid, which spans what the network sees; fields are in coordinates of the
+image.
 """
 
 import re
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
+from featcache.backbone.extent import WHOLE, Extent
 from featcache.cache.store import open_store
 from featcache.errors import StoreError, first_line
 from featcache.workdir import Workdir
@@ -33,11 +35,13 @@ class VertexMaps:
 
     places : {layer: (n_vertices, height, width)}, which sum to 1 for each vertex
     shares : (n_vertices, n_layers) of each array in the order of `layers`, which sum to 1
+    extent : the part of the image that the places span
     """
 
     layers: tuple[str, ...]
     places: dict[str, np.ndarray]
     shares: np.ndarray
+    extent: Extent = WHOLE
 
     def together(self) -> np.ndarray:
         """The maps of all layers weighed by their shares, on one grid: (n_vertices, side, side), which sum to 1."""
@@ -52,11 +56,12 @@ class VertexMaps:
     def fields(self) -> np.ndarray:
         """(n_vertices, 3): x and y of the centre, from the left and the top, and the standard deviation about it.
 
-        All are parts of the image's side.
+        x is a part of the image's width and y of its height; the deviation is the root mean square of those in x and y.
         """
         weights = self.together().reshape(len(self.shares), -1)
-        at = (np.arange(_SIDE) + 0.5) / _SIDE
-        y, x = (axis.ravel() for axis in np.meshgrid(at, at, indexing="ij"))
+        at, extent = (np.arange(_SIDE) + 0.5) / _SIDE, self.extent
+        rows, columns = extent.top + extent.height * at, extent.left + extent.width * at
+        y, x = (axis.ravel() for axis in np.meshgrid(rows, columns, indexing="ij"))
         centre_x, centre_y = weights @ x, weights @ y
         squared = (x - centre_x[:, None]) ** 2 + (y - centre_y[:, None]) ** 2
         return np.stack([centre_x, centre_y, np.sqrt((weights * squared).sum(1) / 2)], 1)
@@ -65,8 +70,10 @@ class VertexMaps:
 Tensors = Mapping[str, torch.Tensor]
 
 
-def read_maps(model: Model, work: Path) -> dict[str, VertexMaps] | None:
+def read_maps(model: Model, work: Path, extent: Extent = WHOLE) -> dict[str, VertexMaps] | None:
     """{surface: maps} of a model's heads; None where they read no places, or their weights were not kept.
+
+    extent : the part of the image that the network saw
 
     Raises StoreError for a file of weights that is missing, damaged or of other heads.
     """
@@ -83,7 +90,8 @@ def read_maps(model: Model, work: Path) -> dict[str, VertexMaps] | None:
             for number, (_, tensors) in enumerate(heads)
         ]
         if sizes[0]:
-            maps[surface] = _maps({name: torch.stack([of[name] for of in sizes]).sum(0) for name in sizes[0]}, rows[0])
+            summed = {name: torch.stack([of[name] for of in sizes]).sum(0) for name in sizes[0]}
+            maps[surface] = _maps(summed, rows[0], extent)
     return maps or None
 
 
@@ -153,7 +161,7 @@ def _of_readout(head: Tensors, rows: LayerRows) -> dict[str, torch.Tensor]:
     return sizes
 
 
-def _maps(sizes: Tensors, rows: LayerRows) -> VertexMaps:
+def _maps(sizes: Tensors, rows: LayerRows, extent: Extent) -> VertexMaps:
     """Maps and shares, from sizes of weights at each place."""
     whole = torch.stack([size.square().sum(1).sqrt() for size in sizes.values()], 1)
     places = {
@@ -161,4 +169,4 @@ def _maps(sizes: Tensors, rows: LayerRows) -> VertexMaps:
         for name, size in sizes.items()
         if size.shape[1] > 1
     }
-    return VertexMaps(tuple(sizes), places, functional.normalize(whole, p=1, dim=1).numpy())
+    return VertexMaps(tuple(sizes), places, functional.normalize(whole, p=1, dim=1).numpy(), extent)

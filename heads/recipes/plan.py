@@ -7,7 +7,7 @@ says what is left out, and how near the figures came).
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ class _Work:
 
     features : {subject: {what tells them apart: features}}
     models : {subject: what tells its models apart}
-    pixels : {(subject, backbone, size): bytes of decoded images}
+    pixels : {(subject, backbone, size, fit): bytes of decoded images}
     decoded : those of these bytes that were counted
     """
 
@@ -198,7 +198,7 @@ class _Work:
         backbone, train = training.backbone, config.train
         network = outline(backbone, train.tapped, train.precision)
         for counts in subjects:
-            key = counts.name, backbone.resolved_name, backbone.size
+            key = counts.name, backbone.resolved_name, backbone.size, backbone.resolved_fit
             self.pixels[key] = float(counts.n_images * network.pixels)
         # stage 1 has heads of one surface after the other, stage 2 also those of ROIs
         n_outputs = max(counts.n_all_vertices for counts in subjects) * (1 if config.stage == "pretrain" else 2)
@@ -217,7 +217,7 @@ class _Work:
         ]
         follows = config.stage == "finetune" and config.init == "stage1" and before
         start = before[-1] if follows else config.backbone
-        return replace(start, size=config.backbone.size or start.size)
+        return config.backbone.applied_to(start)
 
     def _new_pixels(self, config: StageConfig) -> float:
         """Bytes of decoded images that are not counted yet; a full folder is cleared for others."""
@@ -240,9 +240,7 @@ class _Work:
     def _extract_from(
         self, config: ExtractConfig, training: _Training | None, subjects: Sequence[Counts]
     ) -> tuple[float, float]:
-        backbone = config.backbone
-        if training is not None:
-            backbone = replace(training.backbone, size=backbone.size or training.backbone.size)
+        backbone = config.backbone if training is None else config.backbone.applied_to(training.backbone)
         dtype = resolve_dtype(config.dtype, resolve_device(config.device))
         network = outline(backbone, config.layers, dtype)
         features = _features(network, training)

@@ -28,9 +28,10 @@ from featcache.backbone.checkpoint import (
 )
 from featcache.backbone.keys import Split
 from featcache.backbone.network import load_backbone
-from featcache.config import BackboneConfig
+from featcache.config import FITS, BackboneConfig
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.digests import digests
+from featcache.dataset.images import load_image
 from featcache.dataset.subject import Subject
 from featcache.errors import BackboneError, CheckpointError
 from featcache.workdir import Workdir
@@ -106,6 +107,17 @@ def test_the_backbone_loads_at_another_size(made):
     assert here.digest == there.digest and there.pixels(Image.new("RGB", (32, 32))).shape == (3, 64, 64)
     batch = images(64)
     assert torch.equal(*(one.pooled(batch) for one in (here, there)))
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_the_backbone_reads_images_as_it_was_trained_to_unless_it_is_asked(subjects, tmp_path, fit):
+    made = write_checkpoint(subjects, tmp_path, fit=fit)
+    picture = load_image(subjects[0].train.paths[0]).resize((90, 60))
+    for asked in (None, *FITS):
+        expected = load_backbone(BackboneConfig(name="test_resnet", weights="none", size=48, fit=asked or fit))
+        found = made.backbone(fit=asked)
+        assert found.transform_settings == expected.transform_settings
+        assert torch.equal(found.pixels(picture), expected.pixels(picture))
 
 
 def test_a_transformer_loads_at_another_size_with_its_positions_interpolated(subjects, tmp_path):

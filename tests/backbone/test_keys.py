@@ -18,7 +18,13 @@ def subjects(tiny: Path) -> tuple[Subject, ...]:
 
 @pytest.mark.parametrize(
     "about",
-    [{"settings": {"epochs": 3, "loss": "mse"}}, {"size": 64}, {"name": "test_convnext"}, {"stage": "finetune"}],
+    [
+        {"settings": {"epochs": 3, "loss": "mse"}},
+        {"size": 64},
+        {"fit": "whole"},
+        {"name": "test_convnext"},
+        {"stage": "finetune"},
+    ],
 )
 def test_another_training_has_another_fingerprint(subjects, tmp_path, about):
     assert key_of(subjects, tmp_path).training != key_of(subjects, tmp_path, **about).training
@@ -83,6 +89,14 @@ def test_a_key_is_on_the_disk_what_it_was_and_so_is_its_fingerprint(left_out, mo
     shared = {name: value for name, value in json_key.items() if name not in ("fold", "start", "subjects")}
     assert key.training == fingerprint(shared | {"start": "3d"})
     assert (key.label, key.backbone.size, key.split.n_folds) == ("finetune-subj03-convnext_xlarge-fold2", 224, 5)
+
+
+@pytest.mark.parametrize("fit", ["whole", "pad"])
+def test_a_fit_is_on_the_disk_where_it_does_not_crop(fit):
+    json_key = KEY | {"backbone": KEY["backbone"] | {"fit": fit}}
+    key = CheckpointKey.from_json(json_key)
+    assert key.backbone.fit == fit and key.to_json() == json_key
+    assert CheckpointKey.from_json(KEY).backbone.fit == "crop"
 
 
 @pytest.mark.parametrize("left_out", [(), ("taps", "digests"), ("digests", "weights", "epoch", "score")])

@@ -34,6 +34,36 @@ def test_the_transform_is_the_one_of_the_weights():
     assert torch.allclose(convnext.transform(grey), (1 - mean) / std, atol=1e-5)
 
 
+def framed(width, height, colour):
+    """A grey image with a frame of a colour, 1/32 of its longer side."""
+    frame = max(width, height) // 32
+    image = Image.new("RGB", (width, height), colour)
+    image.paste(Image.new("RGB", (width - 2 * frame, height - 2 * frame), (128, 128, 128)), (frame, frame))
+    return image
+
+
+@pytest.mark.parametrize("shape", [(425, 425), (600, 400), (100, 160)])
+@pytest.mark.parametrize(("fit", "sees"), [("crop", False), ("whole", True), ("pad", True)])
+def test_what_the_border_alone_shows_is_seen_by_whole_and_pad_and_lost_by_crop(fit, sees, shape):
+    backbone = load_backbone(BackboneConfig(name=LITE[0], weights="none", fit=fit))
+    one, other = (backbone.pixels(framed(*shape, colour)) for colour in ("red", "blue"))
+    assert one.shape == (3, 224, 224) and torch.equal(one, other) is not sees
+    if sees:  # on all four sides
+        differs = (one != other).any(0)
+        rows, columns = differs.any(1).nonzero(), differs.any(0).nonzero()
+        left, top = (min(1, side / max(shape)) if fit == "pad" else 1 for side in shape)
+        for at, part in ((columns, left), (rows, top)):
+            assert abs(at.min() - 112 * (1 - part)) <= 1 and abs(at.max() - 223 + 112 * (1 - part)) <= 1
+
+
+def test_crop_is_the_transform_of_the_weights_in_the_values_and_the_order_of_earlier_keys():
+    earlier = {"input_size": [3, 32, 32], "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
+    earlier |= {"crop_pct": 0.95, "crop_mode": "center"}
+    for fit in (None, "crop"):
+        found = load_backbone(BackboneConfig(name=SMALL, weights="none", size=32, fit=fit)).transform_settings
+        assert list(found.items()) == list(earlier.items())
+
+
 def test_a_size_that_the_network_cannot_take_is_refused():
     with pytest.raises(BackboneError, match="--size: expected a size that"):
         load_backbone(BackboneConfig(name="test_vit", weights="none", size=70)).taps(LayerConfig())

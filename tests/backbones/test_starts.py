@@ -1,11 +1,12 @@
 """What stage 2 starts from: the same fold of stage 1, of this tree, and none that saw what is held out."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from featcache.backbone.checkpoint import list_checkpoints
+from featcache.backbone.checkpoint import list_checkpoints, open_checkpoint
 from featcache.dataset.algonauts import open_challenge
 from featcache.errors import LeakError
 from heads.config import TrainConfig
@@ -58,6 +59,26 @@ def test_the_weights_file_of_a_checkpoint_is_refused_wherever_it_lies(work, tmp_
         ["extract", "--checkpoint", "none", "--weights"],
     ):
         assert f"found those of checkpoint {one.name}" in fails(capfd, *command, str(file))
+
+
+def test_stage_2_reads_images_as_its_start_did_unless_it_is_asked(work, capfd):
+    """The work folder has stage 1 of cropped images, too."""
+    where = [*QUICK_OPTIONS, "--fold", "0"]
+    done, _ = run(capfd, "pretrain", *where, "--fit", "whole")
+    (first,) = (open_checkpoint(Path(one["path"])) for one in done["checkpoints"])
+    assert (first.key.backbone.fit, first.key.transform["crop_mode"]) == ("whole", "squash")
+    where += ["--subject", "1", "--seed", "6"]
+
+    def trained(*options):
+        (made,) = run(capfd, "finetune", *where, *options)[0]["checkpoints"]
+        key = open_checkpoint(Path(made["path"])).key
+        return key.backbone.fit, key.transform["crop_mode"], key.start.training
+
+    assert trained("--fit", "whole") == ("whole", "squash", first.training)
+    assert trained("--init", str(first.path)) == ("whole", "squash", first.training)
+    assert trained("--init", str(first.path), "--fit", "pad") == ("pad", "border", first.training)
+    assert trained("--fit", "crop")[:2] == ("crop", "center")
+    assert "expected a stage-1 checkpoint of fold 0" in fails(capfd, "finetune", *where, "--fit", "pad")
 
 
 def test_two_stage_1_trainings_must_be_told_apart(work, capfd):

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from featcache.cache import store as store_module
 from featcache.cache.extract import Extracted, _plan, extract
 from featcache.cache.pixels import cache_pixels
 from featcache.cache.store import Store, open_store
-from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
+from featcache.config import FITS, BackboneConfig, ExtractConfig, LayerConfig
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.subject import Subject
 from featcache.errors import ChallengeError, ConfigError, StoreError
@@ -152,6 +153,10 @@ def test_batch_size_changes_rows_by_rounding_alone(tiny, tmp_path):
             "transform.input_size is [3, 64, 64], was [3, 48, 48]",
         ),
         (ExtractConfig(backbone=BACKBONE, dtype="bfloat16"), "dtype is bfloat16, was float32"),
+        (
+            ExtractConfig(backbone=replace(BACKBONE, fit="pad")),
+            "transform.crop_mode is border, was center; transform.crop_pct is 1.0, was 0.95",
+        ),
     ],
 )
 def test_a_changed_setting_makes_another_store_and_is_named(tiny, tmp_path, said, config, setting):
@@ -159,6 +164,30 @@ def test_a_changed_setting_makes_another_store_and_is_named(tiny, tmp_path, said
     second = run(tiny, tmp_path, config)
     assert {r.path for r in first}.isdisjoint(r.path for r in second) and all(r.n_new for r in second)
     assert any("a new store, because nothing matches" in line and setting in line for line in said)
+
+
+def redraw(tree: Path, draw: Callable[[int, Image.Image], Image.Image]) -> None:
+    """Replace every image of a tree by what is drawn for its number."""
+    paths = sorted(tree.glob("subj*/*/*_images/*.png"))
+    assert paths
+    for number, path in enumerate(paths):
+        draw(number, Image.open(path).convert("RGB")).save(path)
+
+
+def test_the_rows_of_whole_and_pad_know_the_border_and_those_of_crop_do_not(tree, tmp_path):
+    """Images are grey inside a frame of one pixel, whose brightness is all that they differ in."""
+
+    def framed(number: int, image: Image.Image) -> Image.Image:
+        frame = Image.new("RGB", (128, 128), (number * 40 % 256,) * 3)
+        frame.paste(Image.new("RGB", (126, 126), (128, 128, 128)), (1, 1))
+        return frame
+
+    redraw(tree, framed)
+    found = {fit: run(tree, tmp_path, replace(CONFIG, backbone=replace(BACKBONE, fit=fit))) for fit in FITS}
+    spread = {fit: np.ptp(rows(results)[0], axis=0).max() for fit, results in found.items()}
+    assert spread["crop"] < 1e-5 and min(spread["whole"], spread["pad"]) > 1e-3
+    assert len({result.path for results in found.values() for result in results}) == len(FITS) * 2
+    assert [r.path for r in run(tree, tmp_path)] == [r.path for r in found["crop"]]
 
 
 def test_one_changed_image_makes_another_store(tree, tmp_path, said):
@@ -228,11 +257,15 @@ def test_a_cuda_that_is_not_there_is_refused(tiny, tmp_path, monkeypatch):
         run(tiny, tmp_path, ExtractConfig(backbone=BACKBONE, device="cuda"))
 
 
-def test_cached_pixels_give_the_bits_that_image_files_give(tiny, tmp_path, monkeypatch):
-    expected = run(tiny, tmp_path / "files")
-    cache_pixels(open_challenge(tiny).subjects, load_backbone(BACKBONE), tmp_path / "cached", 1, 2)
+@pytest.mark.parametrize("fit", FITS)
+def test_cached_pixels_give_the_bits_that_image_files_give(tree, tmp_path, monkeypatch, fit):
+    redraw(tree, lambda number, image: image.resize((90, 60) if number % 2 else (48, 70)))
+    backbone = replace(BACKBONE, fit=fit)
+    config = replace(CONFIG, backbone=backbone)
+    expected = run(tree, tmp_path / "files", config)
+    cache_pixels(open_challenge(tree).subjects, load_backbone(backbone), tmp_path / "cached", 1, 2)
     monkeypatch.setattr("featcache.cache.extract.load_image", lambda path: pytest.fail(f"decoded {path}"))
-    found = run(tiny, tmp_path / "cached")
+    found = run(tree, tmp_path / "cached", config)
     assert [a.tobytes() for a in rows(found)] == [b.tobytes() for b in rows(expected)]
     assert [r.path.name for r in found] == [r.path.name for r in expected]
 

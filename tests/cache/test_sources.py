@@ -89,6 +89,18 @@ def test_a_store_of_a_checkpoint_says_how_it_was_trained_and_on_which_of_its_ima
         assert store.facts["origin"] == f"checkpoint {checkpoint.name}"
 
 
+@pytest.mark.parametrize(
+    ("asked", "mode"), [(None, "squash"), ("whole", "squash"), ("crop", "center"), ("pad", "border")]
+)
+def test_a_checkpoint_reads_images_as_it_was_trained_to_unless_it_is_asked(tiny, tmp_path, asked, mode):
+    write_checkpoint(subjects_of(tiny), tmp_path, fit="whole")
+    config = replace(AUTO, backbone=BackboneConfig(name="test_resnet", weights="none", fit=asked))
+    expected = load_backbone(replace(BACKBONE, fit=asked or "whole")).transform_settings
+    assert expected["crop_mode"] == mode
+    for store in stores(run(tiny, tmp_path, config)):
+        assert store.key["transform"] == expected
+
+
 def test_a_test_image_that_another_subject_trained_on_counts_as_seen(tiny, tmp_path):
     first, second = subjects_of(tiny)
     ids = np.concatenate([second.train.ids, first.train.ids[:1], second.test.ids[1:]])

@@ -17,8 +17,8 @@ from support.commands import SMALL, job_of, run
     [
         ((), ExtractConfig()),
         (
-            ("--backbone", "test_vit", "--size", "64", "--weights", "none"),
-            ExtractConfig(backbone=BackboneConfig(name="test_vit", size=64, weights="none")),
+            ("--backbone", "test_vit", "--size", "64", "--fit", "pad", "--weights", "none"),
+            ExtractConfig(backbone=BackboneConfig(name="test_vit", size=64, fit="pad", weights="none")),
         ),
         (("--layers", "pooled, layer2"), ExtractConfig(layers=LayerConfig(layers=("pooled", "layer2")))),
         (
@@ -40,7 +40,7 @@ def test_options_of_the_environment_count(monkeypatch):
     assert job_of("extract").config.backbone == expected
 
 
-@pytest.mark.parametrize("arguments", [("--batch-size", "0"), ("--grid", "0"), ("--size", "0")])
+@pytest.mark.parametrize("arguments", [("--batch-size", "0"), ("--grid", "0"), ("--size", "0"), ("--fit", "big")])
 def test_settings_that_cannot_work_are_refused_before_anything_is_read(arguments):
     with pytest.raises(ConfigError, match=arguments[0]):
         job_of("extract", *arguments)

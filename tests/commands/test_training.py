@@ -6,7 +6,7 @@ import pytest
 
 from featcache.config import BackboneConfig
 from featcache.errors import ConfigError
-from heads.config import PAPER_SIZE, StageConfig, preset
+from heads.config import PAPER_FIT, PAPER_SIZE, StageConfig, preset
 from support.commands import job_of, run
 
 STAGES = pytest.mark.parametrize("stage", ["pretrain", "finetune"])
@@ -19,8 +19,10 @@ STAGES = pytest.mark.parametrize("stage", ["pretrain", "finetune"])
         ((), "fast", {}),
         (("--fold", "2"), "fast", {"fold": 2}),
         (("--folds", "3", "--fold", "all", "--fold-seed", "4"), "fast", {"n_folds": 3, "fold_seed": 4}),
-        (("--preset", "paper"), "paper", {"backbone": BackboneConfig(size=PAPER_SIZE)}),
-        (("--recipe", "paper", "--size", "64"), "paper", {"backbone": BackboneConfig(size=64)}),
+        (("--preset", "paper"), "paper", {"backbone": BackboneConfig(size=PAPER_SIZE, fit=PAPER_FIT)}),
+        (("--recipe", "paper", "--size", "64"), "paper", {"backbone": BackboneConfig(size=64, fit=PAPER_FIT)}),
+        (("--preset", "paper", "--fit", "pad"), "paper", {"backbone": BackboneConfig(size=PAPER_SIZE, fit="pad")}),
+        (("--fit", "whole"), "fast", {"backbone": BackboneConfig(fit="whole")}),
         (("--head", "pooled"), "fast", {}),  # the name of linear heads in earlier versions
     ],
 )

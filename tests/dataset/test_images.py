@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache.dataset.images import image_fault, load_image
+from featcache.dataset.images import image_fault, image_shape, load_image
 from featcache.errors import ChallengeError
 
 
@@ -54,6 +54,22 @@ def test_rotation_flag_is_applied(tmp_path):
     exif[0x0112] = 6  # turn clockwise by a quarter to view
     Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
     assert load_image(tmp_path / "a.jpg").size == (4, 8)
+
+
+@pytest.mark.parametrize("flag", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_the_shape_in_a_header_is_that_of_the_image_as_it_is_loaded(tmp_path, name, flag):
+    exif = Image.Exif()
+    exif[0x0112] = flag
+    for shape in ((8, 4), (6, 6), (3, 9)):
+        Image.new("RGB", shape).save(tmp_path / name, exif=exif)
+        assert image_shape(tmp_path / name) == load_image(tmp_path / name).size
+
+
+def test_a_file_without_a_header_has_no_shape_and_is_named(tmp_path):
+    (path := tmp_path / "a.png").write_text("no image")
+    with pytest.raises(ChallengeError, match=r"a.png: expected a whole PNG or JPEG image"):
+        image_shape(path)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])

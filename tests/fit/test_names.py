@@ -152,6 +152,22 @@ def test_whatever_decides_a_model_changes_its_name(key):
     assert len(paths) > 20 and len({*names.values(), name_of(key)}) == len(paths) + 1
 
 
+@pytest.mark.parametrize(
+    ("transform", "word"),
+    [
+        ({"crop_mode": "squash", "crop_pct": 1.0}, " whole"),
+        ({"crop_mode": "border", "crop_pct": 1.0}, " pad"),
+        ({"crop_mode": "squash", "crop_pct": 0.9}, ""),
+        ({"crop_mode": "center", "crop_pct": 1.0}, ""),
+    ],
+)
+def test_a_name_says_where_the_backbone_sees_the_whole_image(transform, word):
+    for key, rest in ((RIDGE, " 3 layers 4x4/1x1 linear ridge"), (TRAINED, " finetune pooled trained")):
+        changed_key = deepcopy(key)
+        changed_key["features"]["transform"] |= transform
+        assert name_of(changed_key).rpartition(" ")[0] == f"test_resnet@32{word}{rest}"
+
+
 def test_weights_tell_frozen_backbones_apart():
     assert name_of(changed(RIDGE, ("features", "weights"))) != name_of(RIDGE)
 

@@ -7,6 +7,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import save_file
 
 from featcache.cache.extract import extract
@@ -62,7 +63,10 @@ def test_files_hold_the_maps_of_every_vertex_and_of_every_roi_with_vertices(plan
         for name, values in of_surface.places.items():
             np.testing.assert_array_equal(saved[f"{surface}/{name}"], values)
         np.testing.assert_array_equal(saved[f"{surface}/layer_shares"], of_surface.shares)
-        np.testing.assert_array_equal(saved[f"{surface}/fields"], of_surface.fields())
+        # in coordinates of the image, of which the network saw 0.1 to 0.9
+        seen = of_surface.fields() * 0.8 + [0.1, 0.1, 0]
+        np.testing.assert_allclose(saved[f"{surface}/fields"], seen, rtol=1e-5)
+    np.testing.assert_allclose(saved["extent"], [0.1, 0.1, 0.9, 0.9])
     table = table_of(files[".csv"])
     assert [row["roi"] for row in table] == ["all", "V1v", "FFA", "right"]
     assert [int(row["vertices"]) for row in table] == [10, 4, 1, 1]
@@ -77,7 +81,7 @@ def test_roi_means_are_weighed_by_squared_r(planted, said, unplotted):
     for roi in ("all", "V1v", "FFA"):
         total, shares, field = 0.0, np.zeros(3), np.zeros(3)
         for surface in SURFACES:
-            r, fields = score(subject, surface, model.store).r, maps[surface].fields()
+            r, fields = score(subject, surface, model.store).r, maps[surface].fields() * 0.8 + [0.1, 0.1, 0]
             for v in range(N_VERTICES[surface]):
                 if roi != "all" and not subject.rois[surface].get(roi, np.zeros(9))[v]:
                     continue
@@ -88,6 +92,19 @@ def test_roi_means_are_weighed_by_squared_r(planted, said, unplotted):
         found = [float(table[roi][f"share {name}"]) for name in SHAPES]
         np.testing.assert_allclose(found, shares / total, atol=1e-4)
         np.testing.assert_allclose([float(table[roi][k]) for k in ("x", "y", "size")], field / total, atol=1e-4)
+
+
+def test_images_of_several_shapes_are_said_and_most_of_them_count(planted, said, unplotted, tmp_path):
+    work, subject, _ = planted
+    paths = list(subject.train.paths)
+    for number in range(100):
+        paths[number] = tmp_path / f"{number}.png"
+        Image.new("RGB", (8, 4) if number % 4 else (4, 4)).save(paths[number])
+    others = replace(subject, train=replace(subject.train, paths=tuple(paths)))
+    np.testing.assert_allclose(arrays_of(exported(work, others)[".npz"])["extent"], [0.1, 0.1, 0.9, 0.9])
+    assert any("several shapes; maps are in coordinates of 165 of 240" in line for line in said)
+    wide = replace(subject, train=replace(subject.train, paths=(paths[1],) * len(paths)))
+    np.testing.assert_allclose(arrays_of(exported(work, wide)[".npz"])["extent"], [0.3, 0.1, 0.7, 0.9])
 
 
 def test_without_matplotlib_tables_are_written_and_it_is_said(planted, said, unplotted):

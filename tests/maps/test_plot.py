@@ -4,10 +4,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from featcache.backbone.extent import Extent
+from heads.blend.plot import new_figure
 from heads.maps.export import RoiMaps
 from heads.maps.plot import plot_maps
 
 pytest.importorskip("matplotlib")
+
+
+@pytest.mark.slow
+def test_the_frame_of_a_map_is_the_image(tmp_path, monkeypatch):
+    """What the network did not see is grey, and padding is cut off."""
+    figures = []
+    monkeypatch.setattr("heads.maps.plot.new_figure", lambda *size: figures.append(new_figure(*size)) or figures[-1])
+    for extent in (Extent(0.1, 0.2, 0.9, 0.8), Extent(0, -0.5, 1, 1.5)):
+        plot_maps(tmp_path / "a.png", [roi_maps("V1", 2)], "a title", extent)
+        for axis in figures[-1].axes[:2]:
+            assert (axis.get_xlim(), axis.get_ylim()) == ((0, 1), (1, 0))
+            (image,) = axis.images
+            assert image.get_extent() == [extent.left, extent.right, extent.bottom, extent.top]
 
 
 def roi_maps(name, n_layers):

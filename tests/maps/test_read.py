@@ -1,12 +1,14 @@
 """Maps say where a planted model looks, whatever heads it was fitted with."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from featcache.backbone.extent import WHOLE, Extent
 from featcache.cache.extract import extract
 from featcache.cache.store import create_store, open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
@@ -250,6 +252,23 @@ def some_maps(seed=0, n=5):
     places = {name: (one / one.sum((1, 2), keepdims=True)).astype(np.float32) for name, one in places.items()}
     shares = rng.dirichlet(np.ones(4), n)
     return VertexMaps(("low", "deep", "deep.cls", "pooled"), places, shares)
+
+
+@pytest.mark.parametrize(
+    "extent", [WHOLE, Extent(0.0625, 0.0625, 0.9375, 0.9375), Extent(0.2, 0, 0.8, 1), Extent(0, -0.25, 1, 1.25)]
+)
+def test_fields_are_in_coordinates_of_the_image(extent):
+    """Of what the network sees, the left is the extent's left, and so on."""
+    seen = some_maps(2)
+    fields, of_seen = replace(seen, extent=extent).fields(), seen.fields()
+    np.testing.assert_allclose(fields[:, 0], extent.left + (extent.right - extent.left) * of_seen[:, 0])
+    np.testing.assert_allclose(fields[:, 1], extent.top + (extent.bottom - extent.top) * of_seen[:, 1])
+    at, together = (np.arange(SIDE) + 0.5) / SIDE, seen.together()
+    x, y = extent.left + extent.width * at, extent.top + extent.height * at
+    for v, (centre_x, centre_y, deviation) in enumerate(fields):
+        along_x = together[v].sum(0) @ (x - centre_x) ** 2
+        along_y = together[v].sum(1) @ (y - centre_y) ** 2
+        assert deviation == pytest.approx(np.sqrt((along_x + along_y) / 2))
 
 
 def test_layers_are_put_together_by_their_shares_on_one_grid():

@@ -91,6 +91,15 @@ def test_the_disk_of_training_is_what_it_then_writes(planned):
     assert written["checkpoints"] + written["pixels"] == pytest.approx(step["disk"], rel=0.1)
 
 
+def test_images_are_decoded_once_for_each_fit(planned):
+    """The second training of a fit adds weights alone; another fit adds images as many as the first."""
+    train = '[[steps]]\nrun = "pretrain"\nfold = 0\nepochs = 1\nembedding = 2\nseed = {}\n{}\n'
+    fits = [(0, ""), (1, 'fit = "crop"'), (2, 'fit = "whole"')]
+    plan, _, _ = planned("".join(train.format(*about) for about in fits))
+    first, again, whole = (step["disk"] for step in plan)
+    assert first == whole > again > 0
+
+
 def test_a_later_step_counts_on_what_earlier_ones_leave(planned):
     """Features of every checkpoint, and heads of every one of their features; nothing twice."""
     train = '[options]\nepochs = 1\n[[steps]]\nrun = "pretrain"\nfolds = 3\n'

@@ -264,7 +264,7 @@ def test_recipes_of_the_repository_are_checked_without_a_mistake(tree, path, mon
 def test_the_paper_recipe_trains_every_backbone_of_the_paper_under_every_loss():
     steps = read_recipe(ROOT / "recipes/paper.toml", commands_of(typer.main.get_command(cli.app)), {})
     trained = [step for step in steps if step.command in ("pretrain", "finetune")]
-    assert all("--preset=paper" in step.arguments for step in trained)
+    assert all({"--preset=paper", "--fit=whole"} <= set(step.arguments) for step in trained)
     tuned = {(step.own["backbone"], step.own["loss"]) for step in trained if step.command == "finetune"}
     assert len(tuned) == 7 * 3 and len(trained) == 7 + 7 * 3
     assert {step.own["backbone"] for step in trained[:7]} == {backbone for backbone, _ in tuned}

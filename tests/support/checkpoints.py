@@ -39,19 +39,20 @@ def key_of(
     stage: str = "pretrain",
     name: str = "test_resnet",
     size: int = 48,
+    fit: str = "crop",
     start: Checkpoint | None = None,
     settings: dict[str, Any] | None = None,
 ) -> CheckpointKey:
     """The key that training would give its checkpoint."""
     backbone = (
-        load_backbone(BackboneConfig(name=name, weights="none", size=size))
+        load_backbone(BackboneConfig(name=name, weights="none", size=size, fit=fit))
         if start is None
-        else start.backbone(size=size)
+        else start.backbone(size=size, fit=fit)
     )
     return CheckpointKey(
         stage=stage,
         subjects={s.name: digests(s, work) | subject_digests(s) for s in subjects},
-        backbone=BackboneKey(name=name, weights="none", size=size),
+        backbone=BackboneKey(name=name, weights="none", size=size, fit=fit),
         transform=dict(backbone.transform_settings),
         timm=timm.__version__,
         start=StartKey(weights=backbone.digest, training=None if start is None else start.training),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from featcache.cache.store import Row, Store, create_store
 from featcache.dataset.algonauts import response_files
@@ -14,6 +15,7 @@ from support.keys import feature_key
 SHAPES = {"near": (4, 4, 6), "far": (3, 3, 8), "pooled": (5,)}
 PLANTED = {"lh": ("near", (1, 2)), "rh": ("far", (2, 0))}  # the layer and the place that a surface looks at
 N_TRAIN, N_TEST = 240, 10
+TRANSFORM = {"input_size": [3, 32, 32], "crop_pct": 0.8, "crop_mode": "center"}  # sees 0.1 to 0.9 of each side
 N_VERTICES = {"lh": 6, "rh": 4}
 
 
@@ -38,8 +40,8 @@ def planted_subject(folder: Path, values, noise=0.5) -> Subject:
         path = subject.response_paths[surface]
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, (signal / signal.std(0) + noise * rng.normal(size=signal.shape)).astype(np.float32))
-    for path in subject.image_paths:
-        path.write_text(path.stem)  # nobody decodes them
+    for number, path in enumerate(subject.image_paths):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(path)  # nobody reads more of them than their shape
     return subject
 
 
@@ -61,7 +63,7 @@ def store_features(work: Path, image_ids: np.ndarray, values, images: str = "") 
     """A whole feature store of the subject's images."""
     rows = {name: Row(array.shape[1:], str(array.dtype)) for name, array in values.items()}
     grids = {name: list(array.shape[1:3]) for name, array in values.items() if array.ndim > 2}
-    key = feature_key("subj01", images=images, layers=list(values), grids=grids, pool="avg")
+    key = feature_key("subj01", images=images, layers=list(values), grids=grids, pool="avg", transform=TRANSFORM)
     store = create_store(Workdir(work).features, "subj01-planted", key, image_ids, N_TRAIN, rows, {})
     store.append(values)
     return store

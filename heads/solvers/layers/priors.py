@@ -3,6 +3,9 @@
 A prior gives every place of every layer a share of the penalised weights' variance: ridge regression under it is
 banded ridge with a band per place. Which part of the image a vertex responds to is unknown, so there is a set of priors
 to choose from: Gaussian windows over the image, and the full image, each with equal layers or a preferred depth.
+
+The image here is what the network sees, which `--fit crop` cuts and `--fit pad` frames: windows span it whatever part
+of the picture it is. They are neither stored nor shown; maps are in coordinates of the picture (heads/maps).
 """
 
 import math
@@ -11,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-CENTRES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of windows, as parts of the image's side
+CENTRES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of windows, as parts of the side of what the network sees
 WIDTHS = (0.16, 0.08)  # standard deviations of windows, likewise
 NARROW_IMAGES = 1000  # training images from which the second width is worth its time (docs/decisions/0014)
 DEPTHS: tuple[float | None, ...] = (None, 0.0, 0.5, 1.0)  # preferred depths, if there are several layers
@@ -22,7 +25,7 @@ DEPTH_WIDTH = 0.25  # standard deviation of the preference for a depth, as a sha
 class Prior:
     """A window over the image and a preferred depth.
 
-    x, y, width : centre and standard deviation, as parts of the image's side from the left and the top
+    x, y, width : centre and standard deviation, as parts of the side of what the network sees, from its left and top
     depth : of the preferred layer, 0 the first and 1 the last; None: all layers alike
     """
 
