@@ -1,6 +1,5 @@
 """Spatial heads on cached layers find what was planted, of one subject or of several, and see nothing held out."""
 
-from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -12,12 +11,10 @@ import featcache.cache.store
 import heads.features.rows
 import heads.solvers.joint
 from featcache.cache.extract import extract
-from featcache.cache.store import Row, create_store, open_store
+from featcache.cache.store import open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
-from featcache.dataset.algonauts import open_challenge, response_files
+from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.splits import assign_folds
-from featcache.dataset.subject import ImageFiles, Subject
-from featcache.errors import LeakError
 from heads.config import AdamWConfig, FitConfig, SpatialConfig
 from heads.features.rows import LayerRows
 from heads.features.sets import feature_sets
@@ -28,15 +25,23 @@ from heads.modules.spatial import SpatialReadout
 from heads.scores.losses import LOSSES
 from heads.scores.metrics import pearson_r
 from heads.solvers.gradient import Task, train_head
-from heads.solvers.joint import TraineeRows
 from heads.solvers.spatial import SpatialTraining
 from heads.solvers.trained import predict
+from support.layered import (
+    N_FOLDS,
+    N_TEST,
+    N_TRAIN,
+    N_VERTICES,
+    SHAPES,
+    ids_of,
+    joint,
+    responses_of,
+    store_of,
+    trainee_of,
+    values_of,
+)
 from support.plans import assert_same_fits, block_of, plan_of
 
-SHAPES = {"pooled": (5,), "near": (4, 4, 6), "far": (3, 3, 8)}
-PLACE = {"lh": (1, 2), "rh": (3, 0)}  # of the layer `near`, which every vertex of a surface looks at
-N_FOLDS, N_TRAIN, N_TEST = 3, 180, 40
-N_VERTICES = {"lh": 6, "rh": 4}
 N_STREAMED, N_CHUNKS = 512, 8  # images of a streamed array, and its chunks that are in memory at once
 QUICK = AdamWConfig(learning_rate=6e-2, weight_decay=0.05, epochs=6, batch_size=32, patience=6)
 FEW = replace(QUICK, epochs=2)  # where only sameness is asked
@@ -53,59 +58,6 @@ def config_of(adamw=QUICK, loss="mse", seed=0, **spatial):
         adamw=adamw,
         spatial=SpatialConfig(**settings),
     )
-
-
-def ids_of(n, seed=0):
-    return np.random.default_rng(seed).permutation(73_000)[:n]
-
-
-def values_of(n, seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        name: (3 * rng.normal(size=(n, *shape)) + rng.normal(size=shape[-1])).astype(
-            np.float16 if len(shape) > 1 else np.float32
-        )
-        for name, shape in SHAPES.items()
-    }
-
-
-def store_of(folder, values, n_train=N_TRAIN):
-    rows = {name: Row(one.shape[1:], str(one.dtype)) for name, one in values.items()}
-    n, number = len(values["near"]), len(list(folder.iterdir())) if folder.is_dir() else 0
-    store = create_store(folder, "f", {"number": number}, np.arange(n), n_train, rows, {})
-    step = max(store.chunk_rows(name) for name in rows)
-    for start in range(0, n, step):
-        store.append({name: one[start : start + step] for name, one in values.items()})
-    return store
-
-
-def rows_of(folder, values, budget=np.inf, n_train=N_TRAIN):
-    return LayerRows(store_of(folder, values, n_train), tuple(values), "cpu", budget)
-
-
-def responses_of(values, noise=0.5, seed=1):
-    """{surface: (n_images, n_vertices)}: a mixture of the channels at one place of `near`, and noise."""
-    rng = np.random.default_rng(seed)
-    found = {}
-    for surface, (i, j) in PLACE.items():
-        seen = values["near"][:, i, j].astype(np.float64)
-        signal = seen @ rng.normal(size=(seen.shape[1], N_VERTICES[surface]))
-        signal = (signal - signal.mean(0)) / signal.std(0)
-        found[surface] = (2 + signal + noise * rng.normal(size=signal.shape)).astype(np.float32)
-    return found
-
-
-def subject_of(folder, name, ids, responses, ceilings=None):
-    """What a training asks of a subject: responses in files, like any other's."""
-    test_ids = np.arange(80_000, 80_000 + N_TEST)
-    train, test = (ImageFiles(tuple(folder / str(image) for image in part), part) for part in (ids, test_ids))
-    n_vertices = {surface: values.shape[1] for surface, values in responses.items()}
-    nothing, paths = dict.fromkeys(n_vertices), response_files(folder / name)
-    for surface, values in responses.items():
-        paths[surface].parent.mkdir(parents=True, exist_ok=True)
-        np.save(paths[surface], values[: len(ids)].astype(np.float32))
-    rois = {surface: {} for surface in n_vertices}
-    return Subject(name, train, test, paths, n_vertices, rois, ceilings or nothing, nothing)
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +77,6 @@ def trainee(planted, tmp_path_factory):
 def few_fits(trainee):
     """What a short training gives of its first surface."""
     return fits_of([trainee], config_of(FEW))
-
-
-def trainee_of(folder, planted, trained=False, budget=np.inf, name="subj01"):
-    ids, values, responses = planted
-    several = values if isinstance(values, list) else [values]
-    rows = [rows_of(folder / "f", one, budget, len(ids)) for one in several]
-    return TraineeRows(subject_of(folder, name, ids, responses), rows, plan_of(ids, N_FOLDS, trained=trained))
 
 
 def training_of(trainees, config):
@@ -388,29 +333,6 @@ def test_a_batch_of_streamed_rows_is_of_a_few_chunks_that_change_with_every_epoc
 # --- several subjects
 
 
-def joint(folder, seed, n_few=36, n_many=300, noise=1.0):
-    """Two subjects whose vertices are linear in the same three numbers of an image; the second saw few images."""
-    rng = np.random.default_rng(seed)
-    channels = rng.normal(size=(3, 6, 1))
-    trainees = []
-    for number, n in enumerate((n_many, n_few)):
-        values = values_of(n + N_TEST, 10 * seed + number)
-        near = values["near"].astype(np.float64) - values["near"].mean((0, 1, 2), dtype=np.float64)
-        latent = np.concatenate([near[:, i, j] @ channels[k] for k, (i, j) in enumerate([(0, 1), (2, 2), (3, 0)])], 1)
-        latent /= latent.std(0)
-        responses = {}
-        for h in N_VERTICES:
-            signal = latent @ rng.normal(size=(3, 12))
-            signal /= signal.std(0)
-            responses[h] = signal + noise * rng.normal(size=signal.shape)
-        ids = ids_of(n_many, seed)
-        if number:  # of the first's images, and, unless there are too few, 9 that decide when to stop
-            stop = assign_folds(ids, 10, 1) == 0
-            ids = ids[np.argsort(~stop, kind="stable")][stop.sum() - 9 :][:n] if stop.sum() > 9 else ids[:n]
-        trainees.append(trainee_of(folder / f"{seed}-{number}", (ids, values, responses), name=f"subj0{number + 1}"))
-    return trainees
-
-
 @pytest.mark.slow
 def test_a_subject_with_few_images_gains_from_one_with_many(tmp_path):
     config, alone, together = config_of(replace(QUICK, epochs=4), space=3), [], []
@@ -419,56 +341,6 @@ def test_a_subject_with_few_images_gains_from_one_with_many(tmp_path):
         alone.append(r_of(trainees[1], config))
         together.append(r_of(trainees[1], config, trainees, 1))
     assert np.mean(together) > np.mean(alone) + 0.15, (alone, together)
-
-
-def test_an_image_is_in_the_same_fold_of_every_subject_that_saw_it(tmp_path):
-    one, other = joint(tmp_path, 0)
-    _, ours, theirs = np.intersect1d(one.subject.train.ids, other.subject.train.ids, return_indices=True)
-    assert len(ours) == 36 and np.array_equal(one.plan.folds[ours], other.plan.folds[theirs])
-
-
-@pytest.mark.slow
-def test_responses_of_a_fold_reach_its_predictions_through_no_subject(tmp_path):
-    trainees = joint(tmp_path, 0, n_many=120, n_few=90)
-    config = config_of(FEW, space=3)
-    training = training_of(trainees, config)
-    before = [fits_of(trainees, config, number, training=training) for number in (0, 1)]
-    for trainee in trainees:
-        path = trainee.subject.response_paths["lh"]
-        responses = np.load(path)
-        responses[trainee.plan.folds == 1] *= -50
-        np.save(path, responses)
-    training = training_of(trainees, config)
-    after = [fits_of(trainees, config, number, training=training) for number in (0, 1)]
-    for ours, theirs in zip(before, after, strict=True):
-        assert torch.equal(ours.folds[1].held_out[0].predictions, theirs.folds[1].held_out[0].predictions)
-        assert not torch.equal(ours.folds[0].test, theirs.folds[0].test)
-
-
-def test_folds_by_subject_are_refused(tmp_path):
-    """An image that one subject is scored on may not be one that another is trained on."""
-    one, other = joint(tmp_path, 0, n_many=120, n_few=90)
-    other = replace(other, plan=replace(other.plan, folds=(other.plan.folds + 1) % N_FOLDS))
-    with pytest.raises(LeakError):
-        training_of([one, other], config_of(replace(FEW, epochs=1), space=3)).heads(0)
-
-
-def test_no_subject_is_trained_on_what_another_chooses_by(tmp_path, monkeypatch):
-    """Where images to stop by were drawn by subject it is refused, or they are left out of every training."""
-
-    def by_row(image_ids, outside, *settings):
-        return outside[len(image_ids) // 4 :], outside[: len(image_ids) // 4]
-
-    seen = []
-    monkeypatch.setattr("heads.solvers.held_out.stop_split", by_row)
-    monkeypatch.setattr("heads.solvers.joint.train_head", lambda head, tasks, *about: seen.extend(tasks) or [head])
-    trainees = joint(tmp_path, 0, n_many=120, n_few=90)
-    with suppress(LeakError):
-        training_of(trainees, config_of(FEW, space=3)).heads(0)
-    ids = [trainee.subject.train.ids for trainee in trainees]
-    trained = [own[task.train_rows] for own, task in zip(ids, seen, strict=False)]
-    chosen = [own[task.choice_rows[0]] for own, task in zip(ids, seen, strict=False)]
-    assert not seen or not np.intersect1d(np.concatenate(trained), np.concatenate(chosen)).size
 
 
 @pytest.mark.slow
