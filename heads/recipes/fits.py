@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from featcache.cache.store import Row
 from featcache.machine.memory import free_memory
 from heads.config import HEADS, FitConfig
+from heads.modules.core import CORE, Core
 from heads.solvers.layers.priors import DEPTHS, prior_set
 from heads.solvers.layers.sizes import SEARCH_IMAGES, LayeredSizes
 from heads.solvers.memory import CACHE_SHARE, FEATURE_SHARE, STACK_SHARE, Sizes, blockwise_bytes, whole_bytes
@@ -80,8 +81,8 @@ class FitSizes:
 def fit_memory(sizes: FitSizes, config: FitConfig) -> float:
     """Bytes of memory of one fit, besides those of the program."""
     spec, features = config.solver_spec, sizes.features
-    if spec.fits and spec.under_priors and features.is_layered:
-        return _layered(sizes).memory(max(sizes.n_vertices))
+    if (layered := _under_priors(sizes, config)) is not None:
+        return layered.memory(max(sizes.n_vertices))
     flat = Sizes(
         n_train=sizes.n_train,
         n_test=sizes.n_test,
@@ -98,16 +99,34 @@ def fit_memory(sizes: FitSizes, config: FitConfig) -> float:
 
 def saved_bytes(sizes: FitSizes, config: FitConfig) -> float:
     """Bytes of the heads that one fit saves."""
-    spec, features = config.solver_spec, sizes.features
-    if spec.fits and spec.under_priors and features.is_layered:
-        return sum(map(_layered(sizes).saved_bytes, sizes.n_vertices))
+    if (layered := _under_priors(sizes, config)) is not None:
+        return sum(map(layered.saved_bytes, sizes.n_vertices))
+    features = sizes.features
     return 4.0 * features.n_features * sum(sizes.n_vertices) * features.n_stores
 
 
-def _layered(sizes: FitSizes) -> LayeredSizes:
+def _under_priors(sizes: FitSizes, config: FitConfig) -> LayeredSizes | None:
+    """The counts of the fit under priors, if there is one in what is fitted."""
+    if not config.solver_spec.fits:
+        return None
+    if HEADS[config.head].under_priors:
+        return _layered(_on_core(sizes, config), (None,))
+    if not config.solver_spec.under_priors or not sizes.features.is_layered:
+        return None
+    return _layered(sizes, DEPTHS if len(sizes.features.rows) > 1 else (None,))
+
+
+def _on_core(sizes: FitSizes, config: FitConfig) -> FitSizes:
+    """The counts of the fit to what a core puts out, which is like a layer that was trained for each fold."""
+    shape = Core.shape({name: row.shape for name, row in sizes.features.rows.items()}, config.core)
+    rows = {f"{CORE}{member}": Row(shape, "float16") for member in range(config.core.members)}
+    return replace(sizes, features=Features(rows, tuple(range(sizes.n_held_out)), sizes.n_folds))
+
+
+def _layered(sizes: FitSizes, depths: Sequence[float | None]) -> LayeredSizes:
     """The counts of a fit under priors, with what it may keep of the memory that is free now."""
     features, free = sizes.features, free_memory()
-    priors = prior_set(features.grids, DEPTHS if len(features.rows) > 1 else (None,), sizes.n_train)
+    priors = prior_set(features.grids, depths, sizes.n_train)
     stored = float(sum(row.n_bytes for row in features.rows.values())) * sizes.n_images * features.n_stores
     counts = LayeredSizes(
         n_train=sizes.n_train,

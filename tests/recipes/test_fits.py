@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from featcache.cache.store import Row
-from heads.config import FitConfig
+from heads.config import CoreConfig, FitConfig
 from heads.recipes.fits import Features, FitSizes, fit_memory, saved_bytes
 from heads.solvers.memory import Sizes, whole_bytes
 
@@ -45,6 +45,13 @@ def test_heads_by_gradient_take_what_their_solver_says():
 def test_more_images_and_vertices_take_more(features, loss, more):
     sizes, config = sizes_of(features), FitConfig(loss=loss)
     assert fit_memory(replace(sizes, **more), config) > fit_memory(sizes, config)
+
+
+def test_heads_on_a_core_take_what_layers_of_its_shape_trained_for_each_fold_take():
+    config = FitConfig(head="core", loss="mse", core=CoreConfig(members=1, channels=16))
+    features = Features({"core0": Row((7, 7, 16), "float16")}, held_out=(0, 1, 2, 3, 4), n_folds=5)
+    assert fit_memory(sizes_of(LAYERED), config) == fit_memory(sizes_of(features), FitConfig())
+    assert saved_bytes(sizes_of(LAYERED), config) == saved_bytes(sizes_of(features), FitConfig())
 
 
 def test_what_is_saved_are_weights_of_every_vertex():
