@@ -116,7 +116,7 @@ class CoreSolver:
     def fit(self, block: Block) -> Fits:
         fits = self._ridge.fit(block)
         shared = {
-            (prefix, f"{CORE}{number}.{name}"): tensor
+            (prefix, f"{CORE}{number}.{name}"): tensor.clone()  # a file of tensors holds no tensor twice
             for k, prefix in enumerate(self._plan.prefixes)
             for number, member in enumerate(self._training.members(k))
             for name, tensor in member.standardise.state_dict().items()
