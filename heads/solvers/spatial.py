@@ -80,7 +80,7 @@ class SpatialTraining:
         self._trainees, self._config, self._device = list(trainees), config, device
         self._plans = [trainee.plan for trainee in trainees]
         self._heads: dict[int, list[_Heads]] = {}
-        self._flat: dict[int, PriorView] = {}
+        self._flat: dict[tuple[int, int], PriorView] = {}
 
     def solver(self, number: int) -> "SpatialSolver":
         """The solver of one subject."""
@@ -132,16 +132,17 @@ class SpatialTraining:
         maps = []
         for trainee, task in zip(self._trainees, tasks, strict=True):
             rows = trainee.fold_rows(k)
-            kernels = LayerKernels(rows, trainee.plan.n_train, 0)
-            weights = flat_weights(kernels, self._basis(kernels, task.train_rows), task.responses, penalties)
+            number = trainee.plan.scales(k)
+            kernels = LayerKernels(rows, trainee.plan.scale_rows(number), 0)
+            weights = flat_weights(kernels, self._basis(kernels, number, task.train_rows), task.responses, penalties)
             scales = {name: (variance + _EPS).sqrt() for name, (_, variance) in statistics.items()}
             maps.append({n: w.T.reshape(w.shape[1], rows.n_places(n), -1) * scales[n] for n, w in weights.items()})
         heads.start_from_weights(maps, [task.responses[task.train_rows].mean(0) for task in tasks])
 
-    def _basis(self, kernels: LayerKernels, train_rows: np.ndarray) -> Basis:
-        """Axes under the flat prior; its kernel or features are computed once if folds share their features."""
-        key = id(kernels.rows)
-        view = self._flat.get(key) or view_under(Prior(), kernels, method_for(kernels.n_train, kernels.rows.n_features))
+    def _basis(self, kernels: LayerKernels, scales: int, train_rows: np.ndarray) -> Basis:
+        """Axes under the flat prior; its kernel or features are computed once for folds that share their scales."""
+        key, method = (id(kernels.rows), scales), method_for(len(train_rows), kernels.rows.n_features)
+        view = self._flat.get(key) or view_under(Prior(), kernels, method)
         if not self._plans[0].backbone_trained:
             self._flat[key] = view
         return view.basis(train_rows)
@@ -165,10 +166,10 @@ class SpatialTraining:
             refuse_leak(trained_ids, plan.image_ids[plan.inside(k)], f"fold {plan.held_out[k]} of {name}")
 
     def _statistics(self, k: int) -> Statistics:
-        """{array: (mean, variance) of each channel}, over the images of all subjects, with equal weights."""
+        """{array: (mean, variance) of each channel}, over all subjects' images outside a fold, with equal weights."""
         statistics = {}
         for name in self._trainees[0].fold_rows(k).grids:
-            moments = [t.fold_rows(k).mean_and_variance(name, t.plan.n_train) for t in self._trainees]
+            moments = [t.fold_rows(k).mean_and_variance(name, t.plan.outside(k)) for t in self._trainees]
             places = torch.stack([mean for mean, _ in moments])
             within = torch.stack([variance for _, variance in moments]).mean(0)
             mean = places.mean((0, 1))
