@@ -58,6 +58,9 @@ class Starts:
         (subject,) = subjects
         if config.init == "stage1":
             return self._load(self._stage1(subject, split))
+        if config.init == "weights":
+            refuse_trained(config.backbone.resolved_weights, "--init")
+            return self._load(config.backbone)
         if config.init not in ("hub", "packaged", "none") and Path(config.init).is_dir():
             return self._load(self._given(open_checkpoint(Path(config.init)), subject, split))
         refuse_trained(config.init, "--init")
