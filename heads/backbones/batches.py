@@ -71,13 +71,24 @@ class Images:
         """Ids of all images of the held-out fold, each once."""
         return np.unique(np.concatenate([s.train.ids[r] for s, r in zip(self.subjects, self.held_out, strict=True)]))
 
-    def epoch(self, seed: int, number: int, n_images: int) -> list[np.ndarray]:
+    def epoch(self, seed: int, number: int, n_images: int, by_subject: bool = False) -> list[np.ndarray]:
         """Images of each step of an epoch, (n_images, 2), in an order that seed and number decide.
 
         What does not fill a step is left out; it comes in another epoch.
+
+        by_subject : whether a step has images of one subject alone
         """
-        shuffled = np.random.default_rng((seed, number)).permutation(self._pairs)
-        return [shuffled[i : i + n_images] for i in range(0, len(shuffled) - n_images + 1, n_images)]
+        random = np.random.default_rng((seed, number))
+        shuffled = random.permutation(self._pairs)
+        if not by_subject:
+            return _whole_steps(shuffled, n_images)
+        of_subjects = [shuffled[shuffled[:, 0] == subject] for subject in range(len(self.subjects))]
+        steps = [step for pairs in of_subjects for step in _whole_steps(pairs, n_images)]
+        return [steps[k] for k in random.permutation(len(steps))]
+
+    def n_steps(self, n_images: int, by_subject: bool = False) -> int:
+        """Number of steps of an epoch, under the same settings."""
+        return sum(len(rows) // n_images for rows in self.train_rows) if by_subject else len(self) // n_images
 
     def read(self, pairs: np.ndarray) -> torch.Tensor:
         """Pixels of some images, (n, 3, height, width) uint8."""
@@ -123,6 +134,11 @@ def split_rows(subjects: Sequence[Subject], split: Split) -> tuple[list[np.ndarr
     return [np.flatnonzero(mask) for mask in trained], [np.flatnonzero(mask) for mask in held_out]
 
 
+def _whole_steps(pairs: np.ndarray, n_images: int) -> list[np.ndarray]:
+    """Pairs cut into steps; what does not fill the last is left out."""
+    return [pairs[i : i + n_images] for i in range(0, len(pairs) - n_images + 1, n_images)]
+
+
 def pairs_of(number: int, rows: np.ndarray) -> np.ndarray:
     """(n, 2) the images of one subject: its number beside each row."""
     return np.stack([np.full(len(rows), number), rows], 1)
@@ -154,8 +170,8 @@ class Steps:
         return list(pairs.reshape(-1, self.devices, passes, self.batch, 2))
 
 
-def plan_steps(config: TrainConfig, devices: int, n_images: int) -> Steps:
-    """Steps of a training on this many devices and images.
+def plan_steps(config: TrainConfig, devices: int, n_images: Sequence[int]) -> Steps:
+    """Steps of a training on this many devices. n_images : of each subject
 
     Raises ConfigError where batches, accumulation and correlation batch do not fit each other or the images.
     """
@@ -175,11 +191,13 @@ def plan_steps(config: TrainConfig, devices: int, n_images: int) -> Steps:
         group = correlation // together
         passes = max(passes, group)
     steps = Steps(batch, passes, group, devices)
-    if steps.images > n_images:
+    by_subject = config.batches == "subject"  # a subject that fills no step would never be trained on
+    available = min(n_images) if by_subject else sum(n_images)
+    if steps.images > available:
         raise ConfigError(
             "--batch-size",
-            expected=f"at least {steps.images} training images for one step",
-            found=n_images,
+            expected=f"at least {steps.images} training images{' of each subject' if by_subject else ''} for one step",
+            found=available,
             remedy="lower it",
         )
     return steps

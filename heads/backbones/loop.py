@@ -49,8 +49,9 @@ class EncoderTraining:
     ) -> None:
         self._images, self._config, self._save_every = images, config, save_every
         self._accelerator, self._checkpoint = accelerator, checkpoint
-        self._steps = plan_steps(config, accelerator.num_processes, len(images))
-        self._per_epoch = len(images) // self._steps.images
+        self._steps = plan_steps(config, accelerator.num_processes, [len(rows) for rows in images.train_rows])
+        self._by_subject = config.batches == "subject"
+        self._per_epoch = images.n_steps(self._steps.images, self._by_subject)
         self._learner = Learner(encoder, config, accelerator, self._per_epoch)
         self._gradients = Gradients(self._learner, backbone, images, config, self._steps)
         self._held_out = HeldOut(images, backbone, config.batch_size, accelerator)
@@ -67,7 +68,7 @@ class EncoderTraining:
 
     def run_epoch(self, epoch: int, first: int = 0) -> None:
         """Train on every image once, from step `first` of the epoch on; neither scores nor keeps the epoch."""
-        plan = self._images.epoch(self._config.seed, epoch, self._steps.images)
+        plan = self._images.epoch(self._config.seed, epoch, self._steps.images, self._by_subject)
         label = f"{self._checkpoint.facts.label} epoch {epoch + 1}/{self._config.epochs}"
         self._learner.train_mode()
         with bar(label, len(plan) * self._steps.images, "images", first * self._steps.images) as advance:

@@ -87,7 +87,7 @@ def _train_fold(
     shapes = start.backbone.shapes(taps)
     accelerator = make_accelerator(config.train.precision, device, config.train.kind.idle_weights)
     # what cannot work is refused before anything is decoded
-    plan_steps(config.train, accelerator.num_processes, sum(map(len, split_rows(subjects, split)[0])))
+    plan_steps(config.train, accelerator.num_processes, [len(rows) for rows in split_rows(subjects, split)[0]])
     with accelerator.main_process_first():
         pixels = cache_pixels(subjects, start.backbone, work, config.image_cache, config.workers)
     images = Images(subjects, pixels, split)

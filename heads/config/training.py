@@ -14,6 +14,7 @@ STAGES = ("pretrain", "finetune")
 PRECISIONS = ("float32", "bfloat16", "float16")
 HEAD_STARTS = ("default", "small", "fitted")
 STOPS = ("fold", "never")
+BATCHES = ("mixed", "subject")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,11 @@ class TrainConfig:
         5, "Largest number of passes over the training images. The learning rate falls to zero at their end."
     )
     batch_size: int = _train(32, "Images in one pass of each device.")
+    batches: str = _more(
+        "mixed",
+        "Whose images make a batch in stage 1. mixed: those of all subjects. subject: those of one, so that a "
+        "correlation over images has a whole batch.",
+    )
     accumulate: int = _more(1, "Batches for each step of the optimiser.")
     correlation_batch: int = _more(
         0, "Images over which pearson and mnnpc correlate, gathered from several batches and devices. 0: one batch."
@@ -111,6 +117,7 @@ class TrainConfig:
         one_of("precision", self.precision, PRECISIONS)
         one_of("head-start", self.head_start, HEAD_STARTS)
         one_of("stop", self.stop, STOPS)
+        one_of("batches", self.batches, BATCHES)
         one_of("head", self.head, tuple(HEAD_KINDS))
         for name, least in (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("patience", 1), ("embedding", 1)):
             self._check(name, getattr(self, name) >= least, f"{least} or more", "raise it")
@@ -164,8 +171,8 @@ class TrainConfig:
     def key(self) -> dict[str, Any]:
         """Settings that decide the weights that come out, given data, start and fold."""
         unread = set(self._read_by_others())
-        if self.head == TrainConfig.head:
-            unread.add("head")  # checkpoints of linear heads are older than the choice, and keep their key
+        # checkpoints that are older than one of these choices keep their key
+        unread |= {name for name in ("head", "batches") if getattr(self, name) == getattr(TrainConfig, name)}
         settings = {name: value for name, value in vars(self).items() if name not in unread}
         if "layers" in settings:
             settings["layers"] = ",".join(self.tapped.layers)

@@ -45,6 +45,23 @@ def test_epochs_differ_and_are_a_function_of_seed_and_number(images):
     assert (first == again).all() and (first != next_one).any() and (first != other).any()
 
 
+def test_batches_of_one_subject_have_every_pair_once_in_an_order_that_mixes_subjects(images):
+    batches = images.epoch(seed=0, number=0, n_images=4, by_subject=True)
+    assert len(batches) == images.n_steps(4, by_subject=True) and {len(batch) for batch in batches} == {4}
+    assert all(len(set(batch[:, 0])) == 1 for batch in batches)
+    pairs = [tuple(pair) for pair in np.concatenate(batches).tolist()]
+    assert len(set(pairs)) == len(pairs) >= len(images) - 3 * len(images.subjects)
+    order = [batch[0, 0] for batch in batches]
+    assert order not in (sorted(order), sorted(order, reverse=True))
+
+
+def test_a_subject_that_fills_no_batch_is_refused_and_not_left_out():
+    config = replace(QUICK, batch_size=8, batches="subject")
+    assert plan_steps(config, 1, [8, 20]).images == 8
+    with pytest.raises(ConfigError, match="at least 8 training images of each subject for one step; found 7"):
+        plan_steps(config, 1, [7, 20])
+
+
 def test_no_image_of_the_held_out_fold_of_any_subject_is_trained_on(images):
     trained, held_out = images.trained_ids, images.held_out_ids
     assert not set(trained.tolist()) & set(held_out.tolist())
@@ -84,11 +101,11 @@ def test_pixels_and_responses_belong_together(images, pixels):
 )
 def test_batches_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        plan_steps(replace(QUICK, loss="pearson", **settings), 1, 20)
+        plan_steps(replace(QUICK, loss="pearson", **settings), 1, [12, 8])
 
 
 @pytest.mark.parametrize(("settings", "images"), [({}, 4), ({"correlation_batch": 16}, 16), ({"accumulate": 3}, 12)])
 def test_a_step_has_the_images_that_were_asked_for(settings, images):
-    steps = plan_steps(replace(QUICK, loss="pearson", **settings), 1, 20)
+    steps = plan_steps(replace(QUICK, loss="pearson", **settings), 1, [12, 8])
     pairs = np.arange(2 * images).reshape(images, 2)
     assert steps.images == images and (np.concatenate(steps.groups(pairs)).reshape(-1, 2) == pairs).all()
