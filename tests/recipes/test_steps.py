@@ -306,3 +306,27 @@ def test_a_command_line_is_read_without_being_done():
     group = typer.main.get_command(cli.app)
     assert commands_of(group).keys() == group.commands.keys() - {"run", "layers"}
     assert {inspect.signature(command.callback).return_annotation for command in group.commands.values()} == {Job}
+
+
+SEEDED = """
+[[steps]]
+run = "pretrain"
+[[steps]]
+run = "finetune"
+seed = 7
+[[steps]]
+run = "extract"
+backbone = ["a", "b"]
+"""
+
+
+def test_seeds_are_for_steps_that_give_none_and_a_given_backbone_takes_the_place_of_lists(write):
+    commands = commands_of(typer.main.get_command(cli.app))
+    unsaid = {"pretrain": {"seed": [0, 1]}, "finetune": {"seed": [0, 1]}}
+    steps = read_recipe(Path(write(SEEDED)), commands, {"backbone": "c"}, unsaid)
+    assert [(step.command, *step.arguments) for step in steps] == [
+        ("pretrain", "--seed=0", "--backbone=c"),
+        ("pretrain", "--seed=1", "--backbone=c"),
+        ("finetune", "--seed=7", "--backbone=c"),
+        ("extract", "--backbone=c"),
+    ]
