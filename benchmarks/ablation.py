@@ -5,6 +5,7 @@
 One seed is one fold held out, one order of the batches and one start of the heads. Every arm is scored on the held-out
 fold alone, by mean r over vertices, subject by subject; differences are paired within subject and seed, with a 95 %
 t interval over these pairs. `v4` is a folder of real recordings beside the repository, where it is there.
+For the paper's arms on any dataset and on whole folds, run recipes/table1.toml; frozen arms are here alone.
 Results go to the work folder and are kept: a second run goes on where the first was stopped.
 """
 
@@ -14,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import t as student
 
 from featcache.cache.extract import extract
 from featcache.cache.store import open_store
@@ -27,6 +27,7 @@ from featcache.simulate import SimulateConfig, simulate
 from heads.backbones.stages import train_stage
 from heads.config import FitConfig, StageConfig, preset
 from heads.fit.run import fit_heads
+from heads.scores.intervals import paired_interval
 from heads.scores.metrics import pearson_r
 
 V4 = Path(__file__).resolve().parents[2] / "shared" / "real" / "v4"
@@ -127,9 +128,8 @@ def report(results: dict[str, dict[str, float]]) -> None:
         print(f"| {arm} | " + " | ".join(f"{m:.3f}" for m in means) + f" | {np.mean(list(scores.values())):.4f} |")
     print("\n| compared with | difference of mean r | 95 % interval | pairs |\n|---|---|---|---|")
     for better, worse in COMPARED:
-        d = np.array([results[better][p] - results[worse][p] for p in pairs])
-        half = student.ppf(0.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
-        print(f"| {better} - {worse} | {d.mean():+.4f} | {d.mean() - half:+.4f} to {d.mean() + half:+.4f} | {len(d)} |")
+        d = paired_interval([results[better][p] - results[worse][p] for p in pairs])
+        print(f"| {better} - {worse} | {d.mean:+.4f} | {d.low:+.4f} to {d.high:+.4f} | {d.n_pairs} |")
 
 
 def tree(name: str, work: Path) -> Path:

@@ -51,7 +51,7 @@ from heads.solvers.base import Piece, Solver, comparable, mean_and_std
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import DEPTHS, Prior, prior_set
-from heads.solvers.layers.ridge import LayeredRidge
+from heads.solvers.layers.ridge import LayeredRidge, scaled_kernels
 from heads.solvers.ridge import eigh_of
 from heads.solvers.ridge_folds import RidgeFolds
 
@@ -152,8 +152,8 @@ def own_pooled(case: Case) -> np.ndarray:
 def own_layers(case: Case, priors: list[Prior]) -> np.ndarray:
     """As heads.fit.run does it."""
     free = free_memory()
-    kernels = LayerKernels(case.rows, len(case.folds), 0.2 * free)
-    return out_of_fold(LayeredRidge([kernels], plan_of(case), RidgeConfig(), priors, cache_bytes=0.3 * free), case)
+    kernels = scaled_kernels([case.rows], plan_of(case), 0.2 * free)
+    return out_of_fold(LayeredRidge(kernels, plan_of(case), RidgeConfig(), priors, cache_bytes=0.3 * free), case)
 
 
 def of_folds(case: Case, fit: Fit) -> np.ndarray:
@@ -263,7 +263,7 @@ def plain_kernels(case: Case) -> torch.Tensor:
     """(n_arrays, n_train, n_train) linear kernels, every channel of unit variance over images and places."""
     n_train, kernels = len(case.folds), []
     for name in case.arrays:
-        mean, variance = case.rows.mean_and_variance(name, n_train)
+        mean, variance = case.rows.mean_and_variance(name, np.arange(n_train))
         values = (case.rows.read(name, 0, n_train) - mean) / torch.where(variance > 0, variance, 1).sqrt()
         kernels.append(values.flatten(1) @ values.flatten(1).T)
     return torch.stack(kernels)
@@ -272,7 +272,7 @@ def plain_kernels(case: Case) -> torch.Tensor:
 def prior_kernels(case: Case, priors: list[Prior], arrays: tuple[str, ...] = ()) -> torch.Tensor:
     """(n_priors, n_train, n_train) of the blurred features, as our heads see them."""
     n_train = len(case.folds)
-    kernels = LayerKernels(case.reading(*arrays) if arrays else case.rows, n_train, 0.2 * free_memory())
+    kernels = LayerKernels(case.reading(*arrays) if arrays else case.rows, np.arange(n_train), 0.2 * free_memory())
     return torch.stack([kernels.kernel(prior)[:n_train, :n_train] for prior in priors])
 
 

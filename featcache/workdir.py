@@ -58,8 +58,28 @@ class Workdir:
         return self.root / "maps"
 
     @property
+    def comparison(self) -> Path:
+        """Folder of the last comparison of trainings: the three files below."""
+        return self.root / "comparison"
+
+    @property
+    def compared_arms(self) -> Path:
+        """Table of arms, with differences and intervals."""
+        return self.comparison / "arms.csv"
+
+    @property
+    def compared_values(self) -> Path:
+        """Table of the score of each arm, subject and seed."""
+        return self.comparison / "values.csv"
+
+    @property
+    def comparison_picture(self) -> Path:
+        """Scores of the arms as a picture, where matplotlib is installed."""
+        return self.comparison / "arms.png"
+
+    @property
     def submission(self) -> Path:
-        """Folder of the last blend: a folder of predictions for each subject, and the three files below."""
+        """Folder of the last blend: a folder of predictions for each subject, and the files below."""
         return self.root / "submission"
 
     @property
@@ -81,6 +101,16 @@ class Workdir:
     def blend_picture(self) -> Path:
         """The same weights as a picture, where matplotlib is installed."""
         return self.submission / "weights.png"
+
+    @property
+    def blend_scores(self) -> Path:
+        """Scores of the last blend by subject, surface and ROI, as a table."""
+        return self.submission / "scores.csv"
+
+    @property
+    def scores_picture(self) -> Path:
+        """The same scores as a picture, where matplotlib is installed."""
+        return self.submission / "scores.png"
 
     @property
     def submission_zip(self) -> Path:

@@ -36,8 +36,9 @@ def encoder_loss(
     """Weighted sum of losses over a batch of several subjects; each loss is a mean over their images and vertices.
 
     A subject's images are compared with the outputs that are its vertices, under its own ceilings. Vertices that it
-    lacks have no part in the loss, and correlations are over images of one subject. A subject with one image in the
-    batch has no correlation.
+    lacks have no part in the loss. Correlations over images are those of one subject; a subject with one image in the
+    batch has none. Correlations over vertices are those of one surface of one image. Whatever the loss, a surface of a
+    subject counts by the number of its images times the number of its vertices.
 
     Parameters
     ----------

@@ -101,7 +101,8 @@ class EncoderTraining:
             kept = self._save_weights(epoch) | {"epoch": epoch, "score": score}
         state = None if enough else self._save_state(epoch, 0)
         self._record(**kept, scores=scores, state=state, finished=enough)
-        say(f"{label}: epoch {epoch} scores {score:.4f} on fold {self._checkpoint.fold}")
+        mark = " (chosen on)" if self._config.stop == "fold" else ""
+        say(f"{label}: epoch {epoch} scores {score:.4f} on fold {self._checkpoint.fold}{mark}")
 
     def _save_weights(self, epoch: int) -> dict[str, Any]:
         """Write what the epoch ended with; returns what the checkpoint then knows of its files."""

@@ -20,7 +20,7 @@ from featcache.dataset.digests import digests
 from featcache.dataset.subject import Subject
 from featcache.errors import CheckpointError, LeakError
 from featcache.workdir import Workdir
-from heads.config import StageConfig
+from heads.config import StageConfig, loss_label
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class Starts:
         (subject,) = subjects
         if config.init == "stage1":
             return self._load(self._stage1(subject, split))
+        if config.init == "weights":
+            refuse_trained(config.backbone.resolved_weights, "--init")
+            return self._load(config.backbone)
         if config.init not in ("hub", "packaged", "none") and Path(config.init).is_dir():
             return self._load(self._given(open_checkpoint(Path(config.init)), subject, split))
         refuse_trained(config.init, "--init")
@@ -74,19 +77,32 @@ class Starts:
         return Start(checkpoint.backbone(size=settings.size, fit=settings.fit), checkpoint, settings)
 
     def _stage1(self, subject: Subject, split: Split) -> Path:
-        """The stage-1 checkpoint of this fold in the work folder. A mean of several has to be named to be a start."""
+        """The stage-1 checkpoint of this fold in the work folder. A mean of several has to be named to be a start.
+
+        Of several trainings it is the one with the same loss, and of several with that loss (or without it) the one
+        with the same seed.
+        """
         known = [one for one in list_checkpoints(self._work) if one.key.stage == "pretrain" and not one.key.mean_of]
         checkpoints = usable(subject, [one for one in known if self._admits(one)], self._digests(subject))
+        train = self._config.train
+        for setting, value in (("loss", loss_label(train.terms)), ("seed", train.seed)):
+            if len({checkpoint.training for checkpoint in checkpoints}) > 1:
+                alike = [one for one in checkpoints if one.key.settings.get(setting) == value]
+                checkpoints = alike or checkpoints
+        self._refuse_several(checkpoints)
+        return _of_fold(checkpoints, split, f"of {subject.name} in {self._folder}")
+
+    def _refuse_several(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Raise CheckpointError where checkpoints are of several trainings."""
         trainings = sorted({checkpoint.training for checkpoint in checkpoints})
         if len(trainings) > 1:
             names = ", ".join(min(one.name for one in checkpoints if one.training == t) for t in trainings)
             raise CheckpointError(
                 "--init stage1",
-                expected=f"one stage-1 training in {self._folder}",
+                expected=f"one stage-1 training in {self._folder}, or one alone with the same --loss and --seed",
                 found=f"{len(trainings)} ({names})",
                 remedy="name the folder of one with --init",
             )
-        return _of_fold(checkpoints, split, f"of {subject.name} in {self._folder}")
 
     def _admits(self, checkpoint: Checkpoint) -> bool:
         asked, trained = self._config.backbone, checkpoint.key.backbone

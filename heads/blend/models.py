@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from featcache.backbone.trainings import Trainings
 from featcache.cache.store import Store
 from featcache.dataset.digests import image_digest, response_digest, subject_digests
 from featcache.dataset.splits import assign_folds, refuse_leak
@@ -40,6 +41,10 @@ class Model:
         """Whether the backbone was trained, once for each fold."""
         return self.key.training is not None
 
+    def chosen_on(self, trainings: Trainings) -> bool:
+        """Whether its scores are of images on which the epoch of its backbone was chosen."""
+        return self.key.training is not None and trainings.chosen_on(self.key.training.training)
+
     @property
     def stage(self) -> str:
         """Stage of the backbone's training, or 'frozen'."""
@@ -55,15 +60,18 @@ class Model:
 SubjectModels = dict[Subject, list[Model]]
 
 
-def find_models(subjects: Sequence[Subject], work: Path, models: str = "*", exclude: str = "") -> SubjectModels:
+def find_models(
+    subjects: Sequence[Subject], work: Path, models: str = "*", exclude: str = "", some_folds: bool = False
+) -> SubjectModels:
     """The models of each subject that has any, in the order of their names.
 
     models, exclude : patterns of `choose_names`
+    some_folds : whether to take models that predict the images of some folds alone
 
     Raises StoreError where there are none, ConfigError for patterns that leave none, LeakError for a model whose
     backbone was trained on an image that it predicts.
     """
-    stored = {subject: usable_models(subject, work) for subject in subjects}
+    stored = {subject: usable_models(subject, work, some_folds) for subject in subjects}
     if not any(stored.values()):
         raise StoreError(
             Workdir(work).predictions,
@@ -86,6 +94,13 @@ def find_models(subjects: Sequence[Subject], work: Path, models: str = "*", excl
 def names_of(models: SubjectModels) -> list[str]:
     """Names of the models of all subjects, each once."""
     return list(dict.fromkeys(model.name for of_subject in models.values() for model in of_subject))
+
+
+def chosen_on(models: SubjectModels, work: Path) -> list[str]:
+    """Names of the models whose scores are of images on which the epoch of their backbone was chosen."""
+    trainings = Trainings(work)
+    every = [model for of_subject in models.values() for model in of_subject]
+    return list(dict.fromkeys(model.name for model in every if model.chosen_on(trainings)))
 
 
 def choose_names(names: Sequence[str], models: str, exclude: str = "") -> set[str]:
@@ -114,12 +129,12 @@ def _matches(name: str, patterns: str) -> bool:
     )
 
 
-def usable_models(subject: Subject, work: Path) -> list[Model]:
+def usable_models(subject: Subject, work: Path, some_folds: bool = False) -> list[Model]:
     """The models with complete predictions for the subject's images and responses as they are now.
 
     Other stores are left out, and named with what is wrong with them.
     """
-    stores = subject_stores(subject, Workdir(work).predictions, "fit-heads")
+    stores = subject_stores(subject, Workdir(work).predictions, "fit-heads", some_folds)
     models = {store.name: Model.from_store(store) for store in stores}
     names = {store: model.key.model for store, model in models.items()}  # facts may have the name of an earlier version
     data = (image_digest(subject, work), response_digest(subject, work)) if stores else ("", "")

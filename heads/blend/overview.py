@@ -1,7 +1,7 @@
 """What there is to blend: the models of a work folder, how they score fold by fold, and how alike they are."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from featcache.dataset.subject import Subject
 from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import bar
 from heads.blend.learn import judge_of
-from heads.blend.models import Model, find_models, has_ceilings
+from heads.blend.models import Model, chosen_on, find_models, has_ceilings
 from heads.blend.products import N_FOLDS, Products, gather
 from heads.blend.uncertainty import scorer_of
 from heads.blend.weights import each_r
@@ -24,6 +24,7 @@ class ModelScores:
     folds : the same for the images of each fold of the blend
     agreement : {each other model: mean over vertices of the correlation of their predictions}
     predictions : {subject: its prediction store}
+    chosen_on : whether the score is of images on which the epoch of its backbone was chosen
     """
 
     name: str
@@ -37,6 +38,7 @@ class ModelScores:
     folds: tuple[float, ...]
     agreement: dict[str, float]
     predictions: dict[str, str]
+    chosen_on: bool = False
 
     def closest(self) -> tuple[str, float] | None:
         """The model whose predictions are most alike, and their correlation."""
@@ -62,7 +64,8 @@ def list_models(
     for subject, of_subject in found.items():
         for model in of_subject:
             by_name.setdefault(model.name, {})[subject.name] = model
-    rows = [_over_subjects(of_model, parts) for of_model in by_name.values()]
+    marked = chosen_on(found, Path(work))
+    rows = [replace(_over_subjects(of_model, parts), chosen_on=name in marked) for name, of_model in by_name.items()]
     return sorted(rows, key=lambda row: -row.score), accuracy
 
 

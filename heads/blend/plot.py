@@ -1,6 +1,6 @@
-"""A picture of which model explains which ROI, and what every picture needs."""
+"""Pictures of the weights and scores of a blend and of a comparison, and what every picture needs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +9,8 @@ import numpy as np
 
 from featcache.dataset.subject import Subject
 from featcache.machine.progress import say
+from heads.scores.by_roi import every_summary
+from heads.scores.metrics import VertexScores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,6 +57,63 @@ def plot_weights(path: Path, weights: Shares, subjects: Mapping[str, Subject]) -
     axis.set_yticks(range(len(rois)), rois, fontsize=7)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1), xlabel="mean weight")
+    figure.legend(loc="outside lower center", fontsize=6)
+    figure.savefig(path)
+
+
+def plot_scores(path: Path, scores: Sequence[VertexScores]) -> None:
+    """Draw bars for each ROI, one for each surface, over the vertices of all subjects, and a dot for each subject.
+
+    ROIs are in the order of the challenge's report, all vertices last. Noise-normalised accuracy where there are noise
+    ceilings, else mean r.
+    """
+    if not can_draw("the scores"):
+        return
+    rows = [row for row in every_summary(scores) if not row.all_surfaces]
+    accuracy = any(row.accuracy is not None for row in rows)
+    values = {
+        (row.subject, row.surface, row.roi): value
+        for row in rows
+        if (value := row.accuracy if accuracy else row.mean_r) is not None
+    }
+    rois = list(dict.fromkeys(roi for subject, _, roi in values if subject == "all"))
+    surfaces, subjects = (sorted({key[part] for key in values if key[0] != "all"}) for part in (1, 0))
+    figure = new_figure(2 + 0.42 * len(rois), 3.6)
+    axis, width = figure.subplots(), 0.8 / len(surfaces)
+    for number, surface in enumerate(surfaces):
+        places = np.arange(len(rois)) + (number - (len(surfaces) - 1) / 2) * width
+        heights = [values.get(("all", surface, roi), np.nan) for roi in rois]
+        axis.bar(places, heights, width, color=f"C{number}", alpha=0.6, label=surface)
+        for subject in subjects:
+            dots = [values.get((subject, surface, roi), np.nan) for roi in rois]
+            axis.plot(places, dots, ".", color="0.2", markersize=3)
+    axis.axhline(0, color="0.5", linewidth=0.5)
+    axis.set_xticks(range(len(rois)), rois, rotation=90, fontsize=7)
+    axis.set_ylabel("noise-normalised accuracy, %" if accuracy else "mean r", fontsize=8)
+    axis.legend(fontsize=7, title="a dot is a subject", title_fontsize=7)
+    figure.savefig(path)
+
+
+def plot_arms(path: Path, arms: Mapping[str, Mapping[str, float]]) -> None:
+    """Draw a group of bars for each subject, and one for their mean: one bar for each arm of a comparison.
+
+    arms : {arm: {subject: mean r}}
+    """
+    if not can_draw("the comparison"):
+        return
+    from matplotlib import colormaps
+
+    subjects = sorted({subject for of_arm in arms.values() for subject in of_arm})
+    figure = new_figure(3 + 0.16 * len(arms) * (len(subjects) + 1), 2.8 + 0.2 * len(arms))
+    axis, width = figure.subplots(), 0.85 / len(arms)
+    for number, (name, of_arm) in enumerate(arms.items()):
+        heights = [of_arm.get(subject, np.nan) for subject in subjects]
+        places = np.arange(len(subjects) + 1) + (number - (len(arms) - 1) / 2) * width
+        colour = colormaps["tab20"](number % 20)
+        axis.bar(places, np.array([*heights, np.mean(list(of_arm.values()))]), width, color=colour, label=name)
+    axis.axhline(0, color="0.5", linewidth=0.5)
+    axis.set_xticks(range(len(subjects) + 1), [*subjects, "mean"], fontsize=7)
+    axis.set_ylabel("mean r", fontsize=8)
     figure.legend(loc="outside lower center", fontsize=6)
     figure.savefig(path)
 

@@ -14,10 +14,11 @@ from featcache.machine.files import replace_json
 from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import bar, say
 from featcache.workdir import Workdir
-from heads.blend.models import Model, SubjectModels, find_models, has_ceilings, names_of
-from heads.blend.plot import Shares, plot_weights
+from heads.blend.models import Model, SubjectModels, chosen_on, find_models, has_ceilings, names_of
+from heads.blend.plot import Shares, plot_scores, plot_weights
 from heads.blend.products import N_FOLDS, SEED
 from heads.blend.saved import Coefficients, load_blend, refuse_strangers, save_blend
+from heads.blend.scores import write_scores
 from heads.blend.subject import Blended, blend_subject, mean_weights, vertex_scores
 from heads.blend.submission import write_predictions, write_zip
 from heads.blend.uncertainty import Gain, Null, gains, null
@@ -35,6 +36,7 @@ class Ensemble:
     accuracy : whether there are ceilings
     weights : mean over the vertices of an ROI, and of 'all'
     unused : models without weight at any vertex of any subject
+    chosen_on : models whose scores are of images on which the epoch of their backbone was chosen
     submission : the zip, or None where a subject of the tree has no predictions
     """
 
@@ -44,6 +46,7 @@ class Ensemble:
     accuracy: bool
     weights: Shares
     unused: Sequence[str]
+    chosen_on: Sequence[str]
     submission: Path | None
 
 
@@ -72,12 +75,15 @@ def blend(challenge: Challenge, config: BlendConfig, work: Path | str) -> Ensemb
         accuracy=accuracy,
         weights={subject.name: mean_weights(subject, blended) for subject, blended in blends.items()},
         unused=_unused(list(blends.values())),
+        chosen_on=chosen_on(models, work),
         submission=None,
     )
     save_blend(
         staging / files.saved_blend.name, {subject.name: blended.coefficients for subject, blended in blends.items()}
     )
     replace_json(staging / files.blend_weights.name, _description(models, config, blends, ensemble))
+    write_scores(staging / files.blend_scores.name, ensemble.scores)
+    plot_scores(staging / files.scores_picture.name, ensemble.scores["blend"])
     plot_weights(staging / files.blend_picture.name, ensemble.weights, {subject.name: subject for subject in blends})
     return replace(ensemble, submission=_publish(files, challenge, models))
 
@@ -95,9 +101,9 @@ def apply(challenge: Challenge, saved: Path, work: Path) -> Path | None:
     for subject, of_subject in models.items():
         _write_test(staging, subject, coefficients[subject.name], of_subject)
     shutil.copyfile(saved, staging / files.saved_blend.name)
-    for name in (files.blend_weights.name, files.blend_picture.name):
-        if (beside := saved.with_name(name)).is_file():
-            shutil.copyfile(beside, staging / name)
+    for file in (files.blend_weights, files.blend_picture, files.blend_scores, files.scores_picture):
+        if (beside := saved.with_name(file.name)).is_file():
+            shutil.copyfile(beside, staging / file.name)
     return _publish(files, challenge, models)
 
 

@@ -18,7 +18,7 @@ import typer.main
 
 from featcache import __version__
 from featcache.errors import FeatcacheError
-from heads.commands import blending, features, fitting, running, training, trees
+from heads.commands import blending, comparing, features, fitting, running, training, trees
 from heads.recipes.jobs import Job, usage_fault
 
 app = typer.Typer(
@@ -65,7 +65,12 @@ COMMANDS = {
     },
     "Data": {"simulate": trees.simulate, "check": trees.check},
     "Better backbones": {"pretrain": training.pretrain, "finetune": training.finetune},
-    "A closer look": {"layers": features.layers, "models": blending.models, "maps": fitting.maps},
+    "A closer look": {
+        "layers": features.layers,
+        "models": blending.models,
+        "maps": fitting.maps,
+        "compare": comparing.compare,
+    },
     "All at once": {"run": running.run},
 }
 for group, commands in COMMANDS.items():

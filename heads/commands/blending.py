@@ -72,6 +72,14 @@ def blend(
             rich_help_panel="Blend",
         ),
     ] = None,
+    hemispheres: Annotated[
+        bool,
+        typer.Option(
+            "--hemispheres",
+            help="In the table of scores, list the hemispheres of each subject and each ROI too.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
     **options: Any,
 ) -> Job:
     """Blend all models, score the blend, and write the submission."""
@@ -90,7 +98,7 @@ def blend(
             return _handed_in(ensemble.apply(challenge, apply, work), work, {})
         done = ensemble.blend(challenge, config, work)
         title = f"Out-of-fold scores; weights of the blend ({config.label}) were learnt on other folds"
-        print_table(score_table(done.scores, title))
+        print_table(score_table(done.scores, title, done.scores if done.chosen_on else (), hemispheres))
         for line in gain_lines(done):
             typer.echo(line)
         return _handed_in(done.submission, work, blend_as_json(done))

@@ -66,8 +66,8 @@ def fit_heads(
 
 def _fit(subjects: "Sequence[Subject]", config: FitConfig, work: Path) -> Outcome:
     from featcache.machine.progress import say
+    from heads.fit.run import chosen_on, scores_by_model
     from heads.fit.run import fit_heads as run
-    from heads.fit.run import scores_by_model
     from heads.report.printing import print_table
     from heads.report.scores import score_table, scores_as_json
 
@@ -78,11 +78,12 @@ def _fit(subjects: "Sequence[Subject]", config: FitConfig, work: Path) -> Outcom
         )
     done = run(subjects, config, work)
     scores = scores_by_model(subjects, done)
-    print_table(score_table(scores, "Out-of-fold scores"))
+    marked = chosen_on(done, work)
+    print_table(score_table(scores, "Out-of-fold scores", marked))
     stores = [
         {"subject": fit.subject, "model": fit.model, "path": str(fit.path), "weights": str(fit.weights)} for fit in done
     ]
-    result: dict[str, Any] = {"stores": stores, "scores": scores_as_json(scores)}
+    result: dict[str, Any] = {"stores": stores, "scores": scores_as_json(scores), "chosen_on": marked}
     n_new = sum(fit.new for fit in done)
     return Outcome(f"{len(done)} fits, {n_new} of them new, in {Workdir(work).predictions}", result)
 

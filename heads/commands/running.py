@@ -6,12 +6,13 @@ from typing import Annotated, cast
 import typer
 import typer.core
 
-from featcache.config import ExtractConfig
+from featcache.config import BackboneConfig, ExtractConfig
 from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, on_command_line, option_of
+from heads.config import STAGES
 from heads.recipes.jobs import Job, Outcome
 from heads.recipes.steps import commands_of, read_recipe, ready, run_steps
 
-_FOR_EVERY_STEP = ("data", "work", "noise_ceiling", "subject", "device")
+_FOR_EVERY_STEP = ("data", "work", "noise_ceiling", "subject", "device", "backbone", "fold")
 
 
 @command()
@@ -23,6 +24,19 @@ def run(
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
     device: Annotated[str, option_of(ExtractConfig, "device")] = ExtractConfig.device,
+    backbone: Annotated[str | None, option_of(BackboneConfig, "name")] = BackboneConfig.name,
+    fold: Annotated[
+        str, typer.Option(help="The fold that trainings hold out, or all.", rich_help_panel="Data")
+    ] = "all",
+    seeds: Annotated[
+        int,
+        typer.Option(
+            help="Train with the seeds 0 to N-1, in every step of pretrain and finetune that gives no seed. 0: as the "
+            "recipe says.",
+            rich_help_panel="Training",
+            min=0,
+        ),
+    ] = 0,
     plan: Annotated[
         bool,
         typer.Option(
@@ -32,12 +46,13 @@ def run(
         ),
     ] = False,
 ) -> Job:
-    """Run all steps of a recipe, or go on where it stopped. Options of data and device apply to every step."""
+    """Run all steps of a recipe, or go on where it stopped. Options of data, backbone and device are for every step."""
     for_all = {
         name.replace("_", "-"): context.params[name] for name in on_command_line(context) if name in _FOR_EVERY_STEP
     }
     group = cast(typer.core.TyperGroup, context.find_root().command)
-    steps = [ready(group, step) for step in read_recipe(recipe, commands_of(group), for_all)]
+    trainings = {stage: {"seed": list(range(seeds))} for stage in STAGES} if seeds else {}
+    steps = [ready(group, step) for step in read_recipe(recipe, commands_of(group), for_all, trainings)]
     from featcache.machine.progress import say
     from heads.recipes.plan import estimates_of, subjects_of
 

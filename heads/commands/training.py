@@ -72,6 +72,7 @@ def _training_command(stage: str, meaning: str) -> Callable[..., Job]:
 
 
 def _train(subjects: "Sequence[Subject]", config: StageConfig, work: Path) -> Outcome:
+    from featcache.backbone.trainings import stops_on_fold
     from heads.backbones.stages import train_stage
 
     done = train_stage(subjects, config, work)
@@ -79,6 +80,7 @@ def _train(subjects: "Sequence[Subject]", config: StageConfig, work: Path) -> Ou
         {
             "path": str(trained.checkpoint.path),
             "score": trained.checkpoint.facts.score,
+            "chosen_on": stops_on_fold(trained.checkpoint.key.settings),
             "seconds": round(trained.seconds, 1),
         }
         for trained in done

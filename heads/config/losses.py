@@ -25,6 +25,7 @@ LOSS_SPECS: dict[str, LossSpec] = {
     "smooth_l1": LossSpec(function="heads.scores.losses:smooth_l1"),
     "mse": LossSpec(function="heads.scores.losses:mse", least_squares=True),
     "pearson": LossSpec(function="heads.scores.losses:pearson", correlation=True, least_squares=True),
+    "pattern": LossSpec(function="heads.scores.losses:pattern"),  # within an image: it needs no other
     "mnnpc": LossSpec(function="heads.scores.losses:mnnpc", correlation=True, least_squares=True),
 }
 LOSS_NAMES = tuple(LOSS_SPECS)

@@ -215,8 +215,8 @@ class StageConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     init: str = option(
         "stage1",
-        "What training starts from: stage1 (the checkpoint of stage 1 of the same fold), hub, packaged, none, a "
-        "weights file, or the folder of a checkpoint.",
+        "What training starts from: stage1 (the checkpoint of stage 1 of the same fold), weights (those that --weights "
+        "names, without stage 1), hub, packaged, none, a weights file, or the folder of a checkpoint.",
         "Backbone",
     )
     fold: int | None = None  # the one held out; None: each in turn

@@ -1,7 +1,7 @@
 """Rows of a feature store as heads read them: from memory if they fit, else from the disk, chunk by chunk."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -168,16 +168,21 @@ class LayerRows:
         window = torch.div(rank, _CHUNKS, rounding_mode="floor")
         return index[torch.argsort(window + torch.rand(len(index), device=index.device).double())]
 
-    def mean_and_variance(self, name: str, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(n_places, n_channels) mean over the first rows; (n_channels,) variance about it, over rows and places."""
+    def blocks(self, name: str, index: np.ndarray) -> Iterator[torch.Tensor]:
+        """Rows of any images, (n, n_places, n_channels) float32 on the device, in blocks of images."""
+        step = self.block_rows(name)
+        for start in range(0, len(index), step):
+            yield self._ready(name, self._stored(name, index[start : start + step]))
+
+    def mean_and_variance(self, name: str, index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n_places, n_channels) mean over some images; (n_channels,) variance about it, over images and places."""
         total: Any = 0.0
         squares: Any = 0.0
-        step = self.block_rows(name)
-        for start in range(0, n_rows, step):
-            block = self.read(name, start, min(start + step, n_rows)).double()
+        for stored in self.blocks(name, index):
+            block = stored.double()
             total, squares = total + block.sum(0), squares + block.square().sum(0)
-        mean = total / n_rows
-        return mean.float(), (squares / n_rows - mean.square()).clamp_min(0).mean(0).float()
+        mean = total / len(index)
+        return mean.float(), (squares / len(index) - mean.square()).clamp_min(0).mean(0).float()
 
     def block_rows(self, name: str) -> int:
         """Number of images in a block whose float32 rows of an array take about BLOCK_BYTES."""

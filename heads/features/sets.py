@@ -171,15 +171,19 @@ def say_without(found: Mapping[Subject, Sequence[object]], folder: Path, command
         say(f"{', '.join(names)}: nothing to use in {folder}; for these subjects, run '{command}' first")
 
 
-def subject_stores(subject: Subject, folder: Path, command: str) -> list[Store]:
-    """The subject's stores in a folder that are complete and have the rows of its images, in the same order."""
+def subject_stores(subject: Subject, folder: Path, command: str, some_folds: bool = False) -> list[Store]:
+    """The subject's stores in a folder that are complete and have the rows of its images, in the same order.
+
+    some_folds : whether to take stores that have the training images of some folds alone
+    """
     stores = [store for store in list_stores(folder) if store.key["subject"] == subject.name]
     complete = keep(subject, stores, lambda store: "" if store.complete else f"not complete, run '{command}' again")
-    return keep(subject, complete, lambda store: _row_fault(store, subject))
+    return keep(subject, complete, lambda store: _row_fault(store, subject, some_folds))
 
 
-def _row_fault(store: Store, subject: Subject) -> str:
-    if np.array_equal(store.image_ids, subject.image_ids):
+def _row_fault(store: Store, subject: Subject, some_folds: bool) -> str:
+    ids = subject.image_ids
+    if np.array_equal(store.image_ids, ids[np.isin(ids, store.image_ids)] if some_folds else ids):
         return ""
     if np.isin(store.image_ids, subject.image_ids).all():
         return f"it has rows of {store.n_train} training images of {len(subject.train)}; train and extract all folds"

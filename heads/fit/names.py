@@ -23,6 +23,10 @@ from heads.solvers.layers.ridge import METHOD
 _OF_A_SUBJECT = ("subject", "images", "image_ids", "responses", "noise_ceiling", "rois", "joint")
 
 
+# Raised where the same settings give other predictions. 2: scales of features without the held-out fold, and test
+# predictions of one spread over folds
+VERSION = 2
+
 # {solver of an earlier version: its settings where nothing was asked for}; its stores are still read and blended
 RETIRED: dict[str, dict[str, Any]] = {"moments": {"steps": 128, "learning_rate": 0.25, "momentum": 0.9}}
 
@@ -34,6 +38,7 @@ class PredictionKey:
     features : what decides the features (see FeatureSet.key)
     responses : digest of the responses
     noise_ceiling, rois : digests by surface, where the solver or the head reads them
+    version : of how predictions are made; none in stores from before there were versions
     kernels : how priors are chosen and weighed, where heads are fitted under priors
     head, solver, objective : what was fitted, how, and to what; the solver by its stored name
     n_folds, seed : folds of the training images, and randomness
@@ -46,6 +51,7 @@ class PredictionKey:
     responses: str
     noise_ceiling: Mapping[str, str | None] | None = None
     rois: Mapping[str, Any] | None = None
+    version: int | None = None
     kernels: Mapping[str, Any] | None = None
     head: str
     n_folds: int | None = None
@@ -103,17 +109,22 @@ class PredictionKey:
         return list(dict.fromkeys([self.head, *solver, self.objective, *(["distilled"] if self.target else [])]))
 
     @property
+    def of_every_subject(self) -> dict[str, Any]:
+        """What decides the model, without what belongs to one subject."""
+        # a backbone that was trained has other weights for every fold and, in stage 2, for every subject
+        left_out = (*_OF_A_SUBJECT, "weights") if self.training else _OF_A_SUBJECT
+        features = {name: value for name, value in self.features.items() if name not in left_out}
+        model = {name: value for name, value in self.to_json().items() if name not in _OF_A_SUBJECT}
+        return model | {"features": features}
+
+    @property
     def model(self) -> str:
         """The name of the model, the same for every subject: words that tell models apart, and six digits.
 
         Backbone, size, stage, layers and their grid, head and objective always, other settings where they are not the
         default. The digits change with everything that decides the model.
         """
-        # a backbone that was trained has other weights for every fold and, in stage 2, for every subject
-        left_out = (*_OF_A_SUBJECT, "weights") if self.training else _OF_A_SUBJECT
-        features = {name: value for name, value in self.features.items() if name not in left_out}
-        model = {name: value for name, value in self.to_json().items() if name not in _OF_A_SUBJECT}
-        digits = fingerprint(model | {"features": features})[:6]
+        digits = fingerprint(self.of_every_subject)[:6]
         return " ".join([*self._feature_words(), *self.head_words, *self._setting_words(), digits])
 
     def _feature_words(self) -> list[str]:
@@ -195,6 +206,7 @@ def prediction_key(
         responses=response_digest(subject, work),
         noise_ceiling=digests["noise_ceiling"] if spec.reads_noise_ceiling else None,
         rois=digests["rois"] if reads_rois else None,
+        version=VERSION,
         kernels=METHOD if under_priors and features.is_layered else None,
         **key,
     )

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from featcache.dataset.subject import Subject
-from heads.solvers.base import Block, Solver, comparable
+from heads.solvers.base import Block, Solver, comparable, mean_of_tests
 
 
 def predict_surface(
@@ -15,7 +15,7 @@ def predict_surface(
     """Predictions of one surface, (n_train + n_test, n_vertices) float32, and the heads that made them, by name.
 
     Training rows are predicted by heads that did not see them, and are NaN where there are none; test rows by the mean
-    over folds.
+    over folds. Both are brought to one mean and standard deviation over folds.
 
     advance : called with the number of vertices that were just fitted
     """
@@ -30,7 +30,7 @@ def predict_surface(
         pieces = [piece for fold in fits.folds for piece in fold.held_out]
         for piece, values in zip(pieces, comparable(pieces, block.responses.mean(0)), strict=True):
             predictions[torch.from_numpy(piece.rows), vertices] = values.cpu()
-        predictions[n_train:, vertices] = torch.stack([fold.test for fold in fits.folds]).mean(0).cpu()
+        predictions[n_train:, vertices] = mean_of_tests(fits.folds).cpu()
         saved |= {name: values.cpu() for name, values in fits.shared.items()}
         for name, values in fits.saved.items():
             if step >= n_vertices:

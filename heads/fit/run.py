@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from featcache.backbone.trainings import Trainings
 from featcache.cache.store import Store, create_store, open_store, store_path
 from featcache.dataset.splits import refuse_leak
 from featcache.dataset.subject import Subject
@@ -229,6 +230,16 @@ def _save_heads(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str
     """
     # safetensors' own writer reports a full disk as an error of its own kind
     replace_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+
+
+def chosen_on(fitted: Sequence[Fitted], work: Path | str) -> list[str]:
+    """Names of the models whose scores are of images on which the epoch of their backbone was chosen."""
+    known, models = Trainings(work), []
+    for fit in fitted:
+        training = PredictionKey.from_json(open_store(fit.path).key).training
+        if training is not None and known.chosen_on(training.training):
+            models.append(fit.model)
+    return list(dict.fromkeys(models))
 
 
 def scores_by_model(subjects: Sequence[Subject], fitted: Sequence[Fitted]) -> dict[str, list[VertexScores]]:

@@ -137,7 +137,7 @@ def _of_weights(head: Tensors, rows: LayerRows, n_train: int) -> dict[str, torch
     for name in rows.grids:
         if (weights := head.get(f"{name}.weights")) is None:
             return {}
-        _, variance = rows.mean_and_variance(name, n_train)
+        _, variance = rows.mean_and_variance(name, np.arange(n_train))
         on_places = weights.reshape(rows.n_places(name), rows.channels[name], -1)
         sizes[name] = (on_places.square() * variance[:, None]).sum(1).sqrt().T
     return sizes

@@ -39,6 +39,11 @@ class Features:
         return len(self.held_out) or 1
 
     @property
+    def n_scales(self) -> int:
+        """Sets of scales (see FoldPlan.scale_rows)."""
+        return len(self.held_out) or 2
+
+    @property
     def n_features(self) -> int:
         return sum(math.prod(row.shape) for row in self.rows.values())
 
@@ -133,7 +138,7 @@ def _layered(sizes: FitSizes, depths: Sequence[float | None]) -> LayeredSizes:
         n_images=sizes.n_images,
         n_fit=(sizes.n_train - sizes.n_train // sizes.n_folds,) * sizes.n_held_out,
         n_choices=_CHOICES_OF_A_TRAINED_FOLD if features.backbone_trained else 1,
-        n_sources=features.n_stores,
+        n_scales=features.n_scales,
         n_features=features.n_features,
         n_priors=len(priors),
         backbone_trained=features.backbone_trained,
@@ -141,7 +146,7 @@ def _layered(sizes: FitSizes, depths: Sequence[float | None]) -> LayeredSizes:
         held_bytes=min(stored, free * FEATURE_SHARE),
         cache_bytes=free * CACHE_SHARE,
     )
-    return replace(counts, stack_bytes=_stack_bytes(counts, features, free * STACK_SHARE / features.n_stores))
+    return replace(counts, stack_bytes=_stack_bytes(counts, features, free * STACK_SHARE / features.n_scales))
 
 
 def _stack_bytes(counts: LayeredSizes, features: Features, room: float) -> float:
@@ -149,5 +154,6 @@ def _stack_bytes(counts: LayeredSizes, features: Features, room: float) -> float
     n_places = sum(math.prod(grid) for grid in features.grids.values())
     whole, sought = (4.0 * n_places * n_images**2 for n_images in (counts.n_images, SEARCH_IMAGES))
     rows = 4.0 * counts.n_images * counts.n_features  # that kernels of all images are made of
-    total = counts.n_sources * (whole + rows) if whole <= room else 0.0
-    return total + (sought if counts.searched and sought <= room else 0.0)
+    total = counts.n_scales * (whole + rows) if whole <= room else 0.0
+    n_sought = 1 if features.backbone_trained else counts.n_scales
+    return total + (n_sought * sought if counts.searched and sought <= room else 0.0)

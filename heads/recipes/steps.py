@@ -61,10 +61,13 @@ class Step:
         return " ".join([self.command, *(f"{name}={value}" for name, value in self.own.items())])
 
 
-def read_recipe(path: Path, commands: Commands, given: Mapping[str, Any]) -> list[Step]:
+def read_recipe(
+    path: Path, commands: Commands, given: Mapping[str, Any], unsaid: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Step]:
     """The steps of a recipe, lists expanded: the last list of a step changes fastest.
 
     given : options that every command that has them takes, whatever the recipe says
+    unsaid : {command: options, or lists of their values, of its steps that do not give them}
 
     Raises ConfigError for a file that is no recipe, and for the first command, option or value that cannot be.
     """
@@ -86,8 +89,16 @@ def read_recipe(path: Path, commands: Commands, given: Mapping[str, Any]) -> lis
     return [
         one
         for number, step in enumerate(steps, 1)
-        for one in _expanded(path, number, step, commands[step["run"]], options, given)
+        for one in _expanded(path, number, _completed(step, given, unsaid or {}), commands[step["run"]], options, given)
     ]
+
+
+def _completed(
+    step: Mapping[str, Any], given: Mapping[str, Any], unsaid: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A step with the options that it does not say, and without lists that a given value takes the place of."""
+    own = {name: value for name, value in step.items() if not (name in given and isinstance(value, list))}
+    return own | {name: value for name, value in unsaid.get(step["run"], {}).items() if name not in step}
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from heads.report.scores import scores_as_json
+from heads.scores.by_roi import every_summary
 
 if TYPE_CHECKING:  # a report must not load what blends
     from heads.blend.run import Ensemble
@@ -30,11 +31,13 @@ def gain_lines(done: "Ensemble") -> list[str]:
 
 
 def blend_as_json(done: "Ensemble") -> dict[str, Any]:
-    """A blend as JSON: weights, unused, scores, gains and shuffled, named as in `Ensemble`."""
+    """A blend as JSON: weights, unused, chosen_on, scores, gains and shuffled, as in `Ensemble`; scores_by_roi."""
     return {
         "weights": done.weights,
         "unused": done.unused,
+        "chosen_on": list(done.chosen_on),
         "scores": scores_as_json(done.scores),
+        "scores_by_roi": [row.to_json() for row in every_summary(done.scores["blend"])] if done.scores else [],
         "gains": [vars(gain) for gain in done.gains],
         "shuffled": vars(done.null),
     }

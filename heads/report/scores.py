@@ -1,34 +1,44 @@
 """Tables of scores: subjects and ROIs down, models or methods across."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from heads.scores.by_roi import every_summary
 from heads.scores.metrics import Summary, VertexScores, summarize
 
+CHOSEN_ON = "* chosen on: images of this score also chose the epoch of a backbone, so it is a little too high"
 _ALL = "all vertices"
 _MOST_COLUMNS = 4  # of methods side by side: more would leave none of them room for its name
 
 
-def score_table(scores: Mapping[str, Sequence[VertexScores]], title: str) -> Table:
+def score_table(
+    scores: Mapping[str, Sequence[VertexScores]],
+    title: str,
+    chosen_on: Collection[str] = (),
+    each_surface: bool = False,
+) -> Table:
     """Table of scores: a row for each subject, each ROI and all vertices, a column for each method.
 
     Of many methods, a row for each, without ROIs. Noise-normalised accuracy in percent where there are noise ceilings,
     else mean r with mean r^2 behind it. A method that lacks a subject has no number over all subjects: it would be over
     other vertices than the numbers beside it.
+
+    chosen_on : methods to mark, because images of their scores also chose something
+    each_surface : whether subjects and ROIs have a row for each surface too
     """
     everyone = {(one.subject, one.surface): one for of_method in scores.values() for one in of_method}
-    rows, partial = _summaries(list(everyone.values())), _partial(scores)
+    rows, partial = _summaries(list(everyone.values()), each_surface), _partial(scores)
     accuracy = rows[_ALL].accuracy is not None
     measure = "noise-normalised accuracy, %" if accuracy else "no noise ceiling: mean r (mean r^2)"
     cells = {
-        method: [
+        f"{method} *" if method in chosen_on else method: [
             "-" if method in partial and summary.subject == "all" else _cell(of_method.get(label), accuracy)
             for label, summary in rows.items()
         ]
-        for method, of_method in ((method, _summaries(of_method)) for method, of_method in scores.items())
+        for method, of_method in ((method, _summaries(of_method, each_surface)) for method, of_method in scores.items())
     }
     table = Table(title=f"{title}; {measure}", title_justify="left", caption_justify="left")
     notes = [f"- {method}: has {', '.join(names)} alone" for method, names in partial.items()]
@@ -37,6 +47,7 @@ def score_table(scores: Mapping[str, Sequence[VertexScores]], title: str) -> Tab
     else:
         _fill_methods(table, rows, cells)
         notes += ["- for scores of ROIs, add --json"] if any(one.roi != "all" for one in rows.values()) else []
+    notes += [CHOSEN_ON] if set(chosen_on) & set(scores) else []
     table.caption = Text("\n".join(notes))
     return table
 
@@ -69,9 +80,17 @@ def _partial(scores: Mapping[str, Sequence[VertexScores]]) -> dict[str, list[str
     return {method: sorted(names) for method, names in subjects.items() if names != everyone}
 
 
-def _summaries(scores: Sequence[VertexScores]) -> dict[str, Summary]:
+def _summaries(scores: Sequence[VertexScores], each_surface: bool) -> dict[str, Summary]:
     """{row of the table: its summary}: subjects, then ROIs over all subjects, then all vertices."""
-    return {_label(summary): summary for summary in summarize(scores) if summary.all_surfaces}
+    rows = {_label(summary): summary for summary in summarize(scores) if summary.all_surfaces}
+    if not each_surface:
+        return rows
+    every = [summary for summary in every_summary(scores) if not summary.all_surfaces]
+    split: dict[str, Summary] = {}
+    for label, whole in rows.items():
+        parts = [one for one in every if (one.subject, one.roi) == (whole.subject, whole.roi)]
+        split |= {f"{label} {one.surface}": one for one in parts} | {label: whole}
+    return split
 
 
 def _label(summary: Summary) -> str:

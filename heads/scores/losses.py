@@ -65,10 +65,35 @@ def pearson(predictions: Matrix, responses: Matrix, noise_ceiling: Matrix | None
     ------
     FeatcacheError : shapes that do not match, fewer than 2 images, or a ceiling outside [0, 1]
 
-    Source: the PC loss of the UARK-UAlbany entry to the Algonauts 2023 challenge.
+    Source: the PC loss of the UARK-UAlbany entry to the Algonauts 2023 challenge, over images; see `pattern`.
     """
     predictions, responses, _ = _checked(predictions, responses, noise_ceiling)
-    return _distance(predictions, responses).mean()
+    return _distance_over_images(predictions, responses).mean()
+
+
+def pattern(predictions: Matrix, responses: Matrix, noise_ceiling: Matrix | None = None) -> Tensor:
+    """Mean over images of ``(1 - r_i) / 2``, r_i the correlation over the vertices of one image; in [0, 1].
+
+    An image whose predictions or responses are the same at all vertices, as those of a single vertex, has r_i = 0 and
+    no gradient. Every column counts with the value that it has. A vertex that a subject lacks has no column, so it is
+    no part of the pattern. A dead vertex, whose responses are constant (0 where they are z-scored), is part of it: with
+    r_i > 0, its prediction is drawn to where the regression line of the image's responses on its predictions gives that
+    constant. That is the mean of the predictions if the constant is the mean of the responses. Dead vertices also enter
+    the means and norms of r_i, and so the gradients of all other vertices.
+
+    Parameters
+    ----------
+    predictions, responses : (n_images, n_vertices), any unit, the same at all vertices
+    noise_ceiling : (n_vertices,), fraction of variance in [0, 1]; checked, not used
+
+    Raises
+    ------
+    FeatcacheError : shapes that do not match, or a ceiling outside [0, 1]
+
+    Source: the PC loss of the UARK-UAlbany entry to the Algonauts 2023 challenge as its algorithm 2 prints it.
+    """
+    predictions, responses, _ = _checked(predictions, responses, noise_ceiling)
+    return _distance(predictions.T, responses.T).mean()
 
 
 def mnnpc(predictions: Matrix, responses: Matrix, noise_ceiling: Matrix | None = None) -> Tensor:
@@ -88,7 +113,7 @@ def mnnpc(predictions: Matrix, responses: Matrix, noise_ceiling: Matrix | None =
     Source: the MNNPC loss of the UARK-UAlbany entry to the Algonauts 2023 challenge.
     """
     predictions, responses, noise_ceiling = _checked(predictions, responses, noise_ceiling)
-    distance = _distance(predictions, responses)
+    distance = _distance_over_images(predictions, responses)
     if noise_ceiling is None:
         return distance.mean()
     return (distance**2 / noise_ceiling.masked_fill(noise_ceiling == 0, 1)).mean()
@@ -178,18 +203,23 @@ def _checked_ceiling(noise_ceiling: Matrix, predictions: Tensor) -> Tensor:
     return noise_ceiling
 
 
-def _distance(predictions: Tensor, responses: Tensor) -> Tensor:
-    """``(1 - r_v) / 2``, (n_vertices,) in [0, 1]."""
+def _distance_over_images(predictions: Tensor, responses: Tensor) -> Tensor:
+    """``(1 - r_v) / 2``, (n_vertices,) in [0, 1]. Raises FeatcacheError for one image, which has no correlation."""
     if len(predictions) < 2:
         raise FeatcacheError(
             "a correlation", expected="2 images or more in a batch", found="1", remedy="use a larger batch"
         )
+    return _distance(predictions, responses)
+
+
+def _distance(predictions: Tensor, responses: Tensor) -> Tensor:
+    """``(1 - r) / 2`` of each column, in [0, 1]."""
     r: Tensor = _Correlation.apply(predictions, responses)
     return (1 - r) / 2
 
 
 class _Correlation(torch.autograd.Function):
-    """r of each column, (n_vertices,); 0, with a gradient of 0, where either is constant.
+    """r of each column, (n_columns,); 0, with a gradient of 0, where either is constant.
 
     With p and y centred columns of norm 1, the gradient of r = p'y with respect to the column that p was computed from
     is (y - r p) / norm. This formula reads the matrices a third as often as autograd through each step.

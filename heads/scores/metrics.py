@@ -31,7 +31,7 @@ _TILE_NUMBERS = 64 * _TILE_VERTICES
 _MAX_MEAN_TO_SD = 10.0  # above it, sums of squares that were not shifted lose more than two digits
 _CONSTANT_SD_TO_MEAN = 1e-13  # below it, the variation is rounding of float64
 _CONSTANT_SCATTER = 1e-6  # share of the sum of squares: below it, the variation is rounding of sums stored as float32
-_ALL_SURFACES = "both"
+ALL_SURFACES = "both"
 _EPSILON_CEILING = 1e-14  # replaces a ceiling of 0 in the organisers' published script
 
 
@@ -169,7 +169,7 @@ class VertexScores:
     rois: Mapping[str, Array] = field(default_factory=dict)  # name -> (n_vertices,) bool; ROIs may overlap
 
     def __post_init__(self) -> None:
-        if self.surface == _ALL_SURFACES:
+        if self.surface == ALL_SURFACES:
             raise FeatcacheError(
                 "a surface", expected="the name of one", found=repr(self.surface), remedy="score one at a time"
             )
@@ -201,7 +201,7 @@ class Summary:
     @property
     def all_surfaces(self) -> bool:
         """Whether the vertices are those of all surfaces."""
-        return self.surface == _ALL_SURFACES
+        return self.surface == ALL_SURFACES
 
     def to_json(self) -> dict[str, Any]:
         """The row as commands write it: `surface` is called hemisphere there."""
@@ -232,20 +232,20 @@ def summarize(scores: Sequence[VertexScores], zero_ceiling: ZeroCeiling = "exclu
 
     def rows() -> Iterator[Summary | None]:
         for score in scores:
-            yield _summary(score.subject, score.surface, "all", [score], zero_ceiling)
+            yield summary_of(score.subject, score.surface, "all", [score], zero_ceiling)
         for subject, group in by_subject.items():
-            yield _summary(subject, _ALL_SURFACES, "all", group, zero_ceiling)
+            yield summary_of(subject, ALL_SURFACES, "all", group, zero_ceiling)
         for roi in rois:
-            yield _summary("all", _ALL_SURFACES, roi, scores, zero_ceiling)
-        yield _summary("all", _ALL_SURFACES, "all", scores, zero_ceiling)
+            yield summary_of("all", ALL_SURFACES, roi, scores, zero_ceiling)
+        yield summary_of("all", ALL_SURFACES, "all", scores, zero_ceiling)
 
     return [row for row in rows() if row is not None]
 
 
-def _summary(
+def summary_of(
     subject: str, surface: str, roi: str, scores: Sequence[VertexScores], zero_ceiling: ZeroCeiling
 ) -> Summary | None:
-    """Means over the vertices of ``roi``; None if there are none."""
+    """Means over the vertices of ``roi`` in all of ``scores``; None if there are none. Names are taken as they are."""
     parts = [_in_roi(score, roi, zero_ceiling) for score in scores]
     r, accuracy = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     if not r.size:

@@ -61,10 +61,13 @@ class FoldFit(NamedTuple):
 
     held_out : predictions of the fold's images
     test : (n_test, n_vertices) predictions of the test images
+    test_mean, test_std : (n_vertices,) of the head for test images, as those of a piece
     """
 
     held_out: list[Piece]
     test: torch.Tensor
+    test_mean: torch.Tensor
+    test_std: torch.Tensor
 
 
 class Fits(NamedTuple):
@@ -167,6 +170,25 @@ def piece_of(predictions: torch.Tensor, rows: np.ndarray, train_rows: np.ndarray
     return Piece(rows, predictions[rows], *mean_and_std(predictions[train_rows]))
 
 
+def ratios(stds: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Factors, (n_vertices,) each, that bring heads to one standard deviation: the mean of theirs."""
+    common = torch.stack(list(stds)).mean(0)
+    return [common / std for std in stds]
+
+
+def mean_of_tests(folds: Sequence[FoldFit]) -> torch.Tensor:
+    """(n_test, n_vertices) mean over folds, each brought to one mean and standard deviation first.
+
+    Else the head with the largest scale would decide. Their common mean is the mean of theirs.
+    """
+    level = torch.stack([fold.test_mean for fold in folds]).mean(0)
+    scaled = [
+        torch.addcmul(level - fold.test_mean * ratio, fold.test, ratio)
+        for fold, ratio in zip(folds, ratios([fold.test_std for fold in folds]), strict=True)
+    ]
+    return torch.stack(scaled).mean(0)
+
+
 def comparable(pieces: Sequence[Piece], mean: torch.Tensor) -> Iterator[torch.Tensor]:
     """Predictions of the pieces, all with the same mean and standard deviation for each vertex.
 
@@ -177,7 +199,5 @@ def comparable(pieces: Sequence[Piece], mean: torch.Tensor) -> Iterator[torch.Te
 
     mean : (n_vertices,) mean response
     """
-    common = torch.stack([piece.std for piece in pieces]).mean(0)
-    ratios = [common / piece.std for piece in pieces]
-    for piece, ratio in zip(pieces, ratios, strict=True):
+    for piece, ratio in zip(pieces, ratios([piece.std for piece in pieces]), strict=True):
         yield torch.addcmul(mean - piece.mean * ratio, piece.predictions, ratio)

@@ -23,9 +23,8 @@ from heads.solvers.base import Block, Fits, Problem, Solver
 from heads.solvers.gradient import Task
 from heads.solvers.held_out import FoldPlan, Split
 from heads.solvers.joint import JointHeads, JointTraining, Statistics, TraineeRows, build_joint
-from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import prior_set
-from heads.solvers.layers.ridge import PENALTIES, LayeredRidge
+from heads.solvers.layers.ridge import PENALTIES, LayeredRidge, scaled_kernels
 from heads.solvers.layers.sizes import VERTEX_BLOCK
 from heads.solvers.memory import CACHE_SHARE, STACK_SHARE
 from heads.solvers.trained import predict
@@ -102,9 +101,9 @@ class CoreSolver:
 
     @cached_property
     def _ridge(self) -> LayeredRidge:
-        free, n_folds = spare_memory(self._training.config.max_memory), len(self._plan)
-        outputs = [self._training.outputs(self._number, k) for k in range(n_folds)]
-        kernels = [LayerKernels(rows, self._plan.n_train, free * STACK_SHARE / n_folds) for rows in outputs]
+        free = spare_memory(self._training.config.max_memory)
+        outputs = [self._training.outputs(self._number, k) for k in range(len(self._plan))]
+        kernels = scaled_kernels(outputs, self._plan, free * STACK_SHARE)
         priors = prior_set(outputs[0].grids, (None,), self._plan.n_train)
         return LayeredRidge(
             kernels, self._plan, RidgeConfig(penalties=PENALTIES), priors, cache_bytes=free * CACHE_SHARE

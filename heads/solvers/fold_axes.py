@@ -108,29 +108,31 @@ class FoldAxes:
             # one product, because a separate product for few test images would be slow
             held_out, test = torch.addmm(mean, fold.scores, weights).tensor_split([len(fold.held_out)])
             piece = Piece(fold.held_out.cpu().numpy(), held_out, mean, torch.where(std > 0, std, 1))
-            fits.append(FoldFit([piece], test))
+            fits.append(FoldFit([piece], test, piece.mean, piece.std))
             if save:
                 saved = saved or _Mean(len(self.folds), len(fold.basis.mean), mean)
-                saved.add(fold.basis, weights, mean)
+                saved.add(fold.basis, weights, piece)
         return Fits(fits, {} if saved is None else saved.tensors())
 
 
 class _Mean:
-    """The mean over folds of linear maps."""
+    """The mean over folds of linear maps, brought to one mean and standard deviation."""
 
     def __init__(self, n_folds: int, n_features: int, like: torch.Tensor) -> None:
         self._share = 1 / n_folds
         self._weights = like.new_zeros(n_features, len(like))
-        self._intercept = torch.zeros_like(like)
+        self._mean, self._std, self._shift = (torch.zeros_like(like) for _ in range(3))
 
-    def add(self, basis: Eigenbasis, weights: torch.Tensor, mean: torch.Tensor) -> None:
-        """Add the map of one fold. weights : (rank, n_vertices) on its axes; mean : (n_vertices,) mean response"""
-        feature_weights = basis.weights(weights)
+    def add(self, basis: Eigenbasis, weights: torch.Tensor, piece: Piece) -> None:
+        """Add the map of one fold. weights : (rank, n_vertices) on its axes; piece : what it predicts"""
+        feature_weights = basis.weights(weights / piece.std)
         self._weights.add_(feature_weights, alpha=self._share)
-        self._intercept += self._share * (mean - basis.mean @ feature_weights)
+        self._shift -= self._share * (basis.mean @ feature_weights)
+        self._mean += self._share * piece.mean
+        self._std += self._share * piece.std
 
     def tensors(self) -> dict[tuple[str, str], torch.Tensor]:
-        return {("", "weights"): self._weights, ("", "intercept"): self._intercept}
+        return {("", "weights"): self._weights * self._std, ("", "intercept"): self._mean + self._shift * self._std}
 
 
 class _Part(NamedTuple):

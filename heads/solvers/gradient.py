@@ -14,7 +14,7 @@ from heads.config.registry import load
 from heads.modules.linear import LinearMap
 from heads.scores.losses import Loss, weighted_sum
 from heads.scores.metrics import accuracy_from_r, pearson_r
-from heads.solvers.base import Block, Fits, FoldFit, Problem, piece_of
+from heads.solvers.base import Block, Fits, FoldFit, Problem, mean_and_std, piece_of
 from heads.solvers.held_out import FoldPlan, Split
 from heads.solvers.linear import FoldHeads, LinearPredictions
 from heads.solvers.memory import Sizes, announce_whole, whole_bytes
@@ -121,14 +121,13 @@ def fold_fit(predictions: Iterable[torch.Tensor], split: Split, responses: torch
     predictions : (n_images, n_vertices) of each choice's head
     responses : (n_train, n_vertices)
     """
-    pieces, test = [], responses[:0]
+    pieces = []
     for choice, values in enumerate(predictions):
         slope, shift = calibration(values[split.train_rows], responses[split.train_rows])
         values = slope * values + shift
         if choice < len(split.parts):
             pieces.append(piece_of(values, split.parts[choice], split.train_rows))
-        test = values[len(responses) :]
-    return FoldFit(pieces, test)
+    return FoldFit(pieces, values[len(responses) :], *mean_and_std(values[split.train_rows]))
 
 
 class Task(NamedTuple):

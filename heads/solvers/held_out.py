@@ -93,6 +93,24 @@ class FoldPlan:
         """Rows that are predicted out of fold."""
         return np.flatnonzero(np.isin(self.folds, self.held_out))
 
+    @property
+    def n_scales(self) -> int:
+        """Number of sets of scales of features (see scale_rows)."""
+        return len(self) if self.backbone_trained else min(len(self), 2)
+
+    def scales(self, k: int) -> int:
+        """Number of the set of scales that the k-th held-out fold uses."""
+        return k if self.backbone_trained else 2 * k // len(self)
+
+    def scale_rows(self, number: int) -> np.ndarray:
+        """Rows whose features decide a set of scales; no fold that uses the set holds any of them out.
+
+        Features of a frozen backbone have two sets: each half of the folds uses the images of the other half. So what
+        is computed from scaled features is computed twice, and not once for every fold.
+        """
+        users = [fold for k, fold in enumerate(self.held_out) if self.scales(k) == number]
+        return np.flatnonzero(~np.isin(self.folds, users))
+
     def source(self, k: int) -> int:
         """Number of the set of features that the k-th held-out fold reads."""
         return k if self.backbone_trained else 0

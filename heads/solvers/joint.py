@@ -134,10 +134,10 @@ class JointTraining:
             refuse_leak(trained_ids, plan.image_ids[plan.inside(k)], f"fold {plan.held_out[k]} of {name}")
 
     def _statistics(self, k: int) -> Statistics:
-        """{array: (mean, variance) of each channel}, over the images of all subjects, with equal weights."""
+        """{array: (mean, variance) of each channel}, over all subjects' images outside a fold, with equal weights."""
         statistics = {}
         for name in self.trainees[0].fold_rows(k).grids:
-            moments = [t.fold_rows(k).mean_and_variance(name, t.plan.n_train) for t in self.trainees]
+            moments = [t.fold_rows(k).mean_and_variance(name, t.plan.outside(k)) for t in self.trainees]
             places = torch.stack([mean for mean, _ in moments])
             within = torch.stack([variance for _, variance in moments]).mean(0)
             mean = places.mean((0, 1))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from heads.modules.linear import LinearMap
-from heads.solvers.base import Fits, FoldFit, Piece
+from heads.solvers.base import Fits, FoldFit, Piece, ratios
 from heads.solvers.held_out import FoldPlan
 
 
@@ -33,27 +33,39 @@ class LinearPredictions:
         self._statistics: dict[int, _Statistics] = {}
 
     def fits(self, folds: Sequence[FoldHeads]) -> Fits:
-        """Predictions of every fold, and the maps to save: one for each fold, or their mean if folds share features."""
+        """Predictions of every fold, and the maps to save: one for each fold, or their mean if folds share features.
+
+        Before the mean, maps are brought to one mean and standard deviation, as their predictions are.
+        """
+        fits = [self._predict(k, fold) for k, fold in enumerate(folds)]
         finals = [fold.final for fold in folds]
         if not self._plan.backbone_trained:
-            finals = [LinearMap(*(torch.stack(parts).mean(0) for parts in zip(*finals, strict=True)))]
+            finals = [_mean_map(finals, fits)]
         saved = {
             (prefix, part): values
             for prefix, head in zip(self._plan.prefixes, finals, strict=True)
             for part, values in head._asdict().items()
         }
-        return Fits([self._predict(k, fold) for k, fold in enumerate(folds)], saved)
+        return Fits(fits, saved)
 
     def _predict(self, k: int, fold: FoldHeads) -> FoldFit:
         features = self._features[self._plan.source(k)]
         if k not in self._statistics:
             self._statistics[k] = _Statistics(features[self._plan.outside(k)])
         trained = self._statistics[k]
-        pieces = [
-            Piece(rows, head(features[rows]), trained.mean @ head.weights + head.intercept, trained.std(head.weights))
-            for rows, head in fold.held_out
-        ]
-        return FoldFit(pieces, fold.final(features[self._plan.n_train :]))
+        pieces = [Piece(rows, head(features[rows]), *trained.of_predictions(head)) for rows, head in fold.held_out]
+        return FoldFit(pieces, fold.final(features[self._plan.n_train :]), *trained.of_predictions(fold.final))
+
+
+def _mean_map(maps: Sequence[LinearMap], fits: Sequence[FoldFit]) -> LinearMap:
+    """The map that predicts the mean over folds (see mean_of_tests)."""
+    scales = ratios([fit.test_std for fit in fits])
+    weights = [head.weights * ratio for head, ratio in zip(maps, scales, strict=True)]
+    intercepts = [
+        fit.test_mean + (head.intercept - fit.test_mean) * ratio
+        for head, fit, ratio in zip(maps, fits, scales, strict=True)
+    ]
+    return LinearMap(torch.stack(weights).mean(0), torch.stack(intercepts).mean(0))
 
 
 class _Statistics:
@@ -68,7 +80,11 @@ class _Statistics:
         self._tall = len(features) > features.shape[1]
         self._factor = centred.T @ centred if self._tall else centred
 
-    def std(self, weights: torch.Tensor) -> torch.Tensor:
+    def of_predictions(self, head: LinearMap) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n_vertices,) mean and standard deviation of a head's predictions of the training rows."""
+        return self.mean @ head.weights + head.intercept, self._std(head.weights)
+
+    def _std(self, weights: torch.Tensor) -> torch.Tensor:
         """(n_vertices,) standard deviation of the predictions; 1 where they are constant."""
         product = self._factor @ weights
         squares = (weights * product).sum(0) if self._tall else product.square().sum(0)

@@ -33,7 +33,7 @@ class SpatialTraining(JointTraining):
 
     def __init__(self, trainees: Sequence[TraineeRows], config: FitConfig, device: str) -> None:
         super().__init__(trainees, config, device)
-        self._flat: dict[int, PriorView] = {}
+        self._flat: dict[tuple[int, int], PriorView] = {}
 
     def make(self, tasks: Sequence[Task], statistics: Statistics, k: int) -> "_Heads":
         heads = _Heads(self.trainees[0].fold_rows(k).shapes, self.subjects, self.config.spatial, SMALL)
@@ -51,16 +51,17 @@ class SpatialTraining(JointTraining):
         maps = []
         for trainee, task in zip(self.trainees, tasks, strict=True):
             rows = trainee.fold_rows(k)
-            kernels = LayerKernels(rows, trainee.plan.n_train, 0)
-            weights = flat_weights(kernels, self._basis(kernels, task.train_rows), task.responses, penalties)
+            number = trainee.plan.scales(k)
+            kernels = LayerKernels(rows, trainee.plan.scale_rows(number), 0)
+            weights = flat_weights(kernels, self._basis(kernels, number, task.train_rows), task.responses, penalties)
             scales = {name: (variance + _EPS).sqrt() for name, (_, variance) in statistics.items()}
             maps.append({n: w.T.reshape(w.shape[1], rows.n_places(n), -1) * scales[n] for n, w in weights.items()})
         heads.start_from_weights(maps, [task.responses[task.train_rows].mean(0) for task in tasks])
 
-    def _basis(self, kernels: LayerKernels, train_rows: np.ndarray) -> Basis:
-        """Axes under the flat prior; its kernel or features are computed once if folds share their features."""
-        key = id(kernels.rows)
-        view = self._flat.get(key) or view_under(Prior(), kernels, method_for(kernels.n_train, kernels.rows.n_features))
+    def _basis(self, kernels: LayerKernels, scales: int, train_rows: np.ndarray) -> Basis:
+        """Axes under the flat prior; its kernel or features are computed once for folds that share their scales."""
+        key, method = (id(kernels.rows), scales), method_for(len(train_rows), kernels.rows.n_features)
+        view = self._flat.get(key) or view_under(Prior(), kernels, method)
         if not self.plans[0].backbone_trained:
             self._flat[key] = view
         return view.basis(train_rows)

@@ -122,7 +122,7 @@ class TrainedModules:
         for k, (head, prefix) in enumerate(zip(self._heads[block.surface], self._plan.prefixes, strict=True)):
             (values,) = predict([head.to(block.responses.device)], self._rows[k])
             piece = piece_of(values, self._plan.inside(k), self._plan.outside(k))
-            folds.append(FoldFit([piece], values[self._plan.n_train :]))
+            folds.append(FoldFit([piece], values[self._plan.n_train :], piece.mean, piece.std))
             saved |= {(prefix, f"head.{name}"): tensor for name, tensor in head.state_dict().items()}
         return Fits(folds, saved)
 

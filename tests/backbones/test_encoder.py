@@ -34,7 +34,7 @@ def test_smooth_l1_over_several_subjects_is_the_masked_mean():
     assert (outputs.grad[~mask] == 0).all() and (outputs.grad[mask] != 0).all()
 
 
-@pytest.mark.parametrize("name", ["pearson", "mnnpc"])
+@pytest.mark.parametrize("name", ["pearson", "pattern", "mnnpc"])
 def test_correlations_are_within_a_subject_under_its_own_ceiling(name):
     outputs, targets, columns, ceilings = mixed_batch()
     parts = [
@@ -54,3 +54,24 @@ def test_a_subject_with_one_image_has_no_correlation_and_keeps_its_other_losses(
     torch.testing.assert_close(both, encoder_loss([(1.0, "pearson")], outputs, targets[:1], columns, ceilings))
     assert encoder_loss([(1.0, "pearson")], outputs, [alone], columns, ceilings) == 0
     assert encoder_loss([(1.0, "smooth_l1")], outputs, [alone], columns, ceilings) > 0
+
+
+def test_images_of_subjects_that_differ_have_a_pattern_where_they_have_no_correlation_over_images():
+    """In a batch with one image of each subject, `pattern` alone has a gradient, and it leads to the patterns."""
+    torch.manual_seed(1)
+    responses = torch.randn(8, 6)
+    keys = [(f"subj{number:02d}", "lh") for number in range(8)]
+    targets = [Targets(*key, torch.tensor([k]), responses[k : k + 1]) for k, key in enumerate(keys)]
+    columns, ceilings = dict.fromkeys(keys, torch.arange(6)), dict.fromkeys(keys)
+    outputs = torch.zeros(8, 6).normal_(std=0.1).requires_grad_()
+    for name in ("pearson", "mnnpc"):
+        (gradient,) = torch.autograd.grad(encoder_loss([(1.0, name)], outputs, targets, columns, ceilings), outputs)
+        assert (gradient == 0).all()
+    optimiser = torch.optim.SGD([outputs], lr=1.0)
+    for _ in range(200):
+        optimiser.zero_grad()
+        encoder_loss([(1.0, "pattern")], outputs, targets, columns, ceilings).backward()
+        assert (outputs.grad.abs().sum(1) > 0).all()
+        optimiser.step()
+    r = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(outputs.detach(), responses, strict=True)]
+    assert min(r) > 0.99

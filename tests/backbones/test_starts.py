@@ -81,9 +81,43 @@ def test_stage_2_reads_images_as_its_start_did_unless_it_is_asked(work, capfd):
     assert "expected a stage-1 checkpoint of fold 0" in fails(capfd, "finetune", *where, "--fit", "pad")
 
 
-def test_two_stage_1_trainings_must_be_told_apart(work, capfd):
-    run(capfd, "pretrain", *QUICK_OPTIONS, "--seed", "1", "--fold", "0")
-    assert "expected one stage-1 training" in fails(capfd, "finetune", *QUICK_OPTIONS)
+def stage_1(work, training, **settings):
+    """A checkpoint of fold 0 as another stage 1 would leave it, with other settings."""
+    given = first_of_fold_0(work)
+    path = shutil.copytree(given.path, given.path.with_name(f"{given.name}-{training}"))
+    copy = next(one for one in list_checkpoints(work) if one.path == path)
+    edit(copy, "recipe", settings={**given.key.settings, **settings})
+    return next(one for one in list_checkpoints(work) if one.path == path).training
+
+
+def started(work, capfd, *options):
+    """The training that stage 2 of fold 0 starts from."""
+    before = {one.path for one in list_checkpoints(work)}
+    run(capfd, "finetune", *QUICK_OPTIONS, "--subject", "1", "--fold", "0", *options)
+    (new,) = [one for one in list_checkpoints(work) if one.path not in before]
+    return new.key.start.training
+
+
+def test_of_several_stage_1_trainings_the_one_with_the_same_loss_and_then_seed_is_the_start(work, capfd):
+    first = first_of_fold_0(work).training  # smooth_l1, seed 0
+    alone = started(work, capfd, "--loss", "mse")
+    pattern = stage_1(work, "b", loss="smooth_l1+pattern")
+    seeded = stage_1(work, "c", loss="smooth_l1+pattern", seed=1)
+    assert len({first, pattern, seeded}) == 3
+    assert alone == first  # the only one there was, whatever its loss
+    assert started(work, capfd, "--loss", "smooth_l1", "--seed", "1") == first  # the only one with this loss
+    assert started(work, capfd, "--loss", "pattern+smooth_l1") == pattern
+    assert started(work, capfd, "--loss", "pattern+smooth_l1", "--seed", "1") == seeded
+    assert started(work, capfd, "--loss", "mse", "--seed", "1") == seeded  # none has this loss, one this seed
+
+
+def test_stage_1_trainings_that_loss_and_seed_do_not_tell_apart_are_named(work, capfd):
+    first = first_of_fold_0(work)
+    stage_1(work, "b", epochs=7)
+    for options in ([], ["--loss", "smooth_l1"], ["--loss", "smooth_l1", "--seed", "3"]):
+        line = fails(capfd, "finetune", *QUICK_OPTIONS, *options)
+        assert "expected one stage-1 training in" in line and "or one alone with the same --loss and --seed" in line
+        assert f"{first.name}-b" in line and "name the folder of one with --init" in line
 
 
 def first_of_fold_0(work):

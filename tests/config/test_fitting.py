@@ -32,6 +32,8 @@ from heads.config import (
         ("mse+0.5*pearson+2*mnnpc", "linear", True),
         ("smooth_l1", "linear", False),
         ("mnnpc+0.001*smooth_l1", "linear", False),
+        ("pattern", "linear", False),
+        ("mse+pattern", "linear", False),
         ("mse", "roi", False),
         ("mnnpc", "roi", False),
         ("smooth_l1", "roi", False),

@@ -148,6 +148,6 @@ def test_moments_are_means_of_places_and_variances_about_them(store, values, mon
     for rows in both(store):
         for name in SHAPES:
             x = flat(values, name)[:15].astype(np.float64)
-            mean, variance = rows.mean_and_variance(name, 15)
+            mean, variance = rows.mean_and_variance(name, np.arange(15))
             np.testing.assert_allclose(mean, x.mean(0), rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(variance, x.var(0).mean(0), rtol=1e-5)

@@ -260,7 +260,8 @@ def key_of(tiny, tmp_path):
 
 
 def test_a_key_has_what_its_heads_read_and_leaves_out_the_rest(key_of):
-    always = {"kind", "subject", "features", "responses", "head", "n_folds", "seed", "solver", "objective", "settings"}
+    always = {"kind", "subject", "features", "responses", "version", "head", "n_folds", "seed"}
+    always |= {"solver", "objective", "settings"}
     assert set(key_of(FitConfig())) == always
     layered = key_of(FitConfig(), LAYERS)
     assert set(layered) == always | {"kernels"} and layered["kernels"] == METHOD
@@ -279,4 +280,4 @@ def test_folds_of_a_trained_backbone_are_those_of_its_training(key_of):
 
 def test_heads_that_are_taken_as_they_are_have_no_folds_of_their_own(key_of):
     key = key_of(FitConfig(solver="trained"), trained=True)
-    assert set(key) == {"kind", "subject", "features", "responses", "head", "solver", "objective"}
+    assert set(key) == {"kind", "subject", "features", "responses", "version", "head", "solver", "objective"}

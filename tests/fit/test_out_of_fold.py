@@ -51,7 +51,8 @@ class Recorded:
             pieces = [
                 Piece(self.rows(k, half), *(tensor(part(k, half, vertices)) for part in self.parts)) for half in (0, 1)
             ]
-            folds.append(FoldFit(pieces, tensor(self.test(k, vertices))))
+            test = (self.test(k, vertices), self.level(k, 2, vertices), self.spread(k, 2, vertices))
+            folds.append(FoldFit(pieces, *map(tensor, test)))
         saved = {(f"fold{k}.", "weights"): tensor(self.saved(k, vertices)) for k in range(N_FOLDS)}
         return Fits(folds, saved | {("", "intercept"): tensor(vertices)})
 
@@ -93,9 +94,17 @@ def test_every_row_is_predicted_by_its_own_piece_at_one_level_and_scale(subject,
     assert np.isnan(predictions[NEVER]).all() and np.isnan(predictions).any(1).sum() == 1
 
 
-def test_test_rows_are_the_mean_over_folds(subject, solver):
+def test_test_rows_are_the_mean_over_folds_at_one_level_and_scale(subject, solver):
     predictions, _ = predict_surface(solver, subject, "lh", lambda _: None)
-    expected = np.mean([solver.test(k, np.arange(N_VERTICES)) for k in range(N_FOLDS)], 0)
+    vertices = np.arange(N_VERTICES)
+    level, spread = (
+        np.mean([part(k, 2, vertices) for k in range(N_FOLDS)], 0) for part in (solver.level, solver.spread)
+    )
+    scores = [
+        (solver.test(k, vertices) - solver.level(k, 2, vertices)) / solver.spread(k, 2, vertices)
+        for k in range(N_FOLDS)
+    ]
+    expected = level + spread * np.mean(scores, 0)
     np.testing.assert_allclose(predictions[len(subject.train) :], expected, rtol=1e-5, atol=1e-6)
 
 

@@ -1,6 +1,7 @@
 """Recipes: a run is the commands one by one, goes on where it stopped, and does not start with a mistake in it."""
 
 import inspect
+import itertools
 import json
 import re
 import shutil
@@ -261,13 +262,43 @@ def test_recipes_of_the_repository_are_checked_without_a_mistake(tree, path, mon
     assert cli.run(["run", str(path), "--data", str(tree), "--plan"]) == 0, capfd.readouterr().err
 
 
-def test_the_paper_recipe_trains_every_backbone_of_the_paper_under_every_loss():
-    steps = read_recipe(ROOT / "recipes/paper.toml", commands_of(typer.main.get_command(cli.app)), {})
-    trained = [step for step in steps if step.command in ("pretrain", "finetune")]
+BACKBONES_OF_THE_PAPER = {
+    "convnext_xlarge",
+    "seresnext101d_32x8d",
+    "convnext_base",
+    "vit_small_patch16_224",
+    "tf_efficientnet_b7",  # the paper has efficientnet_b7, for which timm has no weights
+    "seresnet152d",
+    "seresnextaa101d_32x8d",
+}
+LOSSES_OF_THE_PAPER = {"smooth_l1", "smooth_l1+pattern", "smooth_l1+pattern+mnnpc"}
+
+
+@pytest.fixture
+def paper():
+    return read_recipe(ROOT / "recipes/paper.toml", commands_of(typer.main.get_command(cli.app)), {})
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_the_paper_recipe_trains_every_backbone_of_the_paper_under_every_loss_in_both_stages(paper, stage):
+    trained = [step for step in paper if step.command == stage]
     assert all({"--preset=paper", "--fit=whole"} <= set(step.arguments) for step in trained)
-    tuned = {(step.own["backbone"], step.own["loss"]) for step in trained if step.command == "finetune"}
-    assert len(tuned) == 7 * 3 and len(trained) == 7 + 7 * 3
-    assert {step.own["backbone"] for step in trained[:7]} == {backbone for backbone, _ in tuned}
+    trainings = [(step.own["backbone"], step.own["loss"]) for step in trained]
+    assert sorted(trainings) == sorted(itertools.product(BACKBONES_OF_THE_PAPER, LOSSES_OF_THE_PAPER))
+
+
+def test_every_step_of_the_paper_recipe_that_names_backbones_names_all_of_them(paper):
+    named = {step.number: set() for step in paper if "backbone" in step.own}
+    for step in paper:
+        if step.number in named:
+            named[step.number].add(step.own["backbone"])
+    assert len(named) > 1 and all(backbones == BACKBONES_OF_THE_PAPER for backbones in named.values())
+
+
+def test_a_correlation_over_images_has_several_of_a_subject_in_stage_1_of_the_paper_recipe(paper):
+    """A batch of 8 is shared among 8 subjects."""
+    over_images = [step for step in paper if step.command == "pretrain" and "mnnpc" in step.own["loss"]]
+    assert over_images and {step.own["correlation-batch"] for step in over_images} == {64}
 
 
 def test_a_command_line_is_read_without_being_done():
@@ -275,3 +306,27 @@ def test_a_command_line_is_read_without_being_done():
     group = typer.main.get_command(cli.app)
     assert commands_of(group).keys() == group.commands.keys() - {"run", "layers"}
     assert {inspect.signature(command.callback).return_annotation for command in group.commands.values()} == {Job}
+
+
+SEEDED = """
+[[steps]]
+run = "pretrain"
+[[steps]]
+run = "finetune"
+seed = 7
+[[steps]]
+run = "extract"
+backbone = ["a", "b"]
+"""
+
+
+def test_seeds_are_for_steps_that_give_none_and_a_given_backbone_takes_the_place_of_lists(write):
+    commands = commands_of(typer.main.get_command(cli.app))
+    unsaid = {"pretrain": {"seed": [0, 1]}, "finetune": {"seed": [0, 1]}}
+    steps = read_recipe(Path(write(SEEDED)), commands, {"backbone": "c"}, unsaid)
+    assert [(step.command, *step.arguments) for step in steps] == [
+        ("pretrain", "--seed=0", "--backbone=c"),
+        ("pretrain", "--seed=1", "--backbone=c"),
+        ("finetune", "--seed=7", "--backbone=c"),
+        ("extract", "--backbone=c"),
+    ]

@@ -15,6 +15,7 @@ def ensemble(accuracy, unused=()):
         accuracy=accuracy,
         weights={},
         unused=list(unused),
+        chosen_on=[],
         submission=None,
     )
 

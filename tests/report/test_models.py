@@ -1,6 +1,7 @@
 """The table of models: numbered from the best, each with the one that it is most like."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -35,3 +36,10 @@ def test_models_are_numbered_and_point_at_the_most_similar_one():
         ["2", "b", "30.00", "30.0 15.0", "1 (0.50)"],
         ["3", "c", "20.00", "20.0 10.0", "-"],
     ]
+
+
+def test_a_score_that_chose_something_is_marked():
+    models = [replace(model("a", 40.0, {}), chosen_on=True), model("b", 30.0, {})]
+    out = io.StringIO()
+    Console(file=out, width=120).print(model_table(models, accuracy=True))
+    assert "40.00*" in out.getvalue() and "30.00*" not in out.getvalue() and "* chosen on:" in out.getvalue()

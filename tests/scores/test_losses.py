@@ -42,6 +42,7 @@ SLOW = {
     "smooth_l1": slow_smooth_l1,
     "mse": lambda predictions, responses, noise_ceiling: ((predictions - responses) ** 2).mean(),
     "pearson": lambda predictions, responses, noise_ceiling: slow_distance(predictions, responses).mean(),
+    "pattern": lambda predictions, responses, noise_ceiling: slow_distance(predictions.T, responses.T).mean(),
     "mnnpc": slow_mnnpc,
 }
 
@@ -213,6 +214,70 @@ def test_batch_of_one_image_is_refused(name):
         LOSSES[name](*matrices((1, 7)))
 
 
+def test_a_pattern_has_neither_level_nor_scale():
+    """A number added to all vertices of an image, or a factor of them, changes neither the loss nor the optimum."""
+    predictions, responses, _ = matrices()
+    rng = np.random.default_rng(1)
+    levels, factors = rng.normal(size=(2, len(predictions), 1, 1))
+    expected = LOSSES["pattern"](predictions, responses).item()
+    for changed in (predictions + 5 * levels[:, 0], predictions * np.exp(factors[:, 0])):
+        assert LOSSES["pattern"](changed, responses).item() == pytest.approx(expected, rel=1e-9)
+        assert LOSSES["pattern"](responses, changed).item() == pytest.approx(expected, rel=1e-9)
+        assert LOSSES["pearson"](changed, responses).item() != pytest.approx(
+            LOSSES["pearson"](predictions, responses).item(), rel=1e-3
+        )
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1, 1)])
+def test_a_pattern_of_one_vertex_has_no_correlation_and_no_gradient(shape):
+    predictions, responses, _ = (torch.tensor(values) for values in matrices(shape))
+    loss = LOSSES["pattern"](predictions.requires_grad_(), responses)
+    (gradient,) = torch.autograd.grad(loss, predictions)
+    assert loss.item() == 0.5 and (gradient == 0).all()
+
+
+def test_an_image_of_one_value_everywhere_has_no_gradient_and_the_others_keep_theirs():
+    predictions, responses, _ = (torch.tensor(values) for values in matrices((5, 7)))
+    predictions[1], responses[3] = 0.1, -2.0
+    predictions.requires_grad_()
+    (gradient,) = torch.autograd.grad(LOSSES["pattern"](predictions, responses), predictions)
+    assert (gradient[[1, 3]] == 0).all() and (gradient[[0, 2, 4]] != 0).all()
+
+
+def test_one_image_has_a_pattern_and_no_correlation_over_images():
+    predictions, responses, _ = (torch.tensor(values) for values in matrices((1, 7)))
+    (gradient,) = torch.autograd.grad(LOSSES["pattern"](predictions.requires_grad_(), responses), predictions)
+    assert (gradient != 0).all()
+
+
+def test_dead_vertices_are_drawn_to_where_the_regression_of_responses_on_predictions_gives_their_value():
+    """Where responses have a mean of 0, that is the mean of the predictions; and they weigh on the other gradients."""
+    rng = np.random.default_rng(0)
+    signal = rng.normal(size=(1, 12))
+    for mean in (0.0, 1.5):
+        responses = np.concatenate([signal - signal.mean() + mean, np.zeros((1, 3))], 1)
+        predictions = torch.tensor(responses + rng.normal(scale=0.3, size=responses.shape)).requires_grad_()
+        alone = torch.autograd.grad(LOSSES["pattern"](predictions[:, :12], responses[:, :12]), predictions)[0]
+        dead = predictions[:, 12:].detach().clone().requires_grad_()
+        optimiser = torch.optim.LBFGS([dead], max_iter=500, line_search_fn="strong_wolfe", tolerance_change=0)
+        assert not torch.allclose(
+            torch.autograd.grad(LOSSES["pattern"](predictions, responses), predictions)[0][:, :12], alone[:, :12]
+        )
+
+        def closure(optimiser=optimiser, dead=dead, predictions=predictions, responses=responses):
+            optimiser.zero_grad()
+            loss = LOSSES["pattern"](torch.cat([predictions.detach()[:, :12], dead], 1), responses)
+            loss.backward()
+            return loss
+
+        optimiser.step(closure)
+        whole = torch.cat([predictions.detach()[:, :12], dead.detach()], 1)[0].numpy()
+        slope, shift = np.polyfit(whole, responses[0], 1)
+        np.testing.assert_allclose(slope * whole[12:] + shift, 0, atol=1e-4)
+        if mean == 0:
+            np.testing.assert_allclose(whole[12:], whole.mean(), atol=1e-4)
+
+
 @all_losses
 def test_empty_batch_is_refused(name):
     with pytest.raises(FeatcacheError, match="not empty"):
@@ -238,7 +303,7 @@ def test_weighted_sum_keeps_the_gradient():
     ("terms", "message"),
     [
         ([], "expected one term or more; found none"),
-        ([(1.0, "mnpc")], "--loss: expected one of smooth_l1, mse, pearson, mnnpc; found 'mnpc'"),
+        ([(1.0, "mnpc")], "--loss: expected one of smooth_l1, mse, pearson, pattern, mnnpc; found 'mnpc'"),
         ([(0.0, "mse")], "weight of mse: expected a finite number above 0"),
         ([(-1.0, "mse")], "weight of mse: expected a finite number above 0"),
         ([(float("nan"), "mse")], "weight of mse: expected a finite number above 0"),

@@ -1,6 +1,7 @@
 """Out-of-fold predictions of different heads are put on one level and scale, from what their heads saw alone."""
 
 import numpy as np
+import pytest
 import torch
 
 from featcache.cache.store import Row, create_store
@@ -9,10 +10,9 @@ from featcache.dataset.splits import assign_folds
 from heads.config import FitConfig, RidgeConfig
 from heads.features.rows import LayerRows
 from heads.scores.metrics import pearson_r
-from heads.solvers.base import Piece, Problem, Shared, comparable, mean_and_std, piece_of
-from heads.solvers.layers.kernels import LayerKernels
+from heads.solvers.base import FoldFit, Piece, Problem, Shared, comparable, mean_and_std, mean_of_tests, piece_of
 from heads.solvers.layers.priors import prior_set
-from heads.solvers.layers.ridge import LayeredRidge
+from heads.solvers.layers.ridge import LayeredRidge, scaled_kernels
 from support.plans import block_of, plan_of
 
 N_FOLDS, N_TRAIN, N_VERTICES = 3, 90, 4
@@ -99,6 +99,23 @@ def test_a_problem_counts_images_and_vertices(tiny):
     assert problem.trainees == ()
 
 
+@pytest.mark.parametrize("louder", [0, 1])
+def test_a_fold_whose_head_is_ten_times_as_loud_has_no_more_say_in_test_predictions(louder):
+    """The order of test images is that of the mean of both heads at one loudness, whichever of them is the loud one."""
+    rng = np.random.default_rng(0)
+    heads, train, test = rng.normal(size=(2, 6, 4)), rng.normal(size=(80, 6)), rng.normal(size=(30, 6))
+    folds = []
+    for k, head in enumerate(heads):
+        gain = 10.0 if k == louder else 1.0
+        own, new = (torch.tensor(5 * k + gain * x @ head, dtype=torch.float32) for x in (train, test))
+        folds.append(FoldFit([], new, *mean_and_std(own)))
+    found = mean_of_tests(folds).numpy()
+    alike = sum(test @ head / (train @ head).std(0) for head in heads)
+    np.testing.assert_array_equal(found.argsort(0), alike.argsort(0))
+    by_the_loud_one = (10 * test @ heads[louder] + test @ heads[1 - louder]).argsort(0)
+    assert (by_the_loud_one != alike.argsort(0)).any(0).all()
+
+
 N_NOISE = 60
 
 
@@ -117,10 +134,10 @@ def test_predictions_of_noise_have_an_r_of_zero_and_not_below(tmp_path):
     rows = {name: Row(shape, "float16") for name, shape in shapes.items()}
     store = create_store(tmp_path, "f", {"x": 1}, np.arange(N_NOISE + 2), N_NOISE, rows, {})
     store.append({n: rng.normal(size=(N_NOISE + 2, *shape)).astype(np.float16) for n, shape in shapes.items()})
-    kernels = LayerKernels(LayerRows(store, tuple(shapes), "cpu", np.inf), N_NOISE, 1e9)
     plan = plan_of(rng.permutation(73_000)[:N_NOISE])
+    kernels = scaled_kernels([LayerRows(store, tuple(shapes), "cpu", np.inf)], plan, 1e9)
     responses = torch.tensor(rng.normal(size=(N_NOISE, 1500)), dtype=torch.float32)
-    priors = prior_set(kernels.rows.grids, (None, 0.0, 1.0))[::5]
-    solver = LayeredRidge([kernels], plan, RidgeConfig(), priors, cache_bytes=1e9)
+    priors = prior_set(kernels[0].rows.grids, (None, 0.0, 1.0))[::5]
+    solver = LayeredRidge(kernels, plan, RidgeConfig(), priors, cache_bytes=1e9)
     raw, even = pooled_r(solver.fit(block_of(responses)), responses)
     assert abs(even) < 0.02 and raw < even - 0.05

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from heads.modules.linear import LinearMap
-from heads.solvers.base import comparable
+from heads.solvers.base import comparable, mean_of_tests
 from heads.solvers.linear import FoldHeads, LinearPredictions
 from support.plans import plan_of
 
@@ -43,7 +43,7 @@ def test_linear_heads_of_shared_features_are_applied_as_they_are(n_features):
         assert np.array_equal(piece.rows, FROZEN.inside(k))
         assert_is_applied(piece, head, features, FROZEN.outside(k))
         torch.testing.assert_close(fold.test, head(features[N_TRAIN:]), rtol=1e-4, atol=1e-4)
-    test = torch.stack([fold.test for fold in fits.folds]).mean(0)
+    test = mean_of_tests(fits.folds)
     assert set(fits.saved) == {("", "weights"), ("", "intercept")}
     saved = features[N_TRAIN:] @ fits.saved["", "weights"] + fits.saved["", "intercept"]
     torch.testing.assert_close(saved, test, rtol=1e-4, atol=1e-4)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from featcache.dataset.splits import assign_folds
 from heads.config import RidgeConfig
 from heads.scores.metrics import pearson_r
+from heads.solvers.base import mean_of_tests
 from heads.solvers.estimator import RidgeHead
 from heads.solvers.ridge_folds import RidgeFolds
 from support.linear import both_selections, planted
@@ -88,7 +89,7 @@ def test_formula_holds_for_any_shape(
         np.testing.assert_allclose(spread.numpy()[varies], own.std(0)[varies], atol=5e-3, rtol=2e-2)
         assert (spread > 0).all()
     saved = torch.from_numpy(features) @ fits.saved["", "weights"] + fits.saved["", "intercept"]
-    test = torch.stack([fold.test for fold in fits.folds]).mean(0)
+    test = mean_of_tests(fits.folds)
     np.testing.assert_allclose(saved, test, atol=5e-3, rtol=1e-3)
 
 

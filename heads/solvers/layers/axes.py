@@ -100,7 +100,8 @@ def method_for(n_images: int, n_features: int) -> str:
 def view_under(prior: Prior, kernels: LayerKernels, method: str) -> PriorView:
     """Kernel or features of all images under a prior."""
     if method == "landmarks":
-        landmarks = np.sort(np.random.default_rng(0).permutation(kernels.n_train)[:LANDMARKS])
+        # a held-out image must not be a landmark of its fold: landmarks are images that the scales are of
+        landmarks = np.sort(np.random.default_rng(0).permutation(kernels.scale_rows)[:LANDMARKS])
         features, whitening = landmark_features(kernels.across(prior, landmarks), landmarks)
         return PriorView(method, features, (landmarks, whitening))
     return PriorView(method, kernels.kernel(prior) if method == "images" else kernels.features(prior))

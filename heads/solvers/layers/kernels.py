@@ -1,9 +1,10 @@
 """Kernels of several layers: inner products of images, place by place, straight from a feature store.
 
 Features are centred, each channel is scaled to unit variance over images and places, and maps are blurred a little
-over places, which makes weights of neighbouring places alike. A prior (see priors.py) weighs the places. Every layer
-has the same share of the kernel's trace, times the prior's share for its depth. A kernel is the sum of kernels of
-places, so it takes one pass over the store, in blocks of images.
+over places, which makes weights of neighbouring places alike. Scales come from some of the images that every fold which
+uses them trains on (FoldPlan.scale_rows). A prior (see priors.py) weighs the places. Every layer has the same share of
+the kernel's trace, times the prior's share for its depth. A kernel is the sum of kernels of places, so it takes one
+pass over the store, in blocks of images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,11 +18,12 @@ from heads.features.rows import LayerRows
 from heads.solvers.layers.priors import Prior, depths_of
 
 _MAX_DUAL_NUMBERS = 1 << 25  # in the dual weights of the places that are multiplied at once
+_CONSTANT = 1e-12  # variance of a channel that counts as constant, as a share of its squared mean: rounding of float32
 BLUR = 0.75  # standard deviation over places, in cells of a 7 x 7 grid (docs/decisions/0013)
 
 
 class _Statistics(NamedTuple):
-    """Statistics of the features of all training images, {array: tensor}."""
+    """Statistics of the features of some images, {array: tensor}."""
 
     means: dict[str, torch.Tensor]  # (n_places, n_channels)
     stds: dict[str, torch.Tensor]  # (n_channels,)
@@ -31,21 +33,21 @@ class _Statistics(NamedTuple):
 class LayerKernels:
     """Kernels of one store's images under any prior.
 
-    n_train : means, scales and traces are of the first `n_train` rows
+    scale_rows : numbers of the images that means, scales and traces are of
     stack_bytes : memory that kernels of single places may take; if they fit, each is computed once
     """
 
     def __init__(
-        self, rows: LayerRows, n_train: int, stack_bytes: float, statistics: "_Statistics | None" = None
+        self, rows: LayerRows, scale_rows: np.ndarray, stack_bytes: float, statistics: "_Statistics | None" = None
     ) -> None:
-        self.rows, self.n_train = rows, n_train
+        self.rows, self.scale_rows = rows, scale_rows
         self._prepared: dict[str, torch.Tensor] = {}  # kept only with the stack, for few images
         self._depths = depths_of(list(rows.grids))
         self._blurs = {name: _blur_matrix(grid).to(rows.device) for name, grid in rows.grids.items()}
         if statistics is None:
-            moments = {name: rows.mean_and_variance(name, n_train) for name in rows.grids}
+            moments = {name: rows.mean_and_variance(name, scale_rows) for name in rows.grids}
             self.means = {name: mean for name, (mean, _) in moments.items()}
-            self._stds = {name: torch.where(v > 0, v, 1).sqrt() for name, (_, v) in moments.items()}
+            self._stds = {name: _stds(*of_array) for name, of_array in moments.items()}
             self._traces = {name: self._trace(name) for name in rows.grids}
         else:
             self.means, self._stds, self._traces = statistics
@@ -115,9 +117,9 @@ class LayerKernels:
         return columns
 
     def of_images(self, index: np.ndarray) -> "LayerKernels":
-        """Kernels of some images, with the means, scales and traces of all."""
+        """Kernels of some images, with the same means, scales and traces."""
         statistics = _Statistics(self.means, self._stds, self._traces)
-        return LayerKernels(self.rows.subset(index), self.n_train, self._stack_limit, statistics)
+        return LayerKernels(self.rows.subset(index), self.scale_rows, self._stack_limit, statistics)
 
     def shares(self, prior: Prior) -> dict[str, torch.Tensor]:
         """{array: (n_places,)} factor of each place's kernel."""
@@ -125,7 +127,7 @@ class LayerKernels:
         for name, grid in self.rows.grids.items():
             window = torch.as_tensor(prior.window(grid), dtype=torch.float32, device=self.rows.device)
             trace = (window * self._traces[name]).sum()
-            scale = prior.layer(self._depths[name]) * self.n_train / trace if trace > 0 else 0.0
+            scale = prior.layer(self._depths[name]) * len(self.scale_rows) / trace if trace > 0 else 0.0
             shares[name] = window * scale
         return shares
 
@@ -196,11 +198,17 @@ class LayerKernels:
         return self._blurs[name] @ ((rows - self.means[name]) / self._stds[name])
 
     def _trace(self, name: str) -> torch.Tensor:
-        """(n_places,) sum of squares over training images and channels."""
+        """(n_places,) sum of squares over the images of the scales and over channels."""
         total = torch.zeros(self.rows.n_places(name), device=self.rows.device)
-        for _, block in self._blocks(name, self.n_train):
-            total += block.square().sum((0, 2))
+        for block in self.rows.blocks(name, self.scale_rows):
+            total += self._prepare(name, block).square().sum((0, 2))
         return total
+
+
+def _stds(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """(n_channels,) standard deviations; infinite for a channel that is constant: it says nothing at any scale."""
+    varies = variance > _CONSTANT * mean.square().mean(0)
+    return torch.where(varies, variance, torch.inf).sqrt()
 
 
 def _blur_matrix(grid: tuple[int, int]) -> torch.Tensor:

@@ -24,7 +24,8 @@ from featcache.machine.device import matrix_products
 from featcache.machine.memory import memory_at_start, refuse_above, said, spare_memory
 from featcache.machine.progress import say
 from heads.config import RidgeConfig
-from heads.solvers.base import Block, Fits, FoldFit, Problem, piece_of
+from heads.features.rows import LayerRows
+from heads.solvers.base import Block, Fits, FoldFit, Problem, mean_and_std, piece_of
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.layers import sizes
 from heads.solvers.layers.axes import (
@@ -37,6 +38,7 @@ from heads.solvers.layers.axes import (
 )
 from heads.solvers.layers.kernels import BLUR, LayerKernels
 from heads.solvers.layers.priors import CENTRES, DEPTH_WIDTH, DEPTHS, NARROW_IMAGES, WIDTHS, Prior, prior_set
+from heads.solvers.layers.saved import SavedWeights
 from heads.solvers.layers.sizes import LayeredSizes
 from heads.solvers.memory import CACHE_SHARE, FEATURE_SHARE, STACK_SHARE
 from heads.solvers.ridge import held_out_errors, is_exact, penalties_of, penalty_errors
@@ -85,7 +87,7 @@ def build_layered(problem: Problem) -> "LayeredRidge":
     config, features, plan = problem.config, problem.features, problem.plan
     free = spare_memory(config.max_memory)
     rows = features.read(problem.device, free * FEATURE_SHARE / len(features.stores))
-    kernels = [LayerKernels(of_store, plan.n_train, free * STACK_SHARE / len(rows)) for of_store in rows]
+    kernels = scaled_kernels(rows, plan, free * STACK_SHARE)
     priors = prior_set(rows[0].grids, DEPTHS if len(features.names) > 1 else (None,), plan.n_train)
     ridge = replace(config.ridge, penalties=PENALTIES)
     solver = LayeredRidge(kernels, plan, ridge, priors, cache_bytes=free * CACHE_SHARE)
@@ -101,10 +103,23 @@ def build_layered(problem: Problem) -> "LayeredRidge":
     return solver
 
 
+def scaled_kernels(rows: Sequence[LayerRows], plan: FoldPlan, stack_bytes: float) -> list[LayerKernels]:
+    """Kernels for each set of scales of a plan.
+
+    rows : of the one store, or of one store for each held-out fold
+    stack_bytes : memory that kernels of single places may take, over all sets
+    """
+    sources = {plan.scales(k): plan.source(k) for k in range(len(plan))}
+    return [
+        LayerKernels(rows[source], plan.scale_rows(number), stack_bytes / len(sources))
+        for number, source in sources.items()
+    ]
+
+
 class LayeredRidge:
     """Kernel ridge heads on all folds but one, for each fold in turn.
 
-    kernels : of the one store, or of one store for each held-out fold
+    kernels : for each set of scales (see scaled_kernels)
     priors : to average over
     cache_bytes : memory for decompositions, which serve any responses
     """
@@ -128,7 +143,7 @@ class LayeredRidge:
         shuffled = np.random.default_rng(0).permutation(self._n_train)
         self._sample = np.sort(shuffled[: sizes.SEARCH_IMAGES]) if self._sizes.searched else None
         self._searched_for: str | None = None
-        self._sampled: LayerKernels | None = None
+        self._sampled: dict[int, LayerKernels] = {}
         self.method, self.recomputes = self._sizes.method, self._sizes.recomputes
         self._cache: dict[tuple[Prior, int], Basis] | None = None if self.recomputes else {}
         # without the cache all decompositions would be recomputed for every block of vertices
@@ -141,17 +156,20 @@ class LayeredRidge:
             n_images=self._n_images,
             n_fit=tuple(map(len, self._rows)),
             n_choices=max(map(self._plan.n_choices, range(len(self._plan)))),
-            n_sources=len(self._kernels),
+            n_scales=len(self._kernels),
             n_features=rows.n_features,
             n_priors=len(self._all_priors),
             backbone_trained=self._plan.backbone_trained,
             stack_bytes=float(sum(kernels.stack_bytes for kernels in self._kernels)),
-            held_bytes=float(sum(kernels.rows.held_bytes for kernels in self._kernels)),
+            held_bytes=float(sum({id(kernels.rows): kernels.rows.held_bytes for kernels in self._kernels}.values())),
             cache_bytes=cache_bytes,
         )
         if not counts.searched:
             return counts
-        return replace(counts, stack_bytes=counts.stack_bytes + self._kernels[0].stack_bytes_of(sizes.SEARCH_IMAGES))
+        sought = self._kernels[0].stack_bytes_of(sizes.SEARCH_IMAGES) * (
+            1 if self._plan.backbone_trained else len(self._kernels)
+        )
+        return replace(counts, stack_bytes=counts.stack_bytes + sought)
 
     def memory(self, n_vertices: int) -> float:
         return self._sizes.memory(n_vertices)
@@ -170,11 +188,16 @@ class LayeredRidge:
             results[k][prior] = self._evaluate(basis, k, responses)
         weights = [_weights(of_fold, len(rows)) for of_fold, rows in zip(results, self._rows, strict=True)]
         mixes = [_Mix(self._plan.n_choices(k), rows, self._n_images, responses) for k, rows in enumerate(self._rows)]
-        saved = _Saved(self._kernels, self._plan, responses.shape[1], self._sizes.saved_bytes(responses.shape[1]) > 0)
         for prior, k, basis in self._bases(lambda prior, k: prior in weights[k]):
-            saved.add(prior, k, basis, *mixes[k].add(basis, results[k][prior].penalty, weights[k][prior]))
-        fits = [self._fit(k, mix) for k, mix in enumerate(mixes)]
-        return Fits(fits, saved.tensors([mix.predictions[-1][: self._n_train].mean(0) for mix in mixes]))
+            mixes[k].add(basis, results[k][prior].penalty, weights[k][prior])
+        fits = Fits([self._fit(k, mix) for k, mix in enumerate(mixes)], {})
+        if self._sizes.saved_bytes(responses.shape[1]) == 0:
+            return fits
+        # the scale of a fold's weights in the mean is known only now
+        saved = SavedWeights(self._kernels, self._plan, fits.folds)
+        for prior, k, basis in self._bases(lambda prior, k: prior in weights[k]):
+            saved.add(prior, k, basis, *mixes[k].last(basis, results[k][prior].penalty, weights[k][prior]))
+        return fits._replace(saved=saved.tensors([mix.predictions[-1] for mix in mixes]))
 
     def _bases(self, wanted: Callable[[Prior, int], bool]) -> Iterator[tuple[Prior, int, Basis]]:
         """(prior, k, basis), prior by prior. A kernel is computed only if a decomposition is missing, for all folds."""
@@ -185,14 +208,14 @@ class LayeredRidge:
                     yield prior, k, self._basis(prior, k, views)
 
     def _basis(self, prior: Prior, k: int, views: dict[int, PriorView]) -> Basis:
-        """Basis of the k-th fold. views : by source; the view of this fold is added if it is needed"""
+        """Basis of the k-th fold. views : by set of scales; the view of this fold is added if it is needed"""
         if self._cache is not None and (prior, k) in self._cache:
             return self._cache[prior, k]
-        source = self._plan.source(k)
+        scales = self._plan.scales(k)
         with matrix_products("float32"):  # decompositions need full precision
-            if source not in views:
-                views[source] = view_under(prior, self._kernels[source], self.method)
-            basis = views[source].basis(self._rows[k])
+            if scales not in views:
+                views[scales] = view_under(prior, self._kernels[scales], self.method)
+            basis = views[scales].basis(self._rows[k])
         if self._cache is not None:
             self._cache[prior, k] = basis
         return basis
@@ -217,7 +240,8 @@ class LayeredRidge:
 
     def _fit(self, k: int, mix: "_Mix") -> FoldFit:
         pieces = [piece_of(mix.predictions[choice], part, self._rows[k]) for choice, part in enumerate(self._parts[k])]
-        return FoldFit(pieces, mix.predictions[-1][self._n_train :])
+        last = mix.predictions[-1]
+        return FoldFit(pieces, last[self._n_train :], *mean_and_std(last[self._rows[k]]))
 
     def _finalists(self, responses: Any) -> list[list[Prior]]:
         """The best priors of each fold, on a sample of its training images and of the vertices of the surface.
@@ -229,13 +253,14 @@ class LayeredRidge:
         columns = torch.as_tensor(columns) if isinstance(responses, torch.Tensor) else columns
         y = torch.as_tensor(responses[self._sample][:, columns], device=self._kernels[0].rows.device).float()
         explained = [torch.empty(len(self._all_priors), y.shape[1], device=y.device) for _ in self._rows]
-        for source, all_kernels in enumerate(self._kernels):
-            kernels = self._sampled or all_kernels.of_images(self._sample)
+        for scales, all_kernels in enumerate(self._kernels):
+            kernels = self._sampled.get(scales) or all_kernels.of_images(self._sample)
             if not self._plan.backbone_trained:  # for the other surfaces
-                self._sampled = kernels
+                self._sampled[scales] = kernels
+            landmarks = np.flatnonzero(np.isin(self._sample, all_kernels.scale_rows))[:_SEARCH_LANDMARKS]
             for number, prior in enumerate(self._all_priors):
-                features = landmark_features(kernels.kernel(prior)[:, :_SEARCH_LANDMARKS], slice(_SEARCH_LANDMARKS))[0]
-                for k in [source] if self._plan.backbone_trained else range(len(self._rows)):
+                features = landmark_features(kernels.kernel(prior)[:, landmarks], landmarks)[0]
+                for k in (k for k in range(len(self._rows)) if self._plan.scales(k) == scales):
                     train_rows = np.flatnonzero(np.isin(self._sample, self._rows[k]))
                     explained[k][number] = self._explained(features, train_rows, y)
         return [[self._all_priors[number] for number in _choose_greedily(of_fold)] for of_fold in explained]
@@ -303,64 +328,18 @@ class _Mix:
         self._target = responses[rows] - mean
         self.predictions = mean.repeat(n_choices, n_images, 1)
 
-    def add(self, basis: Basis, penalties: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the predictions of one prior. penalties, weights : (n_choices, n_vertices)
-
-        Returns the vertices with any weight, and their weights on the axes for the last choice, (rank, n_used).
-        """
+    def add(self, basis: Basis, penalties: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add the predictions of one prior. penalties, weights : (n_choices, n_vertices)"""
         used_vertices = torch.nonzero(weights.amax(0) > 0)[:, 0]
         rotated = basis.rotated(self._target[:, used_vertices])
         used = zip(penalties[:, used_vertices], weights[:, used_vertices], strict=True)
         for choice, (penalty, weight) in enumerate(used):
             prior_weights = rotated / (basis.values[:, None] + penalty) * weight
             self.predictions[choice].index_add_(1, used_vertices, basis.predictions(prior_weights))
-        return used_vertices, prior_weights
 
-
-class _Saved:
-    """Weights on the features as stored, summed over priors, and averaged over folds if these share features."""
-
-    def __init__(self, kernels: Sequence[LayerKernels], plan: FoldPlan, n_vertices: int, kept: bool) -> None:
-        self._kernels, self._plan, self._n_vertices, self._kept = kernels, plan, n_vertices, kept
-        self._pending: list[dict[Prior, torch.Tensor]] = [{} for _ in plan.prefixes]
-        self._weights: list[dict[str, torch.Tensor]] = [{} for _ in plan.prefixes]
-
-    def add(self, prior: Prior, k: int, basis: Basis, vertices: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add the weights of one prior. weights : (rank, len(vertices)) on the axes of fold k"""
-        if not self._kept:
-            return
-        source = self._plan.source(k)
-        pending = self._pending[source]
-        if prior not in pending:
-            n_images = len(self._kernels[0].rows)
-            if 4 * n_images * self._n_vertices * len(pending) > sizes.PENDING_BYTES:
-                self._flush(source)
-            pending = self._pending[source]
-            pending[prior] = weights.new_zeros(n_images, self._n_vertices)
-        index, dual = basis.dual(weights)
-        rows = torch.as_tensor(index, device=vertices.device)[:, None]
-        pending[prior][rows, vertices] += dual / (1 if self._plan.backbone_trained else len(self._plan))
-
-    def _flush(self, source: int) -> None:
-        """Multiply the pending dual weights with features and add the products to the weights."""
-        pending, self._pending[source] = self._pending[source], {}
-        if pending:
-            kernels, weights = self._kernels[source], self._weights[source]
-            for name, values in kernels.weights(list(pending), torch.stack(list(pending.values()))).items():
-                weights[name] = weights[name] + values if name in weights else values
-
-    def tensors(self, means: Sequence[torch.Tensor]) -> dict[tuple[str, str], torch.Tensor]:
-        """Weights and intercepts, {(prefix, part): tensor}. means : of each fold's predictions of training images"""
-        if not self._kept:
-            return {}
-        for source in range(len(self._weights)):
-            self._flush(source)
-        if not self._plan.backbone_trained:
-            means = [torch.stack(list(means)).mean(0)]
-        tensors = {}
-        for k, (prefix, weights) in enumerate(zip(self._plan.prefixes, self._weights, strict=True)):
-            # the mean prediction is the prediction of the mean features
-            feature_means = self._kernels[k].means
-            tensors[prefix, "intercept"] = means[k] - sum(feature_means[n].flatten() @ w for n, w in weights.items())
-            tensors |= {(prefix, f"{name}.weights"): values for name, values in weights.items()}
-        return tensors
+    def last(self, basis: Basis, penalties: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The vertices to which the last choice gives any weight, and their weights on the axes, (rank, n_used)."""
+        used_vertices = torch.nonzero(weights[-1] > 0)[:, 0]
+        rotated = basis.rotated(self._target[:, used_vertices])
+        on_axes = rotated / (basis.values[:, None] + penalties[-1, used_vertices]) * weights[-1, used_vertices]
+        return used_vertices, on_axes

@@ -19,7 +19,7 @@ class LayeredSizes:
 
     n_fit : images to fit to, for each held-out fold
     n_choices : separately chosen heads of a fold, at most
-    n_sources : sets of features, one for all folds or one for each
+    n_scales : sets of scales of features (see FoldPlan.scale_rows)
     stack_bytes : of kernels of single places, if they are kept
     held_bytes : of features that are kept in memory
     cache_bytes : memory for decompositions
@@ -29,7 +29,7 @@ class LayeredSizes:
     n_images: int
     n_fit: tuple[int, ...]
     n_choices: int
-    n_sources: int
+    n_scales: int
     n_features: int
     n_priors: int
     backbone_trained: bool
@@ -54,7 +54,7 @@ class LayeredSizes:
             per_prior = 4.0 * self.n_images * sum(self.n_fit)
         else:
             n = min(LANDMARKS, self.n_features)
-            per_prior = 4.0 * n * (self.n_images * self.n_sources + n * len(self.n_fit))
+            per_prior = 4.0 * n * (self.n_images * self.n_scales + n * len(self.n_fit))
         return (FINALISTS if self.searched else self.n_priors) * per_prior
 
     @property

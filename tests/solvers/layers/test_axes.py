@@ -29,7 +29,7 @@ def kernels(tmp_path, monkeypatch):
     rows = {name: Row(one.shape[1:], str(one.dtype)) for name, one in values.items()}
     store = create_store(tmp_path, "f", {"x": 1}, np.arange(N), N_TRAIN, rows, {})
     store.append(values)
-    return LayerKernels(LayerRows(store, tuple(values), "cpu", np.inf), N_TRAIN, 0)
+    return LayerKernels(LayerRows(store, tuple(values), "cpu", np.inf), np.arange(N_TRAIN), 0)
 
 
 def features_of(kernels, method, landmarks):

@@ -48,7 +48,7 @@ def made(store, way, monkeypatch, names=tuple(SHAPES)):
     if way in ("small blocks", "streamed"):
         monkeypatch.setattr(heads.features.rows, "BLOCK_BYTES", 4 * 60 * 5)  # 5 images of the largest layer
     rows = LayerRows(store, names, "cpu", 0 if way == "streamed" else np.inf)
-    return LayerKernels(rows, N_TRAIN, 1e9 if way == "stack" else 0)
+    return LayerKernels(rows, np.arange(N_TRAIN), 1e9 if way == "stack" else 0)
 
 
 def slow_features(values, prior, blur=BLUR):
@@ -59,7 +59,7 @@ def slow_features(values, prior, blur=BLUR):
         x = stored.astype(np.float64).reshape(N, height, width, -1)
         x = x - x[:N_TRAIN].mean(0)
         spread = np.sqrt((x[:N_TRAIN] ** 2).mean((0, 1, 2)))
-        spread[spread < 1e-12] = 1
+        spread[spread < 1e-12] = np.inf  # a constant says nothing
         x, blurred = x / spread, np.zeros_like(x)
         for i in range(height):
             for j in range(width):

@@ -13,10 +13,11 @@ from featcache.cache.store import Row, create_store
 from heads.config import RidgeConfig
 from heads.features.rows import LayerRows
 from heads.scores.metrics import pearson_r
+from heads.solvers.base import mean_of_tests
 from heads.solvers.layers.axes import Basis, method_for
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import DEPTHS, Prior
-from heads.solvers.layers.ridge import LayeredRidge
+from heads.solvers.layers.ridge import LayeredRidge, scaled_kernels
 from support.plans import assert_same_fits, block_of, out_of_fold, plan_of
 
 N_FOLDS, N_TRAIN, N_TEST = 3, 60, 7
@@ -47,11 +48,12 @@ def kernels_of(folder, values, n_train=N_TRAIN, stack_bytes=1e9):
     number = len(list(folder.iterdir()))
     store = create_store(folder, "f", {"number": number}, np.arange(n), n_train, rows, {})
     store.append(values)
-    return LayerKernels(LayerRows(store, tuple(values), "cpu", np.inf), n_train, stack_bytes)
+    return LayerKernels(LayerRows(store, tuple(values), "cpu", np.inf), np.arange(n_train), stack_bytes)
 
 
 def solver(kernels, priors=PRIORS, plan=PLANS[False], config=None, cache_bytes=1e9):
     config = RidgeConfig(penalties=MULTIPLES) if config is None else config
+    kernels = kernels if plan.backbone_trained else kernels * plan.n_scales  # one scale for all, unless a test says so
     return LayeredRidge(kernels, plan, config, priors, cache_bytes=cache_bytes)
 
 
@@ -187,6 +189,56 @@ def test_priors_are_weighed_by_their_errors_as_documented(tmp_path, shape):
 # --- what may say what
 
 
+def scaled_solver(folder, values, plan, priors=PRIORS):
+    """A solver whose scales are those that `fit-heads` would take."""
+    rows = kernels_of(folder, values, plan.n_train).rows
+    config = RidgeConfig(penalties=MULTIPLES)
+    return LayeredRidge(scaled_kernels([rows], plan, 1e9), plan, config, priors, cache_bytes=1e9)
+
+
+def with_another_image(values, row):
+    """The features, with one image that is far brighter than all others."""
+    moved = {name: one.copy() for name, one in values.items()}
+    for one in moved.values():
+        one[row] = 40 * one[row] + 100
+    return moved
+
+
+def assert_a_held_out_image_moves_nobody_elses(before, after, plan, row):
+    """Neither predictions of the other images of its fold and of test images, nor their level and spread."""
+    k = int(plan.folds[row])
+    (first,), (second,) = before.folds[k].held_out, after.folds[k].held_out
+    others = first.rows != row
+    torch.testing.assert_close(second.predictions[others], first.predictions[others], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(second.std, first.std, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(second.mean, first.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after.folds[k].test, before.folds[k].test, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(second.predictions[~others], first.predictions[~others], rtol=1e-2)
+    for other in set(range(len(plan))) - {k}:  # which train on it
+        assert not torch.allclose(after.folds[other].test, before.folds[other].test, rtol=1e-2)
+
+
+@both_shapes
+@pytest.mark.parametrize("k", range(N_FOLDS))
+def test_features_of_a_held_out_image_have_no_say_in_what_its_fold_predicts(tmp_path, shape, k):
+    values, plan = values_of(SHAPES[shape]), PLANS[False]
+    row, y = int(plan.inside(k)[3]), responses_of(values)
+    fits = [scaled_solver(tmp_path, v, plan).fit(block_of(y)) for v in (values, with_another_image(values, row))]
+    assert_a_held_out_image_moves_nobody_elses(*fits, plan, row)
+
+
+def test_nor_have_they_where_priors_are_sought_and_images_are_landmarks(tmp_path, monkeypatch):
+    monkeypatch.setattr(heads.solvers.layers.axes, "LANDMARKS", 20)
+    monkeypatch.setattr(heads.solvers.layers.sizes, "SEARCH_IMAGES", 45)
+    monkeypatch.setattr(heads.solvers.layers.sizes, "FINALISTS", 2)
+    values, plan = values_of(WIDE), PLANS[False]
+    y = responses_of(values)
+    for row in plan.inside(1)[:8]:
+        both = [scaled_solver(tmp_path, v, plan) for v in (values, with_another_image(values, row))]
+        assert {one.method for one in both} == {"landmarks"}
+        assert_a_held_out_image_moves_nobody_elses(*(one.fit(block_of(y)) for one in both), plan, row)
+
+
 @both_shapes
 def test_held_out_responses_have_no_say_in_what_a_frozen_fold_predicts(tmp_path, shape):
     heads, (values,) = made(tmp_path, shape)
@@ -304,7 +356,7 @@ def seeded():
 def on_planted(planted, priors, **about):
     kernels, y, plan = planted
     fits = solver([kernels], priors, plan, **about).fit(block_of(y[:N_MANY]))
-    test = torch.stack([fold.test for fold in fits.folds]).mean(0)
+    test = mean_of_tests(fits.folds)
     return fits, pearson_r(test.numpy(), y[N_MANY:].numpy()).mean()
 
 
@@ -427,7 +479,7 @@ def test_saved_weights_on_stored_features_are_the_test_predictions(tmp_path, sha
         for k, fold in enumerate(fits.folds):
             np.testing.assert_allclose(fold.test, predicted(f"fold{k}.", values[k]), rtol=1e-3, atol=2e-3)
     else:
-        mean = torch.stack([fold.test for fold in fits.folds]).mean(0)
+        mean = mean_of_tests(fits.folds)
         np.testing.assert_allclose(mean, predicted("", values[0]), rtol=1e-3, atol=2e-3)
 
 
@@ -461,7 +513,8 @@ def test_with_landmarks_saved_weights_are_the_predictions_and_blocks_change_noth
     for prefix, of in zip(("fold0.", "fold1.", "fold2.") if trained else ("",), values, strict=True):
         weights = np.concatenate([fits.saved[prefix, f"{name}.weights"].double().numpy() for name in of])
         predicted.append(flat(of)[N_TRAIN:] @ weights + fits.saved[prefix, "intercept"].double().numpy())
-    mean = torch.stack([fold.test for fold in fits.folds]).mean(0)
+    plain = torch.stack([fold.test for fold in fits.folds]).mean(0)
+    mean = plain if trained else mean_of_tests(fits.folds)
     np.testing.assert_allclose(mean, np.mean(predicted, 0), rtol=1e-3, atol=2e-3)
 
 

@@ -14,7 +14,7 @@ COUNTS = LayeredSizes(
     n_images=60,
     n_fit=(40, 40, 41),
     n_choices=1,
-    n_sources=1,
+    n_scales=1,
     n_features=900,
     n_priors=20,
     backbone_trained=False,
@@ -38,7 +38,7 @@ def test_with_landmarks_folds_share_the_features_and_finalists_alone_are_kept():
     assert MANY.method == "landmarks" and MANY.searched
     of_a_fold = bytes_of((LANDMARKS, LANDMARKS))
     assert MANY.decomposed_bytes == FINALISTS * (bytes_of((10_000, LANDMARKS)) + 5 * of_a_fold)
-    trained = replace(MANY, n_sources=5)
+    trained = replace(MANY, n_scales=5)
     assert trained.decomposed_bytes == FINALISTS * 5 * (bytes_of((10_000, LANDMARKS)) + of_a_fold)
 
 
