@@ -183,7 +183,7 @@ def test_what_a_fit_refuses_leaves_no_store_behind(work, tiny, tmp_path, monkeyp
     subjects = open_challenge(tiny).subjects[:1]
     if backbone == "frozen":
         extract(subjects, ExtractConfig(backbone=BACKBONE, layers=LayerConfig(layers=("pooled",)), workers=1), folder)
-    for place in ("held_out.clean_parts", "held_out.stop_split", "spatial.clean_parts"):
+    for place in ("held_out.clean_parts", "held_out.stop_split", "joint.clean_parts"):
         monkeypatch.setattr(f"heads.solvers.{place}", refuse)
     if (backbone, head, loss) == ("frozen", "linear", "mse"):  # the closed form splits nothing there
         monkeypatch.setattr("heads.fit.run.build_solver", refuse)

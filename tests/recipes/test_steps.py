@@ -283,7 +283,7 @@ def paper():
 def test_the_paper_recipe_trains_every_backbone_of_the_paper_under_every_loss_in_both_stages(paper, stage):
     trained = [step for step in paper if step.command == stage]
     assert all({"--preset=paper", "--fit=whole"} <= set(step.arguments) for step in trained)
-    trainings = [(step.own["backbone"], step.own["loss"]) for step in trained]
+    trainings = [(step.own["backbone"], step.own["loss"]) for step in trained if "roi-loss" not in step.own]
     assert sorted(trainings) == sorted(itertools.product(BACKBONES_OF_THE_PAPER, LOSSES_OF_THE_PAPER))
 
 
