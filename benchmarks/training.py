@@ -110,7 +110,9 @@ def bare_epoch(encoder: Encoder, batches: list[tuple[torch.Tensor, torch.Tensor]
     subjects = torch.zeros(config.batch_size, dtype=torch.int64)
     for pixels, responses in batches:
         optimiser.zero_grad()
-        torch.nn.functional.smooth_l1_loss(encoder(pixels, subjects), responses).backward()
+        outputs = encoder(pixels, subjects)
+        predictions = torch.cat([surface.mean(outputs) for surface in encoder.heads.surfaces.values()], 1)
+        torch.nn.functional.smooth_l1_loss(predictions, responses).backward()
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.clip_norm)
         optimiser.step()
 

@@ -76,6 +76,11 @@ class Subject:
         """Names of the surfaces, in the order that every result keeps."""
         return tuple(self.n_vertices)
 
+    @property
+    def has_rois(self) -> bool:
+        """Whether any ROI has a vertex."""
+        return any(bool(mask.any()) for rois in self.rois.values() for mask in rois.values())
+
     def responses(self, surface: str) -> np.ndarray:
         """Training responses, (n_train, n_vertices), as a memory map: slice it, then cast to float32."""
         responses: np.ndarray = np.load(self.response_paths[surface], mmap_mode="r")

@@ -8,10 +8,14 @@ from torch import nn
 from featcache.backbone.taps import Taps
 from heads.backbones.batches import Targets
 from heads.config.losses import LOSS_SPECS
-from heads.modules.by_subject import Columns, SubjectHeads
+from heads.modules.by_subject import SubjectHeads, Surfaces
+from heads.modules.outputs import Compared
 from heads.scores.losses import LOSSES
 
+Terms = Sequence[tuple[float, str]]  # weights and names of the losses in a sum
 Ceilings = Mapping[tuple[str, str], torch.Tensor | None]  # {(subject, surface): (n_vertices,)}, None where not given
+
+_WHOLE, _ROIS = slice(0, 1), slice(1, None)  # which of a surface's heads are those of the surface, and of ROIs
 
 
 class Encoder(nn.Module):
@@ -27,32 +31,40 @@ class Encoder(nn.Module):
 
 
 def encoder_loss(
-    terms: Sequence[tuple[float, str]],
+    terms: Terms,
     outputs: torch.Tensor,
     targets: Sequence[Targets],
-    columns: Columns,
+    surfaces: Surfaces,
     ceilings: Ceilings,
+    roi_terms: Terms | None = None,
 ) -> torch.Tensor:
     """Weighted sum of losses over a batch of several subjects; each loss is a mean over their images and vertices.
 
-    A subject's images are compared with the outputs that are its vertices, under its own ceilings. Vertices that it
+    The loss of a surface is the mean over its heads of the loss of each head's outputs on its own vertices. A subject's
+    images are compared with the outputs of its surfaces, under its own ceilings. Vertices that it
     lacks have no part in the loss. Correlations over images are those of one subject; a subject with one image in the
     batch has none. Correlations over vertices are those of one surface of one image. Whatever the loss, a surface of a
     subject counts by the number of its images times the number of its vertices.
 
     Parameters
     ----------
-    terms : pairs of weight and name of a loss
+    terms : pairs of weight and name of a loss, for heads of whole surfaces
     outputs : (n_images, n_outputs)
+    roi_terms : the same for heads of ROIs; None: as `terms`
     """
-    predicted = [outputs[t.rows.to(outputs.device)][:, columns[t.subject, t.surface]] for t in targets]
+    heads = [_compared(outputs, t, surfaces, ceilings) for t in targets]
     total = outputs.new_zeros(())
-    for weight, name in terms:
+    for which, weight, name in [*((_WHOLE, *term) for term in terms), *((_ROIS, *term) for term in roi_terms or terms)]:
         counted = [k for k, t in enumerate(targets) if len(t.rows) > 1 or not LOSS_SPECS[name].correlation]
         n_values = [targets[k].responses.numel() for k in counted]
         for k, n in zip(counted, n_values, strict=True):
-            t = targets[k]
-            value = LOSSES[name](predicted[k], t.responses, ceilings[t.subject, t.surface])
-            total = total + weight * n / sum(n_values) * value
+            for head in heads[k][which]:
+                total = total + weight * n / sum(n_values) / len(heads[k]) * LOSSES[name](*head)
     # a loss of no terms still has a gradient, of zeros: processes that exchange gradients wait for each other's
     return total if targets and total.requires_grad else total + 0 * outputs.sum()
+
+
+def _compared(outputs: torch.Tensor, target: Targets, surfaces: Surfaces, ceilings: Ceilings) -> list[Compared]:
+    """What the loss of each head of a surface compares."""
+    key = target.subject, target.surface
+    return surfaces[key].compared(outputs[target.rows.to(outputs.device)], target.responses, ceilings[key])

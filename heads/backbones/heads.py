@@ -48,6 +48,11 @@ def build_heads(shapes: Shapes, subjects: Sequence[Subject], config: StageConfig
     return heads
 
 
+def has_roi_heads(subjects: Sequence[Subject], config: StageConfig) -> bool:
+    """Whether `build_heads` makes heads of ROIs: in the second stage, of the kinds that have them, where ROIs are."""
+    return config.stage == "finetune" and config.train.kind.reads_rois and any(one.has_rois for one in subjects)
+
+
 def start_heads(heads: SubjectHeads, first: FirstWeights, config: StageConfig) -> str:
     """Give the heads the first weights that the settings ask for; returns what to say of it, or ''."""
     if config.stage != "finetune" or config.train.head_start != "fitted":

@@ -47,12 +47,12 @@ class HeldOut:
         """Predictions of one subject's images, {surface: (len(rows), n_vertices)}, by the encoder in evaluation."""
         encoder.eval()
         device, subject = self.accelerator.device, self.images.subjects[number]
-        columns = {surface: encoder.heads.columns[subject.name, surface].to(device) for surface in subject.surfaces}
-        predicted = {surface: [np.empty((0, len(index)), dtype=np.float32)] for surface, index in columns.items()}
+        heads = {surface: encoder.heads.surfaces[subject.name, surface].to(device) for surface in subject.surfaces}
+        predicted = {surface: [np.empty((0, n), dtype=np.float32)] for surface, n in subject.n_vertices.items()}
         for start in range(0, len(rows), self.batch_size):
             pairs = pairs_of(number, rows[start : start + self.batch_size])
             images = self.backbone.normalise(self.images.read(pairs).to(device))
             outputs = encoder(images, torch.full((len(pairs),), number, device=device))
-            for surface, index in columns.items():
-                predicted[surface].append(outputs[:, index].float().cpu().numpy())
+            for surface, surface_outputs in heads.items():
+                predicted[surface].append(surface_outputs.mean(outputs).float().cpu().numpy())
         return {surface: np.concatenate(parts) for surface, parts in predicted.items()}

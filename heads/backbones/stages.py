@@ -34,7 +34,7 @@ from featcache.machine.progress import say
 from heads.backbones.accelerator import make_accelerator
 from heads.backbones.batches import Images, plan_steps, split_rows
 from heads.backbones.encoder import Encoder
-from heads.backbones.heads import FirstWeights, build_heads, start_heads
+from heads.backbones.heads import FirstWeights, build_heads, has_roi_heads, start_heads
 from heads.backbones.loop import EncoderTraining
 from heads.backbones.starts import Start, Starts
 from heads.config import StageConfig
@@ -120,7 +120,7 @@ def _checkpoint(subjects: Sequence[Subject], split: Split, config: StageConfig, 
         timm=timm.__version__,
         start=start.key(),
         split=split,
-        settings=config.train.key(),
+        settings=config.train.key(has_roi_heads(subjects, config)),
         devices=int(os.environ.get("WORLD_SIZE", "1")),  # batches are a device's
     )
     path = checkpoint_path(work, key)

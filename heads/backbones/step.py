@@ -39,9 +39,9 @@ def step_seed(seed: int, number: int, process: int) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """Batches of this device whose predictions one loss sees, and the responses that they are compared with.
+    """Batches of this device whose outputs one loss sees, and the responses that they are compared with.
 
-    targets : of the images of all devices where predictions are gathered, else of this device's one batch
+    targets : of the images of all devices where outputs are gathered, else of this device's one batch
     """
 
     batches: list[Batch]
@@ -59,7 +59,7 @@ class Gradients:
         self._backbone, self._images, self._config, self._steps = backbone, images, config, steps
         self._augment = augmentation() if config.augment else None
         device = learner.device
-        self._columns = {key: outputs.to(device) for key, outputs in learner.encoder.heads.columns.items()}
+        self._surfaces = {key: surface.to(device) for key, surface in learner.encoder.heads.surfaces.items()}
         self._ceilings = {
             (subject.name, surface): None if ceiling is None else torch.tensor(ceiling, device=device)
             for subject in images.subjects
@@ -102,7 +102,8 @@ class Gradients:
         return self._backbone.normalise(pixels).contiguous(memory_format=torch.channels_last)
 
     def _loss(self, outputs: torch.Tensor, targets: Sequence[Targets]) -> torch.Tensor:
-        return encoder_loss(self._config.terms, outputs, targets, self._columns, self._ceilings)
+        config = self._config
+        return encoder_loss(config.terms, outputs, targets, self._surfaces, self._ceilings, config.roi_terms)
 
     def _backward(self, group: Group, n_groups: int, last: bool) -> torch.Tensor:
         """Loss of one batch alone, with its part of the gradient."""
@@ -115,7 +116,7 @@ class Gradients:
     def _backward_gathered(self, group: Group, n_groups: int, last: bool) -> torch.Tensor:
         """Loss over all batches of a group and all devices, with one batch's graph in memory at a time.
 
-        Predictions are gathered first, the loss is differentiated with respect to them, and each batch runs again to
+        Outputs are gathered first, the loss is differentiated with respect to them, and each batch runs again to
         carry its part of that back into the weights. The second run repeats the random numbers of the first, and the
         first leaves running statistics alone.
 

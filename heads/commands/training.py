@@ -30,7 +30,7 @@ def _training_command(stage: str, meaning: str) -> Callable[..., Job]:
         TrainConfig,
         old={"recipe": "preset"},
         presets={TrainConfig: {name: vars(settings_of(name, stage)) for name in PRESETS}},
-        leave_out=("init",) if stage == "pretrain" else (),
+        leave_out=("init", "roi_loss") if stage == "pretrain" else (),
     )
     def train(
         data: Data = DATA,

@@ -8,7 +8,7 @@ from typing import Any
 from featcache.config import DEVICES, PRODUCTS, at_least, one_of, option
 from featcache.errors import ConfigError
 from heads.config.checks import check_dropout, refuse_given
-from heads.config.losses import LOSS_NAMES, loss_label, parse_loss, split_losses
+from heads.config.losses import LOSS_NAMES, SAME, loss_label, parse_loss, parse_roi_loss, split_losses
 from heads.config.solvers import HEADS, SOLVERS, SolverSpec, automatic_solver
 
 
@@ -109,6 +109,11 @@ class FitConfig:
         "map for each ROI. spatial: maps over the places of layers.",
         "Heads",
     )
+    roi_loss: str = option(
+        SAME,
+        "ROI heads: what the map of each ROI optimises, where --loss is of the hemisphere's map. same: the same.",
+        "Heads",
+    )
     layers: str = option(
         "all",
         "Extracted layers that the heads read. all: one model on all layers. each: one model on each layer. Or names "
@@ -157,6 +162,9 @@ class FitConfig:
                     found=f"--head {self.head} --loss {loss_label(terms)}",
                     remedy=f"use --solver {automatic_solver(self.head, losses)}",
                 )
+            parse_roi_loss(self.roi_loss, loss)
+        if self.roi_loss != SAME:
+            _refuse_without_roi_heads(["roi_loss"], self.head)
 
     def variants(self) -> "list[FitConfig]":
         """The settings with each of the losses alone; of losses whose heads are the same, the first."""
@@ -170,6 +178,11 @@ class FitConfig:
     def terms(self) -> tuple[tuple[float, str], ...]:
         """(weight, name) of each loss in the sum."""
         return parse_loss(self.loss)
+
+    @property
+    def roi_terms(self) -> tuple[tuple[float, str], ...]:
+        """(weight, name) of each loss in the sum that heads of ROIs have."""
+        return parse_roi_loss(self.roi_loss, self.loss)
 
     @property
     def resolved_solver(self) -> str:
@@ -214,6 +227,8 @@ class FitConfig:
         key: dict[str, Any] = {"head": self.head, "n_folds": self.n_folds, "seed": self.seed}
         if self.products != "float32":
             key["products"] = self.products
+        if HEADS[self.head].reads_rois:
+            key["roi_loss"] = loss_label(self.roi_terms)
         settings = self._settings(spec.settings) | self._settings(HEADS[self.head].settings)
         return key | {"solver": spec.stored, "objective": self.objective, "settings": settings}
 
@@ -236,7 +251,7 @@ def default_settings(head: str, spec: SolverSpec) -> dict[str, Any]:
 
 # options of fit-heads that decide something for some heads, and for every solver that fits
 _OF_SPATIAL = tuple(setting.name for setting in fields(SpatialConfig))
-_OF_A_FIT = ("loss", "head", "folds", "fold_seed", "seed")
+_OF_A_FIT = ("loss", "roi_loss", "head", "folds", "fold_seed", "seed")
 
 
 def refuse_unread(given: Collection[str], config: FitConfig) -> None:
@@ -256,3 +271,11 @@ def refuse_unread(given: Collection[str], config: FitConfig) -> None:
             refuse_given([name], f"--solver {' or '.join(readers)}", found)
     if HEADS[config.head].settings is None:
         refuse_given([name for name in _OF_SPATIAL if name in given], "--head spatial", f"--head {config.head}")
+    _refuse_without_roi_heads([name for name in ("roi_loss",) if name in given], config.head)
+
+
+def _refuse_without_roi_heads(given: Sequence[str], head: str) -> None:
+    """Raise ConfigError for options of heads of ROIs that were given with other heads."""
+    if not HEADS[head].reads_rois:
+        readers = [name for name, spec in HEADS.items() if spec.reads_rois]
+        refuse_given(given, f"--head {' or '.join(readers)}", f"--head {head}")

@@ -31,6 +31,7 @@ LOSS_SPECS: dict[str, LossSpec] = {
 LOSS_NAMES = tuple(LOSS_SPECS)
 CORRELATIONS = frozenset(name for name, spec in LOSS_SPECS.items() if spec.correlation)
 LEAST_SQUARES = frozenset(name for name, spec in LOSS_SPECS.items() if spec.least_squares)
+SAME = "same"  # the value of --roi-loss that stands for that of --loss
 
 _TERM = re.compile(r"(?:(?P<weight>\d+\.?\d*(?:e-?\d+)?|\.\d+)\*)?(?P<name>[a-z_0-9]+)")
 
@@ -40,14 +41,17 @@ def split_losses(text: str) -> list[str]:
     return text.replace(" ", "").split(",")
 
 
-def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
-    """Read a sum of losses: 'smooth_l1+0.5*mnnpc' -> ((1.0, 'smooth_l1'), (0.5, 'mnnpc')). Raises ConfigError."""
+def parse_loss(text: str, option: str = "--loss") -> tuple[tuple[float, str], ...]:
+    """Read a sum of losses: 'smooth_l1+0.5*mnnpc' -> ((1.0, 'smooth_l1'), (0.5, 'mnnpc')). Raises ConfigError.
+
+    option : the one that it is of, for messages
+    """
     terms = []
     for part in text.replace(" ", "").split("+"):
         match = _TERM.fullmatch(part)
         if match is None or match["name"] not in LOSS_SPECS or not 0 < float(match["weight"] or 1) < math.inf:
             raise ConfigError(
-                "--loss",
+                option,
                 expected=f"{', '.join(LOSS_SPECS)} or a weighted sum such as smooth_l1+0.5*mnnpc",
                 found=f"{part!r} in {text!r}",
                 remedy="correct it",
@@ -55,9 +59,14 @@ def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
         terms.append((float(match["weight"] or 1), match["name"]))
     if len({name for _, name in terms}) < len(terms):
         raise ConfigError(
-            "--loss", expected="each loss once", found=f"one twice in {text!r}", remedy="add their weights up"
+            option, expected="each loss once", found=f"one twice in {text!r}", remedy="add their weights up"
         )
     return tuple(sorted(terms, key=lambda term: list(LOSS_SPECS).index(term[1])))
+
+
+def parse_roi_loss(text: str, loss: str) -> tuple[tuple[float, str], ...]:
+    """Read the loss of heads of ROIs, or SAME: that of heads of whole surfaces, `loss`. Raises ConfigError."""
+    return parse_loss(loss) if text == SAME else parse_loss(text, "--roi-loss")
 
 
 def loss_label(terms: tuple[tuple[float, str], ...]) -> str:

@@ -85,7 +85,7 @@ class HeadSpec:
     module: str | None = None  # 'module:name' of a function (n_features, n_vertices, rois) -> module, on one matrix
     build: str | None = None  # or of a function (Problem) -> Solver, for heads that read something else
     linear: bool = False  # whether it is one linear layer, whose optimum closed form can find
-    reads_rois: bool = False
+    reads_rois: bool = False  # whether it has heads of ROIs, which --roi-loss may give a loss of their own
     copies: int = 1  # layers that predict each vertex, at most: what memory is estimated from
     settings: str | None = None  # the field of FitConfig that holds its settings
 

@@ -8,7 +8,7 @@ from typing import Any
 from featcache.config import DEVICES, POOLED, BackboneConfig, LayerConfig, at_least, one_of, option, usual_workers
 from featcache.errors import ConfigError
 from heads.config.checks import check_dropout, refuse_given
-from heads.config.losses import LOSS_NAMES, LOSS_SPECS, loss_label, parse_loss
+from heads.config.losses import LOSS_NAMES, LOSS_SPECS, SAME, loss_label, parse_loss, parse_roi_loss
 
 STAGES = ("pretrain", "finetune")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -24,12 +24,18 @@ class HeadKind:
     build: str  # 'module:name' of a function (shapes, subjects, config, size) -> SubjectHeads; heads/backbones/heads.py
     start: str  # 'module:name' of a function (heads, first weights) -> note, for heads of stage 2
     settings: tuple[str, ...] = ()  # those that no other heads read; with 'layers' and 'grid', they read places
+    reads_rois: bool = False  # whether stage 2 has a head for each ROI
     idle_weights: bool = False  # whether a step may leave weights without a gradient, as those of absent subjects
 
 
 # A new kind of heads is one file and one entry here.
 HEAD_KINDS = {
-    "linear": HeadKind(build="heads.backbones.heads:build_linear", start="heads.backbones.heads:start_linear"),
+    "linear": HeadKind(
+        build="heads.backbones.heads:build_linear",
+        start="heads.backbones.heads:start_linear",
+        settings=("roi_loss",),
+        reads_rois=True,
+    ),
     "spatial": HeadKind(
         build="heads.backbones.heads:build_spatial",
         start="heads.backbones.heads:start_spatial",
@@ -110,10 +116,16 @@ class TrainConfig:
     token_dropout: float = _spatial(0.1, "Fraction of the places of a layer that training leaves out of an image.")
     smoothness: float = _spatial(0.0, "Weight of the penalty on differences between neighbouring places of a map.")
     sparsity: float = _spatial(0.0, "Weight of the penalty on maps that spread over many places.")
+    roi_loss: str = _heads(
+        SAME,
+        "Linear heads of stage 2: what the head of each ROI optimises, where --loss is of the hemisphere's head. "
+        "same: the same.",
+    )
     seed: int = _train(0, "Seed of the order of images, of the first weights of heads, and of dropout.")
 
     def __post_init__(self) -> None:
         parse_loss(self.loss)
+        parse_roi_loss(self.roi_loss, self.loss)
         one_of("precision", self.precision, PRECISIONS)
         one_of("head-start", self.head_start, HEAD_STARTS)
         one_of("stop", self.stop, STOPS)
@@ -164,18 +176,29 @@ class TrainConfig:
         return parse_loss(self.loss)
 
     @property
+    def roi_terms(self) -> tuple[tuple[float, str], ...]:
+        """The loss of heads of ROIs as pairs of weight and name."""
+        return parse_roi_loss(self.roi_loss, self.loss)
+
+    @property
     def uses_correlation(self) -> bool:
         """Whether a part of the loss is a correlation over images."""
-        return any(LOSS_SPECS[name].correlation for _, name in self.terms)
+        return any(LOSS_SPECS[name].correlation for _, name in (*self.terms, *self.roi_terms))
 
-    def key(self) -> dict[str, Any]:
-        """Settings that decide the weights that come out, given data, start and fold."""
+    def key(self, roi_heads: bool = False) -> dict[str, Any]:
+        """Settings that decide the weights that come out, given data, start and fold.
+
+        roi_heads : whether there are heads of ROIs, each with a loss. Keys without them are older than the setting.
+        """
         unread = set(self._read_by_others())
         # checkpoints that are older than one of these choices keep their key
         unread |= {name for name in ("head", "batches") if getattr(self, name) == getattr(TrainConfig, name)}
+        unread.add("roi_loss")
         settings = {name: value for name, value in vars(self).items() if name not in unread}
         if "layers" in settings:
             settings["layers"] = ",".join(self.tapped.layers)
+        if roi_heads or self.roi_terms != self.terms:
+            settings["roi_loss"] = loss_label(self.roi_terms)
         return settings | {"loss": loss_label(self.terms)}
 
 
@@ -235,6 +258,13 @@ class StageConfig:
     def __post_init__(self) -> None:
         one_of("stage", self.stage, STAGES)
         one_of("device", self.device, DEVICES)
+        if self.stage == "pretrain" and self.train.roi_loss != SAME:
+            raise ConfigError(
+                "--roi-loss",
+                expected="stage 2 (finetune), which has heads of ROIs",
+                found="stage 1 (pretrain)",
+                remedy="leave it out",
+            )
         at_least("folds", self.n_folds, 2)
         at_least("fold-seed", self.fold_seed, 0)
         at_least("save-every", self.save_every, 0)

@@ -53,6 +53,7 @@ class PredictionKey:
     target: str | None = None  # of stores of an earlier version, which could be fitted to a blend
     solver: str
     objective: str
+    roi_loss: str | None = None  # of ROI heads that are trained head by head; None in stores of earlier versions
     settings: Mapping[str, Any] | None = None
     joint: Mapping[str, Any] | None = None
 
@@ -139,6 +140,7 @@ class PredictionKey:
     def _setting_words(self) -> list[str]:
         """Settings that are not what the head is fitted with where nothing is asked for."""
         usual: dict[str, Any] = {"n_folds": FitConfig.n_folds, "seed": FitConfig.seed, "products": FitConfig.products}
+        usual["roi_loss"] = self.objective
         given = {name: default if (value := getattr(self, name)) is None else value for name, default in usual.items()}
         if self.solver in RETIRED or solver_of(self.solver).named_settings:
             usual |= RETIRED.get(self.solver) or default_settings(self.head, solver_of(self.solver))

@@ -18,7 +18,7 @@ from featcache.machine.files import replace_bytes
 from featcache.machine.memory import give_back_memory, keep_freed_memory, memory_at_start
 from featcache.machine.progress import bar, say
 from featcache.workdir import Workdir
-from heads.config import FitConfig
+from heads.config import HEADS, FitConfig
 from heads.features.sets import FeatureSet, feature_sets, layer_of, say_without
 from heads.fit.names import PredictionFacts, PredictionKey, prediction_key
 from heads.fit.out_of_fold import predict_surface
@@ -57,12 +57,25 @@ def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path | str) 
     memory_at_start()
     check_products("products", config.products, config.device)
     variants = config.variants()
+    _refuse_missing_rois(subjects, variants[0])
     trainees = _trainees(subjects, variants[0], work)
     # one training for several subjects serves one loss; other fits share what their losses have in common
     runs = [[variant] for variant in variants] if variants[0].joint else [variants]
     fits = [fit for together in runs for fit in _fit_variants(trainees, together, device, work)]
     order = {trainee: number for number, trainee in enumerate(trainees)}
     return [fitted for _, fitted in sorted(fits, key=lambda fit: order[fit[0]])]
+
+
+def _refuse_missing_rois(subjects: Sequence[Subject], config: FitConfig) -> None:
+    """Raise ConfigError for heads of ROIs where no subject has any ROI."""
+    reads_rois = config.solver_spec.fits and HEADS[config.head].reads_rois
+    if reads_rois and not any(subject.has_rois for subject in subjects):
+        raise ConfigError(
+            f"--head {config.head}",
+            expected="one or more ROIs in roi_masks",
+            found="none",
+            remedy="use --head linear",
+        )
 
 
 def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path) -> list[Trainee]:

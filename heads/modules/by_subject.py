@@ -1,7 +1,7 @@
 """Heads that are trained together with a backbone, for one subject or several.
 
-They read {array: rows} of the tapped layers and return (n_images, n_outputs). `columns` says which of these outputs are
-a subject's vertices; training and scoring need to know nothing else of them.
+They read {array: rows} of the tapped layers and return (n_images, n_outputs). `surfaces` says which of these outputs
+are those of a subject's surface, and of which of its heads; training and scoring need to know nothing else of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,12 @@ from featcache.config import POOLED
 from featcache.dataset.subject import Subject
 from heads.config import SpatialConfig, TrainConfig
 from heads.modules.linear import LinearMap, RoiHead, linear_layer
+from heads.modules.outputs import SurfaceOutputs
 from heads.modules.saved import saved_shapes, shape_tensors
 from heads.modules.spatial import Rows, Shapes, SpatialReadout, Standardise
 
 Columns = dict[tuple[str, str], torch.Tensor]  # {(subject, surface): (n_vertices,) int64, the output of each vertex}
+Surfaces = Mapping[tuple[str, str], SurfaceOutputs]  # {(subject, surface): its outputs, head by head}
 
 _SPACE = "space"  # name of the outputs of the shared space, among rows that have the names of arrays
 
@@ -27,13 +29,12 @@ class SubjectHeads(nn.Module):
     """Base of all heads by subject: ({array: rows}, numbers of the subjects, (n_images,)) -> (n_images, n_outputs).
 
     names : subjects, in the order of their numbers
-    columns : outputs that are each subject's vertices
+    surfaces : outputs of each subject's surfaces
     """
 
-    def __init__(self, names: Sequence[str], columns: Columns) -> None:
+    def __init__(self, names: Sequence[str], surfaces: Surfaces) -> None:
         super().__init__()
-        self.names, self.columns = tuple(names), columns
-        self.n_outputs = 1 + max((int(outputs.max()) for outputs in columns.values() if len(outputs)), default=-1)
+        self.names, self.surfaces = tuple(names), surfaces
 
     def saved(self) -> dict[str, torch.Tensor]:
         """The tensors that a checkpoint keeps; `heads.modules.saved` reads them."""
@@ -43,11 +44,23 @@ class SubjectHeads(nn.Module):
         """Number to add to the loss of a training step; None if there is nothing to add."""
         return None
 
+
+class _OneHeadEach(SubjectHeads):
+    """Heads of which each surface has one.
+
+    columns : outputs that are each subject's vertices
+    """
+
+    def __init__(self, names: Sequence[str], columns: Columns) -> None:
+        super().__init__(names, {key: SurfaceOutputs.of_one_head(outputs) for key, outputs in columns.items()})
+        self.columns = columns
+        self.n_outputs = 1 + max((int(outputs.max()) for outputs in columns.values() if len(outputs)), default=-1)
+
     def _column_tensors(self) -> dict[str, torch.Tensor]:
         return {f"columns.{subject}.{surface}": outputs for (subject, surface), outputs in self.columns.items()}
 
 
-class AllSubjects(SubjectHeads):
+class AllSubjects(_OneHeadEach):
     """Pooled heads of stage 1: features beside a learnt embedding of the subject, then linear and batch norm.
 
     One layer for all surfaces is the same as a layer for each, because nothing mixes outputs.
@@ -73,28 +86,27 @@ class AllSubjects(SubjectHeads):
 
 
 class OneSubject(SubjectHeads):
-    """Pooled heads of stage 2: a layer for each surface and one for each ROI; a vertex has the mean of its layers."""
+    """Pooled heads of stage 2: one for each surface and one for each ROI; a vertex has the mean of its heads.
+
+    Outputs are those of all heads, before the mean, because each is trained by itself.
+    """
 
     def __init__(self, n_features: int, subject: Subject, start: float) -> None:
-        super().__init__([subject.name], _side_by_side(subject))
+        heads, surfaces, n_outputs = {}, {}, 0
+        for surface, n_vertices in subject.n_vertices.items():
+            rois = [torch.from_numpy(mask) for mask in subject.rois[surface].values()]
+            heads[surface] = RoiHead(n_features, n_vertices, rois, start)
+            surfaces[subject.name, surface] = heads[surface].outputs.shifted(n_outputs)
+            n_outputs += len(heads[surface].vertex)
+        super().__init__([subject.name], surfaces)
         # this attribute is in the names of tensors in states of interrupted runs, so it keeps its name
-        self.hemispheres = nn.ModuleDict(
-            {
-                surface: RoiHead(
-                    n_features,
-                    subject.n_vertices[surface],
-                    [torch.from_numpy(mask) for mask in subject.rois[surface].values() if mask.any()],
-                    start,
-                )
-                for surface in subject.surfaces
-            }
-        )
+        self.hemispheres = nn.ModuleDict(heads)
 
     def forward(self, rows: Rows, subjects: torch.Tensor) -> torch.Tensor:
-        return torch.cat([head(rows[POOLED]) for head in self.hemispheres.values()], 1)
+        return torch.cat([self._head(surface).unaveraged(rows[POOLED]) for surface in self.hemispheres], 1)
 
     def start_from(self, maps: Mapping[str, LinearMap]) -> None:
-        """Start every layer of a surface from the same map, {surface: map}, so that their mean is that map."""
+        """Start every head of a surface from the same map, {surface: map}, so that their mean is that map."""
         for surface, linear_map in maps.items():
             self._head(surface).start_from(linear_map)
 
@@ -110,7 +122,7 @@ class OneSubject(SubjectHeads):
         return cast(RoiHead, self.hemispheres[surface])
 
 
-class SpatialHeads(SubjectHeads):
+class SpatialHeads(_OneHeadEach):
     """Heads on places, of both stages: each subject has its own, for all of its surfaces.
 
     The first outputs of an image are its subject's vertices; the remaining outputs are 0. So an output stands for other

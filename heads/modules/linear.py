@@ -1,4 +1,4 @@
-"""Linear heads: one layer for all vertices, or one more for each ROI. Each reduces to one LinearMap."""
+"""Linear heads: one for all vertices, or one more for each ROI. They reduce to one LinearMap."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
+
+from heads.modules.outputs import SurfaceOutputs
 
 
 class LinearMap(NamedTuple):
@@ -62,40 +64,48 @@ class LinearHead(_Linear):
 
 
 class RoiHead(_Linear):
-    """A linear layer for the whole hemisphere and one for each ROI; a vertex's prediction is the mean of its layers.
+    """Linear heads of the whole hemisphere and of each ROI; the prediction of a vertex is the mean of its heads.
 
-    A vertex in no ROI has the hemisphere layer's prediction, unscaled. All layers are computed in one product.
+    A vertex in no ROI has the hemisphere head's prediction, unscaled. A loss is taken of `unaveraged`, head by head, so
+    that each learns to predict its vertices by itself. All heads are computed in one product.
 
-    rois : masks (n_vertices,) of the ROIs; empty ones have no layer
+    rois : masks (n_vertices,) of the ROIs; empty ones have no head
     start : scale of the initial weights; 1 for torch's
     """
 
-    vertex: torch.Tensor  # (n_outputs,) the vertex of each output: all of them, then those of each ROI
-    share: torch.Tensor  # (n_vertices,) one over the number of layers that predict the vertex
+    vertex: torch.Tensor  # (n_outputs,) and (n_vertices,) of SurfaceOutputs; in states of interrupted runs
+    share: torch.Tensor
 
     def __init__(self, n_features: int, n_vertices: int, rois: Sequence[torch.Tensor], start: float = SMALL) -> None:
         super().__init__()
-        vertex = torch.cat([torch.arange(n_vertices), *(torch.as_tensor(mask).nonzero().flatten() for mask in rois)])
-        self.layer = linear_layer(n_features, len(vertex), start)
-        self.register_buffer("vertex", vertex)
-        self.register_buffer("share", 1 / torch.bincount(vertex, minlength=n_vertices))
+        outputs = SurfaceOutputs.of_heads(n_vertices, [mask for mask in rois if mask.any()])
+        self.layer = linear_layer(n_features, len(outputs.vertex), start)
+        self._sizes = outputs.sizes
+        self.register_buffer("vertex", outputs.vertex)
+        self.register_buffer("share", outputs.share)
+
+    @property
+    def outputs(self) -> SurfaceOutputs:
+        """Which outputs of `unaveraged` are those of which head."""
+        return SurfaceOutputs(slice(0, len(self.vertex)), self.vertex, self.share, self._sizes)
+
+    def unaveraged(self, features: torch.Tensor) -> torch.Tensor:
+        """(n_images, n_outputs) outputs of all heads, side by side."""
+        outputs: torch.Tensor = self.layer(features)
+        return outputs
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self._mean(self.layer(features))
+        return self.outputs.mean(self.unaveraged(features))
 
     def linear_map(self) -> LinearMap:
-        return LinearMap(self._mean(self.layer.weight.T), self._mean(self.layer.bias[None])[0])
+        mean = self.outputs.mean
+        return LinearMap(mean(self.layer.weight.T), mean(self.layer.bias[None])[0])
 
     @torch.no_grad()
     def start_from(self, head: LinearMap) -> None:
-        """Give every layer the weights of `head` for its vertices, so that the mean of the layers equals `head`."""
+        """Give every head the weights of `head` for its vertices, so that their mean equals `head`."""
         self.layer.weight.copy_(head.weights.T[self.vertex])
         self.layer.bias.copy_(head.intercept[self.vertex])
-
-    def _mean(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Mean over the layers of each vertex: (rows, n_outputs) -> (rows, n_vertices)."""
-        sums = outputs.new_zeros(len(outputs), len(self.share))
-        return sums.index_add(1, self.vertex, outputs) * self.share
 
 
 def make_linear(n_features: int, n_vertices: int, rois: Sequence[np.ndarray]) -> LinearHead:
@@ -104,5 +114,5 @@ def make_linear(n_features: int, n_vertices: int, rois: Sequence[np.ndarray]) ->
 
 
 def make_roi(n_features: int, n_vertices: int, rois: Sequence[np.ndarray]) -> RoiHead:
-    """One layer for all vertices and one for each ROI that has any. rois : masks (n_vertices,)"""
-    return RoiHead(n_features, n_vertices, [torch.from_numpy(mask) for mask in rois if mask.any()])
+    """One head for all vertices and one for each ROI that has any. rois : masks (n_vertices,)"""
+    return RoiHead(n_features, n_vertices, [torch.from_numpy(mask) for mask in rois])

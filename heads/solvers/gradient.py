@@ -65,9 +65,13 @@ class GradientSolver:
         mean, scale = _standardisation(features[split.train_rows])
         torch.manual_seed(self._config.seed)
         head = load(str(HEADS[self._config.head].module))(features.shape[1], block.responses.shape[1], block.rois)
+        head = head.to(features.device)
         standardised = (features - mean) / scale
+        loss = weighted_sum(self._config.terms)
+        if hasattr(head, "unaveraged"):
+            loss = head.outputs.averaged(loss, weighted_sum(self._config.roi_terms))
         task = Task(standardised, block.responses, split.train_rows, split.choice_rows, block.noise_ceiling)
-        best = train_head(head.to(features.device), [task], weighted_sum(self._config.terms), self._config.adamw)
+        best = train_head(head, [task], loss, self._config.adamw)
         return [self._unstandardised(head, mean, scale, features, split, block.responses) for head in best]
 
     def _unstandardised(
@@ -152,6 +156,8 @@ def train_head(head: Any, tasks: Sequence[Task], loss: Loss, config: AdamWConfig
 
     A batch has rows of one task. With several tasks, the head also gets the task's number, and a choice is made by the
     mean score over the vertices of all tasks. Batches differ between epochs; the torch seed decides them.
+
+    loss : of the head's predictions; of a head that has a method `unaveraged`, of what this gives
     """
     ceilings = [
         None if t.noise_ceiling is None else torch.as_tensor(t.noise_ceiling, device=t.responses.device) for t in tasks
@@ -164,6 +170,7 @@ def train_head(head: Any, tasks: Sequence[Task], loss: Loss, config: AdamWConfig
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs * n_batches)
     penalty = getattr(head, "regularisation", None)
     call_by_task = [head] if len(tasks) == 1 else [partial(head, number=number) for number in range(len(tasks))]
+    outputs_by_task = [head.unaveraged] if hasattr(head, "unaveraged") else call_by_task
     untrained = _snapshot(head)
     stops = [_Stop(untrained) for _ in tasks[0].choice_rows]
     for _ in range(config.epochs):
@@ -171,7 +178,7 @@ def train_head(head: Any, tasks: Sequence[Task], loss: Loss, config: AdamWConfig
         for number, batch in _epoch(tasks, config.batch_size):
             task = tasks[number]
             optimiser.zero_grad(set_to_none=True)
-            value = loss(call_by_task[number](task.features[batch]), task.responses[batch], ceilings[number])
+            value = loss(outputs_by_task[number](task.features[batch]), task.responses[batch], ceilings[number])
             (value if penalty is None else value + penalty()).backward()
             optimiser.step()
             schedule.step()

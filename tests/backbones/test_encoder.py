@@ -7,6 +7,7 @@ import torch
 
 from heads.backbones.batches import Targets
 from heads.backbones.encoder import encoder_loss
+from heads.modules.outputs import SurfaceOutputs
 from heads.scores.losses import LOSSES
 
 
@@ -21,6 +22,11 @@ def mixed_batch():
     return outputs, targets, columns, ceilings
 
 
+def whole(columns):
+    """Surfaces with one head each."""
+    return {key: SurfaceOutputs.of_one_head(outputs) for key, outputs in columns.items()}
+
+
 def test_smooth_l1_over_several_subjects_is_the_masked_mean():
     outputs, targets, columns, ceilings = mixed_batch()
     wanted, mask = torch.zeros(8, 6), torch.zeros(8, 6, dtype=torch.bool)
@@ -28,7 +34,7 @@ def test_smooth_l1_over_several_subjects_is_the_masked_mean():
         for k, row in enumerate(t.rows):
             wanted[row, columns[t.subject, "lh"]], mask[row, columns[t.subject, "lh"]] = t.responses[k], True
     expected = torch.nn.functional.smooth_l1_loss(outputs[mask], wanted[mask])
-    loss = encoder_loss([(1.0, "smooth_l1")], outputs, targets, columns, ceilings)
+    loss = encoder_loss([(1.0, "smooth_l1")], outputs, targets, whole(columns), ceilings)
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert (outputs.grad[~mask] == 0).all() and (outputs.grad[mask] != 0).all()
@@ -44,16 +50,16 @@ def test_correlations_are_within_a_subject_under_its_own_ceiling(name):
         for t in targets
     ]
     expected = 0.5 * sum(parts) / (5 * 6 + 3 * 4)
-    torch.testing.assert_close(encoder_loss([(0.5, name)], outputs, targets, columns, ceilings), expected)
+    torch.testing.assert_close(encoder_loss([(0.5, name)], outputs, targets, whole(columns), ceilings), expected)
 
 
 def test_a_subject_with_one_image_has_no_correlation_and_keeps_its_other_losses():
     outputs, targets, columns, ceilings = mixed_batch()
     alone = replace(targets[1], rows=targets[1].rows[:1], responses=targets[1].responses[:1])
-    both = encoder_loss([(1.0, "pearson")], outputs, [targets[0], alone], columns, ceilings)
-    torch.testing.assert_close(both, encoder_loss([(1.0, "pearson")], outputs, targets[:1], columns, ceilings))
-    assert encoder_loss([(1.0, "pearson")], outputs, [alone], columns, ceilings) == 0
-    assert encoder_loss([(1.0, "smooth_l1")], outputs, [alone], columns, ceilings) > 0
+    both = encoder_loss([(1.0, "pearson")], outputs, [targets[0], alone], whole(columns), ceilings)
+    torch.testing.assert_close(both, encoder_loss([(1.0, "pearson")], outputs, targets[:1], whole(columns), ceilings))
+    assert encoder_loss([(1.0, "pearson")], outputs, [alone], whole(columns), ceilings) == 0
+    assert encoder_loss([(1.0, "smooth_l1")], outputs, [alone], whole(columns), ceilings) > 0
 
 
 def test_images_of_subjects_that_differ_have_a_pattern_where_they_have_no_correlation_over_images():
@@ -65,12 +71,14 @@ def test_images_of_subjects_that_differ_have_a_pattern_where_they_have_no_correl
     columns, ceilings = dict.fromkeys(keys, torch.arange(6)), dict.fromkeys(keys)
     outputs = torch.zeros(8, 6).normal_(std=0.1).requires_grad_()
     for name in ("pearson", "mnnpc"):
-        (gradient,) = torch.autograd.grad(encoder_loss([(1.0, name)], outputs, targets, columns, ceilings), outputs)
+        (gradient,) = torch.autograd.grad(
+            encoder_loss([(1.0, name)], outputs, targets, whole(columns), ceilings), outputs
+        )
         assert (gradient == 0).all()
     optimiser = torch.optim.SGD([outputs], lr=1.0)
     for _ in range(200):
         optimiser.zero_grad()
-        encoder_loss([(1.0, "pattern")], outputs, targets, columns, ceilings).backward()
+        encoder_loss([(1.0, "pattern")], outputs, targets, whole(columns), ceilings).backward()
         assert (outputs.grad.abs().sum(1) > 0).all()
         optimiser.step()
     r = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(outputs.detach(), responses, strict=True)]

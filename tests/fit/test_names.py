@@ -249,7 +249,7 @@ def test_a_key_has_what_its_heads_read_and_leaves_out_the_rest(key_of):
     layered = key_of(FitConfig(), LAYERS)
     assert set(layered) == always | {"kernels"} and layered["kernels"] == METHOD
     assert set(key_of(FitConfig(loss="smooth_l1"), LAYERS)) == always | {"noise_ceiling"}
-    assert set(key_of(FitConfig(head="roi"))) == always | {"noise_ceiling", "rois"}
+    assert set(key_of(FitConfig(head="roi"))) == always | {"noise_ceiling", "rois", "roi_loss"}
     assert set(key_of(FitConfig(products="tf32"))) == always | {"products"}
     assert set(key_of(FitConfig(head="spatial", spatial=SpatialConfig(rank=2)), LAYERS)) == always | {"noise_ceiling"}
 

@@ -78,10 +78,16 @@ def test_the_subject_changes_what_stage_1_predicts_by_a_constant_alone(subjects)
     assert difference[0].abs().max() > 0.01
 
 
+def predictions_of(heads, features):
+    """{surface: (n_images, n_vertices)} of heads of one subject."""
+    outputs = heads({"pooled": features}, torch.zeros(len(features)))
+    return {surface: of_surface.mean(outputs) for (_, surface), of_surface in heads.surfaces.items()}
+
+
 def test_stage_2_predicts_the_mean_of_a_vertexs_layers_and_nothing_less_outside_rois(subject):
     heads = as_trained(OneSubject(N_FEATURES, subject, SMALL))
     features = torch.randn(3, N_FEATURES)
-    outputs = heads({"pooled": features}, torch.zeros(3))
+    predictions = predictions_of(heads, features)
     outside = 0
     for surface in subject.surfaces:
         layer = heads.hemispheres[surface].layer
@@ -92,8 +98,7 @@ def test_stage_2_predicts_the_mean_of_a_vertexs_layers_and_nothing_less_outside_
             rows += [int(start + m[:vertex].sum()) for start, m in zip(starts, masks, strict=False) if m[vertex]]
             outside += len(rows) == 1
             expected = (features @ layer.weight[rows].T + layer.bias[rows]).mean(1)
-            column = heads.columns[subject.name, surface][vertex]
-            torch.testing.assert_close(outputs[:, column], expected)
+            torch.testing.assert_close(predictions[surface][:, vertex], expected)
     assert outside
 
 
@@ -102,8 +107,8 @@ def test_stage_2_starts_from_the_map_that_it_is_given(subject):
     maps = {h: LinearMap(torch.randn(N_FEATURES, n), torch.randn(n)) for h, n in subject.n_vertices.items()}
     heads.start_from(maps)
     features = torch.randn(4, N_FEATURES)
-    expected = torch.cat([maps[surface](features) for surface in subject.surfaces], 1)
-    torch.testing.assert_close(heads({"pooled": features}, torch.zeros(4)), expected)
+    for surface, predictions in predictions_of(heads, features).items():
+        torch.testing.assert_close(predictions, maps[surface](features))
 
 
 def test_states_of_interrupted_runs_keep_the_names_of_their_tensors(subject):
