@@ -295,6 +295,15 @@ def test_every_step_of_the_paper_recipe_that_names_backbones_names_all_of_them(p
     assert len(named) > 1 and all(backbones == BACKBONES_OF_THE_PAPER for backbones in named.values())
 
 
+def test_the_pattern_loss_is_on_whole_hemispheres_and_mnnpc_on_rois_in_the_paper_recipe(paper):
+    on_rois = {step.own["loss"]: step.own.get("roi-loss", "same") for step in paper if step.command == "finetune"}
+    assert on_rois == {
+        "smooth_l1": "same",
+        "smooth_l1+pattern": "smooth_l1",
+        "smooth_l1+pattern+mnnpc": "smooth_l1+mnnpc",
+    }
+
+
 def test_a_correlation_over_images_has_several_of_a_subject_in_stage_1_of_the_paper_recipe(paper):
     """A batch of 8 is shared among 8 subjects."""
     over_images = [step for step in paper if step.command == "pretrain" and "mnnpc" in step.own["loss"]]
