@@ -83,3 +83,22 @@ def test_images_of_subjects_that_differ_have_a_pattern_where_they_have_no_correl
         optimiser.step()
     r = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(outputs.detach(), responses, strict=True)]
     assert min(r) > 0.99
+
+
+def test_the_loss_of_a_surface_is_the_mean_over_its_heads_and_surfaces_count_by_their_vertices():
+    torch.manual_seed(2)
+    roi = torch.tensor([True, False, True, True])
+    surfaces = {("a", "lh"): SurfaceOutputs.of_heads(4, [roi]), ("a", "rh"): SurfaceOutputs.of_heads(3).shifted(7)}
+    outputs = torch.randn(5, 10, requires_grad=True)
+    targets = [Targets("a", h, torch.arange(5), torch.randn(5, n)) for h, n in (("lh", 4), ("rh", 3))]
+    ceilings = {("a", "lh"): torch.rand(4), ("a", "rh"): torch.rand(3)}
+    lh, rh = (t.responses for t in targets)
+    whole, of_roi, other = outputs[:, :4], outputs[:, 4:7], outputs[:, 7:]
+    on_lh = (
+        LOSSES["smooth_l1"](whole, lh)
+        + 2 * LOSSES["pattern"](whole, lh)
+        + LOSSES["mnnpc"](of_roi, lh[:, roi], ceilings["a", "lh"][roi])
+    ) / 2
+    on_rh = LOSSES["smooth_l1"](other, rh) + 2 * LOSSES["pattern"](other, rh)
+    ours = encoder_loss([(1.0, "smooth_l1"), (2.0, "pattern")], outputs, targets, surfaces, ceilings, [(1.0, "mnnpc")])
+    torch.testing.assert_close(ours, (4 * on_lh + 3 * on_rh) / 7)

@@ -358,3 +358,33 @@ def test_a_mean_of_checkpoints_is_extracted_fitted_and_blended(work, tiny, capfd
     assert len(models) == 6 and sum("finetune soup of 2" in model for model in models) == 2
     blended, _ = run(capfd, "blend")
     assert set(blended["weights"]["subj01"]["lh"]["all"]) == models
+
+
+def without_rois(subject):
+    return replace(subject, rois={surface: {} for surface in subject.surfaces})
+
+
+def test_the_key_of_stage_2_has_the_loss_of_roi_heads_where_there_are_any(tiny, tmp_path):
+    """Without ROIs, weights are what they were before each head had a loss, and so is the key."""
+    subject = open_challenge(tiny).subjects[0]
+    config = StageConfig(
+        stage="finetune", train=SHORT, backbone=BACKBONE, init="none", fold=0, n_folds=3, device="cpu", workers=1
+    )
+    keys = [train_stage([one], config, tmp_path)[0].checkpoint.key for one in (subject, without_rois(subject))]
+    assert [key.settings.get("roi_loss") for key in keys] == ["smooth_l1", None]
+    assert keys[1].settings == SHORT.key()
+    given = replace(config, train=replace(SHORT, roi_loss="smooth_l1+pattern"))
+    assert train_stage([subject], given, tmp_path)[0].checkpoint.key.settings["roi_loss"] == "smooth_l1+pattern"
+
+
+def test_stage_1_has_no_loss_of_roi_heads(capfd):
+    code = cli.run(["pretrain", "--roi-loss", "mse"])
+    assert code != 0 and "--roi-loss" in capfd.readouterr().err
+
+
+def test_roi_heads_are_refused_where_there_are_no_rois(work, tiny):
+    subjects = [without_rois(subject) for subject in open_challenge(tiny).subjects]
+    with pytest.raises(
+        ConfigError, match="--head roi: expected one or more ROIs in roi_masks; found none; use --head l"
+    ):
+        fit_heads(subjects, FitConfig(loss="smooth_l1,mse", head="roi"), work)

@@ -226,3 +226,39 @@ def test_defaults_are_ordered_penalties_three_a_decade():
     penalties = np.array(RidgeConfig.penalties)
     assert penalties[[0, -1]].tolist() == [1e-4, 1e4]
     np.testing.assert_allclose(np.diff(np.log10(penalties)), 1 / 3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "digest"),
+    [
+        ({}, "6b956dd8d58f"),
+        ({"loss": "smooth_l1"}, "113f05384675"),
+        ({"head": "spatial"}, "55d2d3c4eceb"),
+        ({"solver": "trained"}, "5ce066a9b7ef"),
+        ({"loss": "mse", "solver": "adamw", "adamw": AdamWConfig(epochs=3)}, "ded081b549e6"),
+    ],
+)
+def test_keys_of_heads_without_rois_are_older_than_their_losses_and_stay(settings, digest):
+    assert fingerprint(FitConfig(**settings).key()) == digest
+
+
+def test_the_key_of_roi_heads_has_their_loss():
+    """Earlier versions trained the mean of a vertex's heads, so their stores are not taken for these."""
+    same = FitConfig(loss="smooth_l1", head="roi")
+    assert fingerprint(same.key()) != "d034b227f84b"
+    assert same.key() == FitConfig(loss="smooth_l1", head="roi", roi_loss="smooth_l1").key()
+    other = FitConfig(loss="smooth_l1", head="roi", roi_loss="mnnpc + smooth_l1").key()
+    assert other != same.key() and other["roi_loss"] == "smooth_l1+mnnpc"
+    both = FitConfig(loss="smooth_l1,mse", head="roi").variants()
+    assert [one.key()["roi_loss"] for one in both] == ["smooth_l1", "mse"]
+
+
+def test_a_loss_of_roi_heads_is_refused_without_them():
+    with pytest.raises(ConfigError, match="--roi-loss: expected --head roi with it; found --head linear"):
+        FitConfig(roi_loss="mse")
+    with pytest.raises(ConfigError, match="--roi-loss: expected --head roi with it; found --head spatial"):
+        refuse_unread(["roi_loss"], FitConfig(head="spatial"))
+    with pytest.raises(ConfigError, match="--roi-loss: expected a solver that fits heads"):
+        refuse_unread(["roi_loss"], FitConfig(head="roi", solver="trained"))
+    with pytest.raises(ConfigError, match=r"--roi-loss: expected smooth_l1, .*; found 'msee'"):
+        FitConfig(head="roi", roi_loss="msee")

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 
+from featcache.config import fingerprint
 from featcache.errors import ConfigError
 from heads.config.training import HEAD_KINDS, PRESETS, STAGES, StageConfig, TrainConfig, preset
 
@@ -91,3 +92,37 @@ def test_presets_are_settings_of_both_stages():
 def test_stages_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         StageConfig(stage="pretrain", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "digest"),
+    [
+        (preset("fast", "pretrain"), "59fe12a0c9db"),
+        (preset("fast", "finetune"), "b8ae5251e247"),
+        (preset("paper", "pretrain"), "92d9d5ce7092"),
+        (TrainConfig(head="spatial", loss="smooth_l1+mnnpc", rank=2), "a62749c67aa9"),
+    ],
+)
+def test_keys_without_heads_of_rois_are_older_than_their_losses_and_stay(settings, digest):
+    assert fingerprint(settings.key()) == digest
+
+
+def test_the_key_of_heads_of_rois_has_their_loss():
+    same = TrainConfig(loss="smooth_l1")
+    assert same.key(roi_heads=True) == same.key() | {"roi_loss": "smooth_l1"}
+    assert replace(same, roi_loss="smooth_l1").key(roi_heads=True) == same.key(roi_heads=True)
+    assert replace(same, roi_loss="mnnpc+smooth_l1").key(roi_heads=True)["roi_loss"] == "smooth_l1+mnnpc"
+
+
+def test_a_loss_of_heads_of_rois_is_refused_without_them():
+    with pytest.raises(ConfigError, match="--roi-loss: expected --head linear with it; found --head spatial"):
+        TrainConfig(head="spatial", roi_loss="mse")
+    with pytest.raises(ConfigError, match=r"--roi-loss: expected stage 2 .*; found stage 1"):
+        StageConfig(stage="pretrain", train=TrainConfig(roi_loss="mse"))
+    with pytest.raises(ConfigError, match="--roi-loss: expected each loss once"):
+        TrainConfig(roi_loss="mse+mse")
+
+
+def test_a_correlation_of_heads_of_rois_wants_several_images_too():
+    assert TrainConfig(loss="smooth_l1", roi_loss="mnnpc").uses_correlation
+    assert not TrainConfig(loss="pattern", roi_loss="smooth_l1").uses_correlation

@@ -281,3 +281,10 @@ def test_folds_of_a_trained_backbone_are_those_of_its_training(key_of):
 def test_heads_that_are_taken_as_they_are_have_no_folds_of_their_own(key_of):
     key = key_of(FitConfig(solver="trained"), trained=True)
     assert set(key) == {"kind", "subject", "features", "responses", "version", "head", "solver", "objective"}
+
+
+def test_a_name_has_the_loss_of_roi_heads_where_it_is_another():
+    same = name_of(ROI | {"roi_loss": ROI["objective"]})
+    other = name_of(ROI | {"roi_loss": "mse"})
+    assert same.rpartition(" ")[0] == name_of(ROI).rpartition(" ")[0] and same != name_of(ROI)
+    assert other.startswith("test_resnet@32 pooled roi smooth_l1+0.5*mnnpc ") and "roi loss mse" in other

@@ -1,86 +1,100 @@
-"""Each head of a surface is trained on its own vertices, and a vertex is predicted by the mean of its heads."""
+"""The heads of a surface are trained each by itself, on its own vertices, and predict their mean together."""
 
 import numpy as np
+import pytest
 import torch
 
 from heads.modules.linear import RoiHead
 from heads.modules.outputs import SurfaceOutputs
 from heads.scores.losses import LOSSES
 
-ROIS = [np.array([1, 1, 0, 0, 0], bool), np.array([0, 1, 1, 1, 0], bool)]
+N_IMAGES, N_VERTICES, N_FEATURES = 6, 8, 5
+ROIS = [np.array(mask, dtype=bool) for mask in ([1, 1, 1, 0, 0, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0, 0])]
 
 
-def data(seed=0):
-    torch.manual_seed(seed)
-    outputs = SurfaceOutputs.of_heads(5, [torch.from_numpy(mask) for mask in ROIS])
-    values = torch.randn(8, len(outputs.vertex), requires_grad=True)
-    return outputs, values, torch.randn(8, 5), torch.tensor([0.2, 0.4, 0.0, 0.8, 1.0])
+@pytest.fixture
+def surface():
+    return SurfaceOutputs.of_heads(N_VERTICES, [torch.from_numpy(mask) for mask in ROIS])
 
 
-def test_a_vertex_has_the_mean_of_its_heads():
-    outputs, values, _, _ = data()
-    expected = torch.stack(
-        [
-            (values[:, 0] + values[:, 5]) / 2,
-            (values[:, 1] + values[:, 6] + values[:, 7]) / 3,
-            (values[:, 2] + values[:, 8]) / 2,
-            (values[:, 3] + values[:, 9]) / 2,
-            values[:, 4],
-        ],
-        1,
-    )
-    torch.testing.assert_close(outputs.mean(values), expected)
+def values(n_columns, seed=0):
+    return torch.randn(N_IMAGES, n_columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_loss_is_the_mean_over_heads_of_each_ones_loss_on_its_own_vertices():
-    outputs, values, responses, ceilings = data()
-    loss = outputs.averaged(LOSSES["pattern"], LOSSES["mnnpc"])(values, responses, ceilings)
-    parts = [LOSSES["pattern"](values[:, :5], responses, ceilings)]
-    first = 5
-    for mask in map(torch.from_numpy, ROIS):
-        head = values[:, first : first + int(mask.sum())]
-        parts.append(LOSSES["mnnpc"](head, responses[:, mask], ceilings[mask]))
-        first += int(mask.sum())
-    torch.testing.assert_close(loss, torch.stack(parts).mean())
+def slow_loss(outputs, responses, ceiling, loss, roi_loss):
+    """Mean over heads, each of which is cut out of the outputs by hand."""
+    losses, first = [], 0
+    for number, mask in enumerate([np.ones(N_VERTICES, bool), *ROIS]):
+        predicted, first = outputs[:, first : first + mask.sum()], first + mask.sum()
+        of_head = None if ceiling is None else ceiling[mask]
+        losses.append(LOSSES[roi_loss if number else loss](predicted, responses[:, mask], of_head).item())
+    assert first == outputs.shape[1]
+    return np.mean(losses)
 
 
-def test_a_head_learns_from_its_own_vertices_alone():
-    outputs, values, responses, ceilings = data()
-    loss = outputs.averaged(LOSSES["smooth_l1"], LOSSES["smooth_l1"])
-    (before,) = torch.autograd.grad(loss(values, responses, ceilings), values)
-    responses[:, 4] += 10  # in no ROI
-    (after,) = torch.autograd.grad(loss(values, responses, ceilings), values)
-    assert torch.equal(before[:, 5:], after[:, 5:]) and not torch.equal(before[:, 4], after[:, 4])
+@pytest.mark.parametrize(
+    "pair", [("smooth_l1", "smooth_l1"), ("smooth_l1", "mnnpc"), ("pattern", "mnnpc"), ("mse", "pattern")]
+)
+@pytest.mark.parametrize("with_ceiling", [True, False])
+def test_the_loss_is_the_mean_over_heads_of_the_loss_of_each_on_its_vertices(surface, pair, with_ceiling):
+    outputs, responses = values(15), values(N_VERTICES, 1)
+    ceiling = torch.linspace(0, 1, N_VERTICES, dtype=torch.float64) if with_ceiling else None
+    loss = surface.averaged(*(LOSSES[name] for name in pair))
+    assert loss(outputs, responses, ceiling).item() == pytest.approx(slow_loss(outputs, responses, ceiling, *pair))
+    placed = torch.cat([values(3, 2), outputs, values(2, 3)], 1)
+    shifted = surface.shifted(3).averaged(*(LOSSES[name] for name in pair))
+    assert shifted(placed, responses, ceiling).item() == pytest.approx(loss(outputs, responses, ceiling).item())
 
 
-def test_outputs_of_several_surfaces_stand_side_by_side():
-    outputs, values, responses, _ = data()
-    other = torch.cat([torch.randn(8, 3), values], 1)
-    torch.testing.assert_close(outputs.shifted(3).mean(other), outputs.mean(values))
-    both = zip(
-        outputs.shifted(3).compared(other, responses, None), outputs.compared(values, responses, None), strict=True
-    )
-    assert all(torch.equal(ours.outputs, theirs.outputs) for ours, theirs in both)
-    columns = torch.tensor([4, 0, 2])
-    assert torch.equal(SurfaceOutputs.of_one_head(columns).mean(values), values[:, columns])
+def gradient(surface, outputs, responses, name):
+    outputs = outputs.clone().requires_grad_()
+    return torch.autograd.grad(surface.averaged(LOSSES[name], LOSSES[name])(outputs, responses), outputs)[0]
 
 
-def test_heads_of_rois_become_other_functions_than_the_head_of_the_whole_surface():
-    """Under a loss of patterns: over the vertices of an ROI, and over those of the surface, they are not the same."""
-    torch.manual_seed(0)
-    features = torch.randn(64, 6)
-    responses = features @ torch.randn(6, 5) + 3 * torch.randn(64, 1)  # what all vertices share is no part of a pattern
-    responses[:, 3:] += 4 * torch.randn(64, 1)
-    head = RoiHead(6, 5, [torch.from_numpy(mask) for mask in ROIS])
-    loss = head.outputs.averaged(LOSSES["pattern"], LOSSES["pattern"])
-    optimiser = torch.optim.Adam(head.parameters(), lr=0.05)
-    for _ in range(200):
-        optimiser.zero_grad()
-        loss(head.unaveraged(features), responses).backward()
-        optimiser.step()
-    weights = head.layer.weight.detach()
-    of_roi = weights[7:10] - weights[7:10].mean(0)
-    of_surface = weights[1:4] - weights[1:4].mean(0)
-    r = torch.corrcoef(torch.stack([of_roi.flatten(), of_surface.flatten()]))[0, 1]
-    assert r < 0.97
-    assert not torch.allclose(of_roi, of_surface, atol=0.1)
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_gradient_of_a_roi_head_depends_on_its_own_vertices_alone(surface, name):
+    outputs, responses = values(15), values(N_VERTICES, 1)
+    of_first_roi = slice(N_VERTICES, N_VERTICES + 4)
+    before = gradient(surface, outputs, responses, name)
+    elsewhere, inside = responses.clone(), responses.clone()
+    elsewhere[:, ~ROIS[0]] += values(4, 2)
+    inside[:, 5] += values(1, 3)[:, 0]
+    assert torch.equal(gradient(surface, outputs, elsewhere, name)[:, of_first_roi], before[:, of_first_roi])
+    assert not torch.allclose(gradient(surface, outputs, inside, name)[:, of_first_roi], before[:, of_first_roi])
+    others = outputs.clone()
+    others[:, :N_VERTICES] += 1  # of the other heads, the outputs do not count either
+    assert torch.equal(gradient(surface, others, responses, name)[:, of_first_roi], before[:, of_first_roi])
+
+
+def test_each_head_is_supervised_by_itself_where_the_mean_of_heads_was_right_already(surface):
+    """Heads that err by as much in opposite directions have a mean without an error, and still learn."""
+    responses = values(N_VERTICES, 1)
+    outputs = responses[:, surface.vertex].clone()
+    alone = [8, 9, 11]  # vertices 0, 1 and 5 of the first ROI, which are in two heads
+    outputs[:, alone] += 0.5
+    outputs[:, [0, 1, 5]] -= 0.5
+    torch.testing.assert_close(surface.mean(outputs), responses, rtol=1e-6, atol=1e-6)  # shares are float32
+    by_head = gradient(surface, outputs, responses, "smooth_l1")
+    of_mean = outputs.clone().requires_grad_()
+    (mean_gradient,) = torch.autograd.grad(LOSSES["smooth_l1"](surface.mean(of_mean), responses), of_mean)
+    assert mean_gradient.abs().max() < 1e-6 * by_head.abs().max()
+    assert (by_head[:, alone] > 0).all() and (by_head[:, [0, 1, 5]] < 0).all()
+
+
+def test_a_surface_with_one_head_has_its_loss_and_its_outputs_unchanged():
+    columns = torch.tensor([5, 0, 3, 2])
+    surface = SurfaceOutputs.of_one_head(columns)
+    outputs, responses = values(6), values(4, 1)
+    assert torch.equal(surface.mean(outputs), outputs[:, columns])
+    ours = surface.averaged(LOSSES["mse"], LOSSES["pattern"])(outputs, responses)
+    assert ours.item() == LOSSES["mse"](outputs[:, columns], responses).item()
+
+
+def test_a_roi_head_gives_the_outputs_of_every_head_and_predicts_their_mean():
+    head = RoiHead(N_FEATURES, N_VERTICES, [torch.from_numpy(mask) for mask in ROIS]).double()
+    features = values(N_FEATURES)
+    outputs = head.unaveraged(features)
+    assert outputs.shape == (N_IMAGES, 15) and head.outputs.sizes == (8, 4, 3)
+    torch.testing.assert_close(head.outputs.mean(outputs), head(features))
+    in_both = outputs[:, [2, 8 + 2, 12]].mean(1)  # vertex 2 is the third of the first ROI, the first of the second
+    torch.testing.assert_close(head(features)[:, 2], in_both)
