@@ -8,7 +8,7 @@ import torch
 
 from featcache.dataset.algonauts import open_challenge
 from featcache.errors import ConfigError
-from heads.config import HEADS, SOLVERS, AdamWConfig, FitConfig, SpatialConfig
+from heads.config import HEADS, SOLVERS, AdamWConfig, CoreConfig, FitConfig, SpatialConfig
 from heads.fit.out_of_fold import block_of
 from heads.solvers.registry import build_solver
 from support.plans import assert_same_fits, out_of_fold
@@ -41,8 +41,8 @@ both_layouts = pytest.mark.parametrize("layout", SHAPES)
 
 def config_of(solver, head):
     adamw = AdamWConfig(learning_rate=1e-2, epochs=2, batch_size=8)
-    spatial = SpatialConfig(rank=1)
-    return FitConfig(loss=LOSS, head=head, solver=solver, n_folds=3, adamw=adamw, spatial=spatial, device="cpu")
+    heads = {"spatial": SpatialConfig(rank=1), "core": CoreConfig(members=2, hidden=8, channels=4, blocks=1)}
+    return FitConfig(loss=LOSS, head=head, solver=solver, n_folds=3, adamw=adamw, device="cpu", **heads)
 
 
 @pytest.fixture
@@ -159,7 +159,12 @@ def test_heads_are_saved_under_the_prefixes_of_the_plan_or_of_its_folds(made):
     assert all(isinstance(values, torch.Tensor) for values in saved.values())
 
 
-@pytest.mark.parametrize(("solver", "head"), [kind for kind in KINDS if SOLVERS[kind[0]].fits and kind[1] != "spatial"])
+UNCHECKED = ("spatial", "core")  # heads whose memory is not known before their training (docs/heads.md)
+
+
+@pytest.mark.parametrize(
+    ("solver", "head"), [kind for kind in KINDS if SOLVERS[kind[0]].fits and kind[1] not in UNCHECKED]
+)
 def test_what_memory_does_not_hold_is_refused_before_a_fit(subject, tmp_path, solver, head):
     own = responding(subject, planted_responses(len(subject.train), VECTOR), tmp_path)
     config = replace(config_of(solver, head), max_memory=1e-6)
