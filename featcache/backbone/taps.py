@@ -45,8 +45,9 @@ class Taps:
         if not self.grids:
             return {POOLED: model(images)}
         names = layer_names(model)
-        last, maps = _forward(model, images, [names.index(layer) for layer in self.grids])
-        rows = {POOLED: model.forward_head(last)} if POOLED in self.layers else {}
+        indices = [names.index(layer) for layer in self.grids]
+        last, maps = _forward(model, images, indices, to_end=POOLED in self.layers)
+        rows = {} if last is None else {POOLED: model.forward_head(last)}
         for layer, (values, token) in zip(self.grids, maps, strict=True):
             if token is not None:
                 rows[layer + CLASS_TOKEN] = token
@@ -108,13 +109,22 @@ def map_shapes(model: nn.Module, size: Sequence[int]) -> dict[str, tuple[int, in
 _Map = tuple[torch.Tensor, torch.Tensor | None]  # (n_images, n_channels, height, width), and class token or None
 
 
-def _forward(model: Any, images: torch.Tensor, indices: list[int]) -> tuple[torch.Tensor, list[_Map]]:
-    """Output of the last layer, and the maps of the layers with these numbers."""
+def _forward(
+    model: Any, images: torch.Tensor, indices: list[int], to_end: bool = True
+) -> tuple[torch.Tensor | None, list[_Map]]:
+    """Output of the last layer, and the maps of the layers with these numbers.
+
+    to_end : False: layers after the last of these need not be computed, and there is no output of the last
+    """
     # timm gives tokens that belong to no place only when asked; networks without any lack the argument or fail on it
     has_tokens = getattr(model, "num_prefix_tokens", 0) > 0
     can_return = has_tokens and "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
     extra = {"return_prefix_tokens": True} if can_return else {}
-    last, outputs = model.forward_intermediates(images, indices=indices, output_fmt="NCHW", **extra)
+    if to_end:
+        last, outputs = model.forward_intermediates(images, indices=indices, output_fmt="NCHW", **extra)
+    else:
+        extra |= {"stop_early": True, "intermediates_only": True}
+        last, outputs = None, model.forward_intermediates(images, indices=indices, output_fmt="NCHW", **extra)
     return last, [_split(model, output) for output in outputs]
 
 

@@ -20,6 +20,7 @@ from heads.backbones.batches import Images, pairs_of
 from heads.config import StageConfig
 from heads.config.registry import load
 from heads.modules.by_subject import AllSubjects, OneSubject, SpatialHeads, SubjectHeads, output_columns
+from heads.modules.core import CoreHeads
 from heads.modules.linear import SMALL, LinearMap
 from heads.modules.saved import linear_map_of, saved_shapes
 from heads.modules.spatial import Shapes
@@ -86,6 +87,11 @@ def start_linear(heads: SubjectHeads, first: FirstWeights) -> str:
 def build_spatial(shapes: Shapes, subjects: Sequence[Subject], config: StageConfig, size: float) -> SubjectHeads:
     """Heads on places of layers, of either stage."""
     return SpatialHeads(shapes, subjects, config.train, size)
+
+
+def build_core(shapes: Shapes, subjects: Sequence[Subject], config: StageConfig, size: float) -> SubjectHeads:
+    """Heads on places of a core that all subjects share, of either stage; their first readouts are always small."""
+    return CoreHeads(shapes, subjects, config.train)
 
 
 def start_spatial(heads: SubjectHeads, first: FirstWeights) -> str:

@@ -108,11 +108,11 @@ class CoreConfig:
     members: int = option(
         3, "Networks that are trained from different first weights; predictions are their mean.", "Shared core"
     )
-    hidden: int = option(256, "Channels that every layer is brought to.", "Shared core")
-    channels: int = option(128, "Channels of the core's output.", "Shared core")
+    hidden: int = option(512, "Channels that every layer is brought to.", "Shared core")
+    channels: int = option(384, "Channels of the core's output.", "Shared core")
     blocks: int = option(2, "Residual blocks of the core.", "Shared core")
     core_dropout: float = option(
-        0.3, "Fraction of the places of the core's output that training leaves out of an image.", "Shared core"
+        0.1, "Fraction of the places of the core's output that training leaves out of an image.", "Shared core"
     )
 
     def __post_init__(self) -> None:
@@ -126,11 +126,6 @@ class CoreConfig:
     def joint(self) -> bool:
         """Whether one training serves several subjects."""
         return True
-
-    @property
-    def readout(self) -> SpatialConfig:
-        """Settings of the readout of each subject."""
-        return SpatialConfig(rank=1, token_dropout=self.core_dropout, smoothness=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,12 @@ HEAD_KINDS = {
         settings=("layers", "grid", "space", "rank", "token_dropout", "smoothness", "sparsity"),
         idle_weights=True,
     ),
+    "core": HeadKind(
+        build="heads.backbones.heads:build_core",
+        start="heads.backbones.heads:start_spatial",
+        settings=("layers", "grid", "hidden", "channels", "blocks", "core_dropout"),
+        idle_weights=True,
+    ),
 }
 
 
@@ -51,6 +57,7 @@ def _in_panel(panel: str, default: Any, meaning: str) -> Any:
 
 _train, _more = partial(_in_panel, "Training"), partial(_in_panel, "Training, in detail")
 _heads, _spatial = partial(_in_panel, "Heads"), partial(_in_panel, "Spatial heads")
+_core = partial(_in_panel, "Shared core")
 _machine = partial(_in_panel, "Machine")
 
 
@@ -99,7 +106,8 @@ class TrainConfig:
     embedding: int = _heads(512, "Linear heads of stage 1: length of the learnt vector that stands for a subject.")
     head: str = _heads(
         "linear",
-        "Kind of head. linear: linear maps on the pooled features. spatial: maps over the places of layers.",
+        "Kind of head. linear: linear maps on the pooled features. spatial: maps over the places of layers. "
+        "core: a small network on the layers that all subjects share, and maps over its places.",
     )
     layers: str = _spatial(
         "auto",
@@ -116,6 +124,12 @@ class TrainConfig:
     token_dropout: float = _spatial(0.1, "Fraction of the places of a layer that training leaves out of an image.")
     smoothness: float = _spatial(0.0, "Weight of the penalty on differences between neighbouring places of a map.")
     sparsity: float = _spatial(0.0, "Weight of the penalty on maps that spread over many places.")
+    hidden: int = _core(512, "Channels that every layer is brought to.")
+    channels: int = _core(384, "Channels of the core's output.")
+    blocks: int = _core(2, "Residual blocks of the core.")
+    core_dropout: float = _core(
+        0.1, "Fraction of the places of the core's output that training leaves out of an image."
+    )
     roi_loss: str = _heads(
         SAME,
         "Linear heads of stage 2: what the head of each ROI optimises, where --loss is of the hemisphere's head. "
@@ -131,7 +145,16 @@ class TrainConfig:
         one_of("stop", self.stop, STOPS)
         one_of("batches", self.batches, BATCHES)
         one_of("head", self.head, tuple(HEAD_KINDS))
-        for name, least in (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("patience", 1), ("embedding", 1)):
+        for name, least in (
+            ("epochs", 1),
+            ("batch_size", 2),
+            ("accumulate", 1),
+            ("patience", 1),
+            ("embedding", 1),
+            ("hidden", 1),
+            ("channels", 1),
+            ("blocks", 0),
+        ):
             self._check(name, getattr(self, name) >= least, f"{least} or more", "raise it")
         self._check("space", self.space >= 0, "0 or more", "raise it")
         self._check("rank", self.rank >= 1, "1 or more", "raise it")
@@ -143,6 +166,7 @@ class TrainConfig:
         for name in ("ema", "layer_decay"):
             self._check(name, 0 <= getattr(self, name) <= 1, "a number from 0 to 1", "correct it")
         check_dropout(self.token_dropout)
+        check_dropout(self.core_dropout, "core-dropout")
         unread = [name for name in self._read_by_others() if getattr(self, name) != getattr(TrainConfig, name)]
         for head, kind in HEAD_KINDS.items():
             refuse_given([name for name in unread if name in kind.settings], f"--head {head}", f"--head {self.head}")

@@ -142,6 +142,7 @@ class SpatialHeads(_OneHeadEach):
         columns = {key: outputs for subject in subjects for key, outputs in _side_by_side(subject).items()}
         super().__init__([subject.name for subject in subjects], columns)
         self._shapes, self._config, self._start = dict(shapes), config, start
+        self._read = dict(shapes)  # of the rows that they are given, before anything that `standardise` computes
         self.standardise = Standardise(shapes)
         self.space = self._readout(config.space, 1.0) if config.space else None
         self.subjects = nn.ModuleList(self._vertices(sum(subject.n_vertices.values())) for subject in subjects)
@@ -195,7 +196,7 @@ class SpatialHeads(_OneHeadEach):
         tensors : heads of the checkpoint, as `saved` gave them
         names : subjects of the checkpoint, in its order
         """
-        if not set(self.names) <= set(names) or saved_shapes(tensors) != list(self._shapes.items()):
+        if not set(self.names) <= set(names) or saved_shapes(tensors) != list(self._read.items()):
             return False
         current = self.state_dict()
         taken = {key: tensors.get(f"heads.{self._name_among(key, names)}") for key in current}
@@ -214,7 +215,7 @@ class SpatialHeads(_OneHeadEach):
 
     def saved(self) -> dict[str, torch.Tensor]:
         tensors = {f"heads.{key}": value for key, value in self.state_dict().items()}
-        return tensors | self._column_tensors() | shape_tensors(self._shapes)
+        return tensors | self._column_tensors() | shape_tensors(self._read)
 
 
 def output_columns(subjects: Sequence[Subject]) -> Columns:

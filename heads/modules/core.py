@@ -7,7 +7,7 @@ Source: Cowley, Stan, Pillow and Smith, Compact deep neural network models of vi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ from torch import nn
 from torch.nn import functional
 
 from featcache.dataset.subject import Subject
-from heads.config import CoreConfig
+from heads.config import CoreConfig, SpatialConfig, TrainConfig
 from heads.modules.by_subject import SpatialHeads
 from heads.modules.linear import SMALL
-from heads.modules.spatial import Rows, Shapes, Standardise
+from heads.modules.saved import saved_shapes, tensors_under
+from heads.modules.spatial import Rows, Shapes, SpatialReadout, Standardise
 
 CORE = "core"  # name of the core's output among rows, which have the names of arrays
+_FRONT = "heads.standardise."  # prefix of the tensors of the part that all subjects share, in a checkpoint
 _HALVED = 8  # places a side from which the core halves the grid
 
 
@@ -32,9 +34,10 @@ class Core(nn.Module):
     then through residual blocks.
 
     shapes : {array: shape of a row}
+    config : `hidden`, `channels` and `blocks`
     """
 
-    def __init__(self, shapes: Shapes, config: CoreConfig) -> None:
+    def __init__(self, shapes: Shapes, config: CoreConfig | TrainConfig) -> None:
         super().__init__()
         self._grid = max((_grid_of(shape) for shape in shapes.values()), key=math.prod)
         self.inputs = nn.ModuleList(nn.Linear(shape[-1], config.hidden, bias=False) for shape in shapes.values())
@@ -43,7 +46,7 @@ class Core(nn.Module):
         self.blocks = nn.ModuleList(_Block(config.channels) for _ in range(config.blocks))
 
     @staticmethod
-    def shape(shapes: Shapes, config: CoreConfig) -> tuple[int, int, int]:
+    def shape(shapes: Shapes, config: CoreConfig | TrainConfig) -> tuple[int, int, int]:
         """Shape of a row of the output."""
         height, width = max((_grid_of(shape) for shape in shapes.values()), key=math.prod)
         stride = _stride((height, width))
@@ -100,16 +103,24 @@ def _stride(grid: tuple[int, int]) -> int:
     return 2 if min(grid) >= _HALVED else 1
 
 
-class _Front(Standardise):
-    """The part that all subjects share: standardisation of the rows, then the core."""
+class CoreFront(Standardise):
+    """The part that all subjects share: standardisation of the rows, then the core.
 
-    def __init__(self, shapes: Shapes, config: CoreConfig) -> None:
+    in_bfloat16 : whether the core multiplies in bfloat16; what it puts out is float32 all the same
+    """
+
+    in_bfloat16 = False
+
+    def __init__(self, shapes: Shapes, config: CoreConfig | TrainConfig) -> None:
         super().__init__(shapes)
         self.core = Core(shapes, config)
 
     def forward(self, rows: Rows) -> Rows:
-        outputs: Rows = self.core(super().forward(rows))
-        return outputs
+        rows = super().forward(rows)
+        device = next(iter(rows.values())).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.in_bfloat16 or torch.is_autocast_enabled(device)):
+            outputs = self.core(rows)
+        return {name: values.float() for name, values in outputs.items()}
 
 
 class CoreHeads(SpatialHeads):
@@ -118,9 +129,12 @@ class CoreHeads(SpatialHeads):
     shapes : {array: shape of a row}
     """
 
-    def __init__(self, shapes: Shapes, subjects: Sequence[Subject], config: CoreConfig) -> None:
-        super().__init__({CORE: Core.shape(shapes, config)}, subjects, config.readout, SMALL)
-        self.standardise = _Front(shapes, config)
+    standardise: CoreFront
+
+    def __init__(self, shapes: Shapes, subjects: Sequence[Subject], config: CoreConfig | TrainConfig) -> None:
+        readout = SpatialConfig(rank=1, token_dropout=config.core_dropout, smoothness=0.0)
+        super().__init__({CORE: Core.shape(shapes, config)}, subjects, readout, SMALL)
+        self.standardise, self._read = CoreFront(shapes, config), dict(shapes)
 
     def saved_surface(self, subject: str, surface: str) -> dict[str, torch.Tensor]:
         """The core and the readout of one surface: the tensors of the same heads of that surface alone."""
@@ -130,3 +144,29 @@ class CoreHeads(SpatialHeads):
             n.replace(number, "subjects.0."): t[outputs] for n, t in self.state_dict().items() if n.startswith(number)
         }
         return {n: t for n, t in self.state_dict().items() if n.startswith("standardise.")} | readout
+
+
+def has_core(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether these heads of a checkpoint read the output of a core."""
+    return f"{_FRONT}core.norm.weight" in tensors
+
+
+def core_head_of(tensors: Mapping[str, torch.Tensor], names: Sequence[str], subject: str, surface: str) -> nn.Module:
+    """Core and readout of one subject's surface, in evaluation: {array: rows} -> (n_images, n_vertices).
+
+    Parameters
+    ----------
+    tensors : heads of a checkpoint that have a core, of either stage
+    names : subjects of the checkpoint, in its order
+    """
+    state, shapes = tensors_under(tensors, _FRONT), dict(saved_shapes(tensors))
+    channels, hidden = state["core.step.3.weight"].shape[:2]
+    blocks = {name.split(".")[2] for name in state if name.startswith("core.blocks.")}
+    config = CoreConfig(hidden=hidden, channels=channels, blocks=len(blocks))
+    front = CoreFront(shapes, config)
+    front.load_state_dict(state)
+    outputs = tensors[f"columns.{subject}.{surface}"]
+    readout = SpatialReadout({CORE: Core.shape(shapes, config)}, len(outputs), standardised=True)
+    of_subject = tensors_under(tensors, f"heads.subjects.{list(names).index(subject)}.")
+    readout.load_state_dict({name: tensor[outputs] for name, tensor in of_subject.items()})
+    return nn.Sequential(front, readout).eval().requires_grad_(False)

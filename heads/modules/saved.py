@@ -5,7 +5,8 @@ neither the settings of the training nor its subjects:
 
 - `<subject>.<surface>.weights` and `.intercept`: a linear map of the pooled features (stage 2);
 - `linear.*`, `norm.*`, `embedding.*` and `columns.<subject>.<surface>`: one layer for all subjects (stage 1);
-- `heads.*`, `array.<number>.<name>` and `columns.<subject>.<surface>`: spatial heads (both stages).
+- `heads.*`, `array.<number>.<name>` and `columns.<subject>.<surface>`: spatial heads (both stages); with
+  `heads.standardise.core.*`, heads on the output of a core, which `heads.modules.core` reads.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,13 +63,13 @@ def spatial_head_of(tensors: Mapping[str, torch.Tensor], names: Sequence[str], s
     names : subjects of the checkpoint, in its order
     """
     outputs = tensors[f"columns.{subject}.{surface}"]
-    head_of_subject = _under(tensors, f"heads.subjects.{list(names).index(subject)}.")
+    head_of_subject = tensors_under(tensors, f"heads.subjects.{list(names).index(subject)}.")
     vertices = {key: value[outputs] for key, value in head_of_subject.items()}
-    space = _under(tensors, "heads.space.")
+    space = tensors_under(tensors, "heads.space.")
     maps = space or vertices
     rank = next((value.shape[1] for key, value in maps.items() if key.endswith(".spatial")), 1)
     readout = SpatialReadout(dict(saved_shapes(tensors)), len(maps["bias"]), rank)
-    statistics = {f"standardise.{key}": value for key, value in _under(tensors, "heads.standardise.").items()}
+    statistics = {f"standardise.{key}": value for key, value in tensors_under(tensors, "heads.standardise.").items()}
     readout.load_state_dict(maps | statistics)
     head = nn.Sequential(readout)
     if space:
@@ -77,6 +78,6 @@ def spatial_head_of(tensors: Mapping[str, torch.Tensor], names: Sequence[str], s
     return head.eval().requires_grad_(False)
 
 
-def _under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def tensors_under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Tensors whose names begin with a prefix, by the rest of their names."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

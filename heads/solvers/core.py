@@ -13,7 +13,9 @@ from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
+import torch
 
+from featcache.machine.device import resolve_dtype
 from featcache.machine.memory import spare_memory
 from featcache.machine.progress import bar
 from heads.config import FitConfig, RidgeConfig
@@ -61,6 +63,7 @@ class CoreTraining(JointTraining):
     def make(self, tasks: Sequence[Task], statistics: Statistics, k: int) -> "_Heads":
         heads = _Heads(self.trainees[0].fold_rows(k).shapes, self.subjects, self.config.core)
         heads.standardise.fix(statistics)
+        heads.standardise.in_bfloat16 = resolve_dtype("auto", self._device) == "bfloat16"  # half the time where it is
         return heads
 
     def members(self, k: int) -> "list[_Heads]":
@@ -79,11 +82,11 @@ class CoreTraining(JointTraining):
         return heads.eval()
 
     def outputs(self, number: int, k: int) -> LayerRows:
-        """What the members of one fold put out for one subject's images, an array for each member."""
+        """What the members of one fold put out for one subject's images: one array of all their channels."""
         rows = self.trainees[number].fold_rows(k)
         cores = [heads.standardise for heads in self.members(k)]
-        outputs = predict([lambda inputs, core=core: core(inputs)[CORE].half() for core in cores], rows)
-        return LayerRows.of_arrays({f"{CORE}{n}": maps.cpu().numpy() for n, maps in enumerate(outputs)}, rows.device)
+        (outputs,) = predict([lambda inputs: torch.cat([core(inputs)[CORE].half() for core in cores], -1)], rows)
+        return LayerRows.of_arrays({CORE: outputs.cpu().numpy()}, rows.device)
 
 
 class CoreSolver:

@@ -14,6 +14,7 @@ from featcache.errors import ConfigError
 from featcache.machine.memory import spare_memory
 from heads.features.rows import LayerRows
 from heads.features.sets import FeatureSet
+from heads.modules.core import core_head_of, has_core
 from heads.modules.linear import LinearMap
 from heads.modules.saved import linear_map_of, saved_shapes, spatial_head_of
 from heads.solvers.base import Block, Fits, FoldFit, Problem, Solver, piece_of
@@ -46,7 +47,8 @@ def build(problem: Problem) -> Solver:
     rows = features.only(tuple(shapes)).read(problem.device, share)
     if maps:
         return TrainedMaps(maps, [layer_rows.dense() for layer_rows in rows], plan)
-    heads = {surface: [spatial_head_of(*pair, subject.name, surface) for pair in saved] for surface in subject.surfaces}
+    head_of = core_head_of if has_core(saved[0][0]) else spatial_head_of
+    heads = {surface: [head_of(*pair, subject.name, surface) for pair in saved] for surface in subject.surfaces}
     return TrainedModules(heads, rows, plan, Sizes.of(problem, rows[0].n_features))
 
 

@@ -14,10 +14,13 @@ SPATIAL = TrainConfig(head="spatial")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"head": "places"}, "--head: expected one of linear, spatial; found 'places'"),
+        ({"head": "places"}, "--head: expected one of linear, spatial, core; found 'places'"),
         ({"layers": "all"}, "--layers: expected --head spatial with it; found --head linear"),
         ({"token_dropout": 0.0}, "--token-dropout: expected --head spatial"),
         ({"head": "spatial", "token_dropout": 1.0}, "--token-dropout: expected a number from 0 and below 1"),
+        ({"head": "core", "token_dropout": 0.0}, "--token-dropout: expected --head spatial with it; found --head core"),
+        ({"head": "core", "core_dropout": 1.0}, "--core-dropout: expected a number from 0 and below 1"),
+        ({"head": "core", "hidden": 0}, "--hidden: expected 1 or more"),
         ({"head": "spatial", "rank": 0}, "--rank: expected 1 or more"),
         ({"head": "spatial", "space": -1}, "--space: expected 0 or more"),
         ({"head": "spatial", "smoothness": -0.1}, "--smoothness: expected 0 or more"),

@@ -10,6 +10,7 @@ from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import FSAVERAGE_VERTICES
 from heads.config import TrainConfig
 from heads.modules.by_subject import AllSubjects, OneSubject, SpatialHeads, output_columns
+from heads.modules.core import CoreHeads
 from heads.modules.linear import SMALL, LinearMap
 from support.heads import SHAPES, as_trained, overlapping, some_rows
 
@@ -134,6 +135,17 @@ def test_spatial_heads_of_stage_2_start_from_their_subjects_heads_of_the_same_sh
         before = {key: value.clone() for key, value in other.state_dict().items()}
         assert not other.start_from(first.saved(), first.names)
         assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
+
+
+def test_heads_on_a_core_of_stage_2_start_from_their_subjects_heads_and_the_core_of_stage_1(tiny):
+    subjects, settings = open_challenge(tiny).subjects, TrainConfig(head="core", hidden=6, channels=5)
+    first, second = as_trained(CoreHeads(SHAPES, subjects, settings)), CoreHeads(SHAPES, subjects[1:], settings).eval()
+    assert second.start_from(first.saved(), first.names)
+    rows = some_rows(4)
+    expected = first(rows, torch.ones(4, dtype=torch.int64))[:, : second.n_outputs]
+    torch.testing.assert_close(second(rows, torch.zeros(4, dtype=torch.int64)), expected)
+    spatial = SpatialHeads(SHAPES, subjects[1:], SPATIAL, 0.1)
+    assert not second.start_from(spatial.saved(), spatial.names) and not spatial.start_from(first.saved(), first.names)
 
 
 def test_only_spatial_heads_with_weights_of_a_penalty_add_one(subject):

@@ -8,6 +8,7 @@ import torch
 from featcache.dataset.algonauts import open_challenge
 from heads.config import TrainConfig
 from heads.modules.by_subject import AllSubjects, OneSubject, SpatialHeads, output_columns
+from heads.modules.core import CoreHeads, core_head_of, has_core
 from heads.modules.linear import SMALL
 from heads.modules.saved import linear_map_of, saved_shapes, shape_tensors, spatial_head_of
 from support.heads import SHAPES, as_trained, overlapping, some_rows
@@ -50,6 +51,22 @@ def test_a_subjects_spatial_head_is_what_both_stages_predict_for_it(tiny, space,
     for number, subject in enumerate(subjects):
         for surface in subject.surfaces:
             alone = spatial_head_of(heads.saved(), heads.names, subject.name, surface)
+            expected = outputs[numbers == number][:, heads.columns[subject.name, surface]]
+            torch.testing.assert_close(alone(rows)[numbers == number], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n_subjects", [2, 1])
+def test_a_subjects_head_on_a_core_is_what_both_stages_predict_for_it(tiny, n_subjects):
+    subjects = open_challenge(tiny).subjects[-n_subjects:]
+    settings = TrainConfig(head="core", hidden=6, channels=5, blocks=3)
+    rows, numbers = some_rows(6), torch.tensor([0, 1, 0, 0, 1, 1]) % n_subjects
+    heads = as_trained(CoreHeads(SHAPES, subjects, settings))
+    outputs = heads(rows, numbers)
+    assert has_core(heads.saved()) and saved_shapes(heads.saved()) == list(SHAPES.items())
+    assert not has_core(SpatialHeads(SHAPES, subjects, settings, 0.1).saved())
+    for number, subject in enumerate(subjects):
+        for surface in subject.surfaces:
+            alone = core_head_of(heads.saved(), heads.names, subject.name, surface)
             expected = outputs[numbers == number][:, heads.columns[subject.name, surface]]
             torch.testing.assert_close(alone(rows)[numbers == number], expected, atol=1e-4, rtol=1e-4)
 

@@ -120,14 +120,13 @@ def test_saved_heads_and_cores_rebuild_the_test_predictions_of_their_fold(traine
     for k, fold in enumerate(fits.folds):
         shared = {part: tensor for (prefix, part), tensor in fits.shared.items() if prefix == f"fold{k}."}
         saved = {part: tensor for (prefix, part), tensor in fits.saved.items() if prefix == f"fold{k}."}
-        rebuilt = saved["intercept"]
+        outputs = []
         for number, member in enumerate(training.members(k)):
             prefix = f"core{number}."
             state = {name.removeprefix(prefix): t for name, t in shared.items() if name.startswith(prefix)}
             member.standardise.load_state_dict(state)
-            rebuilt = (
-                rebuilt + member.standardise(rows)["core"].half().float().flatten(1) @ saved[f"core{number}.weights"]
-            )
+            outputs.append(member.standardise(rows)["core"].half().float())
+        rebuilt = torch.cat(outputs, -1).flatten(1) @ saved["core.weights"] + saved["intercept"]
         torch.testing.assert_close(rebuilt, fold.test, rtol=1e-3, atol=1e-3)
 
 
