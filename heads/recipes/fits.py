@@ -123,8 +123,8 @@ def _under_priors(sizes: FitSizes, config: FitConfig) -> LayeredSizes | None:
 
 def _on_core(sizes: FitSizes, config: FitConfig) -> FitSizes:
     """The counts of the fit to what a core puts out, which is like a layer that was trained for each fold."""
-    shape = Core.shape({name: row.shape for name, row in sizes.features.rows.items()}, config.core)
-    rows = {f"{CORE}{member}": Row(shape, "float16") for member in range(config.core.members)}
+    *grid, n_channels = Core.shape({name: row.shape for name, row in sizes.features.rows.items()}, config.core)
+    rows = {CORE: Row((*grid, config.core.members * n_channels), "float16")}
     return replace(sizes, features=Features(rows, tuple(range(sizes.n_held_out)), sizes.n_folds))
 
 

@@ -1,5 +1,6 @@
 """Solvers by name: the builder of each is in its own file, and `heads.config.SOLVERS` says which."""
 
+from featcache.machine.memory import memory_at_start, refuse_above
 from heads.config.registry import load
 from heads.solvers.base import Problem, Solver
 
@@ -7,7 +8,9 @@ from heads.solvers.base import Problem, Solver
 def build_solver(problem: Problem) -> Solver:
     """Build the solver that the settings name for these heads and features.
 
-    Says how much memory it expects to take. Raises ConfigError for what cannot work, before anything is stored.
+    Raises ConfigError for what cannot work, and for what --max-memory does not hold, before anything is stored.
     """
     solver: Solver = load(problem.config.builder)(problem)
+    if problem.config.max_memory:
+        refuse_above(problem.config.max_memory, memory_at_start() + solver.memory(max(problem.n_vertices)))
     return solver

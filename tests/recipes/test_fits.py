@@ -49,7 +49,7 @@ def test_more_images_and_vertices_take_more(features, loss, more):
 
 def test_heads_on_a_core_take_what_layers_of_its_shape_trained_for_each_fold_take():
     config = FitConfig(head="core", loss="mse", core=CoreConfig(members=1, channels=16))
-    features = Features({"core0": Row((7, 7, 16), "float16")}, held_out=(0, 1, 2, 3, 4), n_folds=5)
+    features = Features({"core": Row((7, 7, 16), "float16")}, held_out=(0, 1, 2, 3, 4), n_folds=5)
     assert fit_memory(sizes_of(LAYERED), config) == fit_memory(sizes_of(features), FitConfig())
     assert saved_bytes(sizes_of(LAYERED), config) == saved_bytes(sizes_of(features), FitConfig())
 

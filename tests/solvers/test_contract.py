@@ -159,12 +159,7 @@ def test_heads_are_saved_under_the_prefixes_of_the_plan_or_of_its_folds(made):
     assert all(isinstance(values, torch.Tensor) for values in saved.values())
 
 
-UNCHECKED = ("spatial", "core")  # heads whose memory is not known before their training (docs/heads.md)
-
-
-@pytest.mark.parametrize(
-    ("solver", "head"), [kind for kind in KINDS if SOLVERS[kind[0]].fits and kind[1] not in UNCHECKED]
-)
+@pytest.mark.parametrize(("solver", "head"), [kind for kind in KINDS if SOLVERS[kind[0]].fits])
 def test_what_memory_does_not_hold_is_refused_before_a_fit(subject, tmp_path, solver, head):
     own = responding(subject, planted_responses(len(subject.train), VECTOR), tmp_path)
     config = replace(config_of(solver, head), max_memory=1e-6)

@@ -130,6 +130,14 @@ def test_saved_heads_and_cores_rebuild_the_test_predictions_of_their_fold(traine
         torch.testing.assert_close(rebuilt, fold.test, rtol=1e-3, atol=1e-3)
 
 
+def test_memory_is_known_before_a_core_is_trained(trainees):
+    training = CoreTraining(trainees, FEW, "cpu")
+    solver = training.solver(0)
+    expected = solver.memory(5)
+    assert not training._members
+    assert solver._ridge.memory(5) == pytest.approx(expected, rel=0.01)
+
+
 def test_folds_that_are_too_small_are_refused_before_anything_is_trained(trainees):
     few = np.sort(np.argsort(assign_folds(trainees[0].subject.train.ids, N_FOLDS, 0) == 0)[-3:])
     plan = replace(trainees[0].plan, folds=np.where(np.isin(np.arange(N_IMAGES), few), 0, 1), held_out=(0, 1))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from featcache.machine.device import matrix_products
-from featcache.machine.memory import memory_at_start, refuse_above, said, spare_memory
+from featcache.machine.memory import memory_at_start, said, spare_memory
 from featcache.machine.progress import say
 from heads.config import RidgeConfig
 from heads.features.rows import LayerRows
@@ -92,7 +92,6 @@ def build_layered(problem: Problem) -> "LayeredRidge":
     ridge = replace(config.ridge, penalties=PENALTIES)
     solver = LayeredRidge(kernels, plan, ridge, priors, cache_bytes=free * CACHE_SHARE)
     peak = memory_at_start() + solver.memory(max(problem.n_vertices))
-    refuse_above(config.max_memory, peak)
     streamed = list(dict.fromkeys(name for of_store in rows for name in of_store.streamed))
     say(
         f"{problem.subject.name}: {rows[0].n_features:,} features, {len(plan.outside(0)):,} images to fit to: "
