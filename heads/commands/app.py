@@ -6,6 +6,7 @@ whole, by the same parsers and settings, before the first of its steps is done.
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -137,7 +138,8 @@ def _one_line(error: Exception) -> str:
     """What to say of a command line that cannot be read, or of memory that is full. Raises any other error."""
     if (fault := usage_fault(error)) is not None:
         return f"{fault}; --help lists the options"
-    if isinstance(error, RuntimeError) and "memory" in str(error):  # torch has no class of its own for it on a CPU
+    # torch has no class of its own for it on a CPU
+    if isinstance(error, RuntimeError) and re.search("allocate memory|out of memory", str(error)):
         first = str(error).splitlines()[0]
         return f"expected enough memory; found: {first}; lower --batch-size, or choose one --subject or --device cpu"
     raise error

@@ -10,6 +10,7 @@ import pytest
 
 import cli
 from featcache import __version__
+from heads.commands import app
 from heads.commands.app import COMMANDS
 from support.commands import SMALL
 
@@ -81,3 +82,24 @@ def test_help_waits_for_nothing_heavy():
     code = "import sys, cli; cli.run(['fit-heads', '--help']); print(*{'torch', 'numpy', 'zarr'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "is_memory"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", True),
+        ("CUDA out of memory. Tried to allocate 8 bytes", True),
+        ("unsupported memory format", False),
+    ],
+)
+def test_full_memory_is_one_line_and_other_faults_of_torch_stay_what_they_are(monkeypatch, capfd, text, is_memory):
+    def fail(**_):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(app, "_parser", lambda: fail)
+    if is_memory:
+        assert cli.run(["models"]) == 1
+        assert capfd.readouterr().err.startswith(f"error: expected enough memory; found: {text}; lower --batch-size")
+    else:
+        with pytest.raises(RuntimeError, match=text):
+            cli.run(["models"])
