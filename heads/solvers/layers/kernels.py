@@ -1,10 +1,10 @@
 """Kernels of several layers: inner products of images, place by place, straight from a feature store.
 
-Features are centred, each channel is scaled to unit variance over images and places, and maps are blurred a little
-over places, which makes weights of neighbouring places alike. Scales come from some of the images that every fold which
-uses them trains on (FoldPlan.scale_rows). A prior (see priors.py) weighs the places. Every layer has the same share of
-the kernel's trace, times the prior's share for its depth. A kernel is the sum of kernels of places, so it takes one
-pass over the store, in blocks of images.
+Features are centred, each channel is scaled to unit variance over images and places (to less, if it hardly varies), and
+maps are blurred a little over places, which makes weights of neighbouring places alike. Scales come from some of the
+images that every fold which uses them trains on (FoldPlan.scale_rows). A prior (see priors.py) weighs the places. Every
+layer has the same share of the kernel's trace, times the prior's share for its depth. A kernel is the sum of kernels of
+places, so it takes one pass over the store, in blocks of images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ from heads.solvers.layers.priors import Prior, depths_of
 
 _MAX_DUAL_NUMBERS = 1 << 25  # in the dual weights of the places that are multiplied at once
 _CONSTANT = 1e-12  # variance of a channel that counts as constant, as a share of its squared mean: rounding of float32
+FLOOR = 0.1  # least variance of a channel before it is scaled, as a share of the mean over its array's channels
 BLUR = 0.75  # standard deviation over places, in cells of a 7 x 7 grid (docs/decisions/0013)
 
 
@@ -206,9 +207,13 @@ class LayerKernels:
 
 
 def _stds(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    """(n_channels,) standard deviations; infinite for a channel that is constant: it says nothing at any scale."""
+    """(n_channels,) standard deviations; infinite for a channel that is constant: it says nothing at any scale.
+
+    A channel that hardly varies among these images may vary a lot in an image that is held out. Scaled to unit
+    variance, it would decide that image's predictions alone. So its variance counts as FLOOR of the mean over channels.
+    """
     varies = variance > _CONSTANT * mean.square().mean(0)
-    return torch.where(varies, variance, torch.inf).sqrt()
+    return torch.where(varies, variance.clamp_min(FLOOR * variance.mean()), torch.inf).sqrt()
 
 
 def _blur_matrix(grid: tuple[int, int]) -> torch.Tensor:

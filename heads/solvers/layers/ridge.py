@@ -36,7 +36,7 @@ from heads.solvers.layers.axes import (
     landmark_features,
     view_under,
 )
-from heads.solvers.layers.kernels import BLUR, LayerKernels
+from heads.solvers.layers.kernels import BLUR, FLOOR, LayerKernels
 from heads.solvers.layers.priors import CENTRES, DEPTH_WIDTH, DEPTHS, NARROW_IMAGES, WIDTHS, Prior, prior_set
 from heads.solvers.layers.saved import SavedWeights
 from heads.solvers.layers.sizes import LayeredSizes
@@ -60,6 +60,7 @@ PENALTIES = tuple(10.0**k for k in range(-4, 5))
 # settings that decide the heads besides features and responses; part of every prediction store's key
 METHOD = {
     "blur": BLUR,
+    "floor": FLOOR,
     "centres": list(CENTRES),
     "widths": list(WIDTHS),
     "narrow": NARROW_IMAGES,

@@ -8,7 +8,7 @@ import heads.features.rows
 from featcache.cache import store as store_module
 from featcache.cache.store import Row, create_store
 from heads.features.rows import LayerRows
-from heads.solvers.layers.kernels import BLUR, LayerKernels
+from heads.solvers.layers.kernels import BLUR, FLOOR, LayerKernels
 from heads.solvers.layers.priors import DEPTHS, Prior, prior_set
 
 N, N_TRAIN = 23, 17
@@ -58,8 +58,9 @@ def slow_features(values, prior, blur=BLUR):
         height, width = stored.shape[1:3] if stored.ndim > 2 else (1, 1)
         x = stored.astype(np.float64).reshape(N, height, width, -1)
         x = x - x[:N_TRAIN].mean(0)
-        spread = np.sqrt((x[:N_TRAIN] ** 2).mean((0, 1, 2)))
-        spread[spread < 1e-12] = np.inf  # a constant says nothing
+        variance = (x[:N_TRAIN] ** 2).mean((0, 1, 2))
+        spread = np.sqrt(np.maximum(variance, FLOOR * variance.mean()))
+        spread[variance < 1e-12] = np.inf  # a constant says nothing
         x, blurred = x / spread, np.zeros_like(x)
         for i in range(height):
             for j in range(width):
@@ -78,6 +79,21 @@ def slow_features(values, prior, blur=BLUR):
 
 def slow_kernel(values, prior):
     return sum(np.einsum("ipc,jpc->ij", x, x) for x in slow_features(values, prior).values())
+
+
+def test_a_channel_that_hardly_varies_does_not_decide_what_an_image_is_like(tmp_path):
+    """Such as one that rounding alone changes, and that is 100 times as large in one image that is held out."""
+    strange, n_channels = N - 1, 6
+    values = {"pooled": np.random.default_rng(3).normal(size=(N, n_channels)).astype(np.float32)}
+    values["pooled"][:, 0] = 1e-3 * values["pooled"][:, 0]
+    sizes = []
+    for value in (0.0, 0.1):
+        values["pooled"][strange, 0] = value
+        made = create_store(tmp_path / str(value), "f", {}, np.arange(N), N_TRAIN, {"pooled": n_channels}, {})
+        made.append(values)
+        kernels = LayerKernels(LayerRows(made, ("pooled",), "cpu", np.inf), np.arange(N_TRAIN), 0)
+        sizes.append(float(kernels.kernel(Prior())[strange, strange]))
+    assert abs(sizes[1] / sizes[0] - 1) < 0.1, sizes  # without a floor, the second is a thousand times the first
 
 
 @pytest.mark.slow
