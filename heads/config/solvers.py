@@ -89,13 +89,14 @@ class HeadSpec:
     copies: int = 1  # layers that predict each vertex, at most: what memory is estimated from
     settings: str | None = None  # the field of FitConfig that holds its settings
     under_priors: bool = False  # whether its last step is the closed form under priors
+    auto_precision: bool = False  # whether it multiplies in bfloat16 on a CPU that has units for it; the key says which
 
 
 HEADS: dict[str, HeadSpec] = {
     "linear": HeadSpec(module="heads.modules.linear:make_linear", linear=True),
     "roi": HeadSpec(module="heads.modules.linear:make_roi", reads_rois=True, copies=2),
     "spatial": HeadSpec(build="heads.solvers.spatial:build", settings="spatial"),
-    "core": HeadSpec(build="heads.solvers.core:build", settings="core", under_priors=True),
+    "core": HeadSpec(build="heads.solvers.core:build", settings="core", under_priors=True, auto_precision=True),
 }
 
 

@@ -12,9 +12,10 @@ from featcache.cache.keys import HeldOutFolds
 from featcache.config import LayerConfig, fingerprint
 from featcache.dataset.digests import response_digest, subject_digests
 from featcache.dataset.subject import Subject
+from featcache.machine.device import resolve_dtype
 from heads.config import HEADS, FitConfig
 from heads.config.fitting import default_settings
-from heads.config.solvers import solver_of
+from heads.config.solvers import HeadSpec, solver_of
 from heads.features.sets import FeatureSet
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.layers.ridge import METHOD
@@ -200,15 +201,19 @@ def prediction_key(
     if plan.backbone_trained and spec.fits:  # its training chose the folds; a seed is of the loop alone
         training = features.trainings[0]
         key |= {"n_folds": training.n_folds} | ({} if spec.random else {"seed": training.seed})
-    reads_rois = spec.fits and HEADS[config.head].reads_rois
-    under_priors = spec.under_priors or (spec.fits and HEADS[config.head].under_priors)
+    head = (
+        HEADS[config.head] if spec.fits else HeadSpec()
+    )  # heads that are taken as they are have all in their features
+    if head.auto_precision:
+        key["settings"] |= {"precision": resolve_dtype("auto", config.device)}
+    under_priors = head.under_priors or (spec.under_priors and features.is_layered)
     return PredictionKey(
         subject=subject.name,
         features=features.key(),
         responses=response_digest(subject, work),
         noise_ceiling=digests["noise_ceiling"] if spec.reads_noise_ceiling else None,
-        rois=digests["rois"] if reads_rois else None,
+        rois=digests["rois"] if head.reads_rois else None,
         version=VERSION,
-        kernels=METHOD if under_priors and features.is_layered else None,
+        kernels=METHOD if under_priors else None,
         **key,
     )

@@ -271,6 +271,17 @@ def test_a_key_has_what_its_heads_read_and_leaves_out_the_rest(key_of):
     assert set(key_of(FitConfig(head="spatial", spatial=SpatialConfig(rank=2)), LAYERS)) == always | {"noise_ceiling"}
 
 
+def test_a_key_says_in_which_precision_a_core_multiplies_and_how_its_outputs_are_weighed(key_of, monkeypatch):
+    """The CPU decides the precision, so a store of another machine is not taken for one of this."""
+    keys = []
+    for precision in ("float32", "bfloat16"):
+        monkeypatch.setattr("heads.fit.names.resolve_dtype", lambda *_, precision=precision: precision)
+        keys.append(key_of(FitConfig(head="core", loss="mse")))
+        assert keys[-1]["settings"]["precision"] == precision and keys[-1]["kernels"] == METHOD
+        assert "precision" not in key_of(FitConfig(head="spatial"), LAYERS)["settings"]
+    assert keys[0] != keys[1]
+
+
 def test_folds_of_a_trained_backbone_are_those_of_its_training(key_of):
     """The closed form takes the seed of the training too; the gradient loop starts from the one that is asked for."""
     ridge, adamw = (key_of(FitConfig(seed=9, loss=loss), trained=True) for loss in ("mse", "smooth_l1"))
