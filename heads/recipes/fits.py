@@ -9,8 +9,8 @@ from featcache.machine.memory import free_memory
 from heads.config import HEADS, FitConfig
 from heads.modules.core import CORE, Core
 from heads.solvers.layers.priors import DEPTHS, prior_set
-from heads.solvers.layers.sizes import SEARCH_IMAGES, LayeredSizes
-from heads.solvers.memory import CACHE_SHARE, FEATURE_SHARE, STACK_SHARE, Sizes, blockwise_bytes, whole_bytes
+from heads.solvers.layers.sizes import LayeredSizes, counted
+from heads.solvers.memory import FEATURE_SHARE, Sizes, blockwise_bytes, whole_bytes
 from heads.solvers.ridge import VERTEX_BLOCK
 
 _CHOICES_OF_A_TRAINED_FOLD = 5  # four parts of the held-out images, and one head for test images
@@ -131,29 +131,17 @@ def _on_core(sizes: FitSizes, config: FitConfig) -> FitSizes:
 def _layered(sizes: FitSizes, depths: Sequence[float | None]) -> LayeredSizes:
     """The counts of a fit under priors, with what it may keep of the memory that is free now."""
     features, free = sizes.features, free_memory()
-    priors = prior_set(features.grids, depths, sizes.n_train)
     stored = float(sum(row.n_bytes for row in features.rows.values())) * sizes.n_images * features.n_stores
-    counts = LayeredSizes(
+    return counted(
+        features.grids,
+        free,
         n_train=sizes.n_train,
         n_images=sizes.n_images,
         n_fit=(sizes.n_train - sizes.n_train // sizes.n_folds,) * sizes.n_held_out,
         n_choices=_CHOICES_OF_A_TRAINED_FOLD if features.backbone_trained else 1,
         n_scales=features.n_scales,
         n_features=features.n_features,
-        n_priors=len(priors),
+        n_priors=len(prior_set(features.grids, depths, sizes.n_train)),
         backbone_trained=features.backbone_trained,
-        stack_bytes=0.0,
         held_bytes=min(stored, free * FEATURE_SHARE),
-        cache_bytes=free * CACHE_SHARE,
     )
-    return replace(counts, stack_bytes=_stack_bytes(counts, features, free * STACK_SHARE / features.n_scales))
-
-
-def _stack_bytes(counts: LayeredSizes, features: Features, room: float) -> float:
-    """Bytes of the kernels of single places, of all images and of those on which priors are sought, where they fit."""
-    n_places = sum(math.prod(grid) for grid in features.grids.values())
-    whole, sought = (4.0 * n_places * n_images**2 for n_images in (counts.n_images, SEARCH_IMAGES))
-    rows = 4.0 * counts.n_images * counts.n_features  # that kernels of all images are made of
-    total = counts.n_scales * (whole + rows) if whole <= room else 0.0
-    n_sought = 1 if features.backbone_trained else counts.n_scales
-    return total + (n_sought * sought if counts.searched and sought <= room else 0.0)

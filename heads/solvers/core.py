@@ -8,7 +8,6 @@ held-out fold, part by part (see held_out.py).
 Source: Cowley, Stan, Pillow and Smith, Compact deep neural network models of visual cortex (2023).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -28,7 +27,7 @@ from heads.solvers.held_out import FoldPlan, Split
 from heads.solvers.joint import JointHeads, JointTraining, Statistics, TraineeRows, build_joint
 from heads.solvers.layers.priors import prior_set
 from heads.solvers.layers.ridge import PENALTIES, LayeredRidge, scaled_kernels
-from heads.solvers.layers.sizes import VERTEX_BLOCK, LayeredSizes
+from heads.solvers.layers.sizes import VERTEX_BLOCK, counted
 from heads.solvers.memory import CACHE_SHARE, STACK_SHARE
 from heads.solvers.trained import predict
 
@@ -116,22 +115,20 @@ class CoreSolver:
     def memory(self, n_vertices: int) -> float:
         """Bytes of the closed form, from counts alone: they are asked for before the core is trained."""
         plan, rows, config = self._plan, self._trainee.rows[0], self._training.config
-        *grid, n_channels = Core.shape(rows.shapes, config.core)
-        n_images, n_places = len(rows), math.prod(grid)
-        n_features = n_places * n_channels * config.core.members
-        free, stack = spare_memory(config.max_memory), 4.0 * n_places * n_images**2 * len(plan)
-        counts = LayeredSizes(
+        height, width, n_channels = Core.shape(rows.shapes, config.core)
+        grids, n_features = {CORE: (height, width)}, height * width * n_channels * config.core.members
+        counts = counted(
+            grids,
+            spare_memory(config.max_memory),
             n_train=plan.n_train,
-            n_images=n_images,
+            n_images=len(rows),
             n_fit=tuple(len(plan.outside(k)) for k in range(len(plan))),
             n_choices=max(map(plan.n_choices, range(len(plan)))),
             n_scales=len(plan),
             n_features=n_features,
-            n_priors=len(prior_set({CORE: (grid[0], grid[1])}, (None,), plan.n_train)),
+            n_priors=len(prior_set(grids, (None,), plan.n_train)),
             backbone_trained=True,
-            stack_bytes=stack + 4.0 * n_images * n_features * len(plan) if stack <= free * STACK_SHARE else 0.0,
-            held_bytes=2.0 * n_images * n_features * len(plan),
-            cache_bytes=free * CACHE_SHARE,
+            held_bytes=2.0 * len(rows) * n_features * len(plan),  # outputs of every fold, as float16
         )
         return counts.memory(n_vertices)
 

@@ -1,9 +1,13 @@
 """Bytes of main memory that fits under priors take, from counts alone: for solvers before they start, and plans."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from heads.features.rows import BLOCK_BYTES
 from heads.solvers.layers.axes import LANDMARKS, method_for
+from heads.solvers.memory import CACHE_SHARE, STACK_SHARE
 from heads.solvers.ridge import MAX_NUMBERS_AT_ONCE
 
 SEARCH_IMAGES = 1024  # with more training images, priors are first compared on a sample of so many
@@ -87,3 +91,31 @@ class LayeredSizes:
         predictions = per_fold * len(self.n_fit) + 12.0 * self.n_train * block
         total = self.stack_bytes + decomposition + kept + predictions + duals + errors + blocks + weights
         return 1.2 * (total + self.held_bytes)  # a fifth more for memory that the allocator cannot reuse
+
+
+def counted(
+    grids: Mapping[str, tuple[int, int]], free: float, *, n_images: int, n_features: int, n_scales: int, **counts: Any
+) -> LayeredSizes:
+    """The counts of a fit before its features are there, with what it may keep of the memory that is free now.
+
+    grids : {array: (height, width)}
+    free : bytes of memory
+    counts : the other fields, but for `stack_bytes` and `cache_bytes`
+    """
+    sizes = LayeredSizes(
+        n_images=n_images,
+        n_features=n_features,
+        n_scales=n_scales,
+        stack_bytes=0.0,
+        cache_bytes=free * CACHE_SHARE,
+        **counts,
+    )
+    room = free * STACK_SHARE / n_scales
+    n_places = sum(math.prod(grid) for grid in grids.values())
+    # kernels of single places, of all images and of those on which priors are sought, where they fit
+    whole, sought = (4.0 * n_places * n**2 for n in (n_images, SEARCH_IMAGES))
+    rows = 4.0 * n_images * n_features  # that kernels of all images are made of
+    total = n_scales * (whole + rows) if whole <= room else 0.0
+    n_sought = 1 if sizes.backbone_trained else n_scales
+    total += n_sought * sought if sizes.searched and sought <= room else 0.0
+    return replace(sizes, stack_bytes=total)
