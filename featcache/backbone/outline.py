@@ -25,6 +25,7 @@ _ALWAYS_FLOAT32 = (nn.LayerNorm, nn.GroupNorm)
 class Outline:
     """Sizes of a network and of what is read of it.
 
+    size : pixels on a side of the input, its last axis
     shapes : {array: shape of one row}
     weights : bytes of the weights
     pixels : bytes of one decoded image, 8 bits a channel
@@ -32,6 +33,7 @@ class Outline:
     kept : bytes of the outputs of all layers for one image, which training keeps for the way back
     """
 
+    size: int
     shapes: dict[str, tuple[int, ...]]
     weights: int
     pixels: int
@@ -76,6 +78,7 @@ def _outline(config: BackboneConfig, layers: LayerConfig, precision: str, device
         with _LayerSizes(model, precision) as sizes:
             rows = taps.read(model, torch.zeros(1, *size, device=device))
     return Outline(
+        size=size[-1],
         shapes={array: tuple(values.shape[1:]) for array, values in rows.items()},
         weights=sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
         pixels=math.prod(size),

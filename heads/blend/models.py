@@ -1,6 +1,5 @@
 """The models of a blend: prediction stores that are complete, of this tree as it is now, and free of leaks."""
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from featcache.dataset.splits import assign_folds, refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError
 from featcache.workdir import Workdir
-from heads.features.sets import keep, newer_fault, say_without, subject_stores
+from heads.features.sets import keep, matches, newer_fault, say_without, subject_stores
 from heads.fit.names import PredictionFacts, PredictionKey
 
 
@@ -123,10 +122,7 @@ def choose_names(names: Sequence[str], models: str, exclude: str = "") -> set[st
 
 
 def _matches(name: str, patterns: str) -> bool:
-    return any(
-        fnmatch.fnmatchcase(name, pattern.strip()) or name.rpartition(" ")[2] == pattern.strip()
-        for pattern in patterns.split(",")
-    )
+    return matches(name, patterns) or name.rpartition(" ")[2] in map(str.strip, patterns.split(","))
 
 
 def usable_models(subject: Subject, work: Path, some_folds: bool = False) -> list[Model]:

@@ -150,6 +150,12 @@ class FitConfig:
         "ROI heads: what the map of each ROI optimises, where --loss is of the hemisphere's map. same: the same.",
         "Heads",
     )
+    features: str = option(
+        "*",
+        "Features that heads are fitted to, by names such as 'tf_efficientnet_lite0@112 whole pretrain' (backbone and "
+        "size, fit if it is not crop, stage): patterns with commas between them.",
+        "Layers",
+    )
     layers: str = option(
         "all",
         "Extracted layers that the heads read. all: one model on all layers. each: one model on each layer. Or names "

@@ -1,5 +1,6 @@
 """The features that heads are fitted to: of a frozen backbone, or of one that was trained once per fold."""
 
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from featcache.backbone.extent import fit_of
 from featcache.cache.keys import FeatureFacts, FeatureKey, FoldKey, HeldOutFolds
 from featcache.cache.store import Store, list_stores
 from featcache.config import CLASS_TOKEN
@@ -64,6 +66,13 @@ class FeatureSet:
         """Backbone and, if it was trained, the stage, for a person."""
         return "-".join([self.keys[0].backbone, *(training.label for training in self.trainings[:1])])
 
+    @property
+    def title(self) -> str:
+        """The name that --features goes by (see `title_of`)."""
+        key = self.keys[0]
+        stage = self.trainings[0].label if self.trainings else ""
+        return title_of(key.backbone, key.transform["input_size"][-1], fit_of(key.transform), stage)
+
     def key(self) -> dict[str, Any]:
         """Key of the features, as prediction stores keep it; for a trained backbone, of all folds together."""
         key = dict(self.stores[0].key)
@@ -100,6 +109,20 @@ class FeatureSet:
     def seen_ids(self) -> list[np.ndarray]:
         """Ids of the images that each store's backbone was trained on."""
         return [np.array(facts.seen_ids or (), dtype=np.int64) for facts in self.facts]
+
+
+def title_of(backbone: str, size: int, fit: str, stage: str) -> str:
+    """What tells features of a subject apart, for a person: 'tf_efficientnet_lite0@112 whole pretrain'.
+
+    stage : of the backbone's training; '' for a frozen one. fit : left out if it is crop
+    """
+    words = [f"{backbone}@{size}", "" if fit == "crop" else fit, stage]
+    return " ".join(word for word in words if word)
+
+
+def matches(name: str, patterns: str) -> bool:
+    """Whether a whole name is one of some patterns, with commas between them, as of file names: 'convnext*,*@112'."""
+    return any(fnmatch.fnmatchcase(name, pattern.strip()) for pattern in patterns.split(","))
 
 
 def models_of(arrays: Sequence[str], layers: str) -> list[tuple[str, ...]]:

@@ -16,7 +16,7 @@ from featcache.machine.device import resolve_dtype
 from heads.config import HEADS, FitConfig
 from heads.config.fitting import default_settings
 from heads.config.solvers import HeadSpec, solver_of
-from heads.features.sets import FeatureSet
+from heads.features.sets import FeatureSet, title_of
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.layers.ridge import METHOD
 
@@ -134,7 +134,7 @@ class PredictionKey:
         read, features = self.read, self.features
         layers = "+".join(read) if len(read) < 3 else f"{len(read)} layers"
         size, fit = features["transform"]["input_size"][-1], fit_of(features["transform"])
-        words = [f"{self.backbone}@{size}{'' if fit == 'crop' else f' {fit}'}{self._stage_words()} {layers}"]
+        words = [title_of(self.backbone, size, fit, self._stage_words()), layers]
         grids = {"x".join(map(str, grid)): None for layer, grid in features.get("grids", {}).items() if layer in read}
         words += ["/".join(grids)] if grids else []
         words += [features["pool"]] if grids and features["pool"] != LayerConfig.pool else []
@@ -143,7 +143,7 @@ class PredictionKey:
     def _stage_words(self) -> str:
         if (training := self.training) is None:
             return ""
-        words = f" {training.stage}"
+        words = training.stage
         if training.soup is not None:  # of an earlier version, which could average checkpoints
             words += f" soup of {training.soup}"
         if len(training.held_out) < training.n_folds:  # its score is over other images than a whole model's

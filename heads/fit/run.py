@@ -20,7 +20,7 @@ from featcache.machine.memory import give_back_memory, keep_freed_memory, memory
 from featcache.machine.progress import bar, say
 from featcache.workdir import Workdir
 from heads.config import HEADS, FitConfig
-from heads.features.sets import FeatureSet, feature_sets, layer_of, say_without
+from heads.features.sets import FeatureSet, feature_sets, layer_of, matches, say_without
 from heads.fit.names import PredictionFacts, PredictionKey, prediction_key
 from heads.fit.out_of_fold import predict_surface
 from heads.scores.metrics import VertexScores, pearson_r
@@ -83,9 +83,6 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
     """Every set of features that heads are fitted to. Raises StoreError or ConfigError where there is none."""
     takes_heads = not config.solver_spec.fits
     stored = {subject: _suitable(feature_sets(subject, work), subject, takes_heads) for subject in subjects}
-    read = [
-        (subject, part) for subject, sets in stored.items() for each in sets for part in each.reading(config.layers)
-    ]
     if not any(stored.values()):
         raise StoreError(
             Workdir(work).features,
@@ -94,8 +91,19 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
             remedy="run 'pretrain' or 'finetune', then 'extract'" if takes_heads else "run 'extract' first",
         )
     say_without(stored, Workdir(work).features, "extract")
+    chosen = [(subject, each) for subject, sets in stored.items() for each in sets]
+    titles = dict.fromkeys(each.title for _, each in chosen)
+    chosen = [(subject, each) for subject, each in chosen if matches(each.title, config.features)]
+    if not chosen:
+        raise ConfigError(
+            "--features",
+            expected=f"patterns of which one matches one of: {', '.join(titles)}",
+            found=repr(config.features),
+            remedy="correct it",
+        )
+    read = [(subject, part) for subject, each in chosen for part in each.reading(config.layers)]
     if not read:
-        known = dict.fromkeys(layer_of(name) for sets in stored.values() for each in sets for name in each.names)
+        known = dict.fromkeys(layer_of(name) for _, each in chosen for name in each.names)
         raise ConfigError(
             "--layers",
             expected=f"all, each, or layers that were extracted ({', '.join(known)})",

@@ -23,11 +23,13 @@ class Features:
     rows : {array: its row}
     held_out : folds that a trained backbone did not see, one store for each; none for a frozen backbone
     n_folds : of the training
+    title : that --features goes by
     """
 
     rows: Mapping[str, Row]
     held_out: tuple[int, ...] = ()
     n_folds: int = 0
+    title: str = ""
 
     @property
     def backbone_trained(self) -> bool:

@@ -25,7 +25,7 @@ from featcache.machine.memory import memory_at_start
 from featcache.simulate import SimulateConfig
 from heads.blend.products import N_FOLDS, bytes_of
 from heads.config import BlendConfig, FitConfig, StageConfig
-from heads.features.sets import models_of
+from heads.features.sets import matches, models_of, title_of
 from heads.recipes.fits import Features, FitSizes, fit_memory, saved_bytes
 from heads.recipes.steps import Ready, Step, located
 
@@ -243,7 +243,7 @@ class _Work:
         backbone = config.backbone if training is None else config.backbone.applied_to(training.backbone)
         dtype = resolve_dtype(config.dtype, resolve_device(config.device))
         network = outline(backbone, config.layers, dtype)
-        features = _features(network, training)
+        features = _features(network, backbone, training)
         key = (backbone, config.layers, dtype, training)
         disk = 0.0
         for counts in subjects:
@@ -260,6 +260,8 @@ class _Work:
             for key, features in self.features[counts.name].items():
                 if not features.backbone_trained and not config.solver_spec.fits:
                     continue  # no heads were trained with a frozen backbone
+                if not matches(features.title, config.features):
+                    continue
                 for arrays in models_of(list(features.rows), config.layers):
                     for variant in config.variants():
                         model = (key, arrays, repr(variant.key()))
@@ -282,9 +284,13 @@ class _Work:
         return memory_at_start() + memory, disk
 
 
-def _features(network: Outline, training: _Training | None) -> Features:
-    rows = stored_rows(network.shapes)
-    return Features(rows, tuple(training.held_out), training.config.n_folds) if training else Features(rows)
+def _features(network: Outline, backbone: BackboneConfig, training: _Training | None) -> Features:
+    held_out: tuple[int, ...] = ()
+    n_folds, stage = 0, ""
+    if training is not None:
+        held_out, n_folds, stage = tuple(training.held_out), training.config.n_folds, training.config.stage
+    title = title_of(backbone.resolved_name, network.size, backbone.resolved_fit, stage)
+    return Features(stored_rows(network.shapes), held_out, n_folds, title)
 
 
 def _fit_sizes(counts: Counts, features: Features, config: FitConfig) -> FitSizes:

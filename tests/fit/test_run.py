@@ -209,6 +209,18 @@ def test_losses_that_are_one_model_share_a_store(planted, work):
         assert alone.path == together[0].path and not alone.new
 
 
+def test_heads_are_fitted_to_the_features_that_are_named(planted, work):
+    (subject,) = planted()
+    features_of(subject, work, trained=True)
+    every = fit_heads([subject], RIDGE, work)
+    named = [fit_heads([subject], replace(RIDGE, features=patterns), work) for patterns in ("b@32", "*finetune,c@*")]
+    assert [len(fits) for fits in named] == [1, 1] and len(every) == 2
+    assert {fits[0].path for fits in named} == {fit.path for fit in every}
+    assert " finetune " not in named[0][0].model and named[1][0].model.startswith("b@32 finetune pooled ")
+    with pytest.raises(ConfigError, match=r"--features: expected .* one of: b@32.*; found 'b@64'"):
+        fit_heads([subject], replace(RIDGE, features="b@64"), work)
+
+
 def test_fits_come_in_the_order_of_subjects_whatever_is_fitted_together(planted, work):
     subjects = planted(2)
     fitted = fit_heads(subjects, replace(ADAMW, loss="mse,smooth_l1"), work)

@@ -91,6 +91,21 @@ def test_the_disk_of_training_is_what_it_then_writes(planned):
     assert written["checkpoints"] + written["pixels"] == pytest.approx(step["disk"], rel=0.1)
 
 
+def test_heads_are_planned_for_the_features_that_are_named(planned):
+    """By the names that the features then have: of a frozen backbone as of a trained one."""
+    text = (
+        EXTRACT.format("pooled") + 'fit = "whole"\n[[steps]]\nrun = "pretrain"\nfold = 0\nepochs = 1\nembedding = 2\n'
+    )
+    text += EXTRACT.format("pooled")
+    fit = '[[steps]]\nrun = "fit-heads"\nfeatures = "{}"\n'
+    names = ["*@48 whole", "test_resnet@48 pretrain", "*@64"]
+    found = [planned(text + fit.format(name))[0][-1]["disk"] for name in names]
+    plan, _, written = planned(text + fit.format(names[0]) + fit.format(names[1]), then_run=True)
+    assert [step["disk"] for step in plan[-2:]] == found[:2] and min(found[:2]) > 0 == found[2]
+    there = written["predictions.zarr"] + written["heads"]
+    assert 0 <= there - sum(found) < 0.05 * there + 12000 * 4
+
+
 def test_images_are_decoded_once_for_each_fit(planned):
     """The second training of a fit adds weights alone; another fit adds images as many as the first."""
     train = '[[steps]]\nrun = "pretrain"\nfold = 0\nepochs = 1\nembedding = 2\nseed = {}\n{}\n'
