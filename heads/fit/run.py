@@ -97,7 +97,7 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
     if not chosen:
         raise ConfigError(
             "--features",
-            expected=f"patterns of which one matches one of: {', '.join(titles)}",
+            expected=f"a pattern that matches one of: {', '.join(titles)}",
             found=repr(config.features),
             remedy="correct it",
         )
