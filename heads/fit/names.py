@@ -201,9 +201,7 @@ def prediction_key(
     if plan.backbone_trained and spec.fits:  # its training chose the folds; a seed is of the loop alone
         training = features.trainings[0]
         key |= {"n_folds": training.n_folds} | ({} if spec.random else {"seed": training.seed})
-    head = (
-        HEADS[config.head] if spec.fits else HeadSpec()
-    )  # heads that are taken as they are have all in their features
+    head = HEADS[config.head] if spec.fits else HeadSpec()  # of heads that are taken as they are, features say all
     if head.auto_precision:
         key["settings"] |= {"precision": resolve_dtype("auto", config.device)}
     under_priors = head.under_priors or (spec.under_priors and features.is_layered)

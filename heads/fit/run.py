@@ -1,7 +1,7 @@
 """Feature stores -> prediction stores: out-of-fold and test predictions, and the heads that made them."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,7 +82,8 @@ def _refuse_missing_rois(subjects: Sequence[Subject], config: FitConfig) -> None
 def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path) -> list[Trainee]:
     """Every set of features that heads are fitted to. Raises StoreError or ConfigError where there is none."""
     takes_heads = not config.solver_spec.fits
-    stored = {subject: _suitable(feature_sets(subject, work), subject, takes_heads) for subject in subjects}
+    found = _chosen({subject: feature_sets(subject, work) for subject in subjects}, config.features)
+    stored = {subject: _suitable(sets, subject, takes_heads) for subject, sets in found.items()}
     if not any(stored.values()):
         raise StoreError(
             Workdir(work).features,
@@ -91,19 +92,11 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
             remedy="run 'pretrain' or 'finetune', then 'extract'" if takes_heads else "run 'extract' first",
         )
     say_without(stored, Workdir(work).features, "extract")
-    chosen = [(subject, each) for subject, sets in stored.items() for each in sets]
-    titles = dict.fromkeys(each.title for _, each in chosen)
-    chosen = [(subject, each) for subject, each in chosen if matches(each.title, config.features)]
-    if not chosen:
-        raise ConfigError(
-            "--features",
-            expected=f"a pattern that matches one of: {', '.join(titles)}",
-            found=repr(config.features),
-            remedy="correct it",
-        )
-    read = [(subject, part) for subject, each in chosen for part in each.reading(config.layers)]
+    read = [
+        (subject, part) for subject, sets in stored.items() for each in sets for part in each.reading(config.layers)
+    ]
     if not read:
-        known = dict.fromkeys(layer_of(name) for _, each in chosen for name in each.names)
+        known = dict.fromkeys(layer_of(name) for sets in stored.values() for each in sets for name in each.names)
         raise ConfigError(
             "--layers",
             expected=f"all, each, or layers that were extracted ({', '.join(known)})",
@@ -118,6 +111,20 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
         Trainee(subject, features, FoldPlan.of_features(subject, features, config.n_folds, config.seed))
         for subject, features in read
     ]
+
+
+def _chosen(found: Mapping[Subject, list[FeatureSet]], patterns: str) -> dict[Subject, list[FeatureSet]]:
+    """The sets whose titles match `patterns`. Raises ConfigError for a pattern that no set of any subject matches."""
+    titles = dict.fromkeys(each.title for sets in found.values() for each in sets)
+    for pattern in patterns.split(","):
+        if titles and not any(matches(title, pattern) for title in titles):
+            raise ConfigError(
+                "--features",
+                expected=f"patterns that each match one of: {', '.join(map(repr, titles))}",
+                found=repr(pattern.strip()),
+                remedy="correct it",
+            )
+    return {subject: [each for each in sets if matches(each.title, patterns)] for subject, sets in found.items()}
 
 
 def _suitable(sets: Sequence[FeatureSet], subject: Subject, takes_heads: bool) -> list[FeatureSet]:
