@@ -160,9 +160,7 @@ def _identity(model: Model, trainings: Trainings) -> str:
     if (folds := model.key.training) is not None:
         backbone = key["features"] | {"fold": folds.to_json() | {"training": _without_seed(folds.training, trainings)}}
         key = key | {"features": backbone}
-        key.pop(
-            "seed", None
-        )  # of early stopping and first weights of heads on a trained backbone: the folds are its own
+        key.pop("seed", None)  # of early stopping and first weights of heads: the folds are the training's own
     return json.dumps(key, sort_keys=True)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from featcache.dataset.subject import Subject
 from featcache.machine.progress import say
 from heads.scores.by_roi import every_summary
-from heads.scores.metrics import VertexScores
+from heads.scores.metrics import ALL_SURFACES, VertexScores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,15 +69,15 @@ def plot_scores(path: Path, scores: Sequence[VertexScores]) -> None:
     """
     if not can_draw("the scores"):
         return
-    rows = [row for row in every_summary(scores) if not row.all_surfaces]
+    rows = every_summary(scores)
     accuracy = any(row.accuracy is not None for row in rows)
     values = {
         (row.subject, row.surface, row.roi): value
         for row in rows
         if (value := row.accuracy if accuracy else row.mean_r) is not None
     }
-    rois = list(dict.fromkeys(roi for subject, _, roi in values if subject == "all"))
-    surfaces, subjects = (sorted({key[part] for key in values if key[0] != "all"}) for part in (1, 0))
+    rois = [roi for subject, surface, roi in values if (subject, surface) == ("all", ALL_SURFACES)]
+    surfaces, subjects = (sorted({getattr(one, part) for one in scores}) for part in ("surface", "subject"))
     figure = new_figure(2 + 0.42 * len(rois), 3.6)
     axis, width = figure.subplots(), 0.8 / len(surfaces)
     for number, surface in enumerate(surfaces):

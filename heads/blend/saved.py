@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from featcache.cache.store import Store
 from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
+from featcache.machine.files import replace_bytes
 from heads.blend.models import SubjectModels
 from heads.blend.products import Gathered, surface_blocks
 from heads.blend.weights import r_of
@@ -86,7 +87,7 @@ def save_blend(path: Path, blend: SavedBlend) -> None:
             models[subject] = list(coefficients.models)
             tensors[f"{subject}.{surface}.coefficients"] = coefficients.of_models
             tensors[f"{subject}.{surface}.intercept"] = coefficients.intercept
-    save_file(tensors, path, {_ORIGIN: json.dumps(models)})
+    replace_bytes(path, save(tensors, {_ORIGIN: json.dumps(models)}))
 
 
 def load_blend(path: Path) -> SavedBlend:

@@ -62,19 +62,20 @@ def heights(axis):
 def test_a_bar_of_an_roi_is_the_mean_over_the_vertices_of_all_subjects_and_a_dot_is_one_of_them(
     tmp_path, figures, ceiling
 ):
-    roi = {"V1": np.array([True, True, False])}
+    roi = {"right": np.zeros(3, bool), "V1": np.array([True, True, False])}  # the first is on the right alone
     r = {"subj01": np.array([0.1, 0.3, 0.7]), "subj02": np.array([0.5, 0.5, 0.5])}
     ceilings = None if ceiling is None else np.full(3, ceiling)
     scores = [VertexScores(subject, "lh", values, ceilings, roi) for subject, values in r.items()]
-    scores.append(VertexScores("subj01", "rh", np.array([0.6]), None if ceiling is None else np.array([ceiling])))
+    one = None if ceiling is None else np.array([ceiling])
+    scores.append(VertexScores("subj01", "rh", np.array([0.6]), one, {"right": np.ones(1, bool)}))
     plot_scores(tmp_path / "scores.png", scores)
     (axis,) = figures[0].axes
     shown = (lambda r: np.array(r)) if ceiling is None else (lambda r: 100 * np.array(r) ** 2 / ceiling)
     mean = [shown([0.1, 0.3, 0.5, 0.5]).mean(), shown([0.1, 0.3, 0.7, 0.5, 0.5, 0.5]).mean()]
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["V1", "all"]
-    assert heights(axis) == {"lh": mean, "rh": [np.nan, shown([0.6])[0]]}
-    dots = {tuple(np.round(line.get_ydata(), 6)) for line in axis.lines if line.get_marker() == "."}
-    assert tuple(np.round([shown([0.1, 0.3]).mean(), shown([0.1, 0.3, 0.7]).mean()], 6)) in dots
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["right", "V1", "all"]
+    assert heights(axis) == {"lh": [np.nan, *mean], "rh": [shown([0.6])[0], np.nan, shown([0.6])[0]]}
+    dots = [pytest.approx(line.get_ydata()[1:]) for line in axis.lines if line.get_marker() == "."]
+    assert (shown([0.1, 0.3]).mean(), shown([0.1, 0.3, 0.7]).mean()) in dots
     assert axis.get_ylabel() == ("mean r" if ceiling is None else "noise-normalised accuracy, %")
 
 
