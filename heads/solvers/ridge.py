@@ -26,7 +26,9 @@ from heads.config import RidgeConfig
 from heads.modules.linear import LinearMap
 
 _LOO_IMAGES = 1024  # up to here the exact error costs seconds
-_NULL = 1e-7  # eigenvalues below this share of the largest are rounding of float32 features
+# Eigenvalues below this share of the largest are rounding: products in float32, whose epsilon is 1.2e-7, leave null
+# eigenvalues of up to 1e-7 where images are repeated.
+_NULL = 5e-7
 FULL = 0.99  # a fit with more than this share of the degrees of freedom leaves too little error to judge its penalty
 MAX_NUMBERS_AT_ONCE = 1 << 22  # in the predictions under penalties that are tried at once
 VERTEX_BLOCK = 2048  # vertices at a time, so that elementwise steps between two products stay in the processor's cache
