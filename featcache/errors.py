@@ -4,6 +4,7 @@ Every one says where it is, what was expected, what was found, and what to do ne
 line that `cli.run` prints on stderr before it leaves with exit code 1; nothing else catches these.
 """
 
+from collections.abc import Sequence
 from typing import Self
 
 
@@ -65,3 +66,10 @@ class CheckpointError(FeatcacheError):
 def first_line(error: BaseException) -> str:
     """First line of what another library says of an error, 200 characters at most."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def some_of(names: Sequence[str], most: int = 6) -> str:
+    """Names as one line of text has room for them: all of a few, the first of many and how many there are."""
+    if len(names) <= most:
+        return ", ".join(map(repr, names))
+    return f"{len(names)}, such as {', '.join(map(repr, names[:3]))}"

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from featcache import errors
-from featcache.errors import FeatcacheError, StoreError
+from featcache.errors import FeatcacheError, StoreError, some_of
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, FeatcacheError)]
 FIELDS = {"expected": "5 rows", "found": 3, "remedy": "run it again"}
@@ -35,3 +35,8 @@ def test_an_error_is_the_same_after_pickling(kind):
     error = kind("a.npy", **FIELDS)
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind and vars(copy) == vars(error) and str(copy) == str(error)
+
+
+def test_many_names_are_counted_and_few_are_listed():
+    assert some_of(["a"]) == "'a'" and some_of(list("abc")) == "'a', 'b', 'c'"
+    assert some_of([f"model {n}" for n in range(24)]) == "24, such as 'model 0', 'model 1', 'model 2'"

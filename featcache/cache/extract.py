@@ -1,14 +1,16 @@
 """Images x backbone -> feature store. A run that was killed goes on, and ends bit-equal to one that was not."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 
+from featcache.backbone.extent import TIMM_SETTINGS, fit_of
 from featcache.backbone.network import Backbone
 from featcache.backbone.taps import Taps
 from featcache.cache.keys import FeatureFacts, FeatureKey
@@ -149,8 +151,27 @@ def _explain_new(key: FeatureKey, folder: Path) -> None:
     same = (key.subject, key.backbone, key.fold)
     others = [store for other, store in keys if (other.subject, other.backbone, other.fold) == same]
     if miss := nearest(key.to_json(), others):
-        changed = "; ".join(f"{name} is {ours}, was {theirs}" for name, (ours, theirs) in miss[1].items())
+        changed = "; ".join(f"{name} is {ours}, was {theirs}" for name, (ours, theirs) in _in_words(key, *miss).items())
         say(f"{key.subject}: a new store, because nothing matches; nearest is {miss[0].name}: {changed}")
+    if whole := next((store.name for store in others if _has_all(FeatureKey.of(store), key)), None):
+        layers = ",".join(key.layers)
+        say(f"{key.subject}: {whole} has these layers too; 'fit-heads --layers {layers}' reads them there")
+
+
+def _has_all(other: FeatureKey, key: FeatureKey) -> bool:
+    """Whether features have all layers of others, with the same numbers."""
+    grids = {layer: grid for layer, grid in other.grids.items() if layer in key.layers}
+    pool = other.pool if grids else None
+    return set(key.layers) <= set(other.layers) and replace(other, layers=key.layers, grids=grids, pool=pool) == key
+
+
+def _in_words(key: FeatureKey, store: Store, changed: Mapping[str, tuple[Any, Any]]) -> Mapping[str, tuple[Any, Any]]:
+    """Settings in which a key differs from that of a store; where the fit differs, not what timm has to do for it."""
+    fits = fit_of(key.transform), fit_of(FeatureKey.of(store).transform)
+    if fits[0] == fits[1]:
+        return changed
+    of_timm = {f"transform.{name}" for settings in TIMM_SETTINGS.values() for name in settings}
+    return {"fit": fits} | {name: values for name, values in changed.items() if name not in of_timm}
 
 
 def _facts(subject: Subject, source: Source, config: ExtractConfig) -> FeatureFacts:

@@ -27,6 +27,7 @@ from featcache.config import BackboneConfig
 from featcache.dataset.digests import digests, subject_digests
 from featcache.dataset.splits import assign_folds, check_folds, refuse_leak
 from featcache.dataset.subject import Subject
+from featcache.errors import ConfigError
 from featcache.machine.device import resolve_device
 from featcache.machine.files import only_writer
 from featcache.machine.memory import keep_freed_memory
@@ -38,6 +39,7 @@ from heads.backbones.heads import FirstWeights, build_heads, has_roi_heads, star
 from heads.backbones.loop import EncoderTraining
 from heads.backbones.starts import Start, Starts
 from heads.config import StageConfig
+from heads.config.losses import SAME
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def train_stage(subjects: Sequence[Subject], config: StageConfig, work: Path | s
     device = resolve_device(config.device)
     if device == "cpu":
         keep_freed_memory()
+    _refuse_missing_rois(subjects, config)
     groups = [tuple(subjects)] if config.stage == "pretrain" else [(subject,) for subject in subjects]
     for subject in subjects:
         check_folds(assign_folds(subject.train.ids, config.n_folds, config.fold_seed), config.n_folds)
@@ -71,6 +74,14 @@ def train_stage(subjects: Sequence[Subject], config: StageConfig, work: Path | s
     splits = [Split(fold=fold, n_folds=config.n_folds, seed=config.fold_seed) for fold in folds]
     starts = Starts(config, work)
     return [_train_fold(group, split, config, starts, device, work) for group in groups for split in splits]
+
+
+def _refuse_missing_rois(subjects: Sequence[Subject], config: StageConfig) -> None:
+    """Raise ConfigError for a loss of heads of ROIs where no subject has any ROI."""
+    if config.train.roi_loss != SAME and not has_roi_heads(subjects, config):
+        raise ConfigError(
+            "--roi-loss", expected="one or more ROIs in roi_masks", found="none", remedy="leave --roi-loss out"
+        )
 
 
 def _train_fold(

@@ -2,15 +2,20 @@
 
 import csv
 import fnmatch
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from featcache.backbone.keys import CheckpointKey
 from featcache.backbone.trainings import Trainings
 from featcache.dataset.subject import Subject
-from featcache.errors import ConfigError
+from featcache.errors import ConfigError, some_of
 from featcache.machine.progress import say
 from featcache.workdir import Workdir
 from heads.blend.models import Model, find_models
@@ -18,9 +23,10 @@ from heads.blend.plot import plot_arms
 from heads.config.solvers import SOLVERS
 from heads.fit.run import score
 from heads.scores.intervals import Interval, paired_interval
-from heads.scores.metrics import summarize
+from heads.scores.metrics import Summary, summarize
 
 _HEADS = ("trained", "refitted")  # in the order of tables; others follow
+_FEWEST_IMAGES = 2  # that a correlation is of
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,9 @@ class Arm:
     training, heads : what was done, in words
     held_out : folds that are scored; None for all
     chosen_on : whether the epoch was chosen on the images of the scores
-    reference : the arm that it is compared with
-    difference : of mean r from the reference, over the pairs of subject and seed that both have; None where there are
-        none, and for the reference
+    reference : the arm that it is compared with; None for the one that others are compared with
+    difference : of mean r from the reference, over pairs of one subject and one seed, each over the images that both
+        models predict; None without a reference, and where there is no such pair
     """
 
     training: str
@@ -109,12 +115,13 @@ def compare(
 
     models, exclude : patterns of names of models, as for a blend
     reference : pattern of the name of an arm; '' for the training that comes first. Of several, an arm is compared with
-        the one that has its own kind of heads, else with the first
+        another one that has its own kind of heads, else with the first
 
     Raises StoreError where there are no models, ConfigError where a pattern matches none.
     """
     work = Path(work)
-    arms = _against(_arms(subjects, work, models, exclude), reference)
+    members = _members(subjects, work, models, exclude)
+    arms = _against(members, reference)
     files = Workdir(work)
     files.comparison.mkdir(parents=True, exist_ok=True)
     _write_arms(files.compared_arms, arms)
@@ -123,35 +130,64 @@ def compare(
     return arms
 
 
-def _arms(subjects: Sequence[Subject], work: Path, models: str, exclude: str) -> list[Arm]:
-    """Arms in the order of tables: the fewer stages and losses, the earlier."""
-    trainings, groups = Trainings(work), dict[str, list[tuple[Subject, Model]]]()
+@dataclass(frozen=True, eq=False)
+class _Member:
+    """One model of one subject. seed : of its training; None for a frozen backbone, and where the checkpoint is gone"""
+
+    subject: Subject
+    model: Model
+    seed: int | None
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """Ids of the training images that it predicts."""
+        return self.model.store.image_ids[: self.model.store.n_train]
+
+    @cached_property
+    def whole(self) -> Summary:
+        """Its score over all these images."""
+        return self._summary(self.ids)
+
+    def mean_r(self, ids: np.ndarray) -> float:
+        """Mean r over some of these images."""
+        return (self.whole if np.isin(self.ids, ids).all() else self._summary(ids)).mean_r
+
+    def _summary(self, ids: np.ndarray) -> Summary:
+        rows = summarize([score(self.subject, surface, self.model.store, ids) for surface in self.subject.surfaces])
+        return next(row for row in rows if row.all_surfaces)
+
+    @property
+    def value(self) -> Value:
+        return Value(self.subject.name, self.seed, self.whole.mean_r, self.whole.accuracy)
+
+
+def _members(subjects: Sequence[Subject], work: Path, models: str, exclude: str) -> list[tuple[Arm, Sequence[_Member]]]:
+    """Arms and their members, in the order of tables: the fewer stages and losses, the earlier."""
+    trainings, groups = Trainings(work), dict[str, list[_Member]]()
     for subject, of_subject in find_models(subjects, work, models, exclude, some_folds=True).items():
         for model in of_subject:
-            groups.setdefault(_identity(model, trainings), []).append((subject, model))
-    arms = [_arm(group, trainings) for group in groups.values()]
-    return _distinct(sorted(arms, key=_place))
+            member = _Member(subject, model, _seed(model, trainings))
+            groups.setdefault(_identity(model, trainings), []).append(member)
+    found = sorted(((_arm(group, trainings), group) for group in groups.values()), key=lambda one: _place(one[0]))
+    return list(zip(_distinct([arm for arm, _ in found]), [group for _, group in found], strict=True))
 
 
-def _arm(group: Sequence[tuple[Subject, Model]], trainings: Trainings) -> Arm:
-    first = group[0][1]
+def _arm(group: Sequence[_Member], trainings: Trainings) -> Arm:
+    first = group[0].model
     folds = first.key.training
     return Arm(
         training=_training_words(first, trainings),
         heads=_head_words(first),
-        models=tuple(dict.fromkeys(model.name for _, model in group)),
-        values=tuple(_value(subject, model, trainings) for subject, model in group),
+        models=tuple(dict.fromkeys(member.model.name for member in group)),
+        values=tuple(member.value for member in group),
         held_out=None if folds is None or len(folds.held_out) == folds.n_folds else tuple(folds.held_out),
-        chosen_on=any(model.chosen_on(trainings) for _, model in group),
+        chosen_on=any(member.model.chosen_on(trainings) for member in group),
     )
 
 
-def _value(subject: Subject, model: Model, trainings: Trainings) -> Value:
-    rows = summarize([score(subject, surface, model.store) for surface in subject.surfaces])
-    whole = next(row for row in rows if row.all_surfaces)
+def _seed(model: Model, trainings: Trainings) -> int | None:
     key = None if model.key.training is None else trainings.find(model.key.training.training)
-    seed = None if key is None else key.settings.get("seed")
-    return Value(subject.name, seed, whole.mean_r, whole.accuracy)
+    return None if key is None else key.settings.get("seed")
 
 
 def _identity(model: Model, trainings: Trainings) -> str:
@@ -177,7 +213,7 @@ def _without_seed(training: str, trainings: Trainings) -> Any:
 
 
 def _training_words(model: Model, trainings: Trainings) -> str:
-    """Stages and loss: 'frozen', 'finetune smooth_l1', 'pretrain+finetune smooth_l1'."""
+    """Stages and loss: 'frozen', 'finetune smooth_l1', 'pretrain+finetune smooth_l1 (ROIs mnnpc)'."""
     if model.key.training is None:
         return "frozen"
     last, chain = model.key.training.training, []
@@ -186,7 +222,7 @@ def _training_words(model: Model, trainings: Trainings) -> str:
         say(f"{model.name}: its checkpoint is gone, so loss and seed of its training are not known: an arm of its own")
         return f"{model.stage} {last[:6]}"
     while key is not None:
-        chain.append((key.stage, str(key.settings.get("loss", "mean of several"))))
+        chain.append((key.stage, _loss_words(key)))
         key = trainings.find(key.start.training)
     chain.reverse()
     if len({loss for _, loss in chain}) == 1:
@@ -194,12 +230,22 @@ def _training_words(model: Model, trainings: Trainings) -> str:
     return " + ".join(f"{stage} {loss}" for stage, loss in chain)
 
 
+def _loss_words(key: CheckpointKey) -> str:
+    """Loss of a training, and that of the heads of ROIs where it is another."""
+    loss = str(key.settings.get("loss", "mean of several"))
+    of_rois = key.settings.get("roi_loss", loss)
+    return loss if of_rois == loss else f"{loss} (ROIs {of_rois})"
+
+
 def _head_words(model: Model) -> str:
     """'trained' with the backbone, 'refitted' in closed form, or head and objective."""
-    solver = model.key.solver
-    if solver == SOLVERS["trained"].stored:
+    key = model.key
+    if key.solver == SOLVERS["trained"].stored:
         return "trained"
-    return "refitted" if solver == SOLVERS["ridge"].stored else " ".join(model.key.head_words)
+    if key.solver == SOLVERS["ridge"].stored:
+        return "refitted"
+    of_rois = [] if key.roi_loss in (None, key.objective) else [f"(ROIs {key.roi_loss})"]
+    return " ".join([*key.head_words, *of_rois])
 
 
 def _place(arm: Arm) -> tuple[Any, ...]:
@@ -221,42 +267,42 @@ def _distinct(arms: Sequence[Arm]) -> list[Arm]:
     ]
 
 
-def _against(arms: Sequence[Arm], pattern: str) -> list[Arm]:
+def _against(found: Sequence[tuple[Arm, Sequence[_Member]]], pattern: str) -> list[Arm]:
     """The arms with their differences from the reference."""
-    matches = [arm for arm in arms if fnmatch.fnmatchcase(arm.name, pattern) or arm.name == pattern]
-    candidates = matches if pattern else [arm for arm in arms if arm.training == arms[0].training]
+    arms = [arm for arm, _ in found]
+    matches = [one for one in found if fnmatch.fnmatchcase(one[0].name, pattern) or one[0].name == pattern]
+    candidates = matches if pattern else [one for one in found if one[0].training == arms[0].training]
     if not candidates:
         raise ConfigError(
             "--reference",
-            expected=f"a pattern that matches one of: {'; '.join(arm.name for arm in arms)}",
+            expected=f"a pattern that matches one of {some_of([arm.name for arm in arms])}",
             found=repr(pattern),
-            remedy="correct it",
+            remedy="correct it; the table without --reference lists all names",
         )
     compared = []
-    for arm in arms:
-        reference = next((one for one in candidates if one.heads == arm.heads), candidates[0])
-        compared.append(arm if arm is reference else _with_difference(arm, reference))
+    for arm, members in found:
+        reference, theirs = next((one for one in candidates if one[0].heads == arm.heads), candidates[0])
+        if reference is arm:  # others are compared with it, and it with the first of all
+            reference, theirs = candidates[0]
+        compared.append(arm if reference is arm else _with_difference(arm, members, reference, theirs))
     return compared
 
 
-def _with_difference(arm: Arm, reference: Arm) -> Arm:
-    differences = _differences(arm, reference) if arm.held_out == reference.held_out else []
+def _with_difference(arm: Arm, members: Sequence[_Member], reference: Arm, theirs: Sequence[_Member]) -> Arm:
+    differences = _differences(members, theirs)
     difference = paired_interval(differences) if differences else None
     return replace(arm, reference=reference.name, difference=difference)
 
 
-def _differences(arm: Arm, reference: Arm) -> list[float]:
-    """Differences within subject and seed. Where one arm has no seeds, its one score of a subject is in every pair."""
-    theirs = {(value.subject, value.seed): value.mean_r for value in reference.values}
-    if not arm.seeds:
-        ours = {value.subject: value.mean_r for value in arm.values}
-        return [ours[subject] - r for (subject, _), r in theirs.items() if subject in ours]
-    found = [(value.mean_r, _of_pair(theirs, value)) for value in arm.values]
-    return [r - other for r, other in found if other is not None]
-
-
-def _of_pair(scores: Mapping[tuple[str, int | None], float], value: Value) -> float | None:
-    return scores.get((value.subject, value.seed), scores.get((value.subject, None)))
+def _differences(members: Sequence[_Member], reference: Sequence[_Member]) -> list[float]:
+    """Differences within subject and seed, over common images. A model without a seed is in a pair with every seed."""
+    differences = []
+    for ours, theirs in itertools.product(members, reference):
+        alike = ours.seed == theirs.seed or None in (ours.seed, theirs.seed)
+        common = np.intersect1d(ours.ids, theirs.ids)
+        if ours.subject is theirs.subject and alike and len(common) >= _FEWEST_IMAGES:
+            differences.append(ours.mean_r(common) - theirs.mean_r(common))
+    return differences
 
 
 def _write_arms(path: Path, arms: Sequence[Arm]) -> None:

@@ -11,7 +11,7 @@ from featcache.cache.store import Store
 from featcache.dataset.digests import image_digest, response_digest, subject_digests
 from featcache.dataset.splits import assign_folds, refuse_leak
 from featcache.dataset.subject import Subject
-from featcache.errors import ConfigError, StoreError
+from featcache.errors import ConfigError, StoreError, some_of
 from featcache.workdir import Workdir
 from heads.features.sets import keep, matches, newer_fault, say_without, subject_stores
 from heads.fit.names import PredictionFacts, PredictionKey
@@ -114,9 +114,9 @@ def choose_names(names: Sequence[str], models: str, exclude: str = "") -> set[st
         option, pattern = ("--exclude", exclude) if wanted else ("--models", models)
         raise ConfigError(
             option,
-            expected=f"{'a pattern that leaves' if wanted else 'one that matches'} one of: {', '.join(names)}",
+            expected=f"{'a pattern that leaves' if wanted else 'one that matches'} one of {some_of(names)}",
             found=repr(pattern),
-            remedy="correct it",
+            remedy="correct it; 'models' lists all names",
         )
     return left
 

@@ -104,7 +104,8 @@ def plot_arms(path: Path, arms: Mapping[str, Mapping[str, float]]) -> None:
     from matplotlib import colormaps
 
     subjects = sorted({subject for of_arm in arms.values() for subject in of_arm})
-    figure = new_figure(3 + 0.16 * len(arms) * (len(subjects) + 1), 2.8 + 0.2 * len(arms))
+    longest = max(map(len, arms))  # of the names in the legend, 0.055 inches a letter
+    figure = new_figure(max(3 + 0.16 * len(arms) * (len(subjects) + 1), 0.6 + 0.055 * longest), 2.8 + 0.2 * len(arms))
     axis, width = figure.subplots(), 0.85 / len(arms)
     for number, (name, of_arm) in enumerate(arms.items()):
         heights = [of_arm.get(subject, np.nan) for subject in subjects]

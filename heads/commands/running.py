@@ -1,5 +1,6 @@
 """run: a recipe, all of its commands in order."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -7,10 +8,11 @@ import typer
 import typer.core
 
 from featcache.config import BackboneConfig, ExtractConfig
+from featcache.errors import ConfigError
 from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, on_command_line, option_of
 from heads.config import STAGES
 from heads.recipes.jobs import Job, Outcome
-from heads.recipes.steps import commands_of, read_recipe, ready, run_steps
+from heads.recipes.steps import Step, commands_of, read_recipe, ready, run_steps
 
 _FOR_EVERY_STEP = ("data", "work", "noise_ceiling", "subject", "device", "backbone", "fold")
 
@@ -52,7 +54,10 @@ def run(
     }
     group = cast(typer.core.TyperGroup, context.find_root().command)
     trainings = {stage: {"seed": list(range(seeds))} for stage in STAGES} if seeds else {}
-    steps = [ready(group, step) for step in read_recipe(recipe, commands_of(group), for_all, trainings)]
+    commands = commands_of(group)
+    if seeds:
+        _refuse_without_training(read_recipe(recipe, commands, for_all), recipe)
+    steps = [ready(group, step) for step in read_recipe(recipe, commands, for_all, trainings)]
     from featcache.machine.progress import say
     from heads.recipes.plan import estimates_of, subjects_of
 
@@ -71,3 +76,14 @@ def run(
         return Outcome(f"{recipe}: {len(results)} of {len(steps)} steps", {"steps": results}, code)
 
     return Job(None, show if plan else call)
+
+
+def _refuse_without_training(steps: Sequence[Step], recipe: Path) -> None:
+    """Raise ConfigError where no training of a recipe is left for --seeds to give a seed to."""
+    if all("seed" in step.own for step in steps if step.command in STAGES):
+        raise ConfigError(
+            "--seeds",
+            expected=f"a step of {' or '.join(STAGES)} that gives no seed",
+            found=f"none in {recipe}",
+            remedy="leave --seeds out",
+        )

@@ -11,8 +11,8 @@ def check_dropout(value: float, option: str = "token-dropout") -> None:
 
 
 def refuse_given(unread: Sequence[str], wanted: str, found: str) -> None:
+    """Raise ConfigError for the first of the options that were given and are read only beside what is `wanted`."""
     if unread:
-        option = unread[0].replace("_", "-")
-        raise ConfigError(
-            f"--{option}", expected=f"{wanted} with it", found=found, remedy="add that, or leave this out"
-        )
+        option = f"--{unread[0].replace('_', '-')}"
+        remedy = f"leave {option} out, or use {wanted}"
+        raise ConfigError(option, expected=f"{wanted} with it", found=found, remedy=remedy)

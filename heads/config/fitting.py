@@ -153,7 +153,7 @@ class FitConfig:
     features: str = option(
         "*",
         "Features that heads are fitted to, by names such as 'tf_efficientnet_lite0@112 whole pretrain' (backbone and "
-        "size, fit if it is not crop, stage): patterns with commas between them.",
+        "size, fit if it is not crop, stage), with or without their six digits: patterns with commas between them.",
         "Layers",
     )
     layers: str = option(

@@ -53,7 +53,7 @@ def parse_loss(text: str, option: str = "--loss") -> tuple[tuple[float, str], ..
             raise ConfigError(
                 option,
                 expected=f"{', '.join(LOSS_SPECS)} or a weighted sum such as smooth_l1+0.5*mnnpc",
-                found=f"{part!r} in {text!r}",
+                found=repr(part) if part == text else f"{part!r} in {text!r}",
                 remedy="correct it",
             )
         terms.append((float(match["weight"] or 1), match["name"]))

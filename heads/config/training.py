@@ -57,7 +57,7 @@ def _in_panel(panel: str, default: Any, meaning: str) -> Any:
 
 _train, _more = partial(_in_panel, "Training"), partial(_in_panel, "Training, in detail")
 _heads, _spatial = partial(_in_panel, "Heads"), partial(_in_panel, "Spatial heads")
-_core = partial(_in_panel, "Shared core")
+_core, _layers = partial(_in_panel, "Shared core"), partial(_in_panel, "Layers")
 _machine = partial(_in_panel, "Machine")
 
 
@@ -109,12 +109,12 @@ class TrainConfig:
         "Kind of head. linear: linear maps on the pooled features. spatial: maps over the places of layers. "
         "core: a small network on the layers that all subjects share, and maps over its places.",
     )
-    layers: str = _spatial(
+    layers: str = _layers(
         "auto",
-        "Layers that the heads read: auto (pooled and up to 6 others), all, pooled, or names or numbers with commas "
-        "between them; the command 'layers' lists them.",
+        "Layers that spatial heads and cores read: auto (pooled and up to 6 others), all, pooled, or names or numbers "
+        "with commas between them; the command 'layers' lists them.",
     )
-    grid: str = _spatial("auto", "Places on a side of each layer: a number, native, or auto (at most 7).")
+    grid: str = _layers("auto", "Places on a side of each layer: a number, native, or auto (at most 7).")
     space: int = _spatial(
         0,
         "Outputs of one readout that all subjects share; each vertex is a linear combination of them. 0: no shared "

@@ -1,7 +1,8 @@
 """The features that heads are fitted to: of a frozen backbone, or of one that was trained once per fold."""
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +13,15 @@ import numpy as np
 from featcache.backbone.extent import fit_of
 from featcache.cache.keys import FeatureFacts, FeatureKey, FoldKey, HeldOutFolds
 from featcache.cache.store import Store, list_stores
-from featcache.config import CLASS_TOKEN
+from featcache.config import CLASS_TOKEN, fingerprint
 from featcache.dataset.digests import image_digest
 from featcache.dataset.subject import Subject
 from featcache.machine.progress import say
 from featcache.workdir import Workdir
 from heads.features.rows import LayerRows
+
+_OF_A_SUBJECT = ("subject", "images", "image_ids")  # what keys of the same features of other subjects differ in
+_DIGITS = 6  # of a fingerprint, at the end of a title
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,18 @@ class FeatureSet:
 
     @property
     def title(self) -> str:
-        """The name that --features goes by (see `title_of`)."""
+        """The name that --features goes by (see `title_of`), and six digits that change with all that decides them.
+
+        The digits are the same for every subject, and for every fold of one training.
+        """
         key = self.keys[0]
-        stage = self.trainings[0].label if self.trainings else ""
-        return title_of(key.backbone, key.transform["input_size"][-1], fit_of(key.transform), stage)
+        decisive = {name: value for name, value in key.to_json().items() if name not in _OF_A_SUBJECT}
+        stage = ""
+        if self.trainings:  # whose weights differ between folds
+            stage = self.trainings[0].label
+            decisive |= {"weights": None, "fold": self.trainings[0].training}
+        words = title_of(key.backbone, key.transform["input_size"][-1], fit_of(key.transform), stage)
+        return f"{words} {fingerprint(decisive)[:_DIGITS]}"
 
     def key(self) -> dict[str, Any]:
         """Key of the features, as prediction stores keep it; for a trained backbone, of all folds together."""
@@ -120,6 +132,17 @@ def title_of(backbone: str, size: int, fit: str, stage: str) -> str:
     return " ".join(word for word in words if word)
 
 
+def chosen_by(title: str, patterns: str) -> bool:
+    """Whether --features chooses features: a pattern is of a whole title, of one without its digits, or the digits."""
+    words, _, digits = title.rpartition(" ")
+    return any(matches(name, patterns) for name in (title, words, digits))
+
+
+def without_digits(patterns: str) -> str:
+    """Patterns for titles without digits, as of features that are not there yet; digits alone become '*'."""
+    return ",".join(re.sub(rf"(^|\s)[0-9a-f]{{{_DIGITS}}}$", "", one.strip()) or "*" for one in patterns.split(","))
+
+
 def matches(name: str, patterns: str) -> bool:
     """Whether a whole name is one of some patterns, with commas between them, as of file names: 'convnext*,*@112'."""
     return any(fnmatch.fnmatchcase(name, pattern.strip()) for pattern in patterns.split(","))
@@ -157,12 +180,14 @@ def feature_sets(subject: Subject, work: Path) -> list[FeatureSet]:
     families: dict[str, list[Store]] = {}
     for store in stores:
         families.setdefault(_family(store), []).append(store)
-    sets = [FeatureSet(tuple(sorted(family, key=_fold))) for family in families.values()]
-    for features in sets:
-        if features.backbone_trained and len(features.stores) < (n_folds := features.trainings[0].n_folds):
-            folds = ", ".join(map(str, features.held_out))
-            say(f"{subject.name}: {features.label} has fold {folds} of {n_folds}; only their images are predicted")
-    return sets
+    return [FeatureSet(tuple(sorted(family, key=_fold))) for family in families.values()]
+
+
+def say_partial(sets: Iterable[FeatureSet]) -> None:
+    """Say which trainings have features of some folds alone, each once."""
+    partial = [each for each in sets if each.backbone_trained and len(each.stores) < each.trainings[0].n_folds]
+    for title, folds, n_folds in dict.fromkeys((p.title, p.held_out, p.trainings[0].n_folds) for p in partial):
+        say(f"{title} has fold {', '.join(map(str, folds))} of {n_folds}; only their images are predicted")
 
 
 def _older_fault(store: Store, stores: Sequence[Store]) -> str:

@@ -20,7 +20,7 @@ from featcache.machine.memory import give_back_memory, keep_freed_memory, memory
 from featcache.machine.progress import bar, say
 from featcache.workdir import Workdir
 from heads.config import HEADS, FitConfig
-from heads.features.sets import FeatureSet, feature_sets, layer_of, matches, say_without
+from heads.features.sets import FeatureSet, chosen_by, feature_sets, layer_of, say_partial, say_without
 from heads.fit.names import PredictionFacts, PredictionKey, prediction_key
 from heads.fit.out_of_fold import predict_surface
 from heads.scores.metrics import VertexScores, pearson_r
@@ -103,6 +103,7 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
             found=repr(config.layers),
             remedy=f"choose among those, or extract with --layers {config.layers}",
         )
+    say_partial(features for _, features in read)
     if takes_heads:
         from heads.solvers.trained import read_by_its_heads  # loads timm, which takes seconds
 
@@ -117,14 +118,14 @@ def _chosen(found: Mapping[Subject, list[FeatureSet]], patterns: str) -> dict[Su
     """The sets whose titles match `patterns`. Raises ConfigError for a pattern that no set of any subject matches."""
     titles = dict.fromkeys(each.title for sets in found.values() for each in sets)
     for pattern in patterns.split(","):
-        if titles and not any(matches(title, pattern) for title in titles):
+        if titles and not any(chosen_by(title, pattern) for title in titles):
             raise ConfigError(
                 "--features",
                 expected=f"patterns that each match one of: {', '.join(map(repr, titles))}",
                 found=repr(pattern.strip()),
                 remedy="correct it",
             )
-    return {subject: [each for each in sets if matches(each.title, patterns)] for subject, sets in found.items()}
+    return {subject: [each for each in sets if chosen_by(each.title, patterns)] for subject, sets in found.items()}
 
 
 def _suitable(sets: Sequence[FeatureSet], subject: Subject, takes_heads: bool) -> list[FeatureSet]:
@@ -280,9 +281,19 @@ def scores_by_model(subjects: Sequence[Subject], fitted: Sequence[Fitted]) -> di
     return scores
 
 
-def score(subject: Subject, surface: str, store: Store) -> VertexScores:
-    """r of the out-of-fold predictions that a store has, with the subject's ceilings and ROIs."""
-    rows = np.isin(subject.train.ids, store.image_ids[: store.n_train])
-    responses = subject.responses(surface)
-    r = pearson_r(store.read(surface, 0, store.n_train), responses if rows.all() else responses[rows])
+def score(subject: Subject, surface: str, store: Store, ids: np.ndarray | None = None) -> VertexScores:
+    """r of the out-of-fold predictions that a store has, with the subject's ceilings and ROIs.
+
+    ids : of the images to score; None: all that the store predicts
+    """
+    stored = store.image_ids[: store.n_train]
+    chosen = np.full(len(stored), True) if ids is None else np.isin(stored, ids)
+    rows = np.isin(subject.train.ids, stored[chosen])
+    predictions, responses = store.read(surface, 0, store.n_train), subject.responses(surface)
+    r = pearson_r(_some(predictions, chosen), _some(responses, rows))
     return VertexScores(subject.name, surface, r, subject.noise_ceiling[surface], subject.rois[surface])
+
+
+def _some(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Some rows; the array itself where these are all, for it may be large."""
+    return values if rows.all() else values[rows]

@@ -23,7 +23,7 @@ class Features:
     rows : {array: its row}
     held_out : folds that a trained backbone did not see, one store for each; none for a frozen backbone
     n_folds : of the training
-    title : that --features goes by
+    title : that --features goes by, without digits
     """
 
     rows: Mapping[str, Row]

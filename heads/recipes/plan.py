@@ -25,7 +25,7 @@ from featcache.machine.memory import memory_at_start
 from featcache.simulate import SimulateConfig
 from heads.blend.products import N_FOLDS, bytes_of
 from heads.config import BlendConfig, FitConfig, StageConfig
-from heads.features.sets import matches, models_of, title_of
+from heads.features.sets import matches, models_of, title_of, without_digits
 from heads.recipes.fits import Features, FitSizes, fit_memory, saved_bytes
 from heads.recipes.steps import Ready, Step, located
 
@@ -260,7 +260,7 @@ class _Work:
             for key, features in self.features[counts.name].items():
                 if not features.backbone_trained and not config.solver_spec.fits:
                     continue  # no heads were trained with a frozen backbone
-                if not matches(features.title, config.features):
+                if not matches(features.title, without_digits(config.features)):
                     continue
                 for arrays in models_of(list(features.rows), config.layers):
                     for variant in config.variants():

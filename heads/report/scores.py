@@ -108,7 +108,7 @@ def _cell(summary: Summary | None, accuracy: bool) -> str:
 
 
 def scores_as_json(scores: Mapping[str, Sequence[VertexScores]]) -> dict[str, list[dict[str, Any]]]:
-    """{method: [{subject, hemisphere, roi, n_vertices, mean_r, mean_r2, accuracy}]}
+    """{method: [{subject, surface, roi, n_vertices, mean_r, mean_r2, accuracy}]}
 
     As in the table, a method that lacks a subject has no rows over all of them.
     """

@@ -204,8 +204,8 @@ class Summary:
         return self.surface == ALL_SURFACES
 
     def to_json(self) -> dict[str, Any]:
-        """The row as commands write it: `surface` is called hemisphere there."""
-        return {{"surface": "hemisphere"}.get(name, name): value for name, value in vars(self).items()}
+        """The row as commands write it."""
+        return dict(vars(self))
 
 
 def summarize(scores: Sequence[VertexScores], zero_ceiling: ZeroCeiling = "exclude") -> list[Summary]:

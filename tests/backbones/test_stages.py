@@ -382,6 +382,13 @@ def test_stage_1_has_no_loss_of_roi_heads(capfd):
     assert code != 0 and "--roi-loss" in capfd.readouterr().err
 
 
+def test_a_loss_of_roi_heads_is_refused_where_there_are_no_rois(work, tiny):
+    config = StageConfig(stage="finetune", train=replace(SHORT, roi_loss="mse"))
+    subjects = [without_rois(subject) for subject in open_challenge(tiny).subjects]
+    with pytest.raises(ConfigError, match="--roi-loss: expected one or more ROIs in roi_masks; found none"):
+        train_stage(subjects, config, work)
+
+
 def test_roi_heads_are_refused_where_there_are_no_rois(work, tiny):
     subjects = [without_rois(subject) for subject in open_challenge(tiny).subjects]
     with pytest.raises(

@@ -30,8 +30,8 @@ def test_names_are_chosen_by_patterns(models, exclude, expected):
 @pytest.mark.parametrize(
     ("models", "exclude", "message"),
     [
-        ("ridge", "", "--models: expected one that matches one of: a@64 .*; found 'ridge'"),
-        ("b*", "*", "--exclude: expected a pattern that leaves one of: a@64 .*; found '\\*'"),
+        ("ridge", "", "--models: expected one that matches one of 'a@64 .*; found 'ridge'"),
+        ("b*", "*", "--exclude: expected a pattern that leaves one of 'a@64 .*; found '\\*'"),
     ],
 )
 def test_patterns_that_leave_no_name_are_refused(models, exclude, message):

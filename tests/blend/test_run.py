@@ -166,7 +166,7 @@ def test_models_are_chosen_by_name(filled, capfd):
 
 def test_a_pattern_that_leaves_no_model_lists_them(filled, capfd):
     line = fails(capfd, "blend", "--models", "convnext*")
-    assert "--models: expected one that matches one of: test_resnet@48" in line and "found 'convnext*'" in line
+    assert "--models: expected one that matches one of 'test_resnet@48" in line and "found 'convnext*'" in line
     assert "--exclude: expected a pattern that leaves one of" in fails(capfd, "models", "--exclude", "*")
 
 

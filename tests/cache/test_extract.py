@@ -155,7 +155,7 @@ def test_batch_size_changes_rows_by_rounding_alone(tiny, tmp_path):
         (ExtractConfig(backbone=BACKBONE, dtype="bfloat16"), "dtype is bfloat16, was float32"),
         (
             ExtractConfig(backbone=replace(BACKBONE, fit="pad")),
-            "transform.crop_mode is border, was center; transform.crop_pct is 1.0, was 0.95",
+            ": fit is pad, was crop",
         ),
     ],
 )
@@ -164,6 +164,20 @@ def test_a_changed_setting_makes_another_store_and_is_named(tiny, tmp_path, said
     second = run(tiny, tmp_path, config)
     assert {r.path for r in first}.isdisjoint(r.path for r in second) and all(r.n_new for r in second)
     assert any("a new store, because nothing matches" in line and setting in line for line in said)
+
+
+def test_layers_that_another_store_has_are_pointed_out(tiny, tmp_path, said):
+    whole = ExtractConfig(backbone=BACKBONE, layers=LayerConfig(layers="pooled,layer2,layer4"))
+    (first, _) = run(tiny, tmp_path, whole)
+    said.clear()
+    for layers, there in (("pooled", True), ("layer4,layer2", True), ("pooled,layer1", False)):
+        run(tiny, tmp_path, replace(whole, layers=LayerConfig(layers=layers)))
+        lines = [line for line in said if "has these layers too" in line]
+        assert len(lines) == (2 if there else 0), layers
+        assert not there or (first.path.name in lines[0] and "fit-heads --layers" in lines[0])
+        said.clear()
+    run(tiny, tmp_path, replace(whole, layers=LayerConfig(layers="layer2", grid="1")))
+    assert not any("has these layers too" in line for line in said)  # on another grid
 
 
 def redraw(tree: Path, draw: Callable[[int, Image.Image], Image.Image]) -> None:

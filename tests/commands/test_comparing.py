@@ -29,7 +29,8 @@ def test_the_recipe_of_table_1_ends_in_arms_with_intervals(tiny, tmp_path, capfd
     for arm in arms.values():
         assert arm["seeds"] == [0, 1] and len(arm["values"]) == 4 and not arm["chosen_on"]
     first, last = arms["finetune smooth_l1, refitted"], arms[correlated]
-    assert first["difference"] is None and last["reference"] == first["arm"]
+    assert last["reference"] == first["arm"] and first["reference"] == "finetune smooth_l1, trained"
+    assert [arm["arm"] for arm in arms.values() if arm["reference"] is None] == ["finetune smooth_l1, trained"]
     gap = last["difference"]
     assert gap["n_pairs"] == 4 and gap["low"] < gap["mean"] < gap["high"]
     assert gap["mean"] == pytest.approx(last["mean_r"] - first["mean_r"])

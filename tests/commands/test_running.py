@@ -43,3 +43,12 @@ def test_a_mistake_in_a_step_is_found_before_any_runs(tmp_path):
     (path := tmp_path / "recipe.toml").write_text(CHECKS + "[[steps]]\nrun = 'fit-heads'\nfolds = 1\n")
     with pytest.raises(ConfigError, match=r"step 3 \(fit-heads\): --folds: expected 2 or more"):
         job_of("run", str(path))
+
+
+def test_seeds_are_refused_where_no_training_takes_them(tiny, tmp_path, recipe):
+    (given := tmp_path / "given.toml").write_text("[[steps]]\nrun = 'pretrain'\nseed = 3\n" + CHECKS)
+    for path in (recipe, str(given)):
+        with pytest.raises(ConfigError, match=r"--seeds: expected a step of pretrain or finetune .* found none in"):
+            job_of("run", path, "--seeds", "2")
+    given.write_text(given.read_text() + "[[steps]]\nrun = 'finetune'\n")
+    job_of("run", str(given), "--seeds", "2", "--data", str(tiny), "--backbone", "test_resnet")

@@ -22,5 +22,6 @@ def test_the_first_option_that_decides_nothing_is_named_as_it_is_typed():
     with pytest.raises(ConfigError) as refused:
         refuse_given(["batch_size", "epochs"], "--solver adamw", "--solver ridge")
     assert str(refused.value) == (
-        "--batch-size: expected --solver adamw with it; found --solver ridge; add that, or leave this out"
+        "--batch-size: expected --solver adamw with it; found --solver ridge; "
+        "leave --batch-size out, or use --solver adamw"
     )

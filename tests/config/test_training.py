@@ -57,8 +57,9 @@ def test_losses_have_one_way_to_be_written_in_a_key():
 def test_every_setting_has_a_help_and_a_group_of_its_own_kind():
     for setting in fields(TrainConfig):
         assert setting.metadata["help"].endswith(".") and setting.metadata["panel"]
-        spatial = setting.name in HEAD_KINDS["spatial"].settings
-        assert (setting.metadata["panel"] == "Spatial heads") == spatial
+        readers = [kind for kind, spec in HEAD_KINDS.items() if setting.name in spec.settings]
+        assert (setting.metadata["panel"] == "Spatial heads") == (readers == ["spatial"])
+        assert (setting.metadata["panel"] == "Layers") == (readers == ["spatial", "core"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from featcache.cache.store import Row, create_store
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.splits import assign_folds
-from heads.features.sets import feature_sets
+from heads.features.sets import chosen_by, feature_sets, say_partial, without_digits
 from heads.solvers.held_out import FoldPlan
 from support.keys import feature_key, training_of
 
@@ -54,13 +54,42 @@ def test_trainings_layers_and_frozen_backbones_stay_apart(subject, tmp_path):
     assert sum(one.backbone_trained for one in sets) == 3
 
 
+def test_digits_of_a_title_tell_trainings_layers_and_weights_apart_and_are_of_no_subject_or_fold(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("heads.features.sets.image_digest", lambda *_: "these")
+    titles = []
+    for number, one in enumerate(open_challenge(tiny).subjects):
+        for fold in range(number + 1):  # the first subject has the first fold alone
+            store(one, tmp_path, fold, weights=f"{one.name} {fold}")
+            store(one, tmp_path, fold, training="other")
+            store(one, tmp_path, fold, layers=["deep"])
+        store(one, tmp_path)
+        store(one, tmp_path, weights="v")
+        titles.append({each.title for each in feature_sets(one, tmp_path)})
+    assert titles[0] == titles[1] and len(titles[0]) == 5
+    assert {title.rpartition(" ")[0] for title in titles[0]} == {"b@32", "b@32 pretrain"}
+
+
+def test_features_are_chosen_with_or_without_digits():
+    title = "b@32 whole pretrain 0a1b2c"
+    for pattern in (title, "b@32 whole pretrain", "*pretrain", "0a1b2c", "b@64, 0a1b2c", "b@?? whole*"):
+        assert chosen_by(title, pattern), pattern
+        assert chosen_by("b@32 whole pretrain 999999", without_digits(pattern)), pattern  # planned: digits not known
+    for pattern in ("b@32", "whole", "0a1b2", "b@32 whole pretrain 0a1b2d", "*finetune"):
+        assert not chosen_by(title, pattern), pattern
+    assert without_digits("a b 0a1b2c,*pretrain, ffffff") == "a b,*pretrain,*"
+
+
 def test_of_two_stores_of_one_fold_the_later_counts_and_the_other_is_named(subject, tmp_path, said):
     old = store(subject, tmp_path, 0, weights="unfinished", age=50)
     store(subject, tmp_path, 0, weights="finished")
     (one,) = feature_sets(subject, tmp_path)
     assert one.key()["weights"] == ["finished"]
     assert any(old.name in line and "newer" in line for line in said)
-    assert any("has fold 0 of 3; only their images are predicted" in line for line in said)
+    say_partial([one, one])
+    (line,) = [line for line in said if "only their images are predicted" in line]
+    assert line == f"{one.title} has fold 0 of 3; only their images are predicted"
 
 
 def test_features_of_other_images_are_left_out(subject, tmp_path, said):

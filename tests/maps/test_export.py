@@ -116,7 +116,7 @@ def test_without_matplotlib_tables_are_written_and_it_is_said(planted, said, unp
 
 def test_a_pattern_that_matches_no_model_is_one_line_with_those_there_are(planted, said):
     work, subject, model = planted
-    with pytest.raises(ConfigError, match=r"--models: expected .* one of: .*; found 'convnext.*'") as error:
+    with pytest.raises(ConfigError, match=r"--models: expected .* one of .*; found 'convnext.*'") as error:
         export_maps([subject], "convnext*", work)
     assert model.name in str(error.value) and "\n" not in str(error.value)
 

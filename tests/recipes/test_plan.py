@@ -100,6 +100,7 @@ def test_heads_are_planned_for_the_features_that_are_named(planned):
     fit = '[[steps]]\nrun = "fit-heads"\nfeatures = "{}"\n'
     names = ["*@48 whole", "test_resnet@48 pretrain", "*@64"]
     found = [planned(text + fit.format(name))[0][-1]["disk"] for name in names]
+    assert planned(text + fit.format(f"{names[1]} 0a1b2c"))[0][-1]["disk"] == found[1]  # digits are not known yet
     plan, _, written = planned(text + fit.format(names[0]) + fit.format(names[1]), then_run=True)
     assert [step["disk"] for step in plan[-2:]] == found[:2] and min(found[:2]) > 0 == found[2]
     there = written["predictions.zarr"] + written["heads"]

@@ -24,8 +24,8 @@ def test_a_row_has_means_seeds_and_its_difference():
     arms = [arm("a", 0.1), arm("b", 0.2, reference="a, refitted", difference=Interval(0.1, 0.05, 0.15, 4))]
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown(arms).splitlines() if "│" in line]
     assert rows == [
-        ["a, refitted", "0.200", "0.300", "0.2500", "2", "reference", ""],
-        ["b, refitted", "0.300", "0.400", "0.3500", "2", "+0.1000, +0.0500 to +0.1500", "4"],
+        ["1", "a, refitted", "0.200", "0.300", "0.2500", "2", "reference", "", ""],
+        ["2", "b, refitted", "0.300", "0.400", "0.3500", "2", "+0.1000, +0.0500 to +0.1500", "1", "4"],
     ]
 
 

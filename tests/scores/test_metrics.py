@@ -370,8 +370,8 @@ def test_means_are_over_vertices(key, r, ceiling, zero_ceiling):
 def test_rows_of_a_report_call_a_surface_a_hemisphere():
     row = rows_of(summarize(two_subjects()))["all", "both", "EBA"]
     assert row.all_surfaces
-    assert list(row.to_json()) == ["subject", "hemisphere", "roi", "n_vertices", "mean_r", "mean_r2", "accuracy"]
-    assert row.to_json()["hemisphere"] == "both" and row.to_json()["mean_r"] == row.mean_r
+    assert list(row.to_json()) == ["subject", "surface", "roi", "n_vertices", "mean_r", "mean_r2", "accuracy"]
+    assert row.to_json()["surface"] == "both" and row.to_json()["mean_r"] == row.mean_r
 
 
 def test_surfaces_have_any_name():
