@@ -159,7 +159,7 @@ def _explain_new(key: FeatureKey, folder: Path) -> None:
 
 
 def _has_all(other: FeatureKey, key: FeatureKey) -> bool:
-    """Whether features have all layers of others, with the same numbers."""
+    """Whether features have all layers of a key, on the same grids, and differ from it in nothing else."""
     grids = {layer: grid for layer, grid in other.grids.items() if layer in key.layers}
     pool = other.pool if grids else None
     return set(key.layers) <= set(other.layers) and replace(other, layers=key.layers, grids=grids, pool=pool) == key
