@@ -119,7 +119,7 @@ def main() -> None:
     tree = ["--data", given.data, "--work", given.work, "--subject", given.subject]
     if given.blend:
         return blended(Path(given.data), Path(given.work), given.subject, *given.blend)
-    if given.key != "none" and cli.run(["run", given.key, *tree]):
+    if given.recipe != "none" and cli.run(["run", given.recipe, *tree]):
         sys.exit(1)
     print(f"| blend | {' | '.join(_COLUMNS)} |\n|{'---|' * (len(_COLUMNS) + 1)}")
     for method in BLENDS:
