@@ -19,7 +19,7 @@ import numpy as np
 from featcache.cache.extract import extract
 from featcache.cache.store import open_store
 from featcache.config import POOLED, BackboneConfig, ExtractConfig, LayerConfig
-from featcache.dataset.algonauts import open_challenge
+from featcache.dataset.open import open_dataset
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Subject
 from featcache.machine.files import replace_json
@@ -50,7 +50,7 @@ COMPARED = [  # what is better than what, and by how much
 def main() -> None:
     options = parse()
     root = tree(options.tree, options.work)
-    challenge = open_challenge(root)
+    challenge = open_dataset(root)
     subjects = challenge.select(options.subjects)
     results: dict[str, dict[str, float]] = {}
     for seed in range(options.seeds):

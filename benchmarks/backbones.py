@@ -30,7 +30,7 @@ from featcache.backbone.network import load_backbone
 from featcache.cache.extract import extract
 from featcache.cache.store import open_store
 from featcache.config import POOLED, BackboneConfig, ExtractConfig, LayerConfig
-from featcache.dataset.algonauts import open_challenge
+from featcache.dataset.open import open_dataset
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Subject
@@ -61,7 +61,7 @@ TREE = SimulateConfig(
 def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
     """Everything of one backbone, in this process."""
     simulate(TREE, folder / "challenge")
-    subjects, work = open_challenge(folder / "challenge").subjects, folder / "work"
+    subjects, work = open_dataset(folder / "challenge").subjects, folder / "work"
     own = BackboneConfig(name=name, weights="none", size=size)
     settings = replace(preset("paper", "pretrain"), epochs=1, batch_size=BATCH)
     ends: list[float] = []

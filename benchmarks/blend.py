@@ -17,7 +17,7 @@ from measure import Figure, options, paired, peak_gb, report
 
 from featcache.cache.store import create_store, open_store
 from featcache.dataset.algonauts import response_files
-from featcache.dataset.subject import ImageFiles, Subject
+from featcache.dataset.subject import Images, Subject
 from featcache.machine.memory import keep_freed_memory
 from heads.blend.models import Model
 from heads.blend.subject import blend_subject
@@ -69,8 +69,8 @@ def main() -> None:
         shape = [sizes.images, sizes.vertices, sizes.models]
         subprocess.run([sys.executable, __file__, "--write", name, json.dumps(shape)], check=True)
         stores = sorted((open_store(path) for path in (folder / "stores").iterdir()), key=lambda one: one.name)
-        train = ImageFiles((folder,) * sizes.images, np.arange(sizes.images))
-        test = ImageFiles((folder,) * _N_TEST, np.arange(sizes.images, sizes.images + _N_TEST))
+        train = Images((folder,) * sizes.images, np.arange(sizes.images))
+        test = Images((folder,) * _N_TEST, np.arange(sizes.images, sizes.images + _N_TEST))
         widths = {h: columns.stop - columns.start for h, columns in hemispheres(sizes.vertices).items()}
         ceiling = {h: np.full(n, 0.5) for h, n in widths.items()}
         subject = Subject("subj01", train, test, response_files(folder), widths, {h: {} for h in widths}, ceiling, {})

@@ -21,7 +21,7 @@ import numpy as np
 from measure import peak_gb, seconds
 
 import cli
-from featcache.dataset.algonauts import open_challenge
+from featcache.dataset.open import open_dataset
 from featcache.dataset.subject import Subject
 from featcache.machine.memory import keep_freed_memory
 from heads.blend.learn import judge_of, levels_of
@@ -53,7 +53,7 @@ _COLUMNS = {  # heading: what of a row
 def blended(data: Path, work: Path, subject: str, method: str, per: str) -> None:
     """One JSON line."""
     keep_freed_memory()
-    models = find_models(open_challenge(data, None).select(subject), work)
+    models = find_models(open_dataset(data, None).select(subject), work)
     accuracy, config = has_ceilings(list(models)), BlendConfig(method=method, per=per)
     blends: list[Blended] = []
     took = seconds(lambda: blends.extend(blend_subject(*pair, config, accuracy) for pair in models.items()))

@@ -15,7 +15,7 @@ import torch
 from measure import Figure, options, paired, peak_gb, report
 
 from featcache.dataset.algonauts import response_files
-from featcache.dataset.subject import ImageFiles, Subject
+from featcache.dataset.subject import Images, Subject
 from featcache.machine.memory import keep_freed_memory
 from heads.config import RidgeConfig
 from heads.fit.out_of_fold import predict_surface
@@ -37,8 +37,8 @@ def make_subject(
     for hemisphere, values in halves.items():
         np.save(fmri / f"{hemisphere}_training_fmri.npy", values.numpy())
     n_train, n_test = n_images
-    train = ImageFiles((folder,) * n_train, np.arange(n_train))
-    test = ImageFiles((folder,) * n_test, np.arange(n_train, n_train + n_test))
+    train = Images((folder,) * n_train, np.arange(n_train))
+    test = Images((folder,) * n_test, np.arange(n_train, n_train + n_test))
     none = dict.fromkeys(halves)
     n_vertices = {hemisphere: values.shape[1] for hemisphere, values in halves.items()}
     return Subject("subj01", train, test, response_files(folder), n_vertices, {h: {} for h in halves}, none, none)

@@ -28,7 +28,7 @@ from featcache.cache.store import open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
 from featcache.dataset.algonauts import response_files
 from featcache.dataset.images import load_image
-from featcache.dataset.subject import ImageFiles, Subject
+from featcache.dataset.subject import Images, Subject
 from featcache.machine.memory import keep_freed_memory
 
 _SIDE = 425
@@ -44,8 +44,8 @@ def write_images(folder: Path, n_images: int) -> Subject:
         paths.append(folder / f"train-{number + 1:04d}_nsd-{number:05d}.png")
         Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(paths[-1])
     half = n_images - n_images // 10
-    train = ImageFiles(tuple(paths[:half]), np.arange(half))
-    test = ImageFiles(tuple(paths[half:]), np.arange(half, n_images))
+    train = Images(tuple(paths[:half]), np.arange(half))
+    test = Images(tuple(paths[half:]), np.arange(half, n_images))
     return Subject("subj01", train, test, response_files(folder), {"lh": 1}, {"lh": {}}, {"lh": None}, {"lh": None})
 
 
@@ -82,7 +82,7 @@ def figures(name: str, weights: str, subject: Subject, batch_size: int, rounds: 
     config = BackboneConfig(name=name, weights=weights)
     backbone = load_backbone(config, "cpu")
     plain = load_backbone(config, "cpu").model.to(memory_format=torch.contiguous_format)
-    paths = [*subject.train.paths, *subject.test.paths]
+    paths = [*subject.train.sources, *subject.test.sources]
     pixels = torch.stack([backbone.pixels(load_image(path)) for path in paths])
     ready = [
         backbone.normalise(part).contiguous(memory_format=torch.channels_last) for part in pixels.split(batch_size)

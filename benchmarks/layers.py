@@ -38,9 +38,10 @@ from threadpoolctl import threadpool_limits
 
 from featcache.cache.store import Row, Store, create_store
 from featcache.config import POOLED
-from featcache.dataset.algonauts import open_challenge, response_files
+from featcache.dataset.algonauts import response_files
+from featcache.dataset.open import open_dataset
 from featcache.dataset.splits import assign_folds
-from featcache.dataset.subject import ImageFiles, Subject
+from featcache.dataset.subject import Images, Subject
 from featcache.machine.memory import free_memory, keep_freed_memory
 from heads.config import RidgeConfig
 from heads.features.rows import LayerRows
@@ -89,7 +90,7 @@ def case_of(subject: Subject, store: Store, arrays: tuple[str, ...]) -> Case:
 
 
 def real_cases(options: argparse.Namespace) -> Iterator[Case]:
-    for subject in open_challenge(options.data).select(options.subjects):
+    for subject in open_dataset(options.data).select(options.subjects):
         sets = [one for one in feature_sets(subject, options.work) if one.has_places and not one.backbone_trained]
         if not sets:
             raise SystemExit(f"{options.work}: no layers with places of {subject.name}; extract with --layers")
@@ -110,8 +111,8 @@ def synthetic_case(folder: Path, n_images: int, n_layers: int, side: int, n_chan
     path = folder / "training_split" / "training_fmri" / "lh_training_fmri.npy"
     path.parent.mkdir(parents=True)
     np.save(path, (signal / signal.std(0) + 2 * noise).astype(np.float32))
-    train = ImageFiles((folder,) * n_images, np.arange(n_images))
-    test = ImageFiles((folder,) * (n_all - n_images), np.arange(n_images, n_all))
+    train = Images((folder,) * n_images, np.arange(n_images))
+    test = Images((folder,) * (n_all - n_images), np.arange(n_images, n_all))
     subject = Subject(
         "subj01", train, test, response_files(folder), {"lh": n_vertices}, {"lh": {}}, {"lh": None}, {"lh": None}
     )

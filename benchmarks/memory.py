@@ -17,7 +17,7 @@ import torch
 from measure import Figure, options, peak_gb, report
 
 from featcache.dataset.algonauts import response_files
-from featcache.dataset.subject import ImageFiles, Subject
+from featcache.dataset.subject import Images, Subject
 from featcache.machine.memory import give_back_memory, keep_freed_memory
 from heads.config import RidgeConfig
 from heads.fit.out_of_fold import predict_surface
@@ -35,8 +35,8 @@ def write(folder: Path, n_images: int, n_vertices: dict[str, int]) -> None:
 
 def fit(folder: Path, n_images: int, n_test: int, n_features: int, n_vertices: dict[str, int]) -> None:
     """One subject, as `fit-heads` fits it."""
-    train = ImageFiles((folder,) * n_images, np.arange(n_images))
-    test = ImageFiles((folder,) * n_test, np.arange(n_images, n_images + n_test))
+    train = Images((folder,) * n_images, np.arange(n_images))
+    test = Images((folder,) * n_test, np.arange(n_images, n_images + n_test))
     nothing = dict.fromkeys(n_vertices)
     subject = Subject(
         "subj01", train, test, response_files(folder), n_vertices, {h: {} for h in n_vertices}, nothing, nothing

@@ -22,7 +22,7 @@ from featcache.backbone.keys import BackboneKey, CheckpointFacts, CheckpointKey,
 from featcache.backbone.network import load_backbone
 from featcache.cache.pixels import cache_pixels
 from featcache.config import POOLED, BackboneConfig, LayerConfig
-from featcache.dataset.algonauts import open_challenge
+from featcache.dataset.open import open_dataset
 from featcache.machine.memory import keep_freed_memory
 from featcache.simulate import SimulateConfig, simulate
 from heads.backbones.accelerator import make_accelerator
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
-    subjects = open_challenge(folder / "challenge").subjects
+    subjects = open_dataset(folder / "challenge").subjects
     backbone = load_backbone(BackboneConfig(name=options.backbone, weights="none", size=options.size))
     images = Images(subjects, cache_pixels(subjects, backbone, folder, 10, 2), SPLIT)
     network: Any = backbone.model

@@ -2,10 +2,10 @@
 
     import featcache as fc
 
-    challenge = fc.open_challenge("data/challenge")
-    fc.extract(challenge.subjects, fc.ExtractConfig(), "work")
-    fc.fit_heads(challenge.subjects, fc.FitConfig(loss="mnnpc"), "work")
-    fc.blend(challenge, fc.BlendConfig(), "work")
+    data = fc.Dataset.from_arrays(images=paths, responses=y, rois=masks, sessions=runs, work="work")
+    fc.extract(data.subjects, fc.ExtractConfig(), "work")
+    fc.fit_heads(data.subjects, fc.FitConfig(loss="mnnpc"), "work")
+    fc.blend(data, fc.BlendConfig(), "work")
 
 These names, listed in `__all__`, are the public interface. Each is loaded when it is first used, so that importing
 featcache takes no time. Everything else may change from one version to the next.
@@ -22,12 +22,12 @@ _PUBLIC = {  # {name: where it is, and its name there if that is another}
     "AdamWConfig": "heads.config",
     "BackboneConfig": "featcache.config",
     "BlendConfig": "heads.config",
-    "Challenge": "featcache.dataset.subject",
     "CoreConfig": "heads.config",
+    "Dataset": "featcache.dataset.subject",
     "ExtractConfig": "featcache.config",
     "FeatcacheError": "featcache.errors",
     "FitConfig": "heads.config",
-    "ImageFiles": "featcache.dataset.subject",
+    "Images": "featcache.dataset.subject",
     "LOSSES": "heads.scores.losses",
     "LayerConfig": "featcache.config",
     "RidgeConfig": "heads.config",
@@ -38,10 +38,11 @@ _PUBLIC = {  # {name: where it is, and its name there if that is another}
     "Subject": "featcache.dataset.subject",
     "TrainConfig": "heads.config",
     "accuracy": "heads.scores.metrics:noise_normalized_accuracy",
+    "add_features": "featcache.cache.elsewhere",
     "blend": "heads.blend.run",
     "extract": "featcache.cache.extract",
     "fit_heads": "heads.fit.run",
-    "open_challenge": "featcache.dataset.algonauts",
+    "open_dataset": "featcache.dataset.open",
     "pearson_r": "heads.scores.metrics",
     "train_stage": "heads.backbones.stages",
 }

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self
 
 from featcache.errors import ConfigError
@@ -13,11 +15,14 @@ PRODUCTS = ("float32", "tf32")  # how CUDA multiplies float32 matrices: as they 
 DTYPES = ("auto", "float32", "tf32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 DEFAULT_BACKBONE, DEFAULT_WEIGHTS = "convnext_xlarge", "hub"
+OWN_WEIGHTS = "own"  # those that a network's own code gives it
 FITS = ("crop", "whole", "pad")  # how an image is brought to the size of the network's input
 DEFAULT_FIT = "crop"
 POOLED = "pooled"  # the layer that a network's own classifier reads
 CLASS_TOKEN = ".cls"  # ends the name of the array that holds the class token of a layer
 POOLS = ("avg", "max")
+_FEATURES_NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII)  # it becomes part of names of folders
+_LONGEST_LABEL = 80  # characters of a network's name in a file name, which has room for 255 in all
 
 
 def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -32,6 +37,55 @@ def at_least(option: str, value: float, minimum: float) -> None:
     """Raise ConfigError for a number below the smallest that works."""
     if not value >= minimum:  # NaN is refused too
         raise ConfigError(f"--{option}", expected=f"{minimum} or more", found=value, remedy="raise it")
+
+
+def check_split(value: str) -> None:
+    """Raise ConfigError for a value of --split that names no kind of split."""
+    kind, _, rest = value.partition(":")
+    if value not in ("id", "session", "cluster") and not (kind in ("column", "file") and rest):
+        raise ConfigError(
+            "--split",
+            expected="id, session, column:NAME, cluster or file:PATH",
+            found=f"{value!r}",
+            remedy="choose one of those",
+        )
+
+
+def split_name(value: str) -> str:
+    """Name of a split in keys and titles: `--split`, with the file of `file:PATH` without its folders."""
+    kind, _, rest = value.partition(":")
+    if kind == "file":
+        return f"file:{Path(rest).name}"
+    return "session" if value == "column:session" else value
+
+
+def split_option() -> Any:
+    """The option --split, which every stage that has folds offers."""
+    return option(
+        "id",
+        "What stays on one side of the folds. id: each image by itself. session, or column:NAME: images of one value "
+        "in that column of the dataset. cluster: images that look alike. file:PATH: groups, folds, or training and "
+        "test images that a JSON, CSV or TSV file lists. Give the same in every command.",
+        "Data",
+    )
+
+
+def is_own_code(network: str) -> bool:
+    """Whether --backbone names a Python file and its function: 'folder/my_network.py:build'."""
+    return network.rpartition(":")[0].endswith(".py")
+
+
+def label_of(network: str) -> str:
+    """Name of a network in names of files and in tables, out of what --backbone calls it.
+
+    Names of timm stay as they are. Of a Python file and its function it is 'my_network.build', in whichever folder the
+    file is. Whatever has a meaning in paths, in patterns of names or in titles becomes a hyphen.
+    """
+    if is_own_code(network):
+        file, _, function = network.rpartition(":")
+        network = f"{Path(file).stem}.{function}"
+    words = re.sub(r"[^A-Za-z0-9_.+-]+", "-", network)
+    return re.sub(r"\.{2,}", ".", words).strip(".-")[:_LONGEST_LABEL] or "network"
 
 
 def option(default: Any, meaning: str, panel: str, **more: str) -> Any:
@@ -64,7 +118,8 @@ class BackboneConfig:
 
     name: str | None = option(
         None,
-        "Network that reads the images: any model name of timm.",
+        "Network that reads the images: any model name of timm, torchvision:NAME, hf-hub:OWNER/NAME, "
+        "open_clip:MODEL/TAG, or FILE.py:FUNCTION, which runs that file.",
         "Backbone",
         name="backbone",
         envvar="FEATCACHE_BACKBONE",
@@ -72,8 +127,8 @@ class BackboneConfig:
     )
     weights: str | None = option(
         None,
-        "Weights of the network: hub (downloaded), packaged (needs the demo extra), none (random), or a .safetensors "
-        "or .pth file.",
+        "Weights of the network: hub (downloaded), packaged (needs the demo extra), none (random), own (as FILE.py "
+        "gives them), or a .safetensors or .pth file.",
         "Backbone",
         envvar="FEATCACHE_WEIGHTS",
         shown=DEFAULT_WEIGHTS,
@@ -109,7 +164,12 @@ class BackboneConfig:
     @property
     def resolved_weights(self) -> str:
         """Weights to load: those that were given, or the default."""
-        return self.weights or DEFAULT_WEIGHTS
+        return self.weights or (OWN_WEIGHTS if is_own_code(self.resolved_name) else DEFAULT_WEIGHTS)
+
+    @property
+    def label(self) -> str:
+        """Name of the network in names of files and in tables; see `label_of`."""
+        return label_of(self.resolved_name)
 
     @property
     def resolved_fit(self) -> str:
@@ -120,9 +180,9 @@ class BackboneConfig:
         """Settings of another backbone, with the size and the fit that are given here, if any."""
         return replace(trained, size=self.size or trained.size, fit=self.fit or trained.fit)
 
-    def admits(self, name: str) -> bool:
-        """Whether a network of this name may be taken: it was named, or none was."""
-        return self.name in (None, name)
+    def admits(self, label: str) -> bool:
+        """Whether a network of this label may be taken: it was named, or none was."""
+        return self.name is None or self.label == label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,3 +252,26 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str,
     """Settings in which two keys differ, {dotted name: (ours, theirs)}; None stands for a setting that is missing."""
     a, b = _flatten(ours), _flatten(theirs)
     return {name: (a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeConfig:
+    """Features that were made elsewhere.
+
+    features : file, or 'file:array'; a row for each image
+    ids : file with the image of each row; None where `features` is a table that has them
+    name : what they are called, in place of a backbone
+    """
+
+    features: str
+    ids: Path | None = None
+    name: str = "features"
+
+    def __post_init__(self) -> None:
+        if not _FEATURES_NAME.fullmatch(self.name):
+            raise ConfigError(
+                "--name",
+                expected="1 to 64 letters, digits and . _ + -, of which the first is a letter or a digit",
+                found=repr(self.name),
+                remedy="choose another name",
+            )

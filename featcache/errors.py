@@ -43,7 +43,7 @@ class ConfigError(FeatcacheError):
     """An option or a combination of options that cannot work."""
 
 
-class ChallengeError(FeatcacheError):
+class DataError(FeatcacheError):
     """A dataset that breaks its published layout."""
 
 

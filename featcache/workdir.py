@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+CHALLENGE = Path("data/challenge")  # where the challenge's tree is looked for
+
+WORK = Path("work")
+
 
 @dataclass(frozen=True)
 class Workdir:
@@ -11,8 +15,13 @@ class Workdir:
     root: Path
 
     @property
+    def dataset(self) -> Path:
+        """Folder of imported subjects, in the form of `featcache.dataset.folder`."""
+        return self.root / "dataset"
+
+    @property
     def index(self) -> Path:
-        """Folder of JSON files that remember the digests of images and responses."""
+        """Folder of files that remember the digests of images and responses, and what pictures look like."""
         return self.root / "index"
 
     def image_index(self, subject: str) -> Path:
@@ -22,6 +31,31 @@ class Workdir:
     def response_index(self, subject: str) -> Path:
         """Remembered digests of a subject's response files."""
         return self.index / f"{subject}-responses.json"
+
+    def checked_responses(self, subject: str) -> Path:
+        """Digest of the responses of a subject that were looked through, and found fit to be used."""
+        return self.index / f"{subject}-checked.json"
+
+    def picture_index(self, subject: str) -> Path:
+        """Remembered looks of a subject's pictures: their numbers, perceptual hashes and thumbnails."""
+        return self.index / f"{subject}-pictures.npz"
+
+    def import_index(self, subject: str) -> Path:
+        """Remembered digests of the files that a subject was imported from."""
+        return self.index / f"{subject}-imported.json"
+
+    @property
+    def splits(self) -> Path:
+        """Folder of the splits that stages used, but that by image id: JSON files of groups of images."""
+        return self.root / "splits"
+
+    def split(self, digest: str) -> Path:
+        """Groups of a split, by the digest that keys name it with."""
+        return self.splits / f"{digest}.json"
+
+    def clusters(self, fingerprint: str) -> Path:
+        """Groups of images that look alike, by what decides them."""
+        return self.splits / f"cluster-{fingerprint}.json"
 
     @property
     def pixels(self) -> Path:
@@ -116,3 +150,11 @@ class Workdir:
     def submission_zip(self) -> Path:
         """The file to hand in: the predictions of every subject of the challenge."""
         return self.root / "submission.zip"
+
+
+def data_folder(data: Path | None, work: Path) -> Path:
+    """The folder of the dataset: the one that is named, or the imported one, or else the challenge's tree."""
+    if data is not None:
+        return data
+    imported = Workdir(work).dataset
+    return imported if any(imported.glob("[!.]*")) else CHALLENGE  # an import that failed leaves a lock there

@@ -13,6 +13,7 @@ import cli
 from featcache.simulate import SimulateConfig, simulate
 from heads.blend.plot import plot_weights
 from heads.solvers.layers import priors
+from support.lab import Lab, build_lab
 from support.shared import build_once
 
 TINY = SimulateConfig(
@@ -104,6 +105,12 @@ def every_window(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two subjects of a simulated tree, for reading."""
     return build_once(tmp_path_factory, "tiny", lambda folder: simulate(TINY, folder / "challenge")) / "challenge"
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Photographs of a lab, for reading; what a test adds is in its own folder."""
+    return build_lab(tmp_path_factory.mktemp("lab"))
 
 
 @pytest.fixture

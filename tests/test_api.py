@@ -44,7 +44,7 @@ def test_a_head_is_fitted_in_three_lines():
 
 
 def test_every_stage_takes_its_folders_as_text(tiny, tmp_path):
-    challenge, work = fc.open_challenge(str(tiny)), str(tmp_path / "work")
+    challenge, work = fc.Dataset.from_algonauts(str(tiny)), str(tmp_path / "work")
     subjects = challenge.select("1")
     backbone = fc.BackboneConfig(name="test_resnet", weights="none", size=32)
     layers = fc.LayerConfig(layers="pooled")

@@ -110,7 +110,7 @@ def test_without_ceilings_scores_are_correlations(tree, work, capfd, tmp_path):
     assert all(row["accuracy"] is not None for rows in given["scores"].values() for row in rows)
 
 
-def test_check_lists_and_fails(tree, capfd):
+def test_check_lists_and_fails(tree, work, capfd):
     assert run(capfd, "check", "--data", str(tree))["faults"] == []
     sorted((tree / "subj01/test_split/test_images").iterdir())[0].write_bytes(b"")
     np.save(tree / "noise_ceiling/subj02/lh.npy", np.full(40, -1.0))
@@ -136,7 +136,7 @@ def test_simulate_writes_a_tree_that_check_passes(tmp_path, capfd):
         "32",
     )
     run(capfd, "simulate", "--data", data, *sizes, "--workers", "1")
-    assert run(capfd, "check", "--data", data)["faults"] == []
+    assert run(capfd, "check", "--data", data, "--work", str(tmp_path / "work"))["faults"] == []
     assert "expected" in fails(capfd, "simulate", "--data", data, *sizes)
 
 
@@ -173,7 +173,7 @@ def test_simulate_writes_a_tree_that_check_passes(tmp_path, capfd):
         (["fit-heads", "--solver", "trained", "--head", "linear"], "--head: expected a solver that fits heads with it"),
         (["fit-heads", "--solver", "trained", "--folds", "5"], "--folds: .*, which takes the heads of a checkpoint as"),
         (["blend", "--method", "magic"], "--method: expected one of uniform, score, greedy, nnls; found 'magic'"),
-        (["blend", "--per", "lobe"], "--per: expected one of all, hemisphere, roi, vertex; found 'lobe'"),
+        (["blend", "--per", "lobe"], "--per: expected one of all, surface, roi, vertex; found 'lobe'"),
         (["blend", "--preset", "cake"], "--preset: expected one of best, paper; found 'cake'"),
         (["models"], "found none; run 'extract' and 'fit-heads' first"),
         (["blend", "--nonsense"], "--nonsense"),
@@ -279,8 +279,8 @@ def test_a_damaged_index_is_only_a_memory(work, capfd, content):
     assert sum(store["new"] for store in run(capfd, "extract", "--layers", "pooled")["stores"]) == 0
 
 
-def test_a_reader_that_goes_away_is_no_fault(tiny):
-    command = [sys.executable, "cli.py", "check", "--data", str(tiny)]
+def test_a_reader_that_goes_away_is_no_fault(tiny, tmp_path):
+    command = [sys.executable, "cli.py", "check", "--data", str(tiny), "--work", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         process.stdout.close()
         said = process.stderr.read()
@@ -412,3 +412,26 @@ def test_every_layer_that_the_line_lists_can_be_asked_for(work, capfd):
     assert "blocks.5" in listed
     for name in listed:
         assert len(run(capfd, "fit-heads", "--layers", name)["stores"]) == 1
+
+
+# --- pictures
+
+
+def test_a_picture_of_two_ids_keeps_one_from_extraction_to_the_blend(tree, work, capfd):
+    images = sorted((tree / "subj01/training_split/training_images").iterdir())
+    shared = {path.name[-9:] for path in tree.glob("subj02/*/*_images/*")}
+    first, second = [path for path in images if path.name[-9:] not in shared][:2]
+    second.write_bytes(first.read_bytes())
+    where = ("--data", str(tree))
+    run(capfd, "extract", "--layers", "pooled", *where)
+    fitted = run(capfd, "fit-heads", *where)["stores"]
+    ids = [dict(zip(images, open_store(Path(fit["path"])).image_ids, strict=False)) for fit in fitted]
+    assert ids[0][first] == ids[0][second] == min(int(path.stem[-5:]) for path in (first, second))
+    assert run(capfd, "blend", *where)["submission"]
+
+    (work / "index/subj01-pictures.npz").unlink()  # without which nobody knows of it
+    cli.run(["fit-heads", *where])
+    assert "subj01: left out" in (said := capfd.readouterr().err) and "its images have other ids" in said
+    assert "run 'extract' first" in said
+    assert sum(store["new"] for store in run(capfd, "extract", "--layers", "pooled", *where)["stores"]) == 0
+    assert {fit["path"] for fit in run(capfd, "fit-heads", *where)["stores"]} == {fit["path"] for fit in fitted}

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # {source file: why it has no test file of its own}
-EXCEPTIONS: dict[str, str] = {}
+EXCEPTIONS = {"featcache/dataset/importing/material.py": "dataclasses without code, which the importer's tests fill"}
 
 
 def defines(path: Path) -> bool:

@@ -12,7 +12,7 @@ from featcache.__main__ import main
     ("arguments", "code", "out", "err"),
     [
         (["--version"], 0, f"featcache {__version__}, ", ""),
-        (["extract", "--data", "nowhere"], 1, "", "error: --data: expected a challenge tree; found no folder nowhere;"),
+        (["extract", "--data", "nowhere"], 1, "", "error: --data: expected a dataset; found no folder nowhere;"),
     ],
     ids=["what works", "a mistake"],
 )

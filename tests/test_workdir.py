@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from featcache.workdir import Workdir
+from featcache.workdir import CHALLENGE, Workdir, data_folder
 
 WORK = Workdir(Path("work"))
 
@@ -13,6 +13,7 @@ def test_every_name_is_a_place_of_its_own_in_the_work_folder(tmp_path: Path):
     work = Workdir(tmp_path)
     names = [name for name, member in vars(Workdir).items() if isinstance(member, property)]
     places = [getattr(work, name) for name in names]
+    places += [work.split("0123456789ab"), work.clusters("0123456789ab")]
     places += [work.image_index("subj01"), work.response_index("subj01"), work.head_weights("subj01-a-0123456789ab")]
     assert len(set(places)) == len(places) and all(tmp_path in place.parents for place in places)
     assert list(tmp_path.iterdir()) == []
@@ -27,6 +28,9 @@ def test_every_name_is_a_place_of_its_own_in_the_work_folder(tmp_path: Path):
         (WORK.head_weights("a"), "heads/a.safetensors"),
         (WORK.checkpoints, "checkpoints"),
         (WORK.pixels, "pixels"),
+        (WORK.splits, "splits"),
+        (WORK.split("a"), "splits/a.json"),
+        (WORK.clusters("a"), "splits/cluster-a.json"),
         (WORK.maps, "maps"),
         (WORK.image_index("subj01"), "index/subj01.json"),
         (WORK.response_index("subj01"), "index/subj01-responses.json"),
@@ -44,3 +48,13 @@ def test_every_name_is_a_place_of_its_own_in_the_work_folder(tmp_path: Path):
 )
 def test_names_stay_those_that_work_folders_have(place: Path, name: str):
     assert place == Path("work") / name
+
+
+def test_what_was_imported_is_the_dataset_and_the_rest_of_a_failed_import_is_none(tmp_path: Path):
+    imported = Workdir(tmp_path).dataset
+    assert data_folder(None, tmp_path) == CHALLENGE
+    imported.mkdir()
+    (imported / ".writing.lock").touch()
+    assert data_folder(None, tmp_path) == CHALLENGE and data_folder(Path("mine"), tmp_path) == Path("mine")
+    (imported / "subj01").mkdir()
+    assert data_folder(None, tmp_path) == imported

@@ -4,7 +4,8 @@ A checkpoint is a folder `<work>/checkpoints/<label>-<fingerprint>`:
 
 - `checkpoint.json`: key, and facts: ids of the images it saw, scores, names of the current folders. It is replaced in
   one step, and what it names is whole;
-- `epoch-<n>/backbone.safetensors` under timm's names, and `epoch-<n>/heads.safetensors`: the epoch that is kept;
+- `epoch-<n>/backbone.safetensors` under the network's own names, such as timm's, and `epoch-<n>/heads.safetensors`:
+  the epoch that is kept;
 - `state-<epoch>-<step>/`: what an interrupted run goes on from; removed when the run is finished.
 """
 
@@ -23,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from featcache.backbone.keys import CheckpointFacts, CheckpointKey
-from featcache.backbone.network import TimmBackbone, load_backbone
+from featcache.backbone.network import TorchBackbone, load_backbone
 from featcache.config import BackboneConfig, fingerprint
 from featcache.dataset.digests import file_digest
 from featcache.dataset.subject import Subject
@@ -82,14 +83,34 @@ class Checkpoint:
         except (OSError, safetensors.SafetensorError) as error:
             raise _damaged(self.path, f"{path.name} cannot be read ({error})") from error
 
-    def backbone(self, device: str = "cpu", size: int | None = None, fit: str | None = None) -> TimmBackbone:
+    def backbone(
+        self, device: str = "cpu", size: int | None = None, fit: str | None = None, network: str | None = None
+    ) -> TorchBackbone:
         """The backbone, which reads images as in its training or, where they are given, at another size and fit.
+
+        network : what --backbone calls it, such as a Python file that was moved; None: as in its training
 
         Raises CheckpointError or BackboneError.
         """
         path, trained = self._weights("backbone"), self.key.backbone
-        config = BackboneConfig(name=trained.name, weights=str(path), size=size or trained.size, fit=fit or trained.fit)
-        return replace(load_backbone(config, device), origin=f"checkpoint {self.name}")
+        config = BackboneConfig(
+            name=network or self.network, weights=str(path), size=size or trained.size, fit=fit or trained.fit
+        )
+        backbone = replace(load_backbone(config, device), origin=f"checkpoint {self.name}")
+        if dict(backbone.code) != dict(trained.code):
+            theirs, ours = (", ".join(f"{k} {v}" for k, v in code.items()) for code in (trained.code, backbone.code))
+            raise CheckpointError(
+                self.path,
+                expected=f"the code that was trained, {theirs}",
+                found=f"{ours} in {config.name}",
+                remedy="bring that code back, or train again",
+            )
+        return backbone
+
+    @property
+    def network(self) -> str:
+        """What --backbone calls the network that was trained."""
+        return self.facts.network or self.key.backbone.name
 
     def _weights(self, name: str) -> Path:
         """The file of one part. Its digest is compared: a damaged or exchanged one would still load and predict."""

@@ -21,6 +21,11 @@ def fit_of(transform: Mapping[str, Any]) -> str:
     return "crop"
 
 
+def size_of(transform: Mapping[str, Any]) -> int | None:
+    """Pixels on a side of the images that a network reads; None for features that were made elsewhere."""
+    return int(transform["input_size"][-1]) if transform else None
+
+
 @dataclass(frozen=True)
 class Extent:
     """The part of an image that a network sees, as parts of the image's width (left, right) and height (top, bottom).
@@ -52,9 +57,12 @@ def extent_of(transform: Mapping[str, Any], width: int, height: int) -> Extent:
 
     Parameters
     ----------
-    transform : settings of the transform, as keys have them: input_size (3, height, width), crop_pct, crop_mode
+    transform : settings of the transform, as keys have them: input_size (3, height, width), crop_pct, crop_mode; a
+        network's own function, of which nothing is known, counts as one that shows the whole image
     width, height : of the image, in pixels
     """
+    if not transform or "own" in transform:  # made elsewhere, or by a function of which nothing is known
+        return WHOLE
     _, *target = transform["input_size"]
     scaled = _scaled(transform, width, height)
     (top, bottom), (left, right) = (_centred(seen, all_of_it) for seen, all_of_it in zip(target, scaled, strict=True))

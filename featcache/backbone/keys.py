@@ -9,38 +9,54 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from featcache.config import fingerprint
+from featcache.dataset.splits import SplitKey
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The fold that is held out, of a split of the images into folds by their ids."""
+    """The fold that is held out, of a split of the images into folds."""
 
     fold: int  # from 0
     n_folds: int
     seed: int
+    by: SplitKey = field(default_factory=SplitKey)  # which images stay together
 
-    def to_json(self) -> dict[str, int]:
-        """The numbers by their names."""
-        return dict(vars(self))
+    @classmethod
+    def from_json(cls, json: Mapping[str, Any]) -> Self:
+        """The fold in the JSON of a checkpoint. Raises KeyError where it is none."""
+        by = SplitKey.from_json(json.get("split"))
+        return cls(fold=json["fold"], n_folds=json["n_folds"], seed=json["seed"], by=by)
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers by their names, and the split where it is not by image id."""
+        return {"fold": self.fold, "n_folds": self.n_folds, "seed": self.seed} | self.by.to_json()
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneKey:
     """The network that was trained."""
 
-    name: str  # timm's
-    weights: str  # its weights before any training: hub, packaged, none, or file
+    name: str  # timm's, or the label of a network of another source
+    weights: str  # its weights before any training: hub, packaged, none, own, or file
     size: int  # pixels on a side
     fit: str = "crop"  # how images are brought to that size, one of FITS
+    code: Mapping[str, str] = field(default_factory=dict)  # of a network that is not timm's, {name: version or digest}
 
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> Self:
         """The network in the JSON of a checkpoint. Raises KeyError where it is none."""
-        return cls(name=json["name"], weights=json["weights"], size=json["size"], fit=json.get("fit", cls.fit))
+        return cls(
+            name=json["name"],
+            weights=json["weights"],
+            size=json["size"],
+            fit=json.get("fit", cls.fit),
+            code=dict(json.get("code", {})),
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """The settings by their names; those of the first checkpoints, which all cropped, have no fit."""
-        return {name: value for name, value in vars(self).items() if name != "fit" or value != "crop"}
+        """The settings by their names; the first checkpoints, which all cropped, have no fit, those of timm no code."""
+        usual = {"fit": "crop", "code": {}}
+        return {name: value for name, value in vars(self).items() if name not in usual or value != usual[name]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +86,7 @@ class CheckpointKey:
     def from_json(cls, json: Mapping[str, Any]) -> Self:
         """The key in the JSON of a checkpoint. Raises KeyError or TypeError where it is none."""
         rest = {name: value for name, value in json.items() if name not in _KEY_NAMES}
-        start, split = json["start"], json["fold"]
+        start = json["start"]
         return cls(
             stage=json["stage"],
             subjects=json["subjects"],
@@ -78,7 +94,7 @@ class CheckpointKey:
             transform=json["transform"],
             timm=json["timm"],
             start=StartKey(weights=start["weights"], training=start["training"]),
-            split=Split(fold=split["fold"], n_folds=split["n_folds"], seed=split["seed"]),
+            split=Split.from_json(json["fold"]),
             settings=json["settings"],
             devices=json.get("devices"),
             other=rest,
@@ -138,6 +154,7 @@ class CheckpointFacts:
     epoch: int | None = None  # the one that is kept, from 1
     score: float | None = None  # of that epoch
     state: str | None = None  # folder that an interrupted run goes on from
+    network: str | None = None  # what --backbone calls a network that is not timm's, a file by its whole path
     other: Mapping[str, Any] = field(default_factory=dict)  # what another version wrote besides
 
     @classmethod
@@ -160,4 +177,4 @@ class CheckpointFacts:
 _FACT_NAMES = tuple(one.name for one in fields(CheckpointFacts) if one.name != "other")
 
 
-_UNKNOWN_AT_FIRST = ("versions", "taps", "digests", "weights", "epoch", "score")
+_UNKNOWN_AT_FIRST = ("versions", "taps", "digests", "weights", "epoch", "score", "network")

@@ -1,29 +1,29 @@
-"""Backbones: networks that read images. What is asked of one, and those that timm provides."""
+"""Backbones: networks that read images. What is asked of one, and those that are torch modules, of whatever source."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
-import timm
 import torch
 from PIL import Image
-from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import nn
 
 from featcache.backbone.extent import TIMM_SETTINGS
 from featcache.backbone.fuse import fuse_batch_norms
-from featcache.backbone.taps import Taps, choose_taps, map_shapes
-from featcache.backbone.weights import build_network, fixed_size, refuse_unknown, weights_digest
-from featcache.config import BackboneConfig, LayerConfig
+from featcache.backbone.hooks import device_of, find_layers
+from featcache.backbone.sources.table import Network, OwnTransform, source_of
+from featcache.backbone.taps import TIMM, Reader, Taps, choose_taps, map_shapes
+from featcache.backbone.weights import weights_digest
+from featcache.config import DEFAULT_FIT, BackboneConfig, LayerConfig
 from featcache.errors import BackboneError, first_line
 
 _ROUNDING = 1e-4  # relative difference, of a layer, that sums in another order may leave in float32
 
 
 class Backbone(Protocol):
-    """What extraction needs of a network that reads images. timm is one source of them, see `TimmBackbone`."""
+    """What extraction needs of a network that reads images. Torch modules are `TorchBackbone`s, of every source."""
 
     @property
     def name(self) -> str:
@@ -38,6 +38,10 @@ class Backbone(Protocol):
         """Where its weights came from, in words."""
 
     @property
+    def code(self) -> Mapping[str, str]:
+        """What decides its rows besides timm, weights and transform, {name: version or digest}; {} for one of timm."""
+
+    @property
     def fused(self) -> bool:
         """Whether its rows differ by rounding from those of the network as it was loaded; see `optimised`."""
 
@@ -47,7 +51,11 @@ class Backbone(Protocol):
 
     @property
     def pixels(self) -> Callable[[Image.Image], torch.Tensor]:
-        """The function from an image to its pixels as the network reads them, (3, height, width) uint8."""
+        """The function from an image to its pixels as the network reads them, (3, height, width) of `pixel_dtype`."""
+
+    @property
+    def pixel_dtype(self) -> str:
+        """Type of the pixels: uint8, or float32 of a transform that normalises them itself."""
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Input of the network, (n_images, 3, height, width) float32, from pixels of that shape."""
@@ -66,13 +74,16 @@ class Backbone(Protocol):
 
 
 @dataclass(frozen=True)
-class TimmBackbone:
-    """A backbone of timm with one of timm's transforms, frozen and in evaluation mode as it is loaded.
+class TorchBackbone:
+    """A torch module with a transform of images, frozen and in evaluation mode as it is loaded.
 
-    pixels : PIL image -> (3, height, width) uint8, resized, and cropped or padded where that was asked for
+    pixels : PIL image -> (3, height, width), resized, and cropped or padded where that was asked for; uint8, or float32
+        where the transform is the network's own function
     transform_settings : what the whole transform does, in plain values
     digest : digest of every tensor, whatever file the weights came in
     origin : where the weights came from, in words
+    reader : how its layers are read
+    code : what decides the rows besides timm, weights and transform, {name: version or digest}
     fused : whether batch norms are part of the convolutions before them; the digest is of the weights as they were
     """
 
@@ -82,14 +93,24 @@ class TimmBackbone:
     transform_settings: Mapping[str, Any]
     digest: str
     origin: str
+    reader: Reader = TIMM
+    code: Mapping[str, str] = field(default_factory=dict)
+    memory_format: torch.memory_format = torch.channels_last
     fused: bool = False
 
+    @property
+    def pixel_dtype(self) -> str:
+        """Type of the pixels: uint8, or float32 of the network's own transform."""
+        return pixel_dtype(self.transform_settings)
+
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(n_images, 3, height, width) uint8 -> float32 as the weights expect them, on the device of the pixels."""
+        """(n_images, 3, height, width) -> float32 as the weights expect them, on the device of the pixels."""
+        if self.pixel_dtype == "float32":
+            return pixels.to(memory_format=self.memory_format)
         mean, std = (
             torch.tensor(self.transform_settings[key], device=pixels.device)[:, None, None] for key in ("mean", "std")
         )
-        return pixels.float().div_(255).sub_(mean).div_(std)
+        return pixels.float().div_(255).sub_(mean).div_(std).to(memory_format=self.memory_format)
 
     def transform(self, image: Image.Image) -> torch.Tensor:
         """One image as the network reads it, (3, height, width) float32."""
@@ -97,17 +118,16 @@ class TimmBackbone:
 
     def read(self, images: torch.Tensor, taps: Taps) -> dict[str, torch.Tensor]:
         """{array: rows} for (n_images, 3, height, width) images; see `Taps.read`."""
-        return taps.read(self.model, images.to(memory_format=torch.channels_last))
+        return taps.read(self.model, images.to(memory_format=self.memory_format))
 
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
         """The vectors that the classifier of the original network reads, (n_images, n_features)."""
-        vectors: torch.Tensor = self.model(images.to(memory_format=torch.channels_last))
-        return vectors
+        return self.reader.pooled(self.model, images.to(memory_format=self.memory_format))
 
     def taps(self, config: LayerConfig) -> Taps:
         """What these settings mean for this network at its size. Raises ConfigError (see `choose_taps`)."""
         with self._takes_its_size():
-            return choose_taps(self.model, config, self.transform_settings["input_size"])
+            return choose_taps(self.model, config, self.transform_settings["input_size"], self.reader)
 
     def shapes(self, taps: Taps) -> dict[str, tuple[int, ...]]:
         """{array: shape of a row}, from one empty image. Raises BackboneError if the network cannot take its size."""
@@ -124,7 +144,7 @@ class TimmBackbone:
             return self
         with torch.inference_mode(), torch.random.fork_rng(devices=[]):
             images = torch.randn(2, *self.transform_settings["input_size"]).to(
-                self._device, memory_format=torch.channels_last
+                self._device, memory_format=self.memory_format
             )
             pairs = zip(taps.read(self.model, images).values(), taps.read(model, images).values(), strict=True)
             same = all((before - after).norm() <= _ROUNDING * before.norm() for before, after in pairs)
@@ -132,62 +152,99 @@ class TimmBackbone:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
-    @contextmanager
-    def _takes_its_size(self) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise BackboneError(
-                "--size",
-                expected=f"a size that {self.name} can take",
-                found=f"{self.transform_settings['input_size'][-1]} ({first_line(error)[:120]})",
-                remedy="choose another, such as the default",
-            ) from error
+    def _takes_its_size(self) -> AbstractContextManager[None]:
+        return refused_size(self.name, self.transform_settings["input_size"][-1])
 
 
-def load_backbone(config: BackboneConfig, device: str = "cpu") -> TimmBackbone:
-    """A network of timm with its weights. Raises BackboneError, which names what else can be done."""
-    refuse_unknown(config.resolved_name)
-    try:
-        model, origin = build_network(config)
-    except AssertionError as error:
-        raise BackboneError(
-            "--size",
-            expected=f"one that {config.resolved_name} can take",
-            found=f"{config.size} ({first_line(error)})",
-            remedy="choose another",
-        ) from error
+def load_backbone(config: BackboneConfig, device: str = "cpu") -> TorchBackbone:
+    """A network with its weights, of the source that its name says. Raises BackboneError, which names the way out."""
+    network = source_of(config).load(config)
     # Channels last: convolutions ran 2 to 3 times as fast on a CPU, with features equal to 1e-6 (docs/decisions/0004).
-    model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    size = {} if config.size is None else {"input_size": (3, config.size, config.size)}
-    settings = _data_settings(model, {**size, **TIMM_SETTINGS[config.resolved_fit]})
-    return TimmBackbone(
-        config.resolved_name,
+    model = network.model.eval().requires_grad_(False).to(memory_format=network.memory_format)
+    settings = settings_of(network, config)
+    reader = reader_of(network, config, settings["input_size"])  # before the digest: lazy weights are made here
+    return TorchBackbone(
+        config.label,
         model.to(device),
-        _pixels(create_transform(**settings, is_training=False, use_prefetcher=True)),
+        _pixels_of(network, settings),
         {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
         weights_digest(model),
-        origin,
+        network.origin,
+        reader,
+        network.code,
+        network.memory_format,
     )
 
 
+def settings_of(network: Network, config: BackboneConfig) -> dict[str, Any]:
+    """Settings of the transform at the size and fit that are asked for.
+
+    Raises BackboneError for a network whose own function is the transform, where another size or fit is asked for.
+    """
+    own = network.transform
+    if not isinstance(own, OwnTransform):
+        size = {} if config.size is None else {"input_size": (3, config.size, config.size)}
+        return {**own, **size, **TIMM_SETTINGS[config.resolved_fit]}
+    for option, asked, given in (("size", config.size, own.size[-1]), ("fit", config.fit, DEFAULT_FIT)):
+        if asked not in (None, given):
+            raise BackboneError(
+                f"--{option}",
+                expected=f"none for {config.label}, whose own transform decides it",
+                found=asked,
+                remedy=f"leave --{option} out, or change the transform",
+            )
+    return {"input_size": own.size, "own": own.description}
+
+
+def pixel_dtype(settings: Mapping[str, Any]) -> str:
+    """Type of the pixels that a transform gives: float32 of a network's own function, else uint8."""
+    return "float32" if "own" in settings else "uint8"
+
+
+def reader_of(network: Network, config: BackboneConfig, size: Sequence[int]) -> Reader:
+    """What reads the layers of a network. Raises BackboneError for one that cannot read images of this size."""
+    if network.timm_layers:
+        return TIMM
+    with refused_size(config.resolved_name, size[-1]):
+        return find_layers(network.model, size, network.layers)
+
+
+@contextmanager
+def refused_size(name: str, size: object) -> Iterator[None]:
+    """Raise BackboneError for what a network says of images of a size that it cannot take."""
+    try:
+        yield
+    except NotImplementedError:  # an operation that has no form without numbers, on a network without weights
+        raise
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        raise BackboneError(
+            "--size",
+            expected=f"a size that {name} can take",
+            found=f"{size} ({first_line(error)[:120]})",
+            remedy="choose another, such as the default",
+        ) from error
+
+
 def described_layers(config: BackboneConfig) -> dict[str, tuple[int, int, int]]:
-    """{layer: (n_channels, height, width)} of a network by name, without weights or arithmetic."""
-    refuse_unknown(config.resolved_name)
-    with torch.device("meta"):
-        model = timm.create_model(config.resolved_name, **fixed_size(config)).eval()
-    channels, height, width = _data_settings(model, {})["input_size"]
-    return map_shapes(model, (channels, config.size or height, config.size or width))
+    """{layer: (n_channels, height, width)} of a network by name, without weights or arithmetic where it is possible."""
+    try:
+        return _described(config, "meta")
+    except NotImplementedError:  # some operation of the network has to compute something
+        return _described(config, "cpu")
 
 
-def _data_settings(model: nn.Module, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's settings of the transform for these weights, with some of them changed."""
-    settings: dict[str, Any] = resolve_model_data_config(model, args=dict(changes))  # type: ignore[no-untyped-call]
-    return settings
+def _described(config: BackboneConfig, device: str) -> dict[str, tuple[int, int, int]]:
+    network = source_of(config).outline(config, device)
+    size = settings_of(network, config)["input_size"]
+    model = network.model.eval()
+    return map_shapes(model, size, reader_of(network, config, size))
 
 
-def _pixels(crop: Callable[[Image.Image], Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """timm's transform up to where pixels become numbers to compute with."""
+def _pixels_of(network: Network, settings: Mapping[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+    """The transform up to where pixels become numbers to compute with."""
+    if isinstance(network.transform, OwnTransform):
+        return network.transform.call
+    crop = create_transform(**settings, is_training=False, use_prefetcher=True)
     return lambda image: torch.as_tensor(crop(image))  # older releases of timm give an array

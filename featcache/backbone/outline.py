@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import timm
 import torch
-from timm.data.config import resolve_model_data_config
 from torch import nn
 
+from featcache.backbone.hooks import device_of
+from featcache.backbone.network import pixel_dtype, reader_of, refused_size, settings_of
+from featcache.backbone.sources.table import source_of
 from featcache.backbone.taps import choose_taps
-from featcache.backbone.weights import check_backbone, fixed_size
 from featcache.config import BackboneConfig, LayerConfig
-from featcache.errors import BackboneError, first_line
 
 _FLOAT32 = 4  # bytes
 # torch's autocast computes these in float32 whatever the precision of the rest
@@ -28,7 +27,7 @@ class Outline:
     size : pixels on a side of the input, its last axis
     shapes : {array: shape of one row}
     weights : bytes of the weights
-    pixels : bytes of one decoded image, 8 bits a channel
+    pixels : bytes of one decoded image: 8 bits a channel, or 32 of a network's own transform
     widest : bytes of the input and the output of one layer for one image, at most
     kept : bytes of the outputs of all layers for one image, which training keeps for the way back
     """
@@ -53,35 +52,27 @@ def outline(config: BackboneConfig, layers: LayerConfig, precision: str = "float
     Raises BackboneError for a name that timm lacks and for a size that the network cannot take, ConfigError for layers
     that it lacks.
     """
-    check_backbone(config)
-    try:
-        return _outline(config, layers, precision, "meta")
-    except NotImplementedError:  # some operation of the network has to compute something
-        return _outline(config, layers, precision, "cpu")
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise BackboneError(
-            "--size",
-            expected=f"a size that {config.resolved_name} can take",
-            found=f"{config.size or 'its own'} ({first_line(error)[:120]})",
-            remedy="choose another, such as the default",
-        ) from error
+    with refused_size(config.resolved_name, config.size or "its own"):
+        try:
+            return _outline(config, layers, precision, "meta")
+        except NotImplementedError:  # some operation of the network has to compute something
+            return _outline(config, layers, precision, "cpu")
 
 
 def _outline(config: BackboneConfig, layers: LayerConfig, precision: str, device: str) -> Outline:
-    with torch.device(device):
-        model: Any = timm.create_model(config.resolved_name, **fixed_size(config)).eval()
-        model.reset_classifier(0)
-    own: tuple[int, int, int] = resolve_model_data_config(model)["input_size"]  # type: ignore[no-untyped-call]
-    size = own if config.size is None else (own[0], config.size, config.size)
+    network = source_of(config).outline(config, device)
+    model, settings = network.model.eval(), settings_of(network, config)
+    size = tuple(settings["input_size"])
+    reader = reader_of(network, config, size)
     with torch.inference_mode():
-        taps = choose_taps(model, layers, size)
+        taps = choose_taps(model, layers, size, reader)
         with _LayerSizes(model, precision) as sizes:
-            rows = taps.read(model, torch.zeros(1, *size, device=device))
+            rows = taps.read(model, torch.zeros(1, *size, device=device_of(model)))
     return Outline(
         size=size[-1],
         shapes={array: tuple(values.shape[1:]) for array, values in rows.items()},
         weights=sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
-        pixels=math.prod(size),
+        pixels=math.prod(size) * getattr(torch, pixel_dtype(settings)).itemsize,
         widest=max(inputs + outputs for inputs, outputs in sizes.found),
         kept=sum(outputs for _, outputs in sizes.found),
     )

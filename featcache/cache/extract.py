@@ -20,7 +20,7 @@ from featcache.cache.store import Store, create_store, list_stores, nearest, ope
 from featcache.config import ExtractConfig
 from featcache.dataset.digests import id_digest, image_digest
 from featcache.dataset.images import load_image
-from featcache.dataset.subject import Subject
+from featcache.dataset.subject import ImageSource, Subject
 from featcache.machine.device import check_products, is_emulated, matrix_products, resolve_device, resolve_dtype
 from featcache.machine.files import refuse_full_disk
 from featcache.machine.memory import keep_freed_memory
@@ -114,6 +114,7 @@ def feature_key(source: Source, config: ExtractConfig, subject: Subject, work: P
         dtype=config.dtype,
         fold=source.fold,
         fused=backbone.fused,
+        code=backbone.code,
     )
 
 
@@ -263,11 +264,11 @@ def _reader(subject: Subject, backbone: Backbone, config: ExtractConfig, work: P
     """What gives the pixels of each batch: the cache of pixels, if it is whole, or the image files."""
     if (pixels := find_pixels(subject, backbone, work)) is not None:
         return lambda batches: (pixels.read(batch) for batch in batches)
-    return lambda batches: _decoded(batches, subject.image_paths, backbone, config)
+    return lambda batches: _decoded(batches, subject.image_sources, backbone, config)
 
 
 def _decoded(
-    batches: Sequence[range], paths: Sequence[Path], backbone: Backbone, config: ExtractConfig
+    batches: Sequence[range], sources: Sequence[ImageSource], backbone: Backbone, config: ExtractConfig
 ) -> Iterator[torch.Tensor]:
     """The pixels of each batch in turn, decoded by threads while the model runs.
 
@@ -276,6 +277,6 @@ def _decoded(
     """
     depth = _AHEAD * config.batch_size + 2 * config.workers
     rows = (row for batch in batches for row in batch)
-    images = prefetch(lambda row: backbone.pixels(load_image(paths[row])), rows, depth, config.workers)
+    images = prefetch(lambda row: backbone.pixels(load_image(sources[row])), rows, depth, config.workers)
     for batch in batches:
         yield torch.stack([next(images) for _ in batch])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from featcache.cache.store import Store
+from featcache.dataset.splits import SplitKey
 from featcache.errors import StoreError
 
 
@@ -20,11 +21,13 @@ class _TrainingKey:
     training : fingerprint of the settings of the training, the same for all of its folds
     soup : number of trainings whose weights were averaged; None for weights that were trained. Such means are no longer
         made; those that were made are still read
+    split : which images stay together in its folds
     """
 
     stage: str
     training: str
     soup: int | None = None
+    split: SplitKey = field(default_factory=SplitKey)
 
     @property
     def label(self) -> str:
@@ -34,13 +37,14 @@ class _TrainingKey:
     @classmethod
     def from_json(cls, mapping: Mapping[str, Any]) -> Self:
         """Key of a training, from the JSON of a store. Raises KeyError for what is missing."""
-        names = [one.name for one in fields(cls)]
-        values: dict[str, Any] = {name: mapping.get(name) if name == "soup" else mapping[name] for name in names}
-        return cls(**values)
+        names = [one.name for one in fields(cls) if one.name not in ("soup", "split")]
+        values: dict[str, Any] = {name: mapping[name] for name in names}
+        return cls(**values, soup=mapping.get("soup"), split=SplitKey.from_json(mapping.get("split")))
 
     def to_json(self) -> dict[str, Any]:
         """The key as stores have it."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        values = {name: value for name, value in vars(self).items() if name != "split" and value is not None}
+        return values | self.split.to_json()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,7 @@ class FeatureKey:
     images, image_ids : digests of the image files and of their ids, in row order
     weights : digest of every tensor of the backbone
     timm : version of timm
+    code : what decides the rows of a network that is not timm's besides, {name: version or digest}
     transform : how an image becomes the input of the backbone
     dtype : precision of the backbone's arithmetic
     fold : the training of the backbone; None for one as its weights came, which saw none of the images
@@ -101,6 +106,7 @@ class FeatureKey:
     dtype: str
     fold: FoldKey | None = None
     fused: bool = False
+    code: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, store: Store) -> Self:
@@ -133,10 +139,11 @@ class FeatureKey:
             dtype=mapping["dtype"],
             fold=None if fold is None else FoldKey.from_json(fold),
             fused="batch_norm" in mapping,
+            code=dict(mapping.get("code", {})),
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The key as stores have it; stores of pooled vectors alone have neither grids nor pool."""
+        """The key as stores have it; stores of pooled vectors alone have neither grids nor pool, of timm no code."""
         grids = {layer: list(grid) for layer, grid in self.grids.items()}
         return (
             {"layers": list(self.layers)}
@@ -154,6 +161,7 @@ class FeatureKey:
                 "fold": None if self.fold is None else self.fold.to_json(),
             }
             | ({"batch_norm": "folded"} if self.fused else {})
+            | ({"code": dict(self.code)} if self.code else {})
         )
 
 

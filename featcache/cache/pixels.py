@@ -1,4 +1,4 @@
-"""Decoded images: resized and cropped as the network reads them, in one uint8 file for each subject and size.
+"""Decoded images: resized and cropped as the network reads them, in one file for each subject and size.
 
 Training reads rows of that file in every epoch, so that each image is decoded once. `extract` reads the file too, where
 it is whole. The file is a .npy array of (n_images, height, width, 3) in the row order of every store, so that each
@@ -35,14 +35,15 @@ _COMMIT = 256  # images between commits, which is what an interruption can cost
 class Pixels:
     """The pixels of one subject's images, memory-mapped.
 
-    array : (n_images, height, width, 3) uint8, training images and then test images
+    array : (n_images, height, width, 3), training images and then test images; uint8, or float32 of a network's own
+        transform
     """
 
     path: Path
     array: np.ndarray
 
     def read(self, rows: np.ndarray | Sequence[int]) -> torch.Tensor:
-        """(len(rows), 3, height, width) uint8, in the memory format channels_last."""
+        """(len(rows), 3, height, width) of the file's type, in the memory format channels_last."""
         return torch.from_numpy(np.array(self.array[rows])).permute(0, 3, 1, 2)
 
 
@@ -90,16 +91,19 @@ def _path(subject: Subject, backbone: Backbone, work: Path) -> Path:
     The mean and deviation, which the network's input is normalised by, do not enter: they are applied later.
     """
     crop = dict(backbone.transform_settings)
-    if crop["crop_mode"] != "border":  # which pads with the mean
-        del crop["mean"]
-    del crop["std"]
+    if crop.get("crop_mode") != "border":  # which pads with the mean
+        crop.pop("mean", None)
+    crop.pop("std", None)
+    if backbone.transform_settings.get("own"):  # its function is part of its code
+        crop["code"] = dict(backbone.code)
     key = {"images": image_digest(subject, work), "crop": crop}
     size = backbone.transform_settings["input_size"][-1]
     return Workdir(work).pixels / f"{subject.name}-{size}-{fingerprint(key)}.npy"
 
 
 def _bytes_per_image(backbone: Backbone) -> int:
-    return math.prod(backbone.transform_settings["input_size"])
+    n_values = math.prod(backbone.transform_settings["input_size"])
+    return int(n_values * np.dtype(backbone.pixel_dtype).itemsize)
 
 
 def _record(path: Path) -> Path:
@@ -123,11 +127,11 @@ def _fill(path: Path, subject: Subject, backbone: Backbone, workers: int) -> Non
     done = _committed(path)
     if not done:
         _record(path).unlink(missing_ok=True)  # the record of a file that was lost must not count for this one
-        _create(path, shape)
+        _create(path, shape, backbone.pixel_dtype)
     array = np.lib.format.open_memmap(path, mode="r+")
 
     def fill(row: int) -> None:
-        array[row] = backbone.pixels(load_image(subject.image_paths[row])).permute(1, 2, 0).numpy()
+        array[row] = backbone.pixels(load_image(subject.image_sources[row])).permute(1, 2, 0).numpy()
 
     with ThreadPoolExecutor(workers) as pool, bar(f"{subject.name} pixels", len(array), "images", done) as advance:
         for start in range(done, len(array), _COMMIT):
@@ -138,10 +142,10 @@ def _fill(path: Path, subject: Subject, backbone: Backbone, workers: int) -> Non
             replace_json(_record(path), {"images": rows.stop, "bytes": path.stat().st_size})
 
 
-def _create(path: Path, shape: tuple[int, ...]) -> None:
+def _create(path: Path, shape: tuple[int, ...], dtype: str) -> None:
     """Make an empty pixel file that has its room on the disk. Raises StoreError where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape).flush()
     try:
         with path.open("r+b") as file:  # a disk that is full later would end the process by a signal: claim it now
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -149,7 +153,7 @@ def _create(path: Path, shape: tuple[int, ...]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return  # a file system that cannot promise room
         path.unlink()
-        raise _no_room(path.parent, math.prod(shape)) from error
+        raise _no_room(path.parent, math.prod(shape) * np.dtype(dtype).itemsize) from error
 
 
 def _no_room(folder: Path, n_bytes: int) -> StoreError:

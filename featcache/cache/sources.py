@@ -37,11 +37,15 @@ class Source:
         checkpoint = self.checkpoint
         if checkpoint is None:
             return None
+        key = checkpoint.key
         return FoldKey(
-            stage=checkpoint.key.stage,
-            training=checkpoint.key.training,
-            soup=len(checkpoint.key.mean_of) or None,
-            **checkpoint.key.split.to_json(),
+            stage=key.stage,
+            training=key.training,
+            soup=len(key.mean_of) or None,
+            fold=key.split.fold,
+            n_folds=key.split.n_folds,
+            seed=key.split.seed,
+            split=key.split.by,
         )
 
     @property
@@ -96,7 +100,7 @@ def _refuse_other_backbone(checkpoint: Checkpoint, config: ExtractConfig) -> Non
             checkpoint.path,
             expected=f"a checkpoint of {config.backbone.name}",
             found=f"one of {trained}",
-            remedy=f"name --backbone {trained}, or another checkpoint",
+            remedy=f"name --backbone {checkpoint.network}, or another checkpoint",
         )
 
 
@@ -113,7 +117,7 @@ def load_source(checkpoint: Checkpoint | None, config: ExtractConfig, device: st
 
 def _load(checkpoint: Checkpoint | None, config: ExtractConfig, device: str) -> Backbone:
     if checkpoint is not None:
-        return checkpoint.backbone(device, config.backbone.size, config.backbone.fit)
+        return checkpoint.backbone(device, config.backbone.size, config.backbone.fit, config.backbone.name)
     refuse_trained(config.backbone.resolved_weights, "--checkpoint")
     if config.backbone.resolved_weights == "none":
         say(f"{config.backbone.resolved_name}: random weights, as asked; the scores will show it")

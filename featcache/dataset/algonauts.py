@@ -5,25 +5,22 @@ Layout of Algonauts 2023 (Gifford et al. 2023, https://arxiv.org/abs/2301.03198)
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tokenize import TokenError
 
 import numpy as np
 
-from featcache.dataset.images import image_fault
 from featcache.dataset.rois import FSAVERAGE_VERTICES, HEMISPHERES, class_order, read_mapping
-from featcache.dataset.subject import Challenge, Fault, ImageFiles, Subject, listed
-from featcache.errors import ChallengeError
+from featcache.dataset.subject import Dataset, Fault, Images, Subject, listed, refuse_faults
+from featcache.errors import DataError
 
 _IMAGE_NAME = re.compile(r"(?P<split>train|test)-(?P<number>\d+)_nsd-(?P<id>\d+)\.(png|jpg|jpeg)", re.IGNORECASE)
 _LEFT_BY_FILE_MANAGERS = ("Thumbs.db", "desktop.ini")
 # Ceilings are percent where the largest exceeds this. A largest just above 1 is a fraction out of range, and percent
 # reach more than 2 in any recording.
 _SURELY_PERCENT = 2
-_ROWS_PER_SCAN = 256  # response rows read at once, which bounds the memory of a scan
 
 
 @dataclass
@@ -51,7 +48,7 @@ class _Scan:
         return None
 
 
-def scan_tree(root: Path, noise_ceiling: Path | None = None) -> tuple[Challenge, list[Fault]]:
+def scan_tree(root: Path, noise_ceiling: Path | None = None) -> tuple[Dataset, list[Fault]]:
     """Subjects of the tree under `root`, and every fault that shows without decoding images or reading responses.
 
     noise_ceiling : folder with {subject}/{lh,rh}.npy; None for `root/noise_ceiling`, where it exists
@@ -59,58 +56,22 @@ def scan_tree(root: Path, noise_ceiling: Path | None = None) -> tuple[Challenge,
     folders = sorted(path for path in root.glob("subj*") if re.fullmatch(r"subj\d+", path.name) and path.is_dir())
     if not folders:
         found = "the folder of one subject" if re.fullmatch(r"subj\d+", root.name) else "none"
-        return Challenge(root, ()), [Fault(root, "folders subj01, subj02, ... in it", found)]
+        return Dataset(root, ()), [Fault(root, "folders subj01, subj02, ... in it", found)]
     scans = [_Scan(folder) for folder in folders]
     subjects = [_scan_subject(scan) for scan in scans]
     subjects, note = _with_ceilings(scans, subjects, _ceiling_folder(root, noise_ceiling))
     notes = (note, *_notes_on_missing(subjects), *_notes_on_shared_images(subjects))
-    return Challenge(root, tuple(subjects), notes), [fault for scan in scans for fault in scan.faults]
+    return Dataset(root, tuple(subjects), notes, challenge=True), [fault for scan in scans for fault in scan.faults]
 
 
-def open_challenge(root: Path | str, noise_ceiling: Path | str | None = None) -> Challenge:
-    """Subjects of the tree under `root`. Raises ChallengeError for the first fault that `scan_tree` finds.
+def open_challenge(root: Path | str, noise_ceiling: Path | str | None = None) -> Dataset:
+    """Subjects of the tree under `root`. Raises DataError for the first fault that `scan_tree` finds.
 
     noise_ceiling : as for `scan_tree`
     """
     challenge, faults = scan_tree(Path(root), None if noise_ceiling is None else Path(noise_ceiling))
-    if faults:
-        first, more = faults[0], f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise ChallengeError(
-            first.path,
-            expected=first.expected,
-            found=f"{first.found}{more}",
-            remedy="run 'check' to see every fault of the tree",
-        )
+    refuse_faults(faults)
     return challenge
-
-
-def deep_faults(
-    challenge: Challenge, workers: int = 2, advance: Callable[[int], object] = lambda n: None
-) -> Iterator[Fault]:
-    """Faults that show only by decoding every image and reading every response, which takes minutes.
-
-    advance : called with the number of images just decoded
-    """
-    paths = [path for subject in challenge.subjects for path in subject.image_paths]
-    with ThreadPoolExecutor(workers) as pool:
-        for fault in pool.map(image_fault, paths):
-            advance(1)
-            if fault:
-                yield fault
-    for subject in challenge.subjects:
-        for surface in subject.surfaces:  # scan_tree reports those whose responses cannot be read
-            yield from _response_faults(subject.response_paths[surface])
-
-
-def _response_faults(path: Path) -> Iterator[Fault]:
-    responses = np.load(path, mmap_mode="r")
-    for start in range(0, len(responses), _ROWS_PER_SCAN):
-        bad = np.argwhere(~np.isfinite(responses[start : start + _ROWS_PER_SCAN]))
-        if len(bad):
-            row, vertex = bad[0]
-            more = f" and {len(bad) - 1} more nearby" if len(bad) > 1 else ""
-            yield Fault(path, "finite responses", f"NaN or infinity at row {start + row}, vertex {vertex}{more}")
-            return
 
 
 def response_files(folder: Path) -> dict[str, Path]:
@@ -129,10 +90,10 @@ def image_name(split: str, number: int, image_id: int) -> str:
     return f"{split}-{number:04d}_nsd-{image_id:05d}.png"
 
 
-def list_images(folder: Path, split: str) -> tuple[ImageFiles, list[Fault]]:
+def list_images(folder: Path, split: str) -> tuple[Images, list[Fault]]:
     """Images of a folder in the order of their numbers, and the faults of its file names; see `image_name`."""
     if not folder.is_dir():
-        return ImageFiles((), np.array([], dtype=np.int64)), [Fault(folder, "a folder of images", "none")]
+        return Images((), np.array([], dtype=np.int64)), [Fault(folder, "a folder of images", "none")]
     by_number: dict[int, tuple[Path, int]] = {}
     faults = []
     for name in sorted(os.listdir(folder)):
@@ -148,7 +109,7 @@ def list_images(folder: Path, split: str) -> tuple[ImageFiles, list[Fault]]:
     numbers = sorted(by_number)
     faults += _numbering_faults(folder, numbers)
     ids = np.array([by_number[number][1] for number in numbers], dtype=np.int64)
-    return ImageFiles(tuple(by_number[number][0] for number in numbers), ids), faults
+    return Images(tuple(by_number[number][0] for number in numbers), ids), faults
 
 
 def _numbering_faults(folder: Path, numbers: list[int]) -> list[Fault]:
@@ -176,7 +137,7 @@ def _scan_subject(scan: _Scan) -> Subject:
     return Subject(scan.folder.name, train, test, response_paths, n_vertices, rois, ceilings, fsaverage)
 
 
-def _scan_images(scan: _Scan, split: str) -> ImageFiles:
+def _scan_images(scan: _Scan, split: str) -> Images:
     folder = image_folder(scan.folder, split)
     images, faults = list_images(folder, split)
     scan.faults += faults
@@ -204,7 +165,7 @@ def _scan_rois(scan: _Scan, n_vertices: dict[str, int]) -> dict[str, dict[str, n
         path = folder / f"mapping_{roi_class}.npy"
         try:
             mapping = read_mapping(path)
-        except ChallengeError as error:
+        except DataError as error:
             scan.fault(path, error.expected, error.found)
             continue
         for hemisphere in HEMISPHERES:
@@ -239,7 +200,7 @@ def _ceiling_folder(root: Path, noise_ceiling: Path | None) -> Path | None:
         default = root / "noise_ceiling"
         return default if default.is_dir() else None
     if not any(noise_ceiling.glob("subj*/?h.npy")):
-        raise ChallengeError(
+        raise DataError(
             "--noise-ceiling",
             expected="a folder of subj01/lh.npy and so on",
             found=f"none of these in {noise_ceiling}" if noise_ceiling.is_dir() else f"no folder {noise_ceiling}",

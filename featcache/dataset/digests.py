@@ -4,20 +4,22 @@ import hashlib
 import json
 from collections.abc import Iterable
 from hashlib import blake2b
+from os import stat_result
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from featcache.config import fingerprint
-from featcache.dataset.subject import Subject
+from featcache.dataset.images import array_row
+from featcache.dataset.subject import ArrayImage, ImageSource, Subject
 from featcache.machine.files import replace_json
 from featcache.workdir import Workdir
 
 
 def image_digest(subject: Subject, work: Path) -> str:
-    """Digest of the contents of a subject's image files, in row order; remembered under `work`."""
-    return DigestIndex(Workdir(work).image_index(subject.name)).digest(subject.image_paths)
+    """Digest of the contents of a subject's images, in row order; remembered under `work`."""
+    return DigestIndex(Workdir(work).image_index(subject.name)).digest(subject.image_sources)
 
 
 def id_digest(subject: Subject) -> str:
@@ -72,23 +74,50 @@ class DigestIndex:
             known = {}
         self._known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
 
-    def digest(self, paths: Iterable[Path]) -> str:
-        """Digest of the contents of some files, in their order, and not of their names or folders."""
-        whole = blake2b(digest_size=16)
-        fresh = {str(path.absolute()): self._entry(path) for path in paths}
-        for _, _, content in fresh.values():
+    def digest(self, sources: Iterable[ImageSource]) -> str:
+        """Digest of the contents of some files and rows of arrays, in their order; names and folders do not matter."""
+        whole, times = blake2b(digest_size=16), FileTimes()
+        entries = [(source_key(source), self._entry(source, times)) for source in sources]
+        for _, (_, _, content) in entries:
             whole.update(bytes.fromhex(content))
-        if any(self._known.get(name) != entry for name, entry in fresh.items()):
-            self._known |= fresh
+        if any(self._known.get(name) != entry for name, entry in entries):
+            self._known |= dict(entries)
             replace_json(self.path, self._known)
         return whole.hexdigest()
 
-    def _entry(self, path: Path) -> list[Any]:
-        stat = path.stat()
-        known = self._known.get(str(path.absolute()))
-        if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return known
-        return [stat.st_size, stat.st_mtime_ns, file_digest(path)]
+    def _entry(self, source: ImageSource, times: "FileTimes") -> list[Any]:
+        now = list(times.of(source))
+        known = self._known.get(source_key(source))
+        return known if known and known[:2] == now else [*now, content_digest(source)]
+
+
+class FileTimes:
+    """Sizes and modification times of files, each asked for once: many pictures may be in one file."""
+
+    def __init__(self) -> None:
+        self._status: dict[Path, stat_result] = {}
+
+    def of(self, source: ImageSource) -> tuple[int, int]:
+        """(bytes, nanoseconds) of the file that a picture is in. Raises OSError where there is none."""
+        path = source.path if isinstance(source, ArrayImage) else source
+        if path not in self._status:
+            self._status[path] = path.stat()
+        return self._status[path].st_size, self._status[path].st_mtime_ns
+
+
+def source_key(source: ImageSource) -> str:
+    """Name under which a picture is remembered: its absolute path and, in an array, its row."""
+    if isinstance(source, ArrayImage):
+        return f"{source.path.absolute()}:{source.array}[{source.row}]"
+    return str(source.absolute())
+
+
+def content_digest(source: ImageSource) -> str:
+    """Digest of one file's content, or of one row's size and pixels; 32 hexadecimal digits."""
+    if isinstance(source, ArrayImage):
+        pixels = array_row(source)
+        return blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest()
+    return file_digest(source)
 
 
 def file_digest(path: Path) -> str:

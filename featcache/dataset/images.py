@@ -1,69 +1,162 @@
-"""Decoding of image files."""
+"""Decoding of pictures: of image files, and of the rows of an array of many."""
 
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from featcache.dataset.subject import Fault
-from featcache.errors import ChallengeError
+from featcache.dataset.subject import ArrayImage, Fault, ImageSource
+from featcache.errors import DataError, first_line
+from featcache.formats.arrays import open_array
+from featcache.formats.lazy import Array, Place
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on bad files
+_NO_ARRAY = (OSError, ValueError, EOFError, SyntaxError, TokenError, KeyError, RuntimeError)  # NumPy and h5py
 _TURNED = range(5, 9)  # rotation flags that exchange width and height
+_OPEN_ARRAYS = 8  # files of many pictures that stay open
 
 
-def load_image(path: Path) -> Image.Image:
-    """Decode a PNG or JPEG of any size and mode to 8-bit RGB.
+def load_image(source: ImageSource) -> Image.Image:
+    """Decode a picture of any size and mode to 8-bit RGB.
 
     Transparent parts are laid over mid-grey, 16-bit grey is scaled to 8 bits, and a camera's rotation flag is applied.
+    Of an animation (GIF, APNG, WebP) the first picture is taken, and of several in one file too.
 
-    Raises ChallengeError for a file that cannot be decoded to its end.
+    source : an image file, or a row of an array of 8 bits, (n_pictures, height, width, 3) or, of grey pictures,
+        (n_pictures, height, width)
+
+    Raises DataError for what cannot be decoded to its end.
     """
-    with _opened(path) as image:
+    if isinstance(source, ArrayImage):
+        return Image.fromarray(array_row(source)).convert("RGB")
+    with _opened(source) as image:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
 
 
-def image_shape(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels of an image as `load_image` gives it, from its header. Raises ChallengeError."""
-    with _opened(path) as image:
+def image_shape(source: ImageSource) -> tuple[int, int]:
+    """(width, height) in pixels of a picture as `load_image` gives it, from its header. Raises DataError."""
+    if isinstance(source, ArrayImage):
+        height, width = _array_of(source).shape[1:3]
+        return width, height
+    with _opened(source) as image:
         turned = image.width != image.height and image.getexif().get(ExifTags.Base.Orientation) in _TURNED
         return image.size[::-1] if turned else image.size
 
 
+def image_fault(source: ImageSource) -> Fault | None:
+    """Fault of a picture that cannot be decoded to its end; None for a whole one."""
+    try:
+        load_image(source)
+    except DataError as error:
+        return fault_of(source, error)
+    return None
+
+
+def fault_of(source: ImageSource, error: DataError) -> Fault:
+    """Fault of a picture that `load_image` refuses."""
+    return Fault(str(source) if isinstance(source, ArrayImage) else source, error.expected, error.found)
+
+
+def array_row(source: ArrayImage) -> np.ndarray:
+    """Pixels of one picture of an array, (height, width, 3) or (height, width) uint8. Raises DataError."""
+    array = _array_of(source)
+    if not 0 <= source.row < len(array):
+        raise DataError(
+            source,
+            expected=f"a row from 0 to {len(array) - 1}",
+            found=str(source.row),
+            remedy="correct the row, or name the file that has it",
+        )
+    try:
+        return np.ascontiguousarray(array[source.row : source.row + 1][0])
+    except _NO_ARRAY as error:
+        raise _unreadable_array(source, error) from error
+
+
+def picture_count(path: Path, array: str = "") -> int:
+    """Number of pictures in an array of a file. Raises DataError for what is no array of 8-bit pictures."""
+    return len(_array_of(ArrayImage(path, array, 0)))
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image file, open. What Pillow raises on it becomes a ChallengeError."""
+    """An image file, open. What Pillow raises on it becomes a DataError."""
     try:
+        _refuse_special(path)  # opening a pipe would wait for ever
         with Image.open(path) as image:
             yield image
+    except FileNotFoundError as error:
+        raise DataError(path, expected="an image", found="no such file", remedy="put it back") from error
     except _UNREADABLE as error:
-        raise ChallengeError(
+        raise DataError(
             path,
             expected="a whole PNG or JPEG image",
-            found=f"one that cannot be decoded ({(str(error).splitlines() or [type(error).__name__])[0]})",
+            found=f"one that cannot be decoded ({first_line(error)})",
             remedy="copy the file again",
         ) from error
+
+
+def _refuse_special(path: Path) -> os.stat_result:
+    """Size and times of a regular file. Raises OSError for a missing file, a folder, a pipe or a device."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("no regular file")
+    return status
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255 instead of scaling them
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":  # Pillow would clip fractions to black
+        raise ValueError("its pixels are not integers")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (128, 128, 128, 255)), rgba).convert("RGB")
     return image.convert("RGB")
 
 
-def image_fault(path: Path) -> Fault | None:
-    """Fault of an image file that cannot be decoded to its end; None for a whole one."""
+def _array_of(source: ArrayImage) -> Array:
+    """The array that a picture is a row of, open. Raises DataError where it is not one of 8-bit pictures."""
     try:
-        load_image(path)
-    except ChallengeError as error:
-        return Fault(path, error.expected, error.found)
-    return None
+        status = _refuse_special(source.path)
+        array = _open_once(os.getpid(), source.path, source.array, status.st_size, status.st_mtime_ns)
+    except _NO_ARRAY as error:
+        raise _unreadable_array(source, error) from error
+    shape = tuple(array.shape)
+    if array.dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (3,)) or 0 in shape[1:3]:
+        raise DataError(
+            source,
+            expected="an array of 8-bit pictures, (n, height, width, 3) or (n, height, width)",
+            found=f"shape {shape} of {array.dtype}",
+            remedy="store the pictures as 8-bit RGB or grey",
+        )
+    return array
+
+
+def _unreadable_array(source: ArrayImage, error: Exception) -> DataError:
+    return DataError(
+        source,
+        expected="a whole .npy or HDF5 file with this array",
+        found=f"one that cannot be read ({first_line(error)})",
+        remedy="copy the file again, or correct the name of the array",
+    )
+
+
+@lru_cache(maxsize=_OPEN_ARRAYS)
+def _open_once(process: int, path: Path, name: str, size: int, time: int) -> Array:
+    """The array, opened once.
+
+    process : its number, because HDF5 files that were opened before a fork must not be read after it
+    size, time : of the file: one that was written again is opened again
+    """
+    return open_array(Place(path, name))
 
 
 # Another package in the process may have asked Pillow to fill up truncated files with grey. They must be errors here.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.errors import ChallengeError
+from featcache.errors import DataError
 
 HEMISPHERES = ("lh", "rh")
 FSAVERAGE_VERTICES = 163_842  # of one hemisphere of the fsaverage surface
@@ -80,7 +80,7 @@ class _MappingUnpickler(pickle.Unpickler):
 def read_mapping(path: Path) -> dict[int, str]:
     """{label: ROI name} from a .npy file with a pickled dict; nothing that the file contains is run.
 
-    Raises ChallengeError for a file that is not such a dict, or whose pickle asks for any function.
+    Raises DataError for a file that is not such a dict, or whose pickle asks for any function.
     """
     try:
         if path.stat().st_size > _MAX_MAPPING_BYTES:
@@ -96,11 +96,9 @@ def read_mapping(path: Path) -> dict[int, str]:
             mapping = _MappingUnpickler(file).load().items[0]
             return {_label(label): _name(name) for label, name in mapping.items()}
     except FileNotFoundError as error:
-        raise ChallengeError(
-            path, expected="the names of the labels", found="no file", remedy="copy it again"
-        ) from error
+        raise DataError(path, expected="the names of the labels", found="no file", remedy="copy it again") from error
     except _NOT_A_MAPPING as error:
-        raise ChallengeError(
+        raise DataError(
             path,
             expected="a pickled dict of labels and ROI names",
             found=f"something else ({error})",

@@ -8,7 +8,8 @@ import torch
 
 from featcache.backbone.keys import Split
 from featcache.cache.pixels import Pixels
-from featcache.dataset.splits import assign_folds
+from featcache.dataset.splits import BY_ID
+from featcache.dataset.splits import Split as ImageSplit
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError
 from heads.config import TrainConfig
@@ -37,6 +38,7 @@ class Images:
     ----------
     pixels : one a subject, in the same order
     split : the fold that is held out
+    by : which images stay together in the folds
 
     Attributes
     ----------
@@ -48,14 +50,16 @@ class Images:
     ConfigError : a held-out fold that is too small to score
     """
 
-    def __init__(self, subjects: Sequence[Subject], pixels: Sequence[Pixels], split: Split) -> None:
+    def __init__(
+        self, subjects: Sequence[Subject], pixels: Sequence[Pixels], split: Split, by: ImageSplit = BY_ID
+    ) -> None:
         self.subjects, self._pixels = tuple(subjects), tuple(pixels)
         if [len(subject_pixels.array) for subject_pixels in pixels] != [len(s.image_ids) for s in subjects]:
             raise ValueError("pixels are not those of the subjects")
         self._responses = [
             {surface: subject.responses(surface) for surface in subject.surfaces} for subject in subjects
         ]
-        self.train_rows, self.held_out = split_rows(subjects, split)
+        self.train_rows, self.held_out = split_rows(subjects, split, by)
         self._pairs = np.concatenate([pairs_of(number, rows) for number, rows in enumerate(self.train_rows)])
 
     def __len__(self) -> int:
@@ -91,9 +95,9 @@ class Images:
         return sum(len(rows) // n_images for rows in self.train_rows) if by_subject else len(self) // n_images
 
     def read(self, pairs: np.ndarray) -> torch.Tensor:
-        """Pixels of some images, (n, 3, height, width) uint8."""
-        shape = self._pixels[pairs[0, 0]].array.shape[1:]
-        pixels = np.empty((len(pairs), *shape), dtype=np.uint8)
+        """Pixels of some images, (n, 3, height, width), of the type in which they are kept."""
+        first = self._pixels[pairs[0, 0]].array
+        pixels = np.empty((len(pairs), *first.shape[1:]), dtype=first.dtype)
         for number in np.unique(pairs[:, 0]):
             of_subject = pairs[:, 0] == number
             pixels[of_subject] = self._pixels[number].array[pairs[of_subject, 1]]
@@ -114,14 +118,16 @@ class Images:
         return Targets(self.subjects[number].name, surface, torch.from_numpy(rows), torch.from_numpy(responses))
 
 
-def split_rows(subjects: Sequence[Subject], split: Split) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def split_rows(
+    subjects: Sequence[Subject], split: Split, by: ImageSplit = BY_ID
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Rows of each subject to train on, and rows of the held-out fold.
 
     An image that one subject is tested on may be a training image of another: no subject is trained on it. Raises
     ConfigError for a held-out fold of fewer than 2 images.
     """
     tested = np.concatenate([subject.test.ids for subject in subjects])
-    held_out = [assign_folds(s.train.ids, split.n_folds, split.seed) == split.fold for s in subjects]
+    held_out = [by.folds(s.train.ids, split.n_folds, split.seed) == split.fold for s in subjects]
     for subject, mask in zip(subjects, held_out, strict=True):
         if mask.sum() < 2:
             raise ConfigError(

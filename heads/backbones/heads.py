@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from featcache.backbone.checkpoint import Checkpoint
-from featcache.backbone.network import TimmBackbone
+from featcache.backbone.network import TorchBackbone
 from featcache.config import POOLED
 from featcache.dataset.subject import Subject
 from heads.backbones.batches import Images, pairs_of
@@ -38,7 +38,7 @@ class FirstWeights:
     """
 
     checkpoint: Checkpoint | None
-    backbone: TimmBackbone
+    backbone: TorchBackbone
     images: Images
 
 
@@ -103,7 +103,7 @@ def start_spatial(heads: SubjectHeads, first: FirstWeights) -> str:
     return "heads start from small random maps; the start has none of the same --layers, --grid and shape"
 
 
-def _fitted_maps(backbone: TimmBackbone, images: Images) -> dict[str, LinearMap]:
+def _fitted_maps(backbone: TorchBackbone, images: Images) -> dict[str, LinearMap]:
     """Ridge regression of the first subject's responses on pooled features, on the images to train on, by surface."""
     subject, rows = images.subjects[0], images.train_rows[0]
     features = _pooled_features(backbone, images, rows)
@@ -116,7 +116,7 @@ def _fitted_maps(backbone: TimmBackbone, images: Images) -> dict[str, LinearMap]
 
 
 @torch.inference_mode()
-def _pooled_features(backbone: TimmBackbone, images: Images, rows: np.ndarray) -> torch.Tensor:
+def _pooled_features(backbone: TorchBackbone, images: Images, rows: np.ndarray) -> torch.Tensor:
     """(len(rows), n_features) float32 of the first subject's images, on the CPU."""
     device = next(backbone.model.parameters()).device
     batches = [pairs_of(0, rows[i : i + _FEATURE_BATCH]) for i in range(0, len(rows), _FEATURE_BATCH)]

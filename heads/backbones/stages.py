@@ -22,10 +22,14 @@ import torch
 
 from featcache.backbone.checkpoint import DESCRIPTION, Checkpoint, checkpoint_path, open_checkpoint, prune
 from featcache.backbone.keys import BackboneKey, CheckpointFacts, CheckpointKey, Split
+from featcache.backbone.network import Backbone
 from featcache.cache.pixels import cache_pixels
-from featcache.config import BackboneConfig
+from featcache.config import OWN_WEIGHTS, BackboneConfig, is_own_code
 from featcache.dataset.digests import digests, subject_digests
-from featcache.dataset.splits import assign_folds, check_folds, refuse_leak
+from featcache.dataset.grouping import split_of
+from featcache.dataset.responses import refuse_unfit
+from featcache.dataset.splits import Split as ImageSplit
+from featcache.dataset.splits import check_folds, refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError
 from featcache.machine.device import resolve_device
@@ -55,8 +59,12 @@ class Trained:
     seconds: float
 
 
-def train_stage(subjects: Sequence[Subject], config: StageConfig, work: Path | str) -> list[Trained]:
+def train_stage(
+    subjects: Sequence[Subject], config: StageConfig, work: Path | str, by: ImageSplit | None = None
+) -> list[Trained]:
     """Train one stage: `pretrain` leaves a checkpoint for each fold, `finetune` one for each fold and subject.
+
+    by : which images stay together in the folds; None: what `config.split` says of these subjects alone
 
     What is there already is skipped; an interrupted run goes on. Raises CheckpointError for a start that is missing or
     of another tree, and LeakError for one that saw images of the held-out fold.
@@ -66,14 +74,16 @@ def train_stage(subjects: Sequence[Subject], config: StageConfig, work: Path | s
     if device == "cpu":
         keep_freed_memory()
     _refuse_missing_rois(subjects, config)
+    refuse_unfit(subjects, work)
+    by = split_of(config.split, subjects, work) if by is None else by
     groups = [tuple(subjects)] if config.stage == "pretrain" else [(subject,) for subject in subjects]
     for subject in subjects:
-        check_folds(assign_folds(subject.train.ids, config.n_folds, config.fold_seed), config.n_folds)
+        check_folds(by.folds(subject.train.ids, config.n_folds, config.fold_seed), config.n_folds)
         refuse_leak(subject.train.ids, subject.test.ids, f"the test split of {subject.name}")
     folds = range(config.n_folds) if config.fold is None else [config.fold]
-    splits = [Split(fold=fold, n_folds=config.n_folds, seed=config.fold_seed) for fold in folds]
+    splits = [Split(fold=fold, n_folds=config.n_folds, seed=config.fold_seed, by=by.key) for fold in folds]
     starts = Starts(config, work)
-    return [_train_fold(group, split, config, starts, device, work) for group in groups for split in splits]
+    return [_train_fold(group, split, by, config, starts, device, work) for group in groups for split in splits]
 
 
 def _refuse_missing_rois(subjects: Sequence[Subject], config: StageConfig) -> None:
@@ -85,7 +95,13 @@ def _refuse_missing_rois(subjects: Sequence[Subject], config: StageConfig) -> No
 
 
 def _train_fold(
-    subjects: tuple[Subject, ...], split: Split, config: StageConfig, starts: Starts, device: str, work: Path
+    subjects: tuple[Subject, ...],
+    split: Split,
+    by: ImageSplit,
+    config: StageConfig,
+    starts: Starts,
+    device: str,
+    work: Path,
 ) -> Trained:
     began = time.perf_counter()
     start = starts.find(subjects, split)
@@ -94,15 +110,16 @@ def _train_fold(
         say(f"already trained, {checkpoint.path}")
         prune(checkpoint)
         return Trained(checkpoint, False, time.perf_counter() - began)
+    _refuse_augmented(start.backbone, config)
     taps = start.backbone.taps(config.train.tapped)
     shapes = start.backbone.shapes(taps)
     accelerator = make_accelerator(config.train.precision, device, config.train.kind.idle_weights)
     # what cannot work is refused before anything is decoded
-    plan_steps(config.train, accelerator.num_processes, [len(rows) for rows in split_rows(subjects, split)[0]])
+    plan_steps(config.train, accelerator.num_processes, [len(rows) for rows in split_rows(subjects, split, by)[0]])
     with accelerator.main_process_first():
         pixels = cache_pixels(subjects, start.backbone, work, config.image_cache, config.workers)
-    images = Images(subjects, pixels, split)
-    facts = replace(checkpoint.facts, seen_ids=_seen_ids(checkpoint, images, start), taps=taps.key())
+    images = Images(subjects, pixels, split, by)
+    facts = replace(checkpoint.facts, seen_ids=_seen_ids(checkpoint, images, start, by), taps=taps.key())
     checkpoint = replace(checkpoint, facts=facts)
     torch.manual_seed(config.train.seed)
     # a copy: the start serves other folds too
@@ -126,7 +143,7 @@ def _checkpoint(subjects: Sequence[Subject], split: Split, config: StageConfig, 
     key = CheckpointKey(
         stage=config.stage,
         subjects={s.name: digests(s, work) | subject_digests(s) for s in subjects},
-        backbone=_backbone_key(start.settings, start.backbone.transform_settings["input_size"][-1]),
+        backbone=_backbone_key(start),
         transform=dict(start.backbone.transform_settings),
         timm=timm.__version__,
         start=start.key(),
@@ -138,18 +155,46 @@ def _checkpoint(subjects: Sequence[Subject], split: Split, config: StageConfig, 
     if (path / DESCRIPTION).exists():
         return open_checkpoint(path)
     versions = {"torch": torch.__version__, "accelerate": accelerate.__version__}
-    return Checkpoint(path, key, CheckpointFacts(label=key.label, origin=start.backbone.origin, versions=versions))
+    facts = CheckpointFacts(
+        label=key.label, origin=start.backbone.origin, versions=versions, network=_network(start.settings)
+    )
+    return Checkpoint(path, key, facts)
 
 
-def _backbone_key(settings: BackboneConfig, size: int) -> BackboneKey:
-    weights = settings.resolved_weights
-    source = weights if weights in ("hub", "packaged", "none") else "file"
-    return BackboneKey(name=settings.resolved_name, weights=source, size=size, fit=settings.resolved_fit)
+def _backbone_key(start: Start) -> BackboneKey:
+    settings, weights = start.settings, start.settings.resolved_weights
+    return BackboneKey(
+        name=settings.label,
+        weights=weights if weights in ("hub", "packaged", "none", OWN_WEIGHTS) else "file",
+        size=start.backbone.transform_settings["input_size"][-1],
+        fit=settings.resolved_fit,
+        code=start.backbone.code,
+    )
 
 
-def _seen_ids(checkpoint: Checkpoint, images: Images, start: Start) -> tuple[int, ...]:
+def _network(settings: BackboneConfig) -> str | None:
+    """What a later command calls the network, from wherever it is run; None where its label says it."""
+    name = settings.resolved_name
+    if is_own_code(name):
+        file, _, function = name.rpartition(":")
+        return f"{Path(file).absolute()}:{function}"
+    return None if name == settings.label else name
+
+
+def _refuse_augmented(backbone: Backbone, config: StageConfig) -> None:
+    """Raise ConfigError for --augment on images that a network's own transform has normalised."""
+    if config.train.augment and backbone.pixel_dtype != "uint8":
+        raise ConfigError(
+            "--augment",
+            expected="images of 8 bits a channel",
+            found=f"{backbone.pixel_dtype} of the transform of {backbone.name}",
+            remedy="leave it out, or describe the transform by its size, mean and std",
+        )
+
+
+def _seen_ids(checkpoint: Checkpoint, images: Images, start: Start, by: ImageSplit) -> tuple[int, ...]:
     """Ids of the images that the checkpoint will have seen. Raises LeakError where some are held out."""
     before = np.empty(0, np.int64) if start.checkpoint is None else start.checkpoint.seen_ids
     seen = np.union1d(before, images.trained_ids)
-    refuse_leak(seen, images.held_out_ids, f"fold {checkpoint.fold} of {checkpoint.facts.label}")
+    refuse_leak(seen, images.held_out_ids, f"fold {checkpoint.fold} of {checkpoint.facts.label}", by)
     return tuple(seen.tolist())

@@ -14,7 +14,7 @@ from featcache.backbone.checkpoint import (
     usable,
 )
 from featcache.backbone.keys import Split, StartKey
-from featcache.backbone.network import TimmBackbone, load_backbone
+from featcache.backbone.network import TorchBackbone, load_backbone
 from featcache.config import BackboneConfig
 from featcache.dataset.digests import digests
 from featcache.dataset.subject import Subject
@@ -31,7 +31,7 @@ class Start:
     settings : of the first weights, before any training, and of how images are read now
     """
 
-    backbone: TimmBackbone
+    backbone: TorchBackbone
     checkpoint: Checkpoint | None
     settings: BackboneConfig
 
@@ -72,9 +72,11 @@ class Starts:
             return Start(load_backbone(source), None, source)
         checkpoint = open_checkpoint(source)
         trained = checkpoint.key.backbone
-        settings = BackboneConfig(name=trained.name, weights=trained.weights, size=trained.size, fit=trained.fit)
+        network = self._config.backbone.name or checkpoint.network
+        settings = BackboneConfig(name=network, weights=trained.weights, size=trained.size, fit=trained.fit)
         settings = self._config.backbone.applied_to(settings)
-        return Start(checkpoint.backbone(size=settings.size, fit=settings.fit), checkpoint, settings)
+        backbone = checkpoint.backbone(size=settings.size, fit=settings.fit, network=network)
+        return Start(backbone, checkpoint, settings)
 
     def _stage1(self, subject: Subject, split: Split) -> Path:
         """The stage-1 checkpoint of this fold in the work folder. A mean of several has to be named to be a start.
@@ -117,7 +119,7 @@ class Starts:
                 f"--init {given.path}",
                 expected=f"a checkpoint of {self._config.backbone.name}",
                 found=f"one of {trained}",
-                remedy=f"name --backbone {trained}, or another checkpoint",
+                remedy=f"name --backbone {given.network}, or another checkpoint",
             )
         given.refuse_other_tree({subject.name: self._digests(subject)})
         checkpoints = usable(subject, siblings(given), self._digests(subject))
@@ -130,11 +132,12 @@ def _of_fold(checkpoints: Sequence[Checkpoint], split: Split, where: str) -> Pat
     for checkpoint in finished:
         if checkpoint.key.split == split:
             return checkpoint.path
-    if any(replace(checkpoint.key.split, fold=split.fold) != split for checkpoint in checkpoints):
+    others = [one.key.split for one in checkpoints if replace(one.key.split, fold=split.fold) != split]
+    if others:
         raise LeakError(
-            expected=f"a stage-1 checkpoint of the same folds ({split.n_folds}, seed {split.seed}) {where}",
-            found="one of others, which saw images that are held out here",
-            remedy="give its --folds and --fold-seed",
+            expected=f"a stage-1 checkpoint of the same folds ({_folds_of(split)}) {where}",
+            found=f"one of others, which saw images that are held out here ({_folds_of(others[0])})",
+            remedy="give its --folds, --fold-seed and --split",
         )
     folds = sorted(checkpoint.fold for checkpoint in finished)
     raise CheckpointError(
@@ -142,3 +145,8 @@ def _of_fold(checkpoints: Sequence[Checkpoint], split: Split, where: str) -> Pat
         found=(f"only folds {', '.join(map(str, folds))}" if folds else "none"),
         remedy=f"run pretrain --fold {split.fold}, or start without stage 1: --init hub",
     )
+
+
+def _folds_of(split: Split) -> str:
+    """Folds in words: '5, seed 0', and the split where it is not by image id."""
+    return f"{split.n_folds}, seed {split.seed}" + (f", --split {split.by}" if split.by.digest else "")

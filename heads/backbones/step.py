@@ -99,7 +99,7 @@ class Gradients:
         pixels = pixels.to(self._learner.device, non_blocking=True)
         if self._augment is not None:
             pixels = torch.stack([self._augment(image) for image in pixels])
-        return self._backbone.normalise(pixels).contiguous(memory_format=torch.channels_last)
+        return self._backbone.normalise(pixels)
 
     def _loss(self, outputs: torch.Tensor, targets: Sequence[Targets]) -> torch.Tensor:
         config = self._config

@@ -65,7 +65,7 @@ def levels_of(subject: Subject) -> list[Level]:
     rois = np.concatenate([first + of_surface for first, of_surface in zip(starts, labels, strict=False)])
     return [
         Level("all", Groups(np.zeros(sum(widths), dtype=np.int64), 1)),
-        Level("hemisphere", Groups(np.repeat(np.arange(len(widths)), widths), len(widths))),
+        Level("surface", Groups(np.repeat(np.arange(len(widths)), widths), len(widths))),
         Level("roi", Groups(rois, int(starts[-1]))),
         Level("vertex", Groups(np.arange(sum(widths)), sum(widths))),
     ]

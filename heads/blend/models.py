@@ -9,7 +9,8 @@ import numpy as np
 from featcache.backbone.trainings import Trainings
 from featcache.cache.store import Store
 from featcache.dataset.digests import image_digest, response_digest, subject_digests
-from featcache.dataset.splits import assign_folds, refuse_leak
+from featcache.dataset.grouping import recall
+from featcache.dataset.splits import BY_ID, Split, SplitKey, refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError, some_of
 from featcache.workdir import Workdir
@@ -86,8 +87,28 @@ def find_models(
     }
     for subject, of_subject in chosen.items():
         for model in of_subject:
-            _refuse_leaks(subject, model)
+            _refuse_leaks(subject, model, recall(model.key.by, work))
     return {subject: of_subject for subject, of_subject in chosen.items() if of_subject}
+
+
+def split_of_models(models: SubjectModels, work: Path) -> Split:
+    """The one split of all models.
+
+    Raises ConfigError where they differ: a blend of them would learn from images that it is scored on. Raises
+    StoreError where the work folder has lost it.
+    """
+    names: dict[SplitKey, str] = {}
+    for of_subject in models.values():
+        for model in of_subject:
+            names.setdefault(model.key.by, model.name)
+    if len(names) > 1:
+        raise ConfigError(
+            "--models",
+            expected="models of one split",
+            found=", ".join(f"--split {key} ({name})" for key, name in names.items()),
+            remedy="choose those of one with --models or --exclude, such as --exclude '*split*'",
+        )
+    return recall(next(iter(names), BY_ID.key), work)
 
 
 def names_of(models: SubjectModels) -> list[str]:
@@ -155,19 +176,26 @@ def usable_models(subject: Subject, work: Path, some_folds: bool = False) -> lis
             return ""
         return "it does not say which images its backbone was trained on; delete it and run 'fit-heads' again"
 
-    for fault in (other_data, older_twin, unknown_past):
+    def lost_split(store: Store) -> str:
+        try:
+            recall(models[store.name].key.by, work)
+        except StoreError as error:
+            return f"{error.where} has {error.found}; {error.remedy}"
+        return ""
+
+    for fault in (other_data, older_twin, unknown_past, lost_split):
         stores = keep(subject, stores, fault)
     return [models[store.name] for store in stores]
 
 
-def _refuse_leaks(subject: Subject, model: Model) -> None:
+def _refuse_leaks(subject: Subject, model: Model, by: Split) -> None:
     """Raise LeakError for an image that was seen by the backbone whose features predict it.
 
     The ids are in the prediction store: the checkpoint may be gone.
     """
     ids, label = subject.train.ids, f"{model.name} of {subject.name}"
     for fold, seen in model.seen_ids.items():
-        refuse_leak(seen, ids[assign_folds(ids, *model.key.folds) == fold], f"fold {fold} of {label}")
+        refuse_leak(seen, ids[by.folds(ids, *model.key.folds) == fold], f"fold {fold} of {label}", by)
         refuse_leak(seen, subject.test.ids, f"the test images of {label}")
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from featcache.dataset.grouping import recall
+from featcache.dataset.splits import Split
 from featcache.dataset.subject import Subject
 from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import bar
@@ -50,7 +52,7 @@ def list_models(
 ) -> tuple[list[ModelScores], bool]:
     """Every model, best first, and whether scores are noise-normalised accuracy in percent, or else r.
 
-    Raises as `find_models`.
+    Models of several splits are listed together; how alike models are is known within a split. Raises as `find_models`.
     """
     keep_freed_memory()
     found = find_models(subjects, work, models, exclude)
@@ -58,7 +60,9 @@ def list_models(
     parts: list[_Part] = []
     with bar("models", len(found), "subjects") as advance:
         for subject, of_subject in found.items():
-            parts.append(_score(subject, of_subject, accuracy))
+            for key in dict.fromkeys(model.key.by for model in of_subject):  # those of one split can be blended
+                of_split = [model for model in of_subject if model.key.by == key]
+                parts.append(_score(subject, of_split, accuracy, recall(key, Path(work))))
             advance(1)
     by_name: dict[str, dict[str, Model]] = {}
     for subject, of_subject in found.items():
@@ -84,8 +88,8 @@ class _Part:
     agreement: np.ndarray
 
 
-def _score(subject: Subject, models: Sequence[Model], accuracy: bool) -> _Part:
-    products = gather(subject, [model.store for model in models]).products
+def _score(subject: Subject, models: Sequence[Model], accuracy: bool, by: Split) -> _Part:
+    products = gather(subject, [model.store for model in models], by).products
     scorer, total = scorer_of(subject, judge_of(subject), accuracy), products.total()
     columns = [scorer.mean(each_r(part)) for part in (total, *(products.fold(fold) for fold in range(N_FOLDS)))]
     names = [model.name for model in models]

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from featcache.cache.store import Store
-from featcache.dataset.splits import assign_folds
+from featcache.dataset.splits import BY_ID, Split
 from featcache.dataset.subject import Subject
 
-N_FOLDS, SEED = 5, 0  # on which weights are learnt and scored; any split by image id serves
+N_FOLDS, SEED = 5, 0  # on which weights are learnt and scored; any folds of the split of the models serve
 _BATCH_ROWS, _BATCH_VERTICES = 512, 256  # read at a time, and worked on: these stay in a cache
 _SAMPLE_BYTES = 256e6  # of rows kept beside the products, for what needs single images: bootstrap and permutations
 
@@ -55,7 +55,10 @@ class Products:
                 total += sums
             elif self.cross_fitted:
                 left_out += sums[:, :-2, -2]
-        left_out *= (N_FOLDS - len(without)) / (N_FOLDS - 1)
+        with_images = {
+            fold for fold, sums in enumerate(self.sums) if sums[:, -1, -1].any()
+        }  # few groups fill few folds
+        left_out *= len(with_images.difference(without)) / max(len(with_images) - 1, 1)
         total[:, :-2, -2] -= left_out
         total[:, -2, :-2] -= left_out
         return Products(total)
@@ -119,11 +122,13 @@ class Gathered:
     sample: Sample
 
 
-def gather(subject: Subject, stores: Sequence[Store]) -> Gathered:
+def gather(subject: Subject, stores: Sequence[Store], by: Split = BY_ID) -> Gathered:
     """Read the out-of-fold predictions of some models and the responses once.
 
     stores : prediction stores of the models
+    by : the split of the models
     """
+    folds = by.folds(subject.train.ids, N_FOLDS, SEED)
     n_train, n_columns = len(subject.train), len(stores) + 1
     n_vertices = sum(subject.n_vertices.values())
     sums = torch.zeros(N_FOLDS, n_vertices, n_columns + 1, n_columns + 1)
@@ -134,7 +139,7 @@ def gather(subject: Subject, stores: Sequence[Store]) -> Gathered:
     for surface, block in surface_blocks(subject).items():
         kept = slice(*np.searchsorted(vertices, (block.start, block.stop)))
         target = _Target(sums[:, block], shift[block], rows[:, :, kept], vertices[kept] - block.start)
-        _gather_surface(subject, surface, stores, target)
+        _gather_surface(subject, surface, stores, folds, target)
     return _standardised(sums.numpy(), shift.double().numpy(), Sample(vertices, rows))
 
 
@@ -167,9 +172,10 @@ class _Target:
     vertices: np.ndarray  # (n_sample,)
 
 
-def _gather_surface(subject: Subject, surface: str, stores: Sequence[Store], target: _Target) -> None:
-    folds, n_vertices = assign_folds(subject.train.ids, N_FOLDS, SEED), len(target.shift)
-    responses = subject.responses(surface)
+def _gather_surface(
+    subject: Subject, surface: str, stores: Sequence[Store], folds: np.ndarray, target: _Target
+) -> None:
+    n_vertices, responses = len(target.shift), subject.responses(surface)
     chunk = max(store.chunk_rows(surface) for store in stores)
     step = -(-_BATCH_ROWS // chunk) * chunk
     rows = torch.empty(min(step, len(folds)), n_vertices)  # allocated once, so that no gaps are left between batches

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from featcache.dataset.subject import Challenge, Subject
+from featcache.dataset.splits import SplitKey
+from featcache.dataset.subject import Dataset, Subject
 from featcache.machine.files import replace_json
 from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import bar, say
 from featcache.workdir import Workdir
-from heads.blend.models import Model, SubjectModels, chosen_on, find_models, has_ceilings, names_of
+from heads.blend.models import Model, SubjectModels, chosen_on, find_models, has_ceilings, names_of, split_of_models
 from heads.blend.plot import Shares, plot_scores, plot_weights
 from heads.blend.products import N_FOLDS, SEED
 from heads.blend.saved import Coefficients, load_blend, refuse_strangers, save_blend
@@ -24,6 +25,7 @@ from heads.blend.submission import write_predictions, write_zip
 from heads.blend.uncertainty import Gain, Null, gains, null
 from heads.config import BlendConfig
 from heads.scores.metrics import VertexScores
+from heads.scores.withheld import score_test
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Ensemble:
     weights : mean over the vertices of an ROI, and of 'all'
     unused : models without weight at any vertex of any subject
     chosen_on : models whose scores are of images on which the epoch of their backbone was chosen
-    submission : the zip, or None where a subject of the tree has no predictions
+    test : {'blend': scores per subject and surface} on the test images, of subjects whose test responses are given
+    submission : the zip; None where the dataset is not the challenge's, or a subject of it has no predictions
     """
 
     scores: Mapping[str, Sequence[VertexScores]]
@@ -47,22 +50,25 @@ class Ensemble:
     weights: Shares
     unused: Sequence[str]
     chosen_on: Sequence[str]
+    test: Mapping[str, Sequence[VertexScores]]
     submission: Path | None
 
 
-def blend(challenge: Challenge, config: BlendConfig, work: Path | str) -> Ensemble:
+def blend(dataset: Dataset, config: BlendConfig, work: Path | str) -> Ensemble:
     """Blend the models of every subject. Raises StoreError or ConfigError where there is nothing to blend."""
     work = Path(work)
     keep_freed_memory()
-    models = find_models(challenge.subjects, work, config.models, config.exclude)
+    models = find_models(dataset.subjects, work, config.models, config.exclude)
+    by = split_of_models(models, work)
     _say_what_is_unusual(models)
     files, accuracy = Workdir(work), has_ceilings(list(models))
     staging = _new_staging(files)
     blends: dict[Subject, Blended] = {}
+    test_scores: list[VertexScores] = []
     with bar(f"blend {config.label}", len(models), "subjects") as advance:
         for subject, of_subject in models.items():
-            blends[subject] = blend_subject(subject, of_subject, config, accuracy)
-            _write_test(staging, subject, blends[subject].coefficients, of_subject)
+            blends[subject] = blend_subject(subject, of_subject, config, accuracy, by)
+            test_scores += _write_test(staging, subject, blends[subject].coefficients, of_subject)
             advance(1)
     resampled = [blended.resampled for blended in blends.values()]
     ensemble = Ensemble(
@@ -76,25 +82,27 @@ def blend(challenge: Challenge, config: BlendConfig, work: Path | str) -> Ensemb
         weights={subject.name: mean_weights(subject, blended) for subject, blended in blends.items()},
         unused=_unused(list(blends.values())),
         chosen_on=chosen_on(models, work),
+        test={"blend": test_scores} if test_scores else {},
         submission=None,
     )
     save_blend(
         staging / files.saved_blend.name, {subject.name: blended.coefficients for subject, blended in blends.items()}
     )
-    replace_json(staging / files.blend_weights.name, _description(models, config, blends, ensemble))
-    write_scores(staging / files.blend_scores.name, ensemble.scores)
+    replace_json(staging / files.blend_weights.name, _description(models, config, by.key, blends, ensemble))
+    on_test = {f"{name}, test images": scores for name, scores in ensemble.test.items()}
+    write_scores(staging / files.blend_scores.name, {**ensemble.scores, **on_test})
     plot_scores(staging / files.scores_picture.name, ensemble.scores["blend"])
     plot_weights(staging / files.blend_picture.name, ensemble.weights, {subject.name: subject for subject in blends})
-    return replace(ensemble, submission=_publish(files, challenge, models))
+    return replace(ensemble, submission=_publish(files, dataset, models))
 
 
-def apply(challenge: Challenge, saved: Path, work: Path) -> Path | None:
+def apply(dataset: Dataset, saved: Path, work: Path) -> Path | None:
     """Put predictions of the same models, such as of other test images, through a blend. The zip, as in `Ensemble`.
 
     Raises StoreError for a file that is no blend, a subject that it does not have, or a model that is not there.
     """
     coefficients = load_blend(saved)
-    models = find_models(challenge.subjects, work)
+    models = find_models(dataset.subjects, work)
     refuse_strangers(saved, coefficients, models)
     files = Workdir(work)
     staging = _new_staging(files)
@@ -104,7 +112,7 @@ def apply(challenge: Challenge, saved: Path, work: Path) -> Path | None:
     for file in (files.blend_weights, files.blend_picture, files.blend_scores, files.scores_picture):
         if (beside := saved.with_name(file.name)).is_file():
             shutil.copyfile(beside, staging / file.name)
-    return _publish(files, challenge, models)
+    return _publish(files, dataset, models)
 
 
 def _say_what_is_unusual(models: SubjectModels) -> None:
@@ -127,12 +135,18 @@ def _say_what_is_unusual(models: SubjectModels) -> None:
 
 def _write_test(
     folder: Path, subject: Subject, coefficients: Mapping[str, Coefficients], models: Sequence[Model]
-) -> None:
-    """Write the blend of the test images."""
+) -> list[VertexScores]:
+    """Write the blend of the test images, and score it on each surface where their responses are given."""
+    if not len(subject.test):
+        return []
     stores, n_train = {model.name: model.store for model in models}, len(subject.train)
+    scores = []
     for surface, of_surface in coefficients.items():
         test = of_surface.apply(surface, stores, n_train, n_train + len(subject.test))
         write_predictions(folder, subject, surface, test)
+        if subject.has_test_responses:
+            scores.append(score_test(subject, surface, test))
+    return scores
 
 
 def _unused(blends: Sequence[Blended]) -> list[str]:
@@ -144,12 +158,16 @@ def _unused(blends: Sequence[Blended]) -> list[str]:
 
 
 def _description(
-    models: SubjectModels, config: BlendConfig, blends: Mapping[Subject, Blended], ensemble: Ensemble
+    models: SubjectModels,
+    config: BlendConfig,
+    by: SplitKey,
+    blends: Mapping[Subject, Blended],
+    ensemble: Ensemble,
 ) -> dict[str, Any]:
     """What weights.json holds: everything that it takes to make the blend again, and its weights."""
     return {
         **{name: getattr(config, name) for name in ("method", "per", "by", "seed")},
-        "folds": {"n_folds": N_FOLDS, "seed": SEED},
+        "folds": {"n_folds": N_FOLDS, "seed": SEED} | by.to_json(),
         # torch says of itself for which CUDA it was built
         "versions": {name: importlib.metadata.version(name) for name in ("featcache", "numpy", "torch", "zarr")}
         | {"torch": torch.__version__},
@@ -174,12 +192,12 @@ def _new_staging(files: Workdir) -> Path:
     return staging
 
 
-def _publish(files: Workdir, challenge: Challenge, models: SubjectModels) -> Path | None:
-    """Replace an older submission as a whole, and zip it. None, and no zip, where a subject has no models."""
+def _publish(files: Workdir, dataset: Dataset, models: SubjectModels) -> Path | None:
+    """Replace an older submission as a whole, and zip the challenge's. None, and no zip, where that is incomplete."""
     shutil.rmtree(files.submission, ignore_errors=True)
     files.submission_staging.rename(files.submission)
     path = files.submission_zip
-    if len(models) < len(challenge.subjects):
+    if not dataset.challenge or len(models) < len(dataset.subjects):
         path.unlink(missing_ok=True)  # an older blend's
         return None
-    return write_zip(files.submission, challenge.subjects, path)
+    return write_zip(files.submission, dataset.subjects, path)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from featcache.dataset.splits import assign_folds, refuse_leak
+from featcache.dataset.splits import BY_ID, Split, refuse_leak
 from featcache.dataset.subject import Subject
 from heads.blend.learn import Choice, Learnt, judge_of, learn, levels_of, nested_r
 from heads.blend.models import Model
@@ -36,13 +36,16 @@ class Blended:
     resampled: Resampled
 
 
-def blend_subject(subject: Subject, models: Sequence[Model], config: BlendConfig, accuracy: bool) -> Blended:
+def blend_subject(
+    subject: Subject, models: Sequence[Model], config: BlendConfig, accuracy: bool, by: Split = BY_ID
+) -> Blended:
     """Learn, score and resample one subject's blend.
 
     accuracy : whether to score by the noise ceilings, or else by r
+    by : the split of the models
     """
-    _refuse_leaks(subject)
-    gathered, judge, levels = gather(subject, [model.store for model in models]), judge_of(subject), levels_of(subject)
+    _refuse_leaks(subject, by)
+    gathered, judge, levels = gather(subject, [one.store for one in models], by), judge_of(subject), levels_of(subject)
     parts = _backbone_means(models) if config.by == "backbone" else None
     learnt = learn(gathered.products, judge, levels, config, parts)
     r = {name: nested_r(gathered.products, weights) for name, weights in learnt.nested.items()}
@@ -52,17 +55,17 @@ def blend_subject(subject: Subject, models: Sequence[Model], config: BlendConfig
         return learn(products, judge.at(vertices), [level.at(vertices) for level in levels], config, parts)
 
     scorer = scorer_of(subject, judge, accuracy)
-    resampled = resample(gathered, subject.train.ids, r, learnt, relearn, scorer, config.seed)
+    resampled = resample(gathered, subject.train.ids, r, learnt, relearn, scorer, config.seed, by)
     names = tuple(model.name for model in models)
     coefficients = coefficients_of(subject, names, gathered, learnt.weights)
     return Blended(names, learnt.weights, coefficients, learnt.choices, r, resampled)
 
 
-def _refuse_leaks(subject: Subject) -> None:
+def _refuse_leaks(subject: Subject, by: Split) -> None:
     ids = subject.train.ids
-    folds = assign_folds(ids, N_FOLDS, SEED)
+    folds = by.folds(ids, N_FOLDS, SEED)
     for fold in range(N_FOLDS):
-        refuse_leak(ids[folds != fold], ids[folds == fold], f"the blend of {subject.name}")
+        refuse_leak(ids[folds != fold], ids[folds == fold], f"the blend of {subject.name}", by)
 
 
 def _backbone_means(models: Sequence[Model]) -> np.ndarray:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from featcache.dataset.splits import assign_folds
+from featcache.dataset.splits import BY_ID, Split
 from featcache.dataset.subject import Subject
 from heads.blend.learn import Learnt, nested_r
 from heads.blend.products import N_FOLDS, SEED, Gathered, Products, Sample
@@ -86,13 +86,15 @@ def resample(
     relearn: Relearn,
     scorer: Scorer,
     seed: int,
+    by: Split = BY_ID,
 ) -> Resampled:
     """Score one subject's blend over bootstraps of its images, and blends of shuffled responses.
 
     image_ids : (n_images,)
     r : {name: (n_vertices,)} of the blends
+    by : the split of the models
     """
-    sample, folds = gathered.sample, assign_folds(image_ids, N_FOLDS, SEED)
+    sample, folds = gathered.sample, by.folds(image_ids, N_FOLDS, SEED)
     nested = {name: [of_fold[sample.vertices] for of_fold in weights] for name, weights in learnt.nested.items()}
     drawn = bootstrap(sample, folds, nested, image_weights(image_ids, seed))
     scores = {name: scorer.at(sample.vertices).mean(r_drawn) for name, r_drawn in drawn.items()}

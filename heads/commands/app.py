@@ -19,7 +19,7 @@ import typer.main
 
 from featcache import __version__
 from featcache.errors import FeatcacheError
-from heads.commands import blending, comparing, features, fitting, running, training, trees
+from heads.commands import blending, comparing, features, fitting, importing, running, training, trees
 from heads.recipes.jobs import Job, usage_fault
 
 app = typer.Typer(
@@ -59,12 +59,17 @@ def options(
 
 # {group in --help: {command: the function that reads it}}
 COMMANDS = {
-    "From images to a submission": {
+    "From images to predictions": {
         "extract": features.extract,
         "fit-heads": fitting.fit_heads,
         "blend": blending.blend,
     },
-    "Data": {"simulate": trees.simulate, "check": trees.check},
+    "Data": {
+        "import": importing.import_files,
+        "check": trees.check,
+        "add-features": importing.add_features,
+        "simulate": trees.simulate,
+    },
     "Better backbones": {"pretrain": training.pretrain, "finetune": training.finetune},
     "A closer look": {
         "layers": features.layers,

@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featcache.errors import ConfigError
-from featcache.workdir import Workdir
+from featcache.workdir import WORK, Workdir
 from heads.commands.options import (
     DATA,
-    WORK,
     Ceiling,
     Data,
     Subjects,
@@ -19,11 +18,14 @@ from heads.commands.options import (
     command,
     given,
     on_command_line,
-    open_tree,
+    open_data,
     option_of,
 )
 from heads.config import BLEND_PRESETS, BlendConfig, blend_preset
 from heads.recipes.jobs import Job, Outcome
+
+if TYPE_CHECKING:
+    from featcache.dataset.subject import Dataset
 
 _PRESETS = {name: vars(blend_preset(name)) for name in BLEND_PRESETS}
 
@@ -40,7 +42,7 @@ def models(
     """List the models that can be blended, with their scores fold by fold, and how alike they are."""
 
     def call() -> Outcome:
-        subjects = open_tree(data, noise_ceiling).select(subject)
+        subjects = open_data(data, noise_ceiling, work).select(subject)
         from heads.blend.overview import list_models
         from heads.report.models import model_table
         from heads.report.printing import print_table
@@ -52,7 +54,7 @@ def models(
     return Job(None, call)
 
 
-@command(BlendConfig, old={"recipe": "preset"}, presets={BlendConfig: _PRESETS})
+@command(BlendConfig, old={"recipe": "preset", "hemispheres": "surfaces"}, presets={BlendConfig: _PRESETS})
 def blend(
     context: typer.Context,
     data: Data = DATA,
@@ -72,36 +74,38 @@ def blend(
             rich_help_panel="Blend",
         ),
     ] = None,
-    hemispheres: Annotated[
+    surfaces: Annotated[
         bool,
         typer.Option(
-            "--hemispheres",
-            help="In the table of scores, list the hemispheres of each subject and each ROI too.",
+            "--surfaces",
+            help="In the table of scores, list the surfaces of each subject and each ROI too.",
             rich_help_panel="Output",
         ),
     ] = False,
     **options: Any,
 ) -> Job:
-    """Blend all models, score the blend, and write the submission."""
+    """Blend all models, score the blend, and write its predictions of the test images."""
     if apply is not None:
         _refuse_beside_apply(on_command_line(context))
     config = replace(blend_preset(preset), **given(BlendConfig, options))
 
     def call() -> Outcome:
-        challenge = open_tree(data, noise_ceiling)
+        dataset = open_data(data, noise_ceiling, work)
         from heads.blend import run as ensemble
         from heads.report.blends import blend_as_json, gain_lines
         from heads.report.printing import print_table
         from heads.report.scores import score_table
 
         if apply is not None:
-            return _handed_in(ensemble.apply(challenge, apply, work), work, {})
-        done = ensemble.blend(challenge, config, work)
+            return _handed_in(ensemble.apply(dataset, apply, work), dataset, work, {})
+        done = ensemble.blend(dataset, config, work)
         title = f"Out-of-fold scores; weights of the blend ({config.label}) were learnt on other folds"
-        print_table(score_table(done.scores, title, done.scores if done.chosen_on else (), hemispheres))
+        print_table(score_table(done.scores, title, done.scores if done.chosen_on else (), surfaces))
         for line in gain_lines(done):
             typer.echo(line)
-        return _handed_in(done.submission, work, blend_as_json(done))
+        if done.test:
+            print_table(score_table(done.test, "Scores on test images", each_surface=surfaces))
+        return _handed_in(done.submission, dataset, work, blend_as_json(done))
 
     return Job(config, call)
 
@@ -118,8 +122,9 @@ def _refuse_beside_apply(options: Sequence[str]) -> None:
             )
 
 
-def _handed_in(submission: Path | None, work: Path, result: dict[str, Any]) -> Outcome:
+def _handed_in(submission: Path | None, dataset: "Dataset", work: Path, result: dict[str, Any]) -> Outcome:
     folder = Workdir(work).submission
     files = {"submission": str(submission) if submission else None, "predictions": str(folder)}
-    without_zip = f"{folder}, and no {Workdir(work).submission_zip.name}: not every subject has predictions"
+    why = "not every subject has predictions" if dataset.challenge else ""
+    without_zip = f"{folder}, and no {Workdir(work).submission_zip.name}: {why}" if why else str(folder)
     return Outcome(f"wrote {submission or without_zip}", files | result)

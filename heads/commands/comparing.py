@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from featcache.workdir import Workdir
-from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, open_tree, option_of
+from featcache.workdir import WORK, Workdir
+from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, open_data, option_of
 from heads.config import BlendConfig
 from heads.recipes.jobs import Job, Outcome
 
@@ -30,7 +30,7 @@ def compare(
     """Compare trainings: models that differ in the training's seed alone are one arm, with intervals over seeds."""
 
     def call() -> Outcome:
-        subjects = open_tree(data, noise_ceiling).select(subject)
+        subjects = open_data(data, noise_ceiling, work).select(subject)
         from heads.blend.compare import compare as compare_arms
         from heads.report.arms import arm_table
         from heads.report.printing import print_table

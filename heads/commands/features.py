@@ -6,14 +6,14 @@ from typing import Annotated, Any
 import typer
 
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
-from featcache.workdir import Workdir
-from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, open_tree, option_of, read
+from featcache.workdir import WORK, Workdir
+from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, open_data, option_of, read
 from heads.recipes.jobs import Job, Outcome
 
 
 @command()
 def layers(
-    backbone: Annotated[str, typer.Argument(help="Any model name of timm.")],
+    backbone: Annotated[str, typer.Argument(help="A network, as --backbone of 'extract' names it.")],
     size: Annotated[int | None, option_of(BackboneConfig, "size")] = BackboneConfig.size,
 ) -> Job:
     """List the layers of a backbone that can be cached, with the size of each map."""
@@ -66,8 +66,8 @@ def extract(
     return Job(config, lambda: _extract(data, noise_ceiling, subject, config, work))
 
 
-def _extract(data: Path, noise_ceiling: Path | None, subject: str, config: ExtractConfig, work: Path) -> Outcome:
-    subjects = open_tree(data, noise_ceiling).select(subject)
+def _extract(data: Path | None, noise_ceiling: Path | None, subject: str, config: ExtractConfig, work: Path) -> Outcome:
+    subjects = open_data(data, noise_ceiling, work, decodes=True).select(subject)
     from featcache.cache.extract import extract as run
 
     done = run(subjects, config, work)

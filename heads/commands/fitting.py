@@ -1,16 +1,14 @@
 """fit-heads and maps: cached features -> heads and predictions."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featcache.workdir import Workdir
+from featcache.workdir import WORK, Workdir
 from heads.commands.options import (
     DATA,
-    WORK,
     Ceiling,
     Data,
     Subjects,
@@ -18,7 +16,7 @@ from heads.commands.options import (
     command,
     given,
     on_command_line,
-    open_tree,
+    open_data,
     option_of,
     read,
 )
@@ -36,7 +34,7 @@ from heads.config import (
 from heads.recipes.jobs import Job, Outcome
 
 if TYPE_CHECKING:
-    from featcache.dataset.subject import Subject
+    from featcache.dataset.subject import Dataset
 
 _OLD_SOLVERS = {"exact": "ridge"}  # {name in earlier versions: name}
 _LOOPS = {head: vars(adamw_of(head)) for head in HEADS}
@@ -61,12 +59,13 @@ def fit_heads(
         core=read(CoreConfig, options),
     )
     refuse_unread(on_command_line(context), config)
-    return Job(config, lambda: _fit(open_tree(data, noise_ceiling).select(subject), config, work))
+    return Job(config, lambda: _fit(open_data(data, noise_ceiling, work), subject, config, work))
 
 
-def _fit(subjects: "Sequence[Subject]", config: FitConfig, work: Path) -> Outcome:
+def _fit(dataset: "Dataset", subject: str, config: FitConfig, work: Path) -> Outcome:
+    from featcache.dataset.grouping import split_of
     from featcache.machine.progress import say
-    from heads.fit.run import chosen_on, scores_by_model
+    from heads.fit.run import chosen_on, scores_by_model, test_scores_by_model
     from heads.fit.run import fit_heads as run
     from heads.report.printing import print_table
     from heads.report.scores import score_table, scores_as_json
@@ -76,14 +75,23 @@ def _fit(subjects: "Sequence[Subject]", config: FitConfig, work: Path) -> Outcom
             f"{', '.join(losses)}: --solver {solver}{', one model' if len(losses) > 1 else ''}; "
             f"its heads are the same under {', '.join(SOLVERS[solver].losses)}"
         )
-    done = run(subjects, config, work)
+    subjects = dataset.select(subject)
+    by = split_of(config.split, dataset.subjects, work)
+    done = run(subjects, config, work, by)
     scores = scores_by_model(subjects, done)
     marked = chosen_on(done, work)
     print_table(score_table(scores, "Out-of-fold scores", marked))
+    if test_scores := test_scores_by_model(subjects, done):
+        print_table(score_table(test_scores, "Scores on test images"))
     stores = [
         {"subject": fit.subject, "model": fit.model, "path": str(fit.path), "weights": str(fit.weights)} for fit in done
     ]
     result: dict[str, Any] = {"stores": stores, "scores": scores_as_json(scores), "chosen_on": marked}
+    if test_scores:
+        result["test_scores"] = scores_as_json(test_scores)
+    if by.alone and (alone := scores_by_model(subjects, done, by.images(by.alone))):
+        print_table(score_table(alone, f"Scores on the images that {by.alone} holds out", marked))
+        result["held_out"] = {"name": by.alone, "scores": scores_as_json(alone)}
     n_new = sum(fit.new for fit in done)
     return Outcome(f"{len(done)} fits, {n_new} of them new, in {Workdir(work).predictions}", result)
 
@@ -99,7 +107,7 @@ def maps(
     """Write where in the image and in which layers the heads look: for each vertex, for each ROI, and as plots."""
 
     def call() -> Outcome:
-        subjects = open_tree(data, noise_ceiling).select(subject)
+        subjects = open_data(data, noise_ceiling, work).select(subject)
         from heads.maps.export import export_maps
 
         written = export_maps(subjects, models, work)

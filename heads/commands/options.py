@@ -14,17 +14,25 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
+from featcache.config import usual_workers
 from featcache.errors import ConfigError
+from featcache.workdir import CHALLENGE, data_folder
 from heads.recipes.jobs import Job
 
 if TYPE_CHECKING:
-    from featcache.dataset.subject import Challenge
+    from featcache.dataset.subject import Dataset
 
 T = TypeVar("T")
 
 Data = Annotated[
-    Path,
-    typer.Option("--data", envvar="FEATCACHE_DATA", help="Folder of the dataset.", rich_help_panel="Data"),
+    Path | None,
+    typer.Option(
+        "--data",
+        envvar="FEATCACHE_DATA",
+        help="Folder of the dataset: the challenge's tree, or subjects in the form that import writes.",
+        rich_help_panel="Data",
+        show_default=f"dataset in the work folder, once something was imported, or {CHALLENGE}",
+    ),
 ]
 Work = Annotated[
     Path,
@@ -49,7 +57,7 @@ Subjects = Annotated[
     str, typer.Option("--subject", help="Subjects: all, or numbers such as 1,3.", rich_help_panel="Data")
 ]
 
-DATA, WORK = Path("data/challenge"), Path("work")
+DATA = None
 
 
 def _show_help(context: typer.Context, wanted: bool) -> None:
@@ -80,6 +88,10 @@ _OUTPUT = {
 }
 # groups of options in --help, from what a beginner needs first
 PANELS = (
+    "Images",
+    "Responses",
+    "Natural Scenes Dataset",
+    "Subject",
     "Data",
     "Backbone",
     "Layers",
@@ -155,6 +167,8 @@ def _offered(settings: type) -> list[Field[Any]]:
 
 def _parameter(setting: Field[Any], presets: Mapping[str, Mapping[str, Any]] | None) -> inspect.Parameter:
     kind: Any = setting.type
+    if kind == tuple[str, ...]:  # an option that may be given several times
+        return _keyword(setting.name, Annotated[list[str], _option(setting)], list(_default(setting)))
     if presets is None:
         return _keyword(setting.name, Annotated[kind, _option(setting)], _default(setting))
     return _keyword(setting.name, Annotated[kind | None, _option(setting, _values(setting.name, presets))], None)
@@ -209,7 +223,8 @@ def read(settings: type[T], options: Mapping[str, Any], **more: Any) -> T:
 
 def given(settings: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of some settings that have a value, by the names of their fields."""
-    return {one.name: options[one.name] for one in _offered(settings) if options.get(one.name) is not None}
+    values = {one.name: options[one.name] for one in _offered(settings) if options.get(one.name) is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def on_command_line(context: typer.Context) -> list[str]:
@@ -224,20 +239,26 @@ def existing(data: Path) -> Path:
     if not data.is_dir():
         raise ConfigError(
             "--data",
-            expected="a challenge tree",
+            expected="a dataset",
             found=f"no folder {data}",
-            remedy="get the data of the Algonauts 2023 challenge (algonauts.csail.mit.edu/2023), "
-            "or write a stand-in with 'simulate'",
+            remedy="bring yours in with 'import', get the data of the Algonauts 2023 challenge "
+            "(algonauts.csail.mit.edu/2023), or write a stand-in with 'simulate'",
         )
     return data
 
 
-def open_tree(data: Path, noise_ceiling: Path | None) -> "Challenge":
-    """Open a dataset, and say what its user should know of it."""
-    from featcache.dataset.algonauts import open_challenge
+def open_data(data: Path | None, noise_ceiling: Path | None, work: Path, decodes: bool = False) -> "Dataset":
+    """Open the dataset with one id for each picture, and say what its user should know of it.
+
+    data : as for `data_folder`
+    decodes : whether the command decodes images anyway, so that it may look at all of them, once; other commands go by
+        what an earlier one remembered in the work folder
+    """
+    from featcache.dataset.open import open_dataset, with_known_pictures
     from featcache.machine.progress import say
 
-    challenge = open_challenge(existing(data), noise_ceiling)
-    for note in challenge.notes:
+    opened = open_dataset(existing(data_folder(data, work)), noise_ceiling)
+    dataset = with_known_pictures(opened, work, usual_workers() if decodes else None)
+    for note in dataset.notes:
         say(note)
-    return challenge
+    return dataset

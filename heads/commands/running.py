@@ -9,7 +9,8 @@ import typer.core
 
 from featcache.config import BackboneConfig, ExtractConfig
 from featcache.errors import ConfigError
-from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, on_command_line, option_of
+from featcache.workdir import WORK
+from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, on_command_line, option_of
 from heads.config import STAGES
 from heads.recipes.jobs import Job, Outcome
 from heads.recipes.steps import Step, commands_of, read_recipe, ready, run_steps

@@ -1,6 +1,6 @@
 """pretrain and finetune: images and responses -> checkpoints."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,14 +9,14 @@ import typer
 
 from featcache.config import BackboneConfig
 from featcache.errors import ConfigError
-from featcache.workdir import Workdir
-from heads.commands.options import DATA, WORK, Ceiling, Data, Subjects, Work, command, given, open_tree, read
+from featcache.workdir import WORK, Workdir
+from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, given, open_data, read
 from heads.config import PAPER_FIT, PAPER_SIZE, PRESETS, StageConfig, TrainConfig
 from heads.config import preset as settings_of
 from heads.recipes.jobs import Job, Outcome
 
 if TYPE_CHECKING:
-    from featcache.dataset.subject import Subject
+    from featcache.dataset.subject import Dataset
 
 _OLD_HEADS = {"pooled": "linear"}  # {name in earlier versions: name}
 
@@ -65,17 +65,19 @@ def _training_command(stage: str, meaning: str) -> Callable[..., Job]:
             backbone=read(BackboneConfig, paper | given(BackboneConfig, options)),
             fold=None if fold == "all" else int(fold),
         )
-        return Job(config, lambda: _train(open_tree(data, noise_ceiling).select(subject), config, work))
+        return Job(config, lambda: _train(open_data(data, noise_ceiling, work, decodes=True), subject, config, work))
 
     train.__doc__ = meaning
     return train
 
 
-def _train(subjects: "Sequence[Subject]", config: StageConfig, work: Path) -> Outcome:
+def _train(dataset: "Dataset", subject: str, config: StageConfig, work: Path) -> Outcome:
     from featcache.backbone.trainings import stops_on_fold
+    from featcache.dataset.grouping import split_of
     from heads.backbones.stages import train_stage
 
-    done = train_stage(subjects, config, work)
+    subjects = dataset.select(subject)
+    done = train_stage(subjects, config, work, split_of(config.split, dataset.subjects, work))
     checkpoints = [
         {
             "path": str(trained.checkpoint.path),

@@ -1,17 +1,22 @@
 """simulate and check: a dataset that is made up, and one that is looked through."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from featcache.config import ExtractConfig, usual_workers
-from heads.commands.options import DATA, Ceiling, Data, command, existing, option_of
+from featcache.workdir import CHALLENGE, WORK, data_folder
+from heads.commands.options import DATA, Ceiling, Data, Work, command, existing, option_of
 from heads.recipes.jobs import Job, Outcome
 
 
 @command(old={"size": "image_size"})
 def simulate(
-    data: Data = DATA,
+    data: Annotated[
+        Path,
+        typer.Option("--data", envvar="FEATCACHE_DATA", help="Folder to write to.", rich_help_panel="Data"),
+    ] = CHALLENGE,
     full: Annotated[
         bool,
         typer.Option(
@@ -68,26 +73,29 @@ def simulate(
 @command()
 def check(
     data: Data = DATA,
+    work: Work = WORK,
     noise_ceiling: Ceiling = None,
     workers: Annotated[int, option_of(ExtractConfig, "workers")] = usual_workers(),
 ) -> Job:
     """List everything that is wrong with a dataset."""
 
     def call() -> Outcome:
-        from featcache.dataset.algonauts import deep_faults, scan_tree
+        from featcache.dataset.open import deep_faults, deep_notes, scan_dataset
         from featcache.machine.progress import bar, say
 
-        challenge, faults = scan_tree(existing(data), noise_ceiling)
-        total = sum(len(subject.image_paths) for subject in challenge.subjects)
+        folder = existing(data_folder(data, work))
+        dataset, faults = scan_dataset(folder, noise_ceiling)
+        total = sum(len(subject.image_sources) for subject in dataset.subjects)
         with bar("check", total, "images") as advance:
-            faults += deep_faults(challenge, workers, advance)
-        for note in challenge.notes:
+            faults += deep_faults(dataset, work, workers, advance)
+        notes = [*dataset.notes, *deep_notes(dataset, work)]
+        for note in notes:
             say(note)
         for fault in faults:
             typer.echo(str(fault))
-        result = {"data": str(data), "faults": [str(fault) for fault in faults], "notes": challenge.notes}
-        counts = (("subject", len(challenge.subjects)), ("image", total), ("fault", len(faults)))
-        message = f"{data}: " + ", ".join(f"{n:,} {what}{'s' * (n != 1)}" for what, n in counts)
+        result = {"data": str(folder), "faults": [str(fault) for fault in faults], "notes": notes}
+        counts = (("subject", len(dataset.subjects)), ("image", total), ("fault", len(faults)))
+        message = f"{folder}: " + ", ".join(f"{n:,} {what}{'s' * (n != 1)}" for what, n in counts)
         return Outcome(message, result, code=1 if faults else 0)
 
     return Job(None, call)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from featcache.config import at_least, one_of, option
 
 BLENDS = ("uniform", "score", "greedy", "nnls")
-LEVELS = ("all", "hemisphere", "roi", "vertex")
+LEVELS = ("all", "surface", "roi", "vertex")
+_OLD_LEVELS = {"hemisphere": "surface"}  # {name in earlier versions: name}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class BlendConfig:
 
     def __post_init__(self) -> None:
         one_of("method", self.method, BLENDS)
+        object.__setattr__(self, "per", _OLD_LEVELS.get(self.per, self.per))
         one_of("per", self.per, LEVELS)
         one_of("by", self.by, ("model", "backbone"))
         at_least("seed", self.seed, 0)

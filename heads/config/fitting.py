@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from featcache.config import DEVICES, PRODUCTS, at_least, one_of, option
+from featcache.config import DEVICES, PRODUCTS, at_least, check_split, one_of, option, split_option
 from featcache.errors import ConfigError
 from heads.config.checks import check_dropout, refuse_given
 from heads.config.losses import LOSS_NAMES, SAME, loss_label, parse_loss, parse_roi_loss, split_losses
@@ -140,14 +140,14 @@ class FitConfig:
     )
     head: str = option(
         "linear",
-        f"Kind of head: {', '.join(HEADS)}. linear: one linear map for each hemisphere. roi: one more linear "
+        f"Kind of head: {', '.join(HEADS)}. linear: one linear map for each surface. roi: one more linear "
         "map for each ROI. spatial: maps over the places of layers. core: a small network "
         "on layers that all subjects share.",
         "Heads",
     )
     roi_loss: str = option(
         SAME,
-        "ROI heads: what the map of each ROI optimises, where --loss is of the hemisphere's map. same: the same.",
+        "ROI heads: what the map of each ROI optimises, where --loss is of the surface's map. same: the same.",
         "Heads",
     )
     features: str = option(
@@ -168,7 +168,7 @@ class FitConfig:
         "else adamw. trained: the heads that were trained with the backbone, unchanged.",
         "Heads",
     )
-    n_folds: int = option(5, "Number of folds of the training images, by image id.", "Data", name="folds")
+    n_folds: int = option(5, "Number of folds of the training images.", "Data", name="folds")
     seed: int = option(
         0,
         "Seed of the folds. The same --folds and --fold-seed give the same folds in every command. Also the seed of "
@@ -176,6 +176,7 @@ class FitConfig:
         "Data",
         name="fold-seed",
     )
+    split: str = split_option()
     device: str = option("auto", f"Where to compute: {', '.join(DEVICES)}.", "Machine")
     # of the products with responses, never of those that are decomposed
     products: str = option("float32", f"Precision of matrix products on CUDA: {', '.join(PRODUCTS)}.", "Machine")
@@ -194,6 +195,7 @@ class FitConfig:
         one_of("products", self.products, PRODUCTS)
         at_least("folds", self.n_folds, 2)
         at_least("fold-seed", self.seed, 0)
+        check_split(self.split)
         at_least("max-memory", self.max_memory, 0)
         for loss in split_losses(self.loss):
             terms = parse_loss(loss)

@@ -5,7 +5,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from featcache.config import DEVICES, POOLED, BackboneConfig, LayerConfig, at_least, one_of, option, usual_workers
+from featcache.config import (
+    DEVICES,
+    POOLED,
+    BackboneConfig,
+    LayerConfig,
+    at_least,
+    check_split,
+    one_of,
+    option,
+    split_option,
+    usual_workers,
+)
 from featcache.errors import ConfigError
 from heads.config.checks import check_dropout, refuse_given
 from heads.config.losses import LOSS_NAMES, LOSS_SPECS, SAME, loss_label, parse_loss, parse_roi_loss
@@ -132,7 +143,7 @@ class TrainConfig:
     )
     roi_loss: str = _heads(
         SAME,
-        "Linear heads of stage 2: what the head of each ROI optimises, where --loss is of the hemisphere's head. "
+        "Linear heads of stage 2: what the head of each ROI optimises, where --loss is of the surface's head. "
         "same: the same.",
     )
     seed: int = _train(0, "Seed of the order of images, of the first weights of heads, and of dropout.")
@@ -267,10 +278,11 @@ class StageConfig:
         "Backbone",
     )
     fold: int | None = None  # the one held out; None: each in turn
-    n_folds: int = option(5, "Number of folds of the training images, by image id.", "Data", name="folds")
+    n_folds: int = option(5, "Number of folds of the training images.", "Data", name="folds")
     fold_seed: int = option(
         0, "Seed of the folds. The same --folds and --fold-seed give the same folds in every command.", "Data"
     )
+    split: str = split_option()
     device: str = option("auto", f"Where to compute: {', '.join(DEVICES)}.", "Machine")
     save_every: int = option(
         0,
@@ -292,6 +304,7 @@ class StageConfig:
             )
         at_least("folds", self.n_folds, 2)
         at_least("fold-seed", self.fold_seed, 0)
+        check_split(self.split)
         at_least("save-every", self.save_every, 0)
         at_least("workers", self.workers, 1)
         if self.fold is not None and not 0 <= self.fold < self.n_folds:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.backbone.extent import fit_of
+from featcache.backbone.extent import fit_of, size_of
 from featcache.cache.keys import FeatureFacts, FeatureKey, FoldKey, HeldOutFolds
 from featcache.cache.store import Store, list_stores
 from featcache.config import CLASS_TOKEN, fingerprint
@@ -80,9 +80,9 @@ class FeatureSet:
         decisive = {name: value for name, value in key.to_json().items() if name not in _OF_A_SUBJECT}
         stage = ""
         if self.trainings:  # whose weights differ between folds
-            stage = self.trainings[0].label
-            decisive |= {"weights": None, "fold": self.trainings[0].training}
-        words = title_of(key.backbone, key.transform["input_size"][-1], fit_of(key.transform), stage)
+            stage = stage_words(self.trainings[0].label, self.trainings[0].split.name)
+            decisive |= {"weights": None, "fold": self.trainings[0].training} | self.trainings[0].split.to_json()
+        words = title_of(key.backbone, size_of(key.transform), fit_of(key.transform), stage)
         return f"{words} {fingerprint(decisive)[:_DIGITS]}"
 
     def key(self) -> dict[str, Any]:
@@ -123,12 +123,18 @@ class FeatureSet:
         return [np.array(facts.seen_ids or (), dtype=np.int64) for facts in self.facts]
 
 
-def title_of(backbone: str, size: int, fit: str, stage: str) -> str:
+def stage_words(stage: str, split: str) -> str:
+    """Stage of a training as titles have it, with the split where it is not by image id: 'pretrain by session'."""
+    return stage if split == "id" else f"{stage} by {split}"
+
+
+def title_of(backbone: str, size: int | None, fit: str, stage: str) -> str:
     """What tells features of a subject apart, for a person: 'tf_efficientnet_lite0@112 whole pretrain'.
 
-    stage : of the backbone's training; '' for a frozen one. fit : left out if it is crop
+    stage : of the backbone's training; '' for a frozen one. fit : left out if it is crop. size : None for features
+        that were made elsewhere
     """
-    words = [f"{backbone}@{size}", "" if fit == "crop" else fit, stage]
+    words = [backbone if size is None else f"{backbone}@{size}", "" if fit == "crop" else fit, stage]
     return " ".join(word for word in words if word)
 
 
@@ -233,7 +239,9 @@ def _row_fault(store: Store, subject: Subject, some_folds: bool) -> str:
     ids = subject.image_ids
     if np.array_equal(store.image_ids, ids[np.isin(ids, store.image_ids)] if some_folds else ids):
         return ""
-    if np.isin(store.image_ids, subject.image_ids).all():
+    if store.n_train == len(subject.train) and np.array_equal(store.image_ids[: store.n_train], subject.train.ids):
+        return "its test images are others"
+    if len(store.image_ids) < len(ids) and np.isin(store.image_ids, ids).all():
         return f"it has rows of {store.n_train} training images of {len(subject.train)}; train and extract all folds"
     return "its images have other ids"
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from featcache.backbone.extent import fit_of
+from featcache.backbone.extent import fit_of, size_of
 from featcache.cache.keys import HeldOutFolds
 from featcache.config import LayerConfig, fingerprint
 from featcache.dataset.digests import response_digest, subject_digests
+from featcache.dataset.splits import SplitKey
 from featcache.dataset.subject import Subject
 from featcache.machine.device import resolve_dtype
 from heads.config import HEADS, FitConfig
@@ -43,6 +44,8 @@ class PredictionKey:
     kernels : how priors are chosen and weighed, where heads are fitted under priors
     head, solver, objective : what was fitted, how, and to what; the solver by its stored name
     n_folds, seed : folds of the training images, and randomness
+    split : which images stay together in the folds, where it is not by image id; the features of a trained backbone
+        say it themselves
     settings : of the solver and the head
     joint : keys of the other subjects that were trained together with this one
     """
@@ -57,6 +60,7 @@ class PredictionKey:
     head: str
     n_folds: int | None = None
     seed: int | None = None
+    split: Mapping[str, str] | None = None
     products: str | None = None
     target: str | None = None  # of stores of an earlier version, which could be fitted to a blend
     solver: str
@@ -100,6 +104,11 @@ class PredictionKey:
         return self.n_folds, self.seed
 
     @property
+    def by(self) -> SplitKey:
+        """Which images stay together in these folds."""
+        return SplitKey.from_json(self.split) if self.training is None else self.training.split
+
+    @property
     def read(self) -> Sequence[str]:
         """Names of the layers that heads read."""
         return list(self.features.get("read", self.features["layers"]))
@@ -133,7 +142,7 @@ class PredictionKey:
         """Backbone and size, fit if not crop, stage, layers and grids, pooling if not avg, precision if not float32."""
         read, features = self.read, self.features
         layers = "+".join(read) if len(read) < 3 else f"{len(read)} layers"
-        size, fit = features["transform"]["input_size"][-1], fit_of(features["transform"])
+        size, fit = size_of(features["transform"]), fit_of(features["transform"])
         words = [title_of(self.backbone, size, fit, self._stage_words()), layers]
         grids = {"x".join(map(str, grid)): None for layer, grid in features.get("grids", {}).items() if layer in read}
         words += ["/".join(grids)] if grids else []
@@ -159,6 +168,8 @@ class PredictionKey:
             usual |= RETIRED.get(self.solver) or default_settings(self.head, solver_of(self.solver))
             given |= self.settings or {}
         changed = {name: value for name, value in given.items() if value != usual.get(name, value)}
+        if self.by != SplitKey():
+            changed["split"] = self.by.name
         return [f"{name.removeprefix('n_').replace('_', ' ')} {value}" for name, value in changed.items()]
 
 
@@ -204,6 +215,8 @@ def prediction_key(
     head = HEADS[config.head] if spec.fits else HeadSpec()  # of heads that are taken as they are, features say all
     if head.auto_precision:
         key["settings"] |= {"precision": resolve_dtype("auto", config.device)}
+    if not plan.backbone_trained:
+        key |= plan.by.key.to_json()
     under_priors = head.under_priors or (spec.under_priors and features.is_layered)
     return PredictionKey(
         subject=subject.name,

@@ -11,7 +11,9 @@ from safetensors.torch import save
 
 from featcache.backbone.trainings import Trainings
 from featcache.cache.store import Store, create_store, open_store, store_path
-from featcache.dataset.splits import refuse_leak
+from featcache.dataset.grouping import split_of
+from featcache.dataset.responses import refuse_unfit
+from featcache.dataset.splits import Split, refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError
 from featcache.machine.device import check_products, matrix_products, resolve_device
@@ -24,6 +26,7 @@ from heads.features.sets import FeatureSet, chosen_by, feature_sets, layer_of, s
 from heads.fit.names import PredictionFacts, PredictionKey, prediction_key
 from heads.fit.out_of_fold import predict_surface
 from heads.scores.metrics import VertexScores, pearson_r
+from heads.scores.withheld import score_test
 from heads.solvers.base import Problem, Shared, Solver, Trainee
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.registry import build_solver
@@ -45,11 +48,15 @@ class Fitted:
     seconds: float
 
 
-def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path | str) -> list[Fitted]:
+def fit_heads(
+    subjects: Sequence[Subject], config: FitConfig, work: Path | str, by: Split | None = None
+) -> list[Fitted]:
     """Fit the heads that `config` names, for each of its losses, to every set of features of these subjects.
 
     Each gives a prediction store: out-of-fold predictions of the training images, then the test images' predictions,
     the mean over the folds' heads. Raises StoreError if there is nothing to fit to.
+
+    by : which images stay together in the folds; None: what `config.split` says of these subjects alone
     """
     work = Path(work)
     device = resolve_device(config.device)
@@ -59,7 +66,9 @@ def fit_heads(subjects: Sequence[Subject], config: FitConfig, work: Path | str) 
     check_products("products", config.products, config.device)
     variants = config.variants()
     _refuse_missing_rois(subjects, variants[0])
-    trainees = _trainees(subjects, variants[0], work)
+    refuse_unfit(subjects, work)
+    by = split_of(config.split, subjects, work) if by is None else by
+    trainees = _trainees(subjects, variants[0], work, by)
     # one training for several subjects serves one loss; other fits share what their losses have in common
     runs = [[variant] for variant in variants] if variants[0].joint else [variants]
     fits = [fit for together in runs for fit in _fit_variants(trainees, together, device, work)]
@@ -79,8 +88,11 @@ def _refuse_missing_rois(subjects: Sequence[Subject], config: FitConfig) -> None
         )
 
 
-def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path) -> list[Trainee]:
-    """Every set of features that heads are fitted to. Raises StoreError or ConfigError where there is none."""
+def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path, by: Split) -> list[Trainee]:
+    """Every set of features that heads are fitted to. Raises StoreError or ConfigError where there is none.
+
+    Raises LeakError for features of a backbone that was trained under another split.
+    """
     takes_heads = not config.solver_spec.fits
     found = _chosen({subject: feature_sets(subject, work) for subject in subjects}, config.features)
     stored = {subject: _suitable(sets, subject, takes_heads) for subject, sets in found.items()}
@@ -109,7 +121,7 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path) -> lis
 
         read = [(subject, read_by_its_heads(features, work)) for subject, features in read]
     return [
-        Trainee(subject, features, FoldPlan.of_features(subject, features, config.n_folds, config.seed))
+        Trainee(subject, features, FoldPlan.of_features(subject, features, config.n_folds, config.seed, by))
         for subject, features in read
     ]
 
@@ -219,10 +231,10 @@ def _refuse_leaks(problem: Problem) -> None:
     ids = plan.image_ids
     refuse_leak(ids, subject.test.ids, f"the test split of {subject.name}")
     for fold in np.unique(plan.folds):
-        refuse_leak(ids[plan.folds != fold], ids[plan.folds == fold], f"fold {fold} of {subject.name}")
+        refuse_leak(ids[plan.folds != fold], ids[plan.folds == fold], f"fold {fold} of {subject.name}", plan.by)
     for k, (store, seen) in enumerate(zip(features.stores, features.seen_ids(), strict=True)):
         scored = ids[plan.inside(k)] if plan.backbone_trained else ids
-        refuse_leak(seen, scored, f"{store.name} of {subject.name}")
+        refuse_leak(seen, scored, f"{store.name} of {subject.name}", plan.by)
         refuse_leak(seen, subject.test.ids, f"the test split of {subject.name}")
 
 
@@ -271,13 +283,32 @@ def chosen_on(fitted: Sequence[Fitted], work: Path | str) -> list[str]:
     return list(dict.fromkeys(models))
 
 
-def scores_by_model(subjects: Sequence[Subject], fitted: Sequence[Fitted]) -> dict[str, list[VertexScores]]:
-    """{model: out-of-fold scores of each subject and surface}, with the subjects' ceilings and ROIs."""
+def scores_by_model(
+    subjects: Sequence[Subject], fitted: Sequence[Fitted], ids: np.ndarray | None = None
+) -> dict[str, list[VertexScores]]:
+    """{model: out-of-fold scores of each subject and surface}, with the subjects' ceilings and ROIs.
+
+    ids : of the images to score; models that predict fewer than two of them are left out. None: all
+    """
     by_name = {subject.name: subject for subject in subjects}
     scores: dict[str, list[VertexScores]] = {}
     for fit in fitted:
         store, subject = open_store(fit.path), by_name[fit.subject]
-        scores.setdefault(fit.model, []).extend(score(subject, surface, store) for surface in subject.surfaces)
+        if ids is None or np.isin(store.image_ids[: store.n_train], ids).sum() > 1:
+            scores.setdefault(fit.model, []).extend(score(subject, surface, store, ids) for surface in subject.surfaces)
+    return scores
+
+
+def test_scores_by_model(subjects: Sequence[Subject], fitted: Sequence[Fitted]) -> dict[str, list[VertexScores]]:
+    """{model: scores on the test images of each subject and surface} of the subjects whose test responses are given."""
+    by_name = {subject.name: subject for subject in subjects if subject.has_test_responses}
+    scores: dict[str, list[VertexScores]] = {}
+    for fit in fitted:
+        if (subject := by_name.get(fit.subject)) is not None:
+            store = open_store(fit.path)
+            scores.setdefault(fit.model, []).extend(
+                score_test(subject, surface, store.read(surface, store.n_train)) for surface in subject.surfaces
+            )
     return scores
 
 

@@ -46,7 +46,7 @@ def export_maps(subjects: Sequence[Subject], pattern: str, work: Path) -> list[P
     Raises ConfigError where no model matches, StoreError where nothing was fitted.
     """
     pairs, draws = list(_models(subjects, pattern, work)), can_draw("maps")
-    shapes = {subject: Counter(map(image_shape, subject.train.paths)) for subject, _ in pairs}
+    shapes = {subject: Counter(map(image_shape, subject.train.sources)) for subject, _ in pairs}
     return [path for subject, model in pairs for path in _export(subject, model, shapes[subject], work, draws)]
 
 

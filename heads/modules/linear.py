@@ -64,9 +64,9 @@ class LinearHead(_Linear):
 
 
 class RoiHead(_Linear):
-    """Linear heads of the whole hemisphere and of each ROI; the prediction of a vertex is the mean of its heads.
+    """Linear heads of the whole surface and of each ROI; the prediction of a vertex is the mean of its heads.
 
-    A vertex in no ROI has the hemisphere head's prediction, unscaled. A loss is taken of `unaveraged`, head by head, so
+    A vertex in no ROI has the surface head's prediction, unscaled. A loss is taken of `unaveraged`, head by head, so
     that each learns to predict its vertices by itself. All heads are computed in one product.
 
     rois : masks (n_vertices,) of the ROIs; empty ones have no head

@@ -12,20 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from featcache.backbone.outline import Outline, outline
-from featcache.backbone.weights import check_backbone
+from featcache.backbone.sources.table import check_backbone
+from featcache.cache.elsewhere import read_made
 from featcache.cache.sources import stored_rows
 from featcache.cache.store import Row, stored_bytes
-from featcache.config import BackboneConfig, ExtractConfig
-from featcache.dataset.algonauts import open_challenge
+from featcache.config import BackboneConfig, ExtractConfig, MadeConfig, split_name
+from featcache.dataset.importing.config import ImportConfig
+from featcache.dataset.importing.files import read_material
+from featcache.dataset.open import open_dataset, scan_dataset
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.subject import Subject, names_in
 from featcache.errors import ConfigError, FeatcacheError
 from featcache.machine.device import resolve_device, resolve_dtype
 from featcache.machine.memory import memory_at_start
 from featcache.simulate import SimulateConfig
+from featcache.workdir import WORK, Workdir, data_folder
 from heads.blend.products import N_FOLDS, bytes_of
 from heads.config import BlendConfig, FitConfig, StageConfig
-from heads.features.sets import matches, models_of, title_of, without_digits
+from heads.features.sets import matches, models_of, stage_words, title_of, without_digits
 from heads.recipes.fits import Features, FitSizes, fit_memory, saved_bytes
 from heads.recipes.steps import Ready, Step, located
 
@@ -83,27 +87,57 @@ def subjects_of(steps: Sequence[Ready]) -> list[list[Counts]]:
 
 
 def _subjects(ready: Ready, trees: dict[Any, list[Counts]]) -> list[Counts]:
-    data, ceiling = ready.options.get("data"), ready.options.get("noise_ceiling")
-    if data is None:
+    config, work = ready.job.config, ready.options.get("work", WORK)
+    if isinstance(config, ImportConfig):
+        _add_imported(config, Workdir(work).dataset, trees)
         return []
-    if isinstance(ready.job.config, SimulateConfig):
+    if "data" not in ready.options:
+        return []
+    data, ceiling = _data_folder(ready.options["data"], work, trees), ready.options.get("noise_ceiling")
+    if isinstance(config, SimulateConfig):
         if not data.is_dir():
-            trees[data] = simulated(ready.job.config)
+            trees[data] = simulated(config)
         return []
     if data not in trees and not data.is_dir():
         raise ConfigError(
             "--data",
-            expected="a challenge tree",
+            expected="a dataset",
             found=f"no folder {data}",
-            remedy="name one, or add a step that simulates it",
+            remedy="name one, or add a step that imports or simulates it",
         )
     if ready.step.command == "check":  # it lists faults, where opening would end at the first
         return []
     key = data if data in trees else (data, ceiling)
     if key not in trees:
-        trees[key] = [Counts.of(subject) for subject in open_challenge(data, ceiling).subjects]
+        trees[key] = [Counts.of(subject) for subject in open_dataset(data, ceiling).subjects]
     by_name = {counts.name: counts for counts in trees[key]}
     return [by_name[name] for name in names_in(ready.options.get("subject", "all"), list(by_name))]
+
+
+def _data_folder(data: Path | None, work: Path, trees: Mapping[Any, Any]) -> Path:
+    """The folder that a step will read: an imported one, too, that an earlier step will write."""
+    imported = Workdir(work).dataset
+    return imported if data is None and imported in trees else data_folder(data, work)
+
+
+def _add_imported(config: ImportConfig, root: Path, trees: dict[Any, list[Counts]]) -> None:
+    """Add the counts of a subject that is not imported yet to those of its folder.
+
+    Pictures are counted by name. The same picture under two names is one in the end.
+    """
+    others = trees.get(root)
+    if others is None:
+        there = scan_dataset(root)[0].subjects if root.is_dir() else ()
+        others = [Counts.of(subject) for subject in there]
+    material = read_material(config)
+    n_test = int(material.stimuli.test.sum())
+    counts = Counts(
+        material.name,
+        len(material.stimuli.sources) - n_test,
+        n_test,
+        {surface: recording.trials.shape[1] for surface, recording in material.recordings.items()},
+    )
+    trees[root] = [*(one for one in others if one.name != counts.name), counts]
 
 
 def _check(config: Any) -> None:
@@ -184,6 +218,8 @@ class _Work:
                 return self._train(config, subjects)
             case ExtractConfig():
                 return self._extract(config, subjects)
+            case MadeConfig():
+                return self._add(config, subjects)
             case FitConfig():
                 return self._fit(config, subjects)
             case BlendConfig():
@@ -198,7 +234,7 @@ class _Work:
         backbone, train = training.backbone, config.train
         network = outline(backbone, train.tapped, train.precision)
         for counts in subjects:
-            key = counts.name, backbone.resolved_name, backbone.size, backbone.resolved_fit
+            key = counts.name, backbone.label, backbone.size, backbone.resolved_fit
             self.pixels[key] = float(counts.n_images * network.pixels)
         # stage 1 has heads of one surface after the other, stage 2 also those of ROIs
         n_outputs = max(counts.n_all_vertices for counts in subjects) * (1 if config.stage == "pretrain" else 2)
@@ -213,7 +249,7 @@ class _Work:
         before = [
             training.backbone
             for training in self.trainings
-            if training.config.stage == "pretrain" and config.backbone.admits(training.backbone.resolved_name)
+            if training.config.stage == "pretrain" and config.backbone.admits(training.backbone.label)
         ]
         follows = config.stage == "finetune" and config.init == "stage1" and before
         start = before[-1] if follows else config.backbone
@@ -231,7 +267,7 @@ class _Work:
             training
             for training in self.trainings
             if config.checkpoint == "auto"
-            and config.backbone.admits(training.backbone.resolved_name)
+            and config.backbone.admits(training.backbone.label)
             and names & set(training.subjects)
         ]
         parts = [self._extract_from(config, training, subjects) for training in trainings or [None]]
@@ -254,6 +290,16 @@ class _Work:
         memory = 2.0 * network.weights + config.batch_size * (network.widest + 5 * network.pixels)
         return memory, disk
 
+    def _add(self, config: MadeConfig, subjects: Sequence[Counts]) -> Bytes:
+        made = read_made(config.features, config.ids)
+        features = Features(stored_rows(made.shapes), (), 0, config.name)
+        disk = 0.0
+        for counts in subjects:
+            if (made.digest, config.name) not in self.features[counts.name]:
+                self.features[counts.name][made.digest, config.name] = features
+                disk += sum(stored_bytes(row, counts.n_images) for row in features.rows.values())
+        return memory_at_start(), disk
+
     def _fit(self, config: FitConfig, subjects: Sequence[Counts]) -> Bytes:
         memory, disk = [0.0], 0.0
         for counts in subjects:
@@ -264,7 +310,7 @@ class _Work:
                     continue
                 for arrays in models_of(list(features.rows), config.layers):
                     for variant in config.variants():
-                        model = (key, arrays, repr(variant.key()))
+                        model = (key, arrays, repr(variant.key()), variant.split)
                         if model not in self.models[counts.name]:
                             self.models[counts.name].add(model)
                             sizes = _fit_sizes(counts, features.reading(arrays), variant)
@@ -288,8 +334,9 @@ def _features(network: Outline, backbone: BackboneConfig, training: _Training | 
     held_out: tuple[int, ...] = ()
     n_folds, stage = 0, ""
     if training is not None:
-        held_out, n_folds, stage = tuple(training.held_out), training.config.n_folds, training.config.stage
-    title = title_of(backbone.resolved_name, network.size, backbone.resolved_fit, stage)
+        held_out, n_folds = tuple(training.held_out), training.config.n_folds
+        stage = stage_words(training.config.stage, split_name(training.config.split))
+    title = title_of(backbone.label, network.size, backbone.resolved_fit, stage)
     return Features(stored_rows(network.shapes), held_out, n_folds, title)
 
 

@@ -18,11 +18,16 @@ from heads.recipes.jobs import Job, usage_fault
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a command: what it takes, how it is said on the command line, and how a flag is taken back."""
+    """An option of a command: what it takes, how it is said on the command line, and how a flag is taken back.
+
+    on : '' for an argument, which is said by its value alone
+    many : whether it may be given several times, so that a list is of its values and not of steps
+    """
 
     kind: type
     on: str
     off: str = ""
+    many: bool = False
 
 
 Commands = Mapping[str, Mapping[str, Option]]  # {command: {option, without dashes: what it is}}
@@ -34,6 +39,7 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {  # in words, and what TOML 
     Path: ("a path", (str,)),
 }
 _PARTS = ("title", "options", "steps")
+_NO_STEPS = ("run", "layers")
 _OF_THE_COMMAND_LINE = ("help", "json", "quiet")  # options that a recipe cannot give
 
 
@@ -143,17 +149,32 @@ def _expanded(
     options: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> Iterator[Step]:
-    own = {name: value if isinstance(value, list) else [value] for name, value in step.items() if name != "run"}
+    own = {
+        name: value if isinstance(value, list) and not known[name].many else [value]
+        for name, value in step.items()
+        if name != "run"
+    }
     shared = {name: value for name, value in options.items() if name in known}
     for values in itertools.product(*own.values()):
         chosen = dict(zip(own, values, strict=True))
         bare = Step(path, number, step["run"], own=chosen)
-        arguments = [_argument(name, value, known[name], bare.where) for name, value in (shared | chosen).items()]
+        arguments = [
+            argument
+            for name, value in (shared | chosen).items()
+            for argument in _arguments(name, value, known[name], bare.where)
+        ]
         arguments += [f"--{name}={value}" for name, value in given.items() if name in known]
         yield Step(path, number, step["run"], tuple(one for one in arguments if one), chosen)
     if empty := [name for name, values in own.items() if not values]:
         where = Step(path, number, step["run"]).where
         raise ConfigError(where, expected=f"one or more values of {empty[0]}", found="[]", remedy="leave it out")
+
+
+def _arguments(name: str, value: Any, option: Option, where: str) -> list[str]:
+    """One value as on the command line, or all of an option of many. Raises ConfigError for one of another kind."""
+    return [
+        _argument(name, one, option, where) for one in (value if option.many and isinstance(value, list) else [value])
+    ]
 
 
 def _argument(name: str, value: Any, option: Option, where: str) -> str:
@@ -163,16 +184,12 @@ def _argument(name: str, value: Any, option: Option, where: str) -> str:
         raise ConfigError(f"{where}: --{name}", expected=expected, found=f"{value!r}", remedy="correct it")
     if option.kind is bool:
         return option.on if value else option.off
-    return f"{option.on}={value}"
+    return f"{option.on}={value}" if option.on else str(value)
 
 
 def commands_of(group: TyperGroup) -> Commands:
-    """What a recipe may run: the commands that take nothing but options, each with its options but --json."""
-    return {
-        name: _options_of(command)
-        for name, command in group.commands.items()
-        if all(one.param_type_name == "option" for one in command.params)
-    }
+    """What a recipe may run: each command with its options, but --json, and its arguments, by their names."""
+    return {name: _options_of(command) for name, command in group.commands.items() if name not in _NO_STEPS}
 
 
 def _options_of(command: Any) -> dict[str, Option]:
@@ -183,8 +200,10 @@ def _options_of(command: Any) -> dict[str, Option]:
             continue
         annotation = signature[one.name].annotation
         kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+        many = get_origin(kind) is list
         kind = next((part for part in get_args(kind) if part in _KINDS), kind)  # of int | None
-        found[one.opts[0].removeprefix("--")] = Option(kind, one.opts[0], *one.secondary_opts[:1])
+        said = one.opts[0] if one.param_type_name == "option" else ""
+        found[one.opts[0].removeprefix("--")] = Option(kind, said, next(iter(one.secondary_opts), ""), many)
     return {name: option for name, option in found.items() if name not in _OF_THE_COMMAND_LINE}
 
 

@@ -31,7 +31,9 @@ def gain_lines(done: "Ensemble") -> list[str]:
 
 
 def blend_as_json(done: "Ensemble") -> dict[str, Any]:
-    """A blend as JSON: weights, unused, chosen_on, scores, gains and shuffled, as in `Ensemble`; scores_by_roi."""
+    """A blend as JSON: weights, unused, chosen_on, scores, gains, shuffled and test_scores, as in `Ensemble`;
+    scores_by_roi.
+    """
     return {
         "weights": done.weights,
         "unused": done.unused,
@@ -40,4 +42,5 @@ def blend_as_json(done: "Ensemble") -> dict[str, Any]:
         "scores_by_roi": [row.to_json() for row in every_summary(done.scores["blend"])] if done.scores else [],
         "gains": [vars(gain) for gain in done.gains],
         "shuffled": vars(done.null),
+        "test_scores": scores_as_json(done.test) if done.test else {},
     }

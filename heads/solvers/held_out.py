@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from featcache.dataset.splits import assign_folds, check_folds, refuse_leak
+from featcache.dataset.splits import BY_ID, check_folds, refuse_leak
+from featcache.dataset.splits import Split as ImageSplit
 from featcache.dataset.subject import Subject
-from featcache.errors import ConfigError
+from featcache.errors import ConfigError, LeakError
 from heads.features.sets import FeatureSet
 
 _PARTS = 4  # of a held-out fold
@@ -43,32 +44,47 @@ class FoldPlan:
     held_out : the folds that are held out, in turn
     backbone_trained : whether the backbone was trained once for each held-out fold, on the other folds; then there is
         one set of features for each held-out fold, else one for all
+    by : which images stay together in the folds
     """
 
     image_ids: np.ndarray
     folds: np.ndarray
     held_out: tuple[int, ...]
     backbone_trained: bool
+    by: ImageSplit = BY_ID
 
     @classmethod
-    def of_frozen(cls, image_ids: np.ndarray, n_folds: int, seed: int) -> "FoldPlan":
+    def of_frozen(cls, image_ids: np.ndarray, n_folds: int, seed: int, by: ImageSplit = BY_ID) -> "FoldPlan":
         """Plan for a frozen backbone: every fold is held out in turn. Raises ConfigError for an empty fold."""
-        folds = assign_folds(image_ids, n_folds, seed)
+        folds = by.folds(image_ids, n_folds, seed)
         check_folds(folds, n_folds)
-        return cls(image_ids=image_ids, folds=folds, held_out=tuple(range(n_folds)), backbone_trained=False)
+        return cls(image_ids=image_ids, folds=folds, held_out=tuple(range(n_folds)), backbone_trained=False, by=by)
 
     @classmethod
-    def of_features(cls, subject: Subject, features: FeatureSet, n_folds: int, seed: int) -> "FoldPlan":
+    def of_features(
+        cls, subject: Subject, features: FeatureSet, n_folds: int, seed: int, by: ImageSplit = BY_ID
+    ) -> "FoldPlan":
         """Plan for some features: with the folds of the backbone's training, or `n_folds` for a frozen backbone.
 
-        Raises ConfigError for a fold without images.
+        Raises ConfigError for a fold without images, LeakError for a backbone that was trained under another split.
         """
         if not features.backbone_trained:
-            return cls.of_frozen(subject.train.ids, n_folds, seed)
+            return cls.of_frozen(subject.train.ids, n_folds, seed, by)
         training = features.trainings[0]
-        folds = assign_folds(subject.train.ids, training.n_folds, training.seed)
+        if training.split != by.key:
+            same = training.split.name == by.name
+            raise LeakError(
+                f"{features.title} of {subject.name}",
+                expected=f"--split {training.split}, under which its backbone was trained",
+                found=str(by.key),
+                remedy="train it again: the groups have changed since"
+                if same
+                else f"give --split {training.split.name}, or choose other features with --features",
+            )
+        folds = by.folds(subject.train.ids, training.n_folds, training.seed)
         check_folds(folds, training.n_folds)
-        return cls(image_ids=subject.train.ids, folds=folds, held_out=features.held_out, backbone_trained=True)
+        held_out = features.held_out
+        return cls(image_ids=subject.train.ids, folds=folds, held_out=held_out, backbone_trained=True, by=by)
 
     def __len__(self) -> int:
         """Number of folds that are held out."""
@@ -127,7 +143,7 @@ class FoldPlan:
         """The held-out rows in parts, with a separate head for each; one part for a frozen backbone."""
         if not self.backbone_trained:
             return [self.inside(k)]
-        return clean_parts(self.image_ids, self.inside(k), self.held_out[k])
+        return clean_parts(self.image_ids, self.inside(k), self.held_out[k], self.by)
 
     def n_choices(self, k: int) -> int:
         """Number of heads of the k-th fold: one for each part, and one for test images if the backbone was trained."""
@@ -142,7 +158,7 @@ class FoldPlan:
         if self.backbone_trained:
             inside = self.inside(k)
             return Split(self.outside(k), [*(np.setdiff1d(inside, part) for part in parts), inside], parts)
-        train_rows, stop = stop_split(self.image_ids, self.outside(k), self.held_out[k], one_in, seed)
+        train_rows, stop = stop_split(self.image_ids, self.outside(k), self.held_out[k], one_in, seed, self.by)
         return Split(train_rows, [stop], parts)
 
     def refuse_leaks(self, choice_rows: Sequence[np.ndarray], train_rows: np.ndarray, what: str) -> None:
@@ -152,36 +168,36 @@ class FoldPlan:
 
 
 def stop_split(
-    image_ids: np.ndarray, outside: np.ndarray, fold: int, one_in: int, seed: int
+    image_ids: np.ndarray, outside: np.ndarray, fold: int, one_in: int, seed: int, by: ImageSplit = BY_ID
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on, and rows that decide when to stop: both outside a fold, which is for scoring.
 
     Raises ConfigError for fewer than 4 images outside the fold.
     """
-    if len(outside) < 4:
+    pictures = np.unique(image_ids[outside])  # one that was shown twice has two rows
+    if len(pictures) < 4:
         raise ConfigError(
             f"fold {fold}",
             expected="4 or more images outside it, to train on and to decide when to stop",
-            found=len(outside),
+            found=len(pictures),
             remedy="add images, or give other --folds",
         )
-    stop = assign_folds(image_ids[outside], one_in, seed + 1) == 0
+    stop = by.parts(image_ids[outside], one_in, seed + 1) == 0
     # if the random draw leaves too few images for r: every tenth image by id, or 2 or 3 of fewer than 20
     if not 2 <= stop.sum() <= len(outside) - 2:
-        stop = np.zeros(len(outside), dtype=bool)
-        stop[np.argsort(image_ids[outside], kind="stable")[:: min(10, len(outside) // 2)]] = True
+        stop = np.isin(image_ids[outside], pictures[:: min(10, len(pictures) // 2)])
     return outside[~stop], outside[stop]
 
 
-def clean_parts(image_ids: np.ndarray, held_out: np.ndarray, fold: int) -> list[np.ndarray]:
-    """Rows of a held-out fold in parts, by image id; for each part, the other parts together have at least 2 images.
+def clean_parts(image_ids: np.ndarray, held_out: np.ndarray, fold: int, by: ImageSplit = BY_ID) -> list[np.ndarray]:
+    """Rows of a held-out fold in parts; for each part, the other parts together have at least 2 images.
+
+    by : whose groups stay in one part where the fold has enough of them; else parts are by image id
 
     Raises ConfigError for a fold that is too small.
     """
-    numbers = assign_folds(image_ids[held_out], _PARTS, fold)
-    parts = [held_out[numbers == part] for part in range(_PARTS)]
-    parts = [part for part in parts if len(part)]
-    if len(parts) < 2 or max(map(len, parts)) > len(held_out) - 2:
+    parts = _parts(image_ids, held_out, fold, by) or _parts(image_ids, held_out, fold, BY_ID)
+    if not parts:
         raise ConfigError(
             f"fold {fold}",
             expected="enough held-out images to choose by and to score",
@@ -191,3 +207,11 @@ def clean_parts(image_ids: np.ndarray, held_out: np.ndarray, fold: int) -> list[
     for part in parts:
         refuse_leak(image_ids[np.setdiff1d(held_out, part)], image_ids[part], f"what is chosen on fold {fold}")
     return parts
+
+
+def _parts(image_ids: np.ndarray, held_out: np.ndarray, fold: int, by: ImageSplit) -> list[np.ndarray]:
+    """Rows in parts; none where there would be one part, or fewer than 2 images beside one."""
+    numbers = by.parts(image_ids[held_out], _PARTS, fold)
+    parts = [held_out[numbers == part] for part in range(_PARTS)]
+    parts = [part for part in parts if len(part)]
+    return parts if len(parts) > 1 and max(map(len, parts)) <= len(held_out) - 2 else []

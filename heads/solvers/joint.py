@@ -95,7 +95,7 @@ class JointTraining:
             return Split(train_rows, splits[number].choice_rows, splits[number].parts)
         inside, fold = plan.inside(k), plan.held_out[k]
         scored = np.unique(np.concatenate([each.image_ids[each.inside(k)] for each in self.plans]))
-        ids = [scored[part] for part in clean_parts(scored, np.arange(len(scored)), fold)]
+        ids = [scored[part] for part in clean_parts(scored, np.arange(len(scored)), fold, plan.by)]
         parts = [inside[np.isin(plan.image_ids[inside], part_ids)] for part_ids in ids]
         return Split(plan.outside(k), [*(np.setdiff1d(inside, part) for part in parts), inside], parts)
 

@@ -112,7 +112,7 @@ def test_the_backbone_loads_at_another_size(made):
 @pytest.mark.parametrize("fit", FITS)
 def test_the_backbone_reads_images_as_it_was_trained_to_unless_it_is_asked(subjects, tmp_path, fit):
     made = write_checkpoint(subjects, tmp_path, fit=fit)
-    picture = load_image(subjects[0].train.paths[0]).resize((90, 60))
+    picture = load_image(subjects[0].train.sources[0]).resize((90, 60))
     for asked in (None, *FITS):
         expected = load_backbone(BackboneConfig(name="test_resnet", weights="none", size=48, fit=asked or fit))
         found = made.backbone(fit=asked)

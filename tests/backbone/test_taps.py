@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from featcache.backbone.network import TimmBackbone, described_layers, load_backbone
+from featcache.backbone.network import TorchBackbone, described_layers, load_backbone
 from featcache.backbone.taps import choose_taps, layer_names, map_shapes
 from featcache.config import BackboneConfig, LayerConfig, fingerprint
 from featcache.errors import BackboneError, ConfigError
@@ -18,11 +18,11 @@ POOLS = {"avg": functional.adaptive_avg_pool2d, "max": functional.adaptive_max_p
 RESNET = ("act1", "layer1", "layer2", "layer3", "layer4")
 
 
-def network(name: str, size: int | None = 96) -> TimmBackbone:
+def network(name: str, size: int | None = 96) -> TorchBackbone:
     return load_backbone(BackboneConfig(name=name, weights="none", size=size))
 
 
-def pictures(backbone: TimmBackbone, n: int = 2) -> torch.Tensor:
+def pictures(backbone: TorchBackbone, n: int = 2) -> torch.Tensor:
     return torch.randn(n, *backbone.transform_settings["input_size"], generator=torch.Generator().manual_seed(0))
 
 

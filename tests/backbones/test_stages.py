@@ -239,7 +239,7 @@ def coloured(tree):
     rng = np.random.default_rng(0)
     mixture = {hemisphere: rng.normal(size=(3, FSAVERAGE_VERTICES)) for hemisphere in HEMISPHERES}
     for subject in open_challenge(tree).subjects:
-        paths = subject.train.paths
+        paths = subject.train.sources
         colours = rng.uniform(0, 255, size=(len(paths), 3))
         for path, colour in zip(paths, colours, strict=True):
             Image.fromarray(np.broadcast_to(colour.astype(np.uint8), (32, 32, 3)).copy()).save(path)

@@ -201,7 +201,7 @@ def many(n_images_a_fold, alike, seed=0):
         columns.append(np.concatenate([p, y[..., None], np.ones_like(y)[..., None]], axis=2))
     products = heads.blend.learn.Products(np.stack([np.einsum("ivc,ivd->vcd", one, one) for one in columns]))
     halves = np.arange(n_vertices) // (n_vertices // 2)
-    labels = {"all": 0 * halves, "hemisphere": halves, "roi": halves, "vertex": np.arange(n_vertices)}
+    labels = {"all": 0 * halves, "surface": halves, "roi": halves, "vertex": np.arange(n_vertices)}
     levels = [Level(name, type(ALL_LEVELS[0].groups)(own, own.max() + 1)) for name, own in labels.items()]
     return products, Judge(np.ones(n_vertices), np.full(n_vertices, True)), levels
 
@@ -236,7 +236,7 @@ def test_vertices_that_do_not_count_have_the_weights_of_their_group():
     predictions, responses = made_up(noise=(1, 1.5, 2, 3))
     counts = np.array([True, True, False, True, True, False, True])
     judge = Judge(np.ones(N_VERTICES), counts)
-    coarse, fine = (learnt(predictions, responses, judge, method="nnls", per=per) for per in ("hemisphere", "vertex"))
+    coarse, fine = (learnt(predictions, responses, judge, method="nnls", per=per) for per in ("surface", "vertex"))
     np.testing.assert_array_equal(fine.weights[~counts], coarse.weights[~counts])
     changed = predictions.copy()
     changed[:, :, ~counts] = np.random.default_rng(0).normal(size=changed[:, :, ~counts].shape)
@@ -249,14 +249,14 @@ def test_vertices_that_do_not_count_have_the_weights_of_their_group():
 def test_models_of_one_backbone_are_one_model_of_their_average(method):
     predictions, responses = made_up(noise=(1, 1.5, 2, 3))
     parts = np.array([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
-    found = learnt(predictions, responses, parts=parts, method=method, per="hemisphere")
+    found = learnt(predictions, responses, parts=parts, method=method, per="surface")
     standard = standardised(predictions)
     # The average of two standardised models is not of unit spread, so it is put in as a moment and not as a model.
     z = np.einsum("gm,miv->giv", parts, standard)[:, :N_TRAIN]
     y = standardised(responses[None])[:, :N_TRAIN]
     columns = np.concatenate([z, y, np.ones_like(y)])
     sums = np.stack([np.einsum("civ,div->vcd", *(columns[:, fold == FOLDS],) * 2) for fold in range(5)])
-    expected = learn(heads.blend.learn.Products(sums), PLAIN, ALL_LEVELS, BlendConfig(method=method, per="hemisphere"))
+    expected = learn(heads.blend.learn.Products(sums), PLAIN, ALL_LEVELS, BlendConfig(method=method, per="surface"))
     np.testing.assert_allclose(found.weights, expected.weights @ parts, atol=1e-9)
     np.testing.assert_allclose(found.weights[:, 0], found.weights[:, 1])
 

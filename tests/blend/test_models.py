@@ -49,7 +49,7 @@ def trained_model(subject, work, seen_ids):
     """Stores the predictions of a backbone that was trained once per fold, of images by fold."""
     from featcache.dataset.digests import image_digest, response_digest
 
-    for path in subject.image_paths:
+    for path in subject.image_sources:
         path.parent.mkdir(exist_ok=True)
         path.write_text(path.stem)
     features = {"backbone": "net", "layers": ["pooled"], "images": image_digest(subject, work), "dtype": "float32"}

@@ -12,7 +12,7 @@ import cli
 import heads.blend.run
 from featcache.cache.store import open_store
 from featcache.dataset.algonauts import open_challenge
-from featcache.dataset.subject import Challenge
+from featcache.dataset.subject import Dataset
 from featcache.errors import StoreError
 from heads.blend.saved import load_blend
 from heads.config import BlendConfig
@@ -35,7 +35,7 @@ def made(tmp_path, monkeypatch):
         ]
         models = {s: models_of(tmp_path / f"stores-{s.name}", predictions) for s in subjects}
         monkeypatch.setattr("heads.blend.run.find_models", lambda *_: models)
-        return heads.blend.run.blend(Challenge(tmp_path, tuple(subjects)), config, tmp_path), models
+        return heads.blend.run.blend(Dataset(tmp_path, tuple(subjects), challenge=True), config, tmp_path), models
 
     return blend
 
@@ -79,14 +79,14 @@ def test_weights_are_listed_by_roi_and_models_without_any_by_name(made, tmp_path
     assert {m: of["predictions"] for m, of in about["members"]["subj01"].items()} == stores
     assert (about["method"], about["per"], about["seed"]) == ("nnls", "roi", 0)
     assert {"featcache", "numpy", "torch", "zarr"} <= set(about["versions"])
-    assert [choice["level"] for choice in about["choices"]["subj01"]] == ["all", "hemisphere", "roi"]
+    assert [choice["level"] for choice in about["choices"]["subj01"]] == ["all", "surface", "roi"]
     assert (tmp_path / "submission/weights.png").stat().st_size > 5000
 
 
 @pytest.mark.slow
 def test_the_same_blend_again_is_the_same_bytes(made, tmp_path):
     data = made_up(noise=(2, 2.5, 3, 4))
-    config = BlendConfig(method="greedy", per="hemisphere", seed=3)
+    config = BlendConfig(method="greedy", per="surface", seed=3)
     one, _ = made(*data, config)
     first = (tmp_path / "submission.zip").read_bytes(), (tmp_path / "submission/weights.json").read_bytes()
     shutil.rmtree(tmp_path / "stores-subj01")
@@ -124,17 +124,20 @@ def test_a_blend_is_applied_to_other_predictions_of_its_models(made, tmp_path):
     changed[:, N_TRAIN:] = predictions[:, N_TRAIN:][:, ::-1]  # other test images
     shutil.rmtree(tmp_path / "stores-subj01")
     models[subject] = models_of(tmp_path / "stores-subj01", changed)
-    assert heads.blend.run.apply(Challenge(tmp_path, (subject,)), saved, tmp_path) == tmp_path / "submission.zip"
+    assert (
+        heads.blend.run.apply(Dataset(tmp_path, (subject,), challenge=True), saved, tmp_path)
+        == tmp_path / "submission.zip"
+    )
     np.testing.assert_allclose(predicted(tmp_path), first[::-1], rtol=1e-4)
     models[subject] = models[subject][:1]
     before = (tmp_path / "submission.zip").read_bytes()
     with pytest.raises(StoreError, match=r"expected predictions of subj01 by model 1.*; found none"):
-        heads.blend.run.apply(Challenge(tmp_path, (subject,)), saved, tmp_path)
+        heads.blend.run.apply(Dataset(tmp_path, (subject,), challenge=True), saved, tmp_path)
     assert (tmp_path / "submission.zip").read_bytes() == before
     stranger = subject_of(tmp_path / "other", responses, name="subj07")
     models[stranger] = models.pop(subject)
     with pytest.raises(StoreError, match="expected a blend of subj07 lh; found subj01 lh, subj01 rh"):
-        heads.blend.run.apply(Challenge(tmp_path, (stranger,)), saved, tmp_path)
+        heads.blend.run.apply(Dataset(tmp_path, (stranger,)), saved, tmp_path)
     assert len(IDS) == N_TRAIN + N_TEST
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import heads.blend.submission
-from featcache.dataset.subject import ImageFiles, Subject
+from featcache.dataset.subject import Images, Subject
 from featcache.errors import FeatcacheError
 from heads.blend.submission import check_submission, prediction_name, write_predictions, write_zip
 from heads.scores.metrics import pearson_r
@@ -25,7 +25,7 @@ FLOAT32 = np.finfo(np.float32)
 
 
 def images(n_images):
-    return ImageFiles(tuple(Path(f"{row}.png") for row in range(n_images)), np.arange(n_images))
+    return Images(tuple(Path(f"{row}.png") for row in range(n_images)), np.arange(n_images))
 
 
 @pytest.fixture

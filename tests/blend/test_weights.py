@@ -158,7 +158,7 @@ def test_stacking_a_vertex_is_non_negative_least_squares_of_its_images():
     assert (weights[:, 1] == 0).all()
 
 
-@pytest.mark.parametrize("level", ["all", "hemisphere"])
+@pytest.mark.parametrize("level", ["all", "surface"])
 @pytest.mark.parametrize("ceiling", [None, np.array([0, 0.5, 0.6, 0.7, 0.8, 0.9, 1], np.float32)])
 def test_stacking_a_group_comes_close_to_the_best_weights_for_the_metric(level, ceiling):
     predictions, responses = made_up(n_models=4, noise=(2, 2.5, 3, 3.5), seed=3)

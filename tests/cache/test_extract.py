@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featcache.backbone.network import TimmBackbone, load_backbone
+from featcache.backbone.network import TorchBackbone, load_backbone
 from featcache.cache import extract as extract_module
 from featcache.cache import store as store_module
 from featcache.cache.extract import Extracted, _plan, extract
@@ -22,7 +22,7 @@ from featcache.cache.store import Store, open_store
 from featcache.config import FITS, BackboneConfig, ExtractConfig, LayerConfig
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.subject import Subject
-from featcache.errors import ChallengeError, ConfigError, StoreError
+from featcache.errors import ConfigError, DataError, StoreError
 from featcache.workdir import Workdir
 
 BACKBONE = BackboneConfig(name="test_resnet", weights="none", size=48)
@@ -57,7 +57,7 @@ def test_rows_are_the_network_on_each_image_training_then_test(tiny, tmp_path):
     for subject, result, found in zip(open_challenge(tiny).subjects, results, rows(results), strict=True):
         store = open_store(result.path)
         assert store.image_ids.tolist() == subject.image_ids.tolist() and store.n_train == len(subject.train)
-        for row, path in enumerate(subject.train.paths + subject.test.paths):
+        for row, path in enumerate(subject.train.sources + subject.test.sources):
             image = backbone.transform(Image.open(path).convert("RGB"))[None]
             expected = backbone.model(image)[0].numpy()
             np.testing.assert_allclose(found[row], expected, rtol=1e-4, atol=1e-5)
@@ -75,7 +75,7 @@ def test_a_second_run_runs_nothing(tiny, tmp_path, monkeypatch, said):
 def test_an_interrupted_run_ends_bit_equal(tiny, tmp_path, monkeypatch, stop_at):
     """Stopped in the batch `stop_at`, run again: the same bits as a run that was never stopped."""
     whole = rows(run(tiny, tmp_path / "whole"))
-    honest, calls = TimmBackbone.read, []
+    honest, calls = TorchBackbone.read, []
 
     def stopping(self, images, layers):
         calls.append(len(images))
@@ -83,10 +83,10 @@ def test_an_interrupted_run_ends_bit_equal(tiny, tmp_path, monkeypatch, stop_at)
             raise KeyboardInterrupt
         return honest(self, images, layers)
 
-    monkeypatch.setattr(TimmBackbone, "read", stopping)
+    monkeypatch.setattr(TorchBackbone, "read", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(tiny, tmp_path / "stopped")
-    monkeypatch.setattr(TimmBackbone, "read", honest)
+    monkeypatch.setattr(TorchBackbone, "read", honest)
     again = run(tiny, tmp_path / "stopped")
     assert [a.tobytes() for a in rows(again)] == [b.tobytes() for b in whole]
     committed = 8 * (3 * stop_at // 9)  # batches of 3 fill a commit of 8 in three: 3 + 3 + 2
@@ -97,16 +97,16 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from featcache.cache import store
-from featcache.backbone.network import TimmBackbone
+from featcache.backbone.network import TorchBackbone
 from featcache.dataset.algonauts import open_challenge
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
 from featcache.cache.extract import extract
 store._CHUNK_ROWS = 8
-honest = TimmBackbone.read
+honest = TorchBackbone.read
 def slow(self, images, layers):
     time.sleep(0.1)
     return honest(self, images, layers)
-TimmBackbone.read = slow
+TorchBackbone.read = slow
 config = ExtractConfig(
     backbone=BackboneConfig(name="test_resnet", weights="none", size=48), dtype="float32", batch_size=3, workers=2
 )
@@ -219,7 +219,7 @@ def test_an_image_that_cannot_be_decoded_keeps_what_was_committed(tree, tmp_path
     path = sorted((tree / "subj01/training_split/training_images").iterdir())[20]
     good = path.read_bytes()
     path.write_bytes(good[:-50])
-    with pytest.raises(ChallengeError, match=path.name):
+    with pytest.raises(DataError, match=path.name):
         run(tree, tmp_path)
     store = next(Workdir(tmp_path).features.iterdir())
     layers = ("pooled", "act1", "layer1", "layer2", "layer3", "layer4")
@@ -334,7 +334,7 @@ def test_vectors_are_float32_and_maps_float16_of_the_network_itself(tiny, tmp_pa
             "layer2": ((2, 2, 48), "float16"),
             "layer4": ((2, 2, 96), "float16"),
         }
-        images = torch.stack([backbone.transform(Image.open(path).convert("RGB")) for path in subject.image_paths])
+        images = torch.stack([backbone.transform(Image.open(path).convert("RGB")) for path in subject.image_sources])
         with torch.no_grad():
             expected = backbone.read(images, backbone.taps(SOME.layers))
         for name, values in expected.items():
@@ -344,8 +344,10 @@ def test_vectors_are_float32_and_maps_float16_of_the_network_itself(tiny, tmp_pa
 @pytest.fixture
 def loud(tiny, monkeypatch):
     """A network whose layer2 is a million times as loud for one image of each subject, in the third commit."""
-    honest, backbone = TimmBackbone.read, load_backbone(BACKBONE)
-    images = [backbone.transform(Image.open(subject.image_paths[LOUD]).convert("RGB")) for subject in subjects_of(tiny)]
+    honest, backbone = TorchBackbone.read, load_backbone(BACKBONE)
+    images = [
+        backbone.transform(Image.open(subject.image_sources[LOUD]).convert("RGB")) for subject in subjects_of(tiny)
+    ]
 
     def read(self, pixels, taps):
         out = honest(self, pixels, taps)
@@ -354,7 +356,7 @@ def loud(tiny, monkeypatch):
             out["layer2"] = out["layer2"] * torch.where(same[0] | same[1], 1e6, 1.0)[:, None, None, None]
         return out
 
-    monkeypatch.setattr(TimmBackbone, "read", read)
+    monkeypatch.setattr(TorchBackbone, "read", read)
     return read
 
 
@@ -368,7 +370,7 @@ def test_a_layer_beyond_float16_becomes_float32_from_its_first_row_and_alone(tin
             "layer4": "float16",
         }
         found = store.read("layer2")
-        images = torch.stack([backbone.transform(Image.open(path).convert("RGB")) for path in subject.image_paths])
+        images = torch.stack([backbone.transform(Image.open(path).convert("RGB")) for path in subject.image_sources])
         with torch.no_grad():
             expected = backbone.read(images, backbone.taps(SOME.layers))["layer2"].numpy()
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
@@ -415,12 +417,12 @@ def test_a_run_interrupted_while_a_layer_is_widened_ends_bit_equal(tiny, tmp_pat
 
 
 def test_nan_in_a_layer_is_refused_and_not_taken_for_an_overflow(tiny, tmp_path, monkeypatch):
-    honest = TimmBackbone.read
+    honest = TorchBackbone.read
 
     def broken(self, images, taps):
         return {name: v * torch.nan if name == "layer4" else v for name, v in honest(self, images, taps).items()}
 
-    monkeypatch.setattr(TimmBackbone, "read", broken)
+    monkeypatch.setattr(TorchBackbone, "read", broken)
     with pytest.raises(StoreError, match="found NaN or infinity in layer4"):
         run(tiny, tmp_path, SOME)
     assert {str(array.dtype) for array in open_store(next(Workdir(tmp_path).features.iterdir())).arrays.values()} == {

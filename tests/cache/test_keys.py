@@ -88,6 +88,7 @@ def test_any_field_of_a_key_changes_its_fingerprint():
         "dtype": "bfloat16",
         "fold": fold,
         "fused": True,
+        "code": {"source": "0f"},
     }
     assert changes.keys() == key.__dataclass_fields__.keys()
     prints = {fingerprint(replace(key, **{name: value}).to_json()) for name, value in changes.items()}

@@ -17,7 +17,7 @@ from featcache.config import BackboneConfig
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.images import load_image
 from featcache.dataset.subject import Subject
-from featcache.errors import ChallengeError, StoreError
+from featcache.errors import DataError, StoreError
 from featcache.workdir import Workdir
 
 SIZE = 48
@@ -81,7 +81,7 @@ def used_at(found: list[Pixels], time: int) -> None:
 def test_rows_are_what_the_backbone_reads_training_then_test(subjects, backbone, tmp_path):
     for subject, found in zip(subjects, cache(subjects, backbone, tmp_path), strict=True):
         assert found.array.shape == (len(subject.image_ids), SIZE, SIZE, 3) and found.array.dtype == np.uint8
-        for row, path in enumerate(subject.train.paths + subject.test.paths):
+        for row, path in enumerate(subject.train.sources + subject.test.sources):
             expected = backbone.pixels(Image.open(path).convert("RGB"))
             assert np.array_equal(found.array[row], expected.permute(1, 2, 0).numpy())
 
@@ -93,7 +93,7 @@ def test_read_gives_any_rows_as_the_network_takes_them(subjects, backbone, tmp_p
     assert images.dtype == torch.uint8 and images.shape == (len(rows), 3, SIZE, SIZE)
     assert images.is_contiguous(memory_format=torch.channels_last)
     for image, row in zip(images, rows, strict=True):
-        assert torch.equal(image, backbone.pixels(load_image(subjects[0].image_paths[row])))
+        assert torch.equal(image, backbone.pixels(load_image(subjects[0].image_sources[row])))
 
 
 def test_what_is_read_can_be_changed_and_the_file_stays(subjects, backbone, tmp_path):
@@ -120,7 +120,7 @@ def test_a_tree_that_moved_decodes_nothing(tree, backbone, tmp_path, monkeypatch
 
 def test_one_changed_image_makes_the_subjects_pixels_anew(tree, backbone, tmp_path):
     first = cache(open_challenge(tree).subjects, backbone, tmp_path / "work")
-    path = open_challenge(tree).subjects[0].train.paths[3]
+    path = open_challenge(tree).subjects[0].train.sources[3]
     changed = np.asarray(Image.open(path)) ^ 1
     Image.fromarray(changed).save(path)
     second = cache(open_challenge(tree).subjects, backbone, tmp_path / "work")
@@ -134,7 +134,7 @@ def test_an_interrupted_run_goes_on_after_its_last_commit(
 ):
     """Subjects have 35 and 30 images, so from image 35 on it is the second one that was interrupted."""
     cache(subjects, backbone, tmp_path / "whole")
-    paths = [path for subject in subjects for path in subject.image_paths]
+    paths = [path for subject in subjects for path in subject.image_sources]
     counted(monkeypatch, stop_at=paths[stop_at])
     with pytest.raises(KeyboardInterrupt):
         cache(subjects, backbone, tmp_path / "stopped")
@@ -148,9 +148,9 @@ def test_an_interrupted_run_goes_on_after_its_last_commit(
 
 
 def test_an_image_that_cannot_be_decoded_is_named_and_keeps_what_was_committed(tree, backbone, tmp_path, small_commits):
-    path = open_challenge(tree).subjects[0].train.paths[20]
+    path = open_challenge(tree).subjects[0].train.sources[20]
     path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(ChallengeError, match=path.name):
+    with pytest.raises(DataError, match=path.name):
         cache(open_challenge(tree).subjects, backbone, tmp_path)
     (record,) = Workdir(tmp_path).pixels.glob("*.json")
     assert json.loads(record.read_text())["images"] == 16
@@ -164,7 +164,7 @@ def test_backbones_that_differ_in_mean_and_deviation_share_a_file(subjects, tmp_
     second = cache(subjects, other, tmp_path)
     assert [found.path for found in second] == [found.path for found in first]
     monkeypatch.undo()
-    expected = other.pixels(load_image(subjects[1].image_paths[4]))
+    expected = other.pixels(load_image(subjects[1].image_sources[4]))
     assert torch.equal(second[1].read([4])[0], expected)
 
 
@@ -194,7 +194,7 @@ def test_a_damaged_record_means_made_again(subjects, backbone, tmp_path, monkeyp
     assert find_pixels(subjects[0], backbone, tmp_path) is None
     decoded = counted(monkeypatch)
     cache(subjects[:1], backbone, tmp_path)
-    assert sorted(decoded) == sorted(subjects[0].image_paths) and files(tmp_path) == before
+    assert sorted(decoded) == sorted(subjects[0].image_sources) and files(tmp_path) == before
 
 
 @pytest.mark.parametrize("lost", [".npy", ".json"])
@@ -239,7 +239,7 @@ def test_the_limit_never_removes_what_is_asked_for(subjects, backbone, tmp_path,
     used_at(cache(subjects, backbone_of(size=32), tmp_path), 2)
     decoded = counted(monkeypatch)
     found = cache(subjects, backbone, tmp_path, n_bytes(subjects, SIZE) / 1e9)
-    assert len(found) == 2 and sorted(decoded) == sorted(subjects[1].image_paths)
+    assert len(found) == 2 and sorted(decoded) == sorted(subjects[1].image_sources)
     assert set(Workdir(tmp_path).pixels.glob("*.npy")) == {one.path for one in found}
 
 
@@ -260,7 +260,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_made(subjects, backbo
 def test_what_an_interrupted_run_claimed_is_not_asked_of_the_disk_again(
     subjects, backbone, tmp_path, monkeypatch, small_commits
 ):
-    counted(monkeypatch, stop_at=subjects[0].image_paths[9])
+    counted(monkeypatch, stop_at=subjects[0].image_sources[9])
     with pytest.raises(KeyboardInterrupt):
         cache(subjects[:1], backbone, tmp_path)
     (path,) = Workdir(tmp_path).pixels.glob("*.npy")
@@ -275,7 +275,7 @@ def test_a_lost_file_whose_remaking_is_interrupted_is_not_taken_for_whole(
 ):
     (made,) = cache(subjects[:1], backbone, tmp_path)
     made.path.unlink()
-    counted(monkeypatch, stop_at=subjects[0].image_paths[3])
+    counted(monkeypatch, stop_at=subjects[0].image_sources[3])
     with pytest.raises(KeyboardInterrupt):
         cache(subjects[:1], backbone, tmp_path)
     assert find_pixels(subjects[0], backbone, tmp_path) is None
@@ -321,4 +321,4 @@ def test_a_second_process_waits_for_the_first(subjects, backbone, tmp_path, monk
     monkeypatch.setattr(pixels_module, "load_image", meanwhile)
     cache(subjects, backbone, tmp_path)
     threads[0].join()
-    assert sorted(seen) == sorted(path for subject in subjects for path in subject.image_paths)
+    assert sorted(seen) == sorted(path for subject in subjects for path in subject.image_sources)

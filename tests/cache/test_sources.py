@@ -50,7 +50,7 @@ FROZEN = [("subj01", None), ("subj02", None)]
 
 def assert_rows_are_of(checkpoint: Checkpoint, store: Store, subject: Subject) -> None:
     backbone = checkpoint.backbone()
-    images = torch.stack([backbone.transform(Image.open(path).convert("RGB")) for path in subject.image_paths])
+    images = torch.stack([backbone.transform(Image.open(path).convert("RGB")) for path in subject.image_sources])
     expected = backbone.pooled(images).numpy()
     np.testing.assert_allclose(store.read("pooled"), expected, rtol=1e-3, atol=1e-4)
 

@@ -60,7 +60,7 @@ def test_names_of_earlier_versions_still_work(tmp_path, capfd):
     nowhere = ("--data", str(tmp_path / "nowhere"))
     for old in (("pretrain", "--recipe", "paper", "--head", "pooled"), ("fit-heads", "--layers", "joint")):
         assert cli.run([*old, *nowhere]) == 1
-        assert "--data: expected a challenge tree" in capfd.readouterr().err
+        assert "--data: expected a dataset" in capfd.readouterr().err
 
 
 def complete(line: str) -> list[str]:

@@ -10,7 +10,8 @@ CHECKS = "[[steps]]\nrun = 'check'\n[[steps]]\nrun = 'check'\nworkers = 1\n"
 
 
 @pytest.fixture
-def recipe(tmp_path):
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEATCACHE_WORK", str(tmp_path / "work"))
     (path := tmp_path / "recipe.toml").write_text(CHECKS)
     return str(path)
 
@@ -32,7 +33,7 @@ def test_a_step_that_fails_is_the_last(tree, recipe, capfd):
 
 
 def test_a_plan_runs_nothing(tiny, recipe, capfd, monkeypatch):
-    monkeypatch.setattr("featcache.dataset.algonauts.deep_faults", lambda *_: pytest.fail("a step ran"))
+    monkeypatch.setattr("featcache.dataset.open.deep_faults", lambda *_: pytest.fail("a step ran"))
     assert [step["command"] for step in run(capfd, "run", recipe, "--plan", "--data", str(tiny))["plan"]] == [
         "check",
         "check",

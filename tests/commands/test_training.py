@@ -55,5 +55,10 @@ def test_checkpoints_of_the_subjects_asked_for_are_named(tiny, tmp_path, monkeyp
     asked = []
     monkeypatch.setattr("heads.backbones.stages.train_stage", lambda *about: asked.append(about) or [])
     assert run(capfd, stage, "--data", str(tiny), "--work", str(tmp_path), "--subject", "2")["checkpoints"] == []
-    ((subjects, config, work),) = asked
-    assert [subject.name for subject in subjects] == ["subj02"] and config.stage == stage and work == tmp_path
+    ((subjects, config, work, by),) = asked
+    assert (
+        [subject.name for subject in subjects] == ["subj02"]
+        and config.stage == stage
+        and work == tmp_path
+        and by.name == "id"
+    )

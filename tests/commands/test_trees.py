@@ -37,16 +37,16 @@ def test_a_tree_that_is_there_is_done(tmp_path):
     assert not job_of("simulate", "--data", str(tmp_path / "new")).is_done()
 
 
-def test_a_sound_tree_has_no_faults(tiny, capfd):
-    found = run(capfd, "check", "--data", str(tiny), "--workers", "1")
+def test_a_sound_tree_has_no_faults(tiny, tmp_path, capfd):
+    found = run(capfd, "check", "--data", str(tiny), "--work", str(tmp_path), "--workers", "1")
     assert found["faults"] == [] and found["data"] == str(tiny)
 
 
-def test_every_fault_is_listed_and_the_exit_code_is_1(tree, capfd):
+def test_every_fault_is_listed_and_the_exit_code_is_1(tree, tmp_path, capfd):
     images = sorted((tree / "subj01" / "training_split" / "training_images").iterdir())
     for image in images[:2]:
         image.write_bytes(b"no picture")
-    code = cli.run(["check", "--data", str(tree), "--workers", "1", "--json"])
+    code = cli.run(["check", "--data", str(tree), "--work", str(tmp_path / "work"), "--workers", "1", "--json"])
     *lines, last = capfd.readouterr().out.splitlines()
     faults = json.loads(last)["faults"]
     assert code == 1 and len(faults) == 2
@@ -56,5 +56,5 @@ def test_every_fault_is_listed_and_the_exit_code_is_1(tree, capfd):
 
 def test_a_folder_that_is_not_there_is_refused_when_the_command_runs(tmp_path):
     job = job_of("check", "--data", str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match="--data: expected a challenge tree"):
+    with pytest.raises(ConfigError, match="--data: expected a dataset"):
         job.call()

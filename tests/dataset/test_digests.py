@@ -12,6 +12,7 @@ from featcache.config import differences
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.digests import DigestIndex, digests, id_digest, image_digest, response_digest, subject_digests
 from featcache.dataset.rois import HEMISPHERES, read_mapping
+from featcache.dataset.subject import ArrayImage
 
 
 def test_digest_follows_content_and_order_but_not_names_or_dates(tmp_path):
@@ -42,13 +43,39 @@ def test_a_broken_index_costs_a_reading_and_changes_nothing(tmp_path):
     assert DigestIndex(index).digest([file]) == first
 
 
+def test_rows_of_an_array_have_the_digests_of_their_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
+    for name, array in {"a": pixels, "b": pixels[::-1]}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    a, b = ([ArrayImage(tmp_path / f"{name}.npy", "", row) for row in range(6)] for name in "ab")
+    digest = DigestIndex(tmp_path / "index.json").digest
+    assert digest(a) == digest(b[::-1]) != digest(a[::-1]) and digest(a[:2]) != digest([a[0], a[0]])
+    changed = pixels.copy()
+    changed[3, 0, 0, 0] ^= 1
+    before = [digest([one]) for one in a]
+    np.save(tmp_path / "a.npy", changed)
+    os.utime(tmp_path / "a.npy", (1, 1))
+    assert [row for row in range(6) if digest([a[row]]) != before[row]] == [3]
+
+
+def test_a_file_of_many_pictures_is_read_once_and_asked_for_its_time_once_a_digest(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", np.zeros((50, 2, 2, 3), np.uint8))
+    sources = [ArrayImage(tmp_path / "a.npy", "", row) for row in range(50)]
+    first = DigestIndex(tmp_path / "index.json").digest(sources)
+    monkeypatch.setattr("featcache.dataset.digests.array_row", lambda source: pytest.fail("a row was read again"))
+    asked, stat = [], Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **options: asked.append(path) or stat(path, **options))
+    assert DigestIndex(tmp_path / "index.json").digest(sources) == first
+    assert asked.count(tmp_path / "a.npy") == 1
+
+
 def digests_of(tree: Path, work: Path) -> list[dict[str, str]]:
     return [digests(subject, work) for subject in open_challenge(tree).subjects]
 
 
 def test_digests_of_a_subject_follow_one_pixel_file(tree, tmp_path):
     before = digests_of(tree, tmp_path / "work")
-    path = open_challenge(tree).subjects[0].test.paths[-1]
+    path = open_challenge(tree).subjects[0].test.sources[-1]
     Image.fromarray(np.asarray(Image.open(path)) ^ 1).save(path)
     first, second = digests_of(tree, tmp_path / "work")
     assert first["images"] != before[0]["images"] and first["responses"] == before[0]["responses"]
@@ -83,7 +110,7 @@ def test_digests_of_subjects_differ_and_stay_when_the_tree_moves(tree, tmp_path)
 def test_the_same_pictures_under_other_ids_are_another_tree(tree, tmp_path):
     """Folds go by id: a checkpoint would hold out other pictures."""
     before = digests_of(tree, tmp_path)
-    path = open_challenge(tree).subjects[0].train.paths[0]
+    path = open_challenge(tree).subjects[0].train.sources[0]
     path.rename(path.with_name("train-0001_nsd-72999.png"))
     after = digests_of(tree, tmp_path)
     assert after[0]["images"] == before[0]["images"] and after[0]["image_ids"] != before[0]["image_ids"]
@@ -101,7 +128,7 @@ def test_a_moved_vertex_is_another_surface(tree):
 
 def test_images_in_another_order_have_another_digest(tiny, tmp_path):
     subject = open_challenge(tiny).subjects[0]
-    turned = replace(subject, train=replace(subject.train, paths=subject.train.paths[::-1]))
+    turned = replace(subject, train=replace(subject.train, sources=subject.train.sources[::-1]))
     assert image_digest(turned, tmp_path) != image_digest(subject, tmp_path)
 
 

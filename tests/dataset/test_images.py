@@ -1,5 +1,9 @@
 """Any image that Pillow reads becomes 8-bit RGB, and a damaged one is refused."""
 
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +11,8 @@ import pytest
 from PIL import Image
 
 from featcache.dataset.images import image_fault, image_shape, load_image
-from featcache.errors import ChallengeError
+from featcache.dataset.subject import ArrayImage
+from featcache.errors import ConfigError, DataError
 
 
 def save(path: Path, array: np.ndarray, **options) -> Path:
@@ -68,7 +73,7 @@ def test_the_shape_in_a_header_is_that_of_the_image_as_it_is_loaded(tmp_path, na
 
 def test_a_file_without_a_header_has_no_shape_and_is_named(tmp_path):
     (path := tmp_path / "a.png").write_text("no image")
-    with pytest.raises(ChallengeError, match=r"a.png: expected a whole PNG or JPEG image"):
+    with pytest.raises(DataError, match=r"a.png: expected a whole PNG or JPEG image"):
         image_shape(path)
 
 
@@ -77,11 +82,135 @@ def test_truncated_image_is_refused_with_its_name(tmp_path, suffix):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     path = save(tmp_path / f"a.{suffix}", noise)
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(ChallengeError, match=f"a.{suffix}: expected a whole PNG or JPEG"):
+    with pytest.raises(DataError, match=f"a.{suffix}: expected a whole PNG or JPEG"):
         load_image(path)
     fault = image_fault(path)
-    assert fault is not None and fault.path == path and fault.expected == "a whole PNG or JPEG image"
+    assert fault is not None and fault.where == path and fault.expected == "a whole PNG or JPEG image"
 
 
 def test_a_whole_image_has_no_fault(tmp_path):
     assert image_fault(save(tmp_path / "a.png", GREY)) is None
+
+
+def test_the_first_picture_of_an_animation_is_taken(tmp_path):
+    colours = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
+    frames = [Image.new("RGB", (8, 6), colour) for colour in colours]
+    for name in ("a.gif", "a.png", "a.webp"):
+        path = tmp_path / name
+        options = {"lossless": True} if name == "a.webp" else {}
+        frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+        with Image.open(path) as image:
+            assert image.n_frames == 3
+        loaded = load_image(path)
+        assert loaded.size == image_shape(path) == (8, 6) and loaded.getpixel((4, 3)) == colours[0]
+
+
+def test_fractions_are_refused_and_not_clipped_to_black(tmp_path):
+    path = save(tmp_path / "a.tiff", np.full((4, 4), 0.5, dtype=np.float32))
+    with pytest.raises(DataError, match=r"a.tiff: .* \(its pixels are not integers\)"):
+        load_image(path)
+
+
+def test_a_pipe_or_a_folder_under_the_name_of_an_image_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "a.npy")
+    (tmp_path / "b.png").mkdir()
+    for source in (tmp_path / "a.png", tmp_path / "b.png", ArrayImage(tmp_path / "a.npy", "", 0)):
+        with pytest.raises(DataError, match="no regular file"):
+            load_image(source)
+
+
+# --- rows of arrays
+
+RGB = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), dtype=np.uint8)
+
+
+def stored(path: Path, array: np.ndarray) -> tuple[Path, str]:
+    """An array in a file of either kind, and its name there."""
+    if path.suffix == ".npy":
+        np.save(path, array)
+        return path, ""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        file.create_dataset("pictures/all", data=array)
+    return path, "pictures/all"
+
+
+@pytest.fixture(params=["a.npy", "a.hdf5", "a.h5"])
+def path(request, tmp_path):
+    return tmp_path / request.param
+
+
+def test_rows_of_an_array_are_pictures(path):
+    place = stored(path, RGB)
+    for row in (3, 0, 4):
+        source = ArrayImage(*place, row)
+        image = load_image(source)
+        assert image.mode == "RGB" and np.array_equal(np.asarray(image), RGB[row])
+        assert image_shape(source) == image.size == (7, 6) and image_fault(source) is None
+
+
+def test_rows_of_grey_pictures_become_three_equal_channels(path):
+    source = ArrayImage(*stored(path, RGB[..., 0]), 2)
+    assert np.array_equal(np.asarray(load_image(source)), np.stack([RGB[2, ..., 0]] * 3, -1))
+
+
+@pytest.mark.parametrize(
+    "array", [RGB.astype(np.uint16), RGB.astype(np.float32), RGB[..., :2], RGB[0, 0], np.zeros((2, 0, 4, 3), np.uint8)]
+)
+def test_other_arrays_are_refused(path, array):
+    source = ArrayImage(*stored(path, array), 0)
+    for read in (load_image, image_shape):
+        with pytest.raises(DataError, match=r"expected an array of 8-bit pictures, .* found shape"):
+            read(source)
+
+
+@pytest.mark.parametrize("row", [-1, 5])
+def test_a_row_outside_the_array_is_refused_with_its_name(path, row):
+    source = ArrayImage(*stored(path, RGB), row)
+    with pytest.raises(DataError, match=rf"\[{row}\]: expected a row from 0 to 4; found {row}"):
+        load_image(source)
+    assert image_fault(source).where == str(source)
+
+
+def test_a_damaged_or_missing_array_is_refused(path):
+    whole, name = stored(path, RGB)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_image(ArrayImage(path.with_name("none" + path.suffix), name, 0))
+    whole.write_bytes(whole.read_bytes()[:100])
+    with pytest.raises(DataError, match="that can be read; found one that cannot"):
+        load_image(ArrayImage(whole, name, 0))
+
+
+def test_an_array_that_is_not_in_the_file_is_refused(tmp_path):
+    path, _ = stored(tmp_path / "a.h5", RGB)
+    for name in ("other", "pictures"):
+        with pytest.raises(DataError, match="name an array of the file"):
+            load_image(ArrayImage(path, name, 0))
+
+
+def test_an_array_that_was_written_again_is_read_again(path):
+    source = ArrayImage(*stored(path, RGB), 1)
+    load_image(source)
+    path.unlink()
+    stored(path, 255 - RGB[:4])
+    os.utime(path, ns=(1, 1))
+    assert np.array_equal(np.asarray(load_image(source)), 255 - RGB[1])
+
+
+def test_threads_and_forked_processes_read_the_same_rows(path):
+    place = stored(path, RGB)
+    sources = [ArrayImage(*place, row) for row in range(5)] * 8
+    with ThreadPoolExecutor(4) as pool:
+        rows = [np.asarray(image) for image in pool.map(load_image, sources)]
+    assert np.array_equal(rows, np.concatenate([RGB] * 8))
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        rows = [np.asarray(image) for image in pool.map(load_image, sources)]
+    assert np.array_equal(rows, np.concatenate([RGB] * 8))
+
+
+def test_without_h5py_the_way_to_get_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    (tmp_path / "a.h5").write_bytes(b"anything")
+    with pytest.raises(ConfigError, match=r"the library h5py.* pip install 'featcache\[formats\]'"):
+        load_image(ArrayImage(tmp_path / "a.h5", "pictures", 0))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from featcache.dataset.rois import read_mapping
-from featcache.errors import ChallengeError
+from featcache.errors import DataError
 
 LABELS = {0: "Unknown", 1: "V1v", 7: "hV4"}
 
@@ -59,7 +59,7 @@ def test_a_file_that_runs_code_is_refused_and_runs_nothing(tmp_path):
     target = tmp_path / "made"
     for payload in (Attack(target), np.array({0: Attack(target)}, dtype=object), {0: Attack(target)}):
         path = write_pickle(tmp_path / "m.npy", payload)
-        with pytest.raises(ChallengeError, match=r"nothing in it was run"):
+        with pytest.raises(DataError, match=r"nothing in it was run"):
             read_mapping(path)
         assert not target.exists()
 
@@ -68,12 +68,12 @@ def test_a_file_that_runs_code_is_refused_and_runs_nothing(tmp_path):
 def test_anything_but_labels_and_names_is_refused(tmp_path, payload):
     box = np.empty((), dtype=object)
     box[()] = payload
-    with pytest.raises(ChallengeError, match="expected a pickled dict"):
+    with pytest.raises(DataError, match="expected a pickled dict"):
         read_mapping(write_pickle(tmp_path / "m.npy", box))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"not an array at all"])
 def test_a_damaged_file_is_refused(tmp_path, content):
     (tmp_path / "m.npy").write_bytes(content)
-    with pytest.raises(ChallengeError, match="expected a pickled dict"):
+    with pytest.raises(DataError, match="expected a pickled dict"):
         read_mapping(tmp_path / "m.npy")

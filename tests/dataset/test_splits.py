@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featcache.dataset.splits import _splitmix64, assign_folds, check_folds, refuse_leak
+from featcache.dataset.splits import BY_ID, Split, SplitKey, _splitmix64, assign_folds, check_folds, refuse_leak
 from featcache.errors import ConfigError, FeatcacheError, LeakError
 
 N_IMAGES = 73_000  # ids in NSD
@@ -137,3 +137,121 @@ def test_folds_of_subjects_that_share_images_pass_the_guard():
         trained = np.concatenate([ids[assign_folds(ids, 5, 7) != fold] for ids in (first, second)])
         scored = np.concatenate([ids[assign_folds(ids, 5, 7) == fold] for ids in (first, second)])
         refuse_leak(trained, scored, f"fold {fold}")
+
+
+groupings = st.dictionaries(st.integers(0, 300), st.sampled_from("abcdefghij"), min_size=1, max_size=60)
+
+
+@settings(deadline=None)
+@given(ids_lists, fold_counts, seeds)
+def test_the_split_by_id_has_the_folds_and_keys_of_earlier_versions(image_ids, n_folds, seed):
+    expected = assign_folds(image_ids, n_folds, seed)
+    for folds in (BY_ID.folds(image_ids, n_folds, seed), BY_ID.parts(image_ids, n_folds, seed)):
+        assert folds.dtype == np.int64 and folds.tolist() == expected.tolist()
+    assert BY_ID.key == SplitKey.from_json(None) and BY_ID.key.to_json() == {}
+
+
+@settings(deadline=None)
+@given(groupings, st.sets(st.integers(0, 300)), fold_counts, seeds, st.randoms(use_true_random=False))
+def test_a_group_is_on_one_side_in_any_order_and_company(groups, others, n_folds, seed, random):
+    """Images without a group among them have a fold of their own, and no image's depends on those asked for."""
+    split = Split("column:a", groups)
+    ids = sorted(groups.keys() | others)
+    fold_of = dict(zip(ids, split.folds(ids, n_folds, seed).tolist(), strict=True))
+    assert set(fold_of.values()) <= set(range(n_folds))
+    for group in set(groups.values()):
+        assert len({fold_of[i] for i in ids if groups.get(i) == group}) == 1
+    asked = random.choices(ids, k=20)
+    assert split.folds(asked, n_folds, seed).tolist() == [fold_of[i] for i in asked]
+    reordered = dict(random.sample(list(groups.items()), len(groups)))
+    assert Split("column:a", reordered).digest == split.digest
+    assert Split("column:a", reordered).folds(ids, n_folds, seed).tolist() == list(fold_of.values())
+    for fold in range(n_folds):
+        sides = [[i for i in ids if (fold_of[i] == fold) == held_out] for held_out in (False, True)]
+        refuse_leak(*sides, "a head", split)
+
+
+@given(groupings, st.integers(2, 6), seeds)
+def test_folds_of_groups_differ_by_the_images_of_one_group_at_most(groups, n_folds, seed):
+    ids = list(groups)
+    sizes = np.bincount(Split("a", groups).folds(ids, n_folds, seed), minlength=n_folds)
+    assert sizes.max() - sizes.min() <= max(list(groups.values()).count(group) for group in groups.values())
+
+
+@given(groupings, fold_counts, seeds)
+def test_names_of_groups_do_not_decide_their_folds(groups, n_folds, seed):
+    renamed = {i: chr(ord("z") - ord(group) + ord("a")) for i, group in groups.items()}
+    ids = list(groups)
+    assert np.array_equal(Split("a", groups).folds(ids, n_folds, seed), Split("b", renamed).folds(ids, n_folds, seed))
+
+
+def test_seeds_put_groups_of_like_size_into_other_folds():
+    split = Split("session", {i: f"session {i // 20}" for i in range(800)})
+    ids = np.arange(800)
+    found = {tuple(split.folds(ids, 5, seed).tolist()) for seed in range(10)}
+    assert len(found) == 10
+    assert all(np.bincount(folds).tolist() == [160] * 5 for folds in found)
+
+
+def test_the_largest_groups_come_first():
+    """Small ones fill what large ones leave: in their own order, 8 and 8 would be beside each other."""
+    sizes = [1] * 8 + [8, 8, 8]
+    groups = dict(enumerate(np.repeat([f"g{k}" for k in range(11)], sizes).tolist()))
+    assert np.bincount(Split("a", groups).folds(np.arange(32), 4, 0)).tolist() == [8] * 4
+
+
+def test_folds_that_a_split_says_are_its_folds_and_become_fewer_where_fewer_are_asked_for():
+    groups = {i: str(i % 3) for i in range(12)}
+    split = Split("file:folds.csv", groups, {"0": 0, "1": 1, "2": 2})
+    assert split.folds(np.arange(12), 3, 5).tolist() == [i % 3 for i in range(12)]
+    few = split.folds(np.arange(12), 2, 5)
+    assert set(few.tolist()) == {0, 1} and all(len(set(few[k::3].tolist())) == 1 for k in range(3))
+    with pytest.raises(ConfigError, match="found none of 12 images in fold 3, 4; ask for fewer"):
+        check_folds(split.folds(np.arange(12), 5, 0), 5)
+
+
+@pytest.mark.parametrize("n_folds", [2, 3, 5])
+def test_a_group_alone_has_fold_0_and_nothing_else_has(n_folds):
+    split = Split("file:ood.json", dict.fromkeys(range(0, 400, 7), "ood"), alone="ood")
+    ids = np.arange(400)
+    folds = split.folds(ids, n_folds, 3)
+    np.testing.assert_array_equal(ids[folds == 0], split.images("ood"))
+    others = ids[folds != 0]
+    if n_folds > 2:
+        np.testing.assert_array_equal(folds[folds != 0], 1 + assign_folds(others, n_folds - 1, 3))
+    assert set(folds.tolist()) == set(range(n_folds))
+
+
+def test_parts_keep_groups_whole_where_there_are_enough_of_them():
+    ids = np.arange(400)
+    many, few = (Split("a", {i: str(i // size) for i in range(400)}) for size in (10, 100))
+    parts = many.parts(ids, 4, 2)
+    assert len(set(parts.tolist())) == 4 and all(len(set(parts[k : k + 10].tolist())) == 1 for k in range(0, 400, 10))
+    np.testing.assert_array_equal(few.parts(ids, 4, 2), assign_folds(ids, 4, 2))
+
+
+@given(groupings, st.sampled_from(["", "a"]))
+def test_a_split_comes_back_from_its_json_and_what_was_changed_does_not(groups, alone):
+    split = Split("session", groups, {"a": 0, "b": 1}, alone)
+    again = Split.from_json(split.to_json())
+    assert again == split and again.key == split.key == SplitKey("session", split.digest)
+    changed = split.to_json() | {"groups": {"z": [7]}}
+    with pytest.raises(ValueError, match="not those that were written"):
+        Split.from_json(changed)
+
+
+def test_one_image_of_another_group_is_another_digest():
+    groups = {i: str(i % 3) for i in range(12)}
+    digests = {Split("a", groups | {5: group}, {}, alone).digest for group in "0123" for alone in ("", "0")}
+    assert len(digests) == 8
+
+
+def test_a_group_on_both_sides_is_refused_though_no_image_is():
+    split = Split("session", {i: f"ses-{i // 2}" for i in range(10)})
+    refuse_leak([0, 1, 2, 3], [4, 5, 77], "fold 1 of ridge", split)
+    with pytest.raises(LeakError) as raised:
+        refuse_leak([0, 1, 2, 88], [3, 4, 5], "fold 1 of ridge", split)
+    assert str(raised.value) == (
+        "fold 1 of ridge: expected images of groups that it was not trained on (--split session); "
+        "found 1 on both sides of the split (group ses-1); train it again with --split session"
+    )

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featcache.dataset.subject import Challenge, Fault, ImageFiles, Subject, listed
-from featcache.errors import ChallengeError
+from featcache.dataset.subject import Dataset, Fault, Images, Subject, listed
+from featcache.errors import DataError
 
 
-def images(*ids: int) -> ImageFiles:
-    return ImageFiles(tuple(Path(f"{image_id}.png") for image_id in ids), np.array(ids))
+def images(*ids: int) -> Images:
+    return Images(tuple(Path(f"{image_id}.png") for image_id in ids), np.array(ids))
 
 
 def subject(name: str, folder: Path = Path()) -> Subject:
@@ -21,8 +21,8 @@ def subject(name: str, folder: Path = Path()) -> Subject:
 
 
 @pytest.fixture
-def two() -> Challenge:
-    return Challenge(Path("root"), (subject("subj01"), subject("subj02")))
+def two() -> Dataset:
+    return Dataset(Path("root"), (subject("subj01"), subject("subj02")))
 
 
 def test_rows_are_training_images_and_then_test_images(tmp_path):
@@ -31,7 +31,7 @@ def test_rows_are_training_images_and_then_test_images(tmp_path):
     np.save(tmp_path / "responses.npy", responses)
     assert person.surfaces == ("V4",) and len(person.train) == 2
     assert person.image_ids.tolist() == [7, 3, 5]
-    assert [path.name for path in person.image_paths] == ["7.png", "3.png", "5.png"]
+    assert [path.name for path in person.image_sources] == ["7.png", "3.png", "5.png"]
     assert isinstance(person.responses("V4"), np.memmap) and np.array_equal(person.responses("V4"), responses)
 
 
@@ -45,7 +45,7 @@ def test_subjects_are_selected_by_number_or_name(two, names, chosen):
 
 @pytest.mark.parametrize("names", ["1,3", "subj03", "1,subj03"])
 def test_a_subject_that_is_not_there_is_refused(two, names):
-    with pytest.raises(ChallengeError, match="--subject: expected one of subj01, subj02; found 'subj03'"):
+    with pytest.raises(DataError, match="--subject: expected one of subj01, subj02; found 'subj03'"):
         two.select(names)
 
 

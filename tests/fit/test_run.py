@@ -149,7 +149,7 @@ def test_an_image_that_the_backbone_saw_is_refused_before_a_store_is_made(plante
 def test_an_image_in_two_folds_is_refused_before_a_store_is_made(planted, work, monkeypatch):
     (subject,) = planted(change=lambda one: replace(one, train=replace(one.train, ids=twice(one.train.ids))))
     folds = np.arange(len(subject.train)) % 3
-    monkeypatch.setattr("heads.solvers.held_out.assign_folds", lambda *_: folds)
+    monkeypatch.setattr("featcache.dataset.splits.assign_folds", lambda *_: folds)
     with pytest.raises(LeakError, match="fold 0 of subj01"):
         fit_heads([subject], RIDGE, work)
     assert list_stores(Workdir(work).predictions) == []

@@ -96,14 +96,14 @@ def test_roi_means_are_weighed_by_squared_r(planted, said, unplotted):
 
 def test_images_of_several_shapes_are_said_and_most_of_them_count(planted, said, unplotted, tmp_path):
     work, subject, _ = planted
-    paths = list(subject.train.paths)
+    paths = list(subject.train.sources)
     for number in range(100):
         paths[number] = tmp_path / f"{number}.png"
         Image.new("RGB", (8, 4) if number % 4 else (4, 4)).save(paths[number])
-    others = replace(subject, train=replace(subject.train, paths=tuple(paths)))
+    others = replace(subject, train=replace(subject.train, sources=tuple(paths)))
     np.testing.assert_allclose(arrays_of(exported(work, others)[".npz"])["extent"], [0.1, 0.1, 0.9, 0.9])
     assert any("several shapes; maps are in coordinates of 165 of 240" in line for line in said)
-    wide = replace(subject, train=replace(subject.train, paths=(paths[1],) * len(paths)))
+    wide = replace(subject, train=replace(subject.train, sources=(paths[1],) * len(paths)))
     np.testing.assert_allclose(arrays_of(exported(work, wide)[".npz"])["extent"], [0.3, 0.1, 0.7, 0.9])
 
 

@@ -118,7 +118,7 @@ def test_a_step_that_fails_ends_the_run_with_its_place(work, write, capfd):
 def test_faults_that_check_finds_end_the_run(work, write, tree, capfd):
     sorted((tree / "subj01/test_split/test_images").iterdir())[0].write_bytes(b"")
     assert cli.run(["run", write('[[steps]]\nrun = "check"\n[[steps]]\nrun = "extract"'), "--data", str(tree)]) == 1
-    assert not work.exists()
+    assert not (work / "features.zarr").exists()
 
 
 def test_what_is_given_to_run_goes_to_every_step(work, write, tree, capfd):
@@ -210,7 +210,7 @@ GOOD = '[[steps]]\nrun = "extract"\nlayers = "pooled"\n[[steps]]\nrun = "fit-hea
         (GOOD + "device = 'tpu'", r"step 2 \(fit-heads\): --device: expected one of auto, cpu, cuda; found 'tpu'"),
         (
             GOOD + "data = 'nowhere'",
-            r"step 2 \(fit-heads\): --data: expected a challenge tree; found no folder nowhere",
+            r"step 2 \(fit-heads\): --data: expected a dataset; found no folder nowhere",
         ),
         (GOOD + "subject = 9", r"step 2 \(fit-heads\): --subject: expected one of subj01, subj02; found 'subj09'"),
         (GOOD + STEP + "backbone = 'test_resnett'", r"step 3 \(extract\): --backbone: .* did you mean test_resnet"),

@@ -16,6 +16,7 @@ def ensemble(accuracy, unused=()):
         weights={},
         unused=list(unused),
         chosen_on=[],
+        test={},
         submission=None,
     )
 

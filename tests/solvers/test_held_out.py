@@ -184,6 +184,20 @@ def test_too_few_images_to_stop_by_are_refused():
         stop_split(np.arange(3), np.arange(3), 2, 10, 0)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("n", [4, 5, 9, 23])
+def test_rows_of_one_picture_train_or_stop_together(n, seed):
+    ids = np.random.default_rng(seed).permutation(np.repeat(np.arange(n) * 7, 2))
+    trained, stop = stop_split(ids, np.arange(2 * n), 0, 10, seed)
+    assert not set(ids[trained]) & set(ids[stop])
+    assert len(trained) >= 2 and len(stop) >= 2 and sorted([*trained, *stop]) == list(range(2 * n))
+
+
+def test_fewer_than_four_pictures_outside_a_fold_are_refused_however_often_they_were_shown():
+    with pytest.raises(ConfigError, match="found 3"):
+        stop_split(np.repeat(np.arange(3), 5), np.arange(15), 2, 10, 0)
+
+
 def test_parts_cover_a_fold_and_leave_something_to_choose_by():
     rng = np.random.default_rng(0)
     for n in (12, 40, 300):

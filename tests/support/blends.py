@@ -7,7 +7,7 @@ import numpy as np
 from featcache.cache.store import Store, create_store
 from featcache.dataset.algonauts import response_files
 from featcache.dataset.splits import assign_folds
-from featcache.dataset.subject import ImageFiles, Subject
+from featcache.dataset.subject import Images, Subject
 from heads.blend.models import Model
 from heads.blend.products import Products
 from heads.blend.weights import Groups
@@ -25,7 +25,7 @@ ROIS = {
 # of the levels that a vertex belongs to: V1 comes first, and what no ROI has is a group of its own
 LABELS = {
     "all": [0, 0, 0, 0, 0, 0, 0],
-    "hemisphere": [0, 0, 0, 0, 1, 1, 1],
+    "surface": [0, 0, 0, 0, 1, 1, 1],
     "roi": [0, 0, 1, 2, 3, 4, 3],
     "vertex": [0, 1, 2, 3, 4, 5, 6],
 }
@@ -103,7 +103,7 @@ def subject_of(folder: Path, responses, noise_ceiling=None, rois=ROIS, name="sub
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, responses[:N_TRAIN, own])
     train, test = (
-        ImageFiles(tuple(Path(f"{image_id}.png") for image_id in ids), ids) for ids in (IDS[:N_TRAIN], IDS[N_TRAIN:])
+        Images(tuple(Path(f"{image_id}.png") for image_id in ids), ids) for ids in (IDS[:N_TRAIN], IDS[N_TRAIN:])
     )
     ceilings = {h: None if noise_ceiling is None else noise_ceiling[own] for h, own in columns.items()}
     return Subject(name, train, test, response_files(folder), WIDTHS, rois, ceilings, {"lh": None, "rh": None})

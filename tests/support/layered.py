@@ -5,7 +5,7 @@ import numpy as np
 from featcache.cache.store import Row, create_store
 from featcache.dataset.algonauts import response_files
 from featcache.dataset.splits import assign_folds
-from featcache.dataset.subject import ImageFiles, Subject
+from featcache.dataset.subject import Images, Subject
 from heads.features.rows import LayerRows
 from heads.solvers.joint import TraineeRows
 from support.plans import plan_of
@@ -59,7 +59,7 @@ def responses_of(values, noise=0.5, seed=1):
 def subject_of(folder, name, ids, responses, ceilings=None):
     """What a training asks of a subject: responses in files, like any other's."""
     test_ids = np.arange(80_000, 80_000 + N_TEST)
-    train, test = (ImageFiles(tuple(folder / str(image) for image in part), part) for part in (ids, test_ids))
+    train, test = (Images(tuple(folder / str(image) for image in part), part) for part in (ids, test_ids))
     n_vertices = {surface: values.shape[1] for surface, values in responses.items()}
     nothing, paths = dict.fromkeys(n_vertices), response_files(folder / name)
     for surface, values in responses.items():

@@ -8,7 +8,7 @@ from PIL import Image
 from featcache.cache.store import Row, Store, create_store
 from featcache.dataset.algonauts import response_files
 from featcache.dataset.digests import image_digest
-from featcache.dataset.subject import ImageFiles, Subject
+from featcache.dataset.subject import Images, Subject
 from featcache.workdir import Workdir
 from support.keys import feature_key
 
@@ -22,7 +22,7 @@ N_VERTICES = {"lh": 6, "rh": 4}
 def planted_subject(folder: Path, values, noise=0.5) -> Subject:
     rng = np.random.default_rng(1)
     train, test = (
-        ImageFiles(tuple(folder / f"{number}.png" for number in ids), ids)
+        Images(tuple(folder / f"{number}.png" for number in ids), ids)
         for ids in (rng.permutation(73_000)[:N_TRAIN], 80_000 + np.arange(N_TEST))
     )
     rois = {
@@ -40,7 +40,7 @@ def planted_subject(folder: Path, values, noise=0.5) -> Subject:
         path = subject.response_paths[surface]
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, (signal / signal.std(0) + noise * rng.normal(size=signal.shape)).astype(np.float32))
-    for number, path in enumerate(subject.image_paths):
+    for number, path in enumerate(subject.image_sources):
         Image.new("RGB", (4, 4), (number, 0, 0)).save(path)  # nobody reads more of them than their shape
     return subject
 

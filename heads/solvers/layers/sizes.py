@@ -14,7 +14,7 @@ SEARCH_IMAGES = 1024  # with more training images, priors are first compared on 
 FINALISTS = 8  # priors that are tried on all images after that
 VERTEX_BLOCK = 4096
 PENDING_BYTES = 256 << 20  # of dual weights that wait to be multiplied with features
-WEIGHTS_BYTES = 2e9  # weights of a hemisphere that take more are not saved
+WEIGHTS_BYTES = 2e9  # weights of a surface that take more are not saved
 
 
 @dataclass(frozen=True, kw_only=True)

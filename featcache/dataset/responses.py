@@ -1,0 +1,93 @@
+"""Responses that a fit can use: looked through before it starts, and not half-way through it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from featcache.dataset.digests import DigestIndex
+from featcache.dataset.subject import Fault, Subject
+from featcache.errors import DataError
+from featcache.machine.files import replace_json
+from featcache.machine.progress import say
+from featcache.workdir import Workdir
+
+_BLOCK_BYTES = 64e6
+_LARGEST = 1e15  # whose squares float32 can still add up over all images
+
+
+def response_fault(path: Path) -> Fault | None:
+    """Fault of a .npy file of responses with a number that no fit can use; None where there is none."""
+    return _look(path)[0]
+
+
+def _look(path: Path) -> tuple[Fault | None, int]:
+    """The first fault of a file of responses, (n_images, n_vertices), and its number of constant vertices."""
+    responses = np.load(path, mmap_mode="r")
+    step = max(1, int(_BLOCK_BYTES // (responses.dtype.itemsize * max(responses.shape[1], 1))))
+    constant = np.full(responses.shape[1], True)
+    for start in range(0, len(responses), step):
+        block = responses[start : start + step]
+        bad = ~(np.abs(block, dtype=np.result_type(block, np.float32)) <= _LARGEST)  # NaN is bad too
+        if bad.any():
+            row, vertex = np.argwhere(bad)[0]
+            more = f" (and {bad.sum() - 1} more nearby)" if bad.sum() > 1 else ""
+            found = f"{block[row, vertex]} at row {start + row}, vertex {vertex}{more}"
+            return Fault(path, f"finite responses, up to {_LARGEST:.0e}", found), 0
+        constant &= (block == responses[0]).all(axis=0)
+    return None, int(constant.sum())
+
+
+def refuse_unfit(subjects: Sequence[Subject], work: Path) -> None:
+    """Raise DataError for responses that no head can be fitted to; say which vertices are constant.
+
+    A file is read once; what was found in it is remembered under `work`, as long as it does not change.
+    """
+    for subject in subjects:
+        _refuse_empty(subject)
+        path = Workdir(work).checked_responses(subject.name)
+        index = DigestIndex(Workdir(work).response_index(subject.name))
+        digest = index.digest([*subject.response_paths.values(), *subject.test_response_paths.values()])
+        if _known(path) != digest:
+            _refuse_unfit(subject)
+            replace_json(path, {"responses": digest})
+
+
+def _known(path: Path) -> str | None:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):  # not looked through yet, or a damaged file: once more
+        return None
+    return content.get("responses") if isinstance(content, dict) else None
+
+
+def _refuse_empty(subject: Subject) -> None:
+    n_vertices = sum(subject.n_vertices.values())
+    if len(subject.train) < 2 or not n_vertices:
+        raise DataError(
+            subject.name,
+            expected="2 or more training images, and one or more vertices",
+            found=f"{len(subject.train)} images and {n_vertices} vertices",
+            remedy="choose other subjects with --subject, or give this one more",
+        )
+
+
+def _refuse_unfit(subject: Subject) -> None:
+    n_constant: dict[str, int] = {}
+    for paths in (subject.test_response_paths, subject.response_paths):
+        for surface, path in paths.items():
+            fault, n_constant[surface] = _look(path)
+            if fault is not None:
+                remedy = "correct the file, or leave such images or vertices out of it; both count from 0"
+                raise DataError(fault.where, expected=fault.expected, found=fault.found, remedy=remedy)
+    for surface, n in n_constant.items():
+        if 0 < n < subject.n_vertices[surface]:
+            say(f"{subject.name} {surface}: {n:,} of {subject.n_vertices[surface]:,} vertices have one response to all")
+    if sum(n_constant.values()) == sum(subject.n_vertices.values()):
+        raise DataError(
+            subject.name,
+            expected="responses that differ between images",
+            found=f"the same to all {len(subject.train)} images, at every vertex",
+            remedy="look for a wrong file",
+        )

@@ -1,0 +1,26 @@
+"""Libraries that only some file formats need, and that the extra 'formats' brings."""
+
+from importlib import import_module
+from types import ModuleType
+
+from featcache.errors import ConfigError, first_line
+
+
+def needed(module: str, for_what: str) -> ModuleType:
+    """The module of that name, imported.
+
+    for_what : what needs it, as a message names it: 'HDF5 files'
+
+    Raises ConfigError where it is not installed, or cannot be imported.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        library = module.partition(".")[0]
+        missing = isinstance(error, ModuleNotFoundError) and error.name == library
+        raise ConfigError(
+            for_what,
+            expected=f"the library {library}, which reads them",
+            found="it is not installed" if missing else f"one that cannot be imported ({first_line(error)})",
+            remedy="pip install 'featcache[formats]'",
+        ) from None
