@@ -104,6 +104,13 @@ class Desk:
         return self.npy(values)
 
 
+def one_nan() -> np.ndarray:
+    """Volumes of which one has no number at a voxel."""
+    values = np.random.default_rng(3).normal(size=(2, 3, 4, N)).astype(np.float32)
+    values[1, 0, 1, 4] = np.nan
+    return values
+
+
 class Explodes:
     """A pickle that leaves a trace where it is opened."""
 
@@ -430,6 +437,13 @@ CASES: dict[str, tuple[Make, Sequence[str]]] = {
     "empty mask": (
         lambda d: ("--images", d.photos, "--volume", d.volume(), "--mask", d.nifti(np.zeros((2, 3, 4)), "mask.nii")),
         ["mask.nii", "no voxel inside"],
+    ),
+    "a voxel inside the mask that is NaN": (
+        lambda d: (
+            *("--images", d.photos, "--volume", d.nifti(one_nan(), "holes.nii")),
+            *("--mask", d.nifti(np.ones((2, 3, 4)), "mask.nii")),
+        ),
+        ["responses of all", "finite responses", "nan in trial 4, vertex 13"],
     ),
     "mask with NaN": (
         lambda d: (
