@@ -1,8 +1,8 @@
 """A blend as a file: a coefficient for each model and vertex, which apply to any predictions of the same models."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +44,18 @@ class Coefficients:
 
         stores : {model: its prediction store}, of those that are `needed` at least
         """
-        blend = np.tile(self.intercept, (stop - start, 1))
+        return self.of_predictions(lambda model: stores[model].read(surface, start, stop), stop - start)
+
+    def of_predictions(self, predictions: Callable[[str], np.ndarray], n_images: int) -> np.ndarray:
+        """The blend of predictions, (n_images, n_vertices) float32. predictions : gives those of a model, by name"""
+        blend = np.tile(self.intercept, (n_images, 1))
         for model in self.needed:
-            blend += self.of_models[self.models.index(model)] * stores[model].read(surface, start, stop)
+            blend += self.of_models[self.models.index(model)] * predictions(model)
         return blend
+
+    def at(self, vertices: slice) -> "Coefficients":
+        """The blend of some of the vertices; of each model that any vertex needs."""
+        return replace(self, of_models=self.of_models[:, vertices], intercept=self.intercept[vertices])
 
 
 SavedBlend = dict[str, dict[str, Coefficients]]  # {subject: {surface: coefficients}}

@@ -42,6 +42,8 @@ _BLOCK_NUMBERS = 1 << 26  # numbers of weights that are in memory at a time
 class HeadTensors(Protocol):
     """Tensors of heads, in memory or in a file."""
 
+    where: str
+
     def names(self) -> Iterable[str]:
         """Their names."""
 
@@ -56,7 +58,7 @@ class InMemory:
     """Tensors of heads in memory. tensors : {name: tensor}"""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._tensors = tensors
+        self._tensors, self.where = tensors, "heads in memory"
 
     def names(self) -> Iterable[str]:
         """Their names."""
@@ -81,7 +83,7 @@ class InFile:
     """
 
     def __init__(self, path: Path, predictions: str, remedy: str = "delete it and run 'fit-heads' again") -> None:
-        self._path, self._predictions, self._remedy = path, predictions, remedy
+        self._path, self._predictions, self._remedy, self.where = path, predictions, remedy, str(path)
         try:
             with safe_open(path, "pt") as file:
                 owner = (file.metadata() or {}).get("predictions", predictions)
@@ -184,6 +186,16 @@ class SavedHeads:
         known = self._linear_names(heads[0]) or self._is_spatial(heads[0]) or "head.mean" in heads[0]
         return "" if known else "heads of a kind that cannot be applied to new images"
 
+    def refuse_fault(self, surface: str) -> None:
+        """Raise StoreError where `fault` names one."""
+        if fault := self.fault(surface):
+            raise StoreError(
+                f"{self._tensors.where}, {surface}",
+                expected="heads that predict new images",
+                found=fault,
+                remedy="delete that file and run 'fit-heads' again",
+            )
+
     @torch.inference_mode()
     def predict(self, surface: str, rows: Sequence[Rows], vertices: slice = slice(None)) -> torch.Tensor:
         """(n_images, n_vertices) float32 predictions on the CPU.
@@ -193,10 +205,7 @@ class SavedHeads:
 
         Raises StoreError where `fault` names one.
         """
-        if fault := self.fault(surface):
-            raise StoreError(
-                f"the heads of {surface}", expected="heads that predict new images", found=fault, remedy="fit again"
-            )
+        self.refuse_fault(surface)
         folds = [key for key in self._heads if key[0] == surface]
         total: torch.Tensor | None = None
         for number, key in enumerate(folds):
