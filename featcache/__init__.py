@@ -42,6 +42,7 @@ _PUBLIC = {  # {name: where it is, and its name there if that is another}
     "blend": "heads.blend.run",
     "extract": "featcache.cache.extract",
     "fit_heads": "heads.fit.run",
+    "load_encoder": "heads.encoder.folder",
     "open_dataset": "featcache.dataset.open",
     "pearson_r": "heads.scores.metrics",
     "train_stage": "heads.backbones.stages",

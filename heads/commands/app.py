@@ -19,7 +19,7 @@ import typer.main
 
 from featcache import __version__
 from featcache.errors import FeatcacheError
-from heads.commands import blending, comparing, features, fitting, importing, running, training, trees
+from heads.commands import blending, comparing, features, fitting, importing, predicting, running, training, trees
 from heads.recipes.jobs import Job, usage_fault
 
 app = typer.Typer(
@@ -64,6 +64,7 @@ COMMANDS = {
         "fit-heads": fitting.fit_heads,
         "blend": blending.blend,
     },
+    "From there to new images": {"predict": predicting.predict, "export": predicting.export},
     "Data": {
         "import": importing.import_files,
         "check": trees.check,

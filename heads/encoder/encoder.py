@@ -25,7 +25,7 @@ from heads.modules.readout import HeadKind, SavedHeads
 Responses = dict[str, dict[str, np.ndarray]]  # {subject: {surface: (n_images, n_vertices) float32}}
 
 _NETWORK_SHARE, _ROW_SHARE = 0.25, 0.1  # of the free memory, for networks that stay loaded, and for rows of a chunk
-_LONGEST = 1024  # images of a chunk, at most
+_LONGEST = 256  # images of a chunk, at most
 
 
 class Vertices(NamedTuple):
@@ -80,9 +80,19 @@ class Encoder:
 
     def vertices(self, subject: str | None = None, *, surface: str | None = None, roi: str | None = None) -> Vertices:
         """Which vertices the columns of `predict` are."""
-        numbers = _numbers(self._subject(subject), surface, roi)
+        numbers = self.numbers(subject, surface=surface, roi=roi)
         names = np.concatenate([np.full(len(index), name) for name, index in numbers.items()])
         return Vertices(names, np.concatenate(list(numbers.values())))
+
+    def numbers(
+        self, subject: str | None = None, *, surface: str | None = None, roi: str | None = None
+    ) -> dict[str, np.ndarray]:
+        """{surface: numbers of its vertices} of a subject, or of its vertices in a surface or an ROI."""
+        return _numbers(self._subject(subject), surface, roi)
+
+    def choice(self, subject: str | None = None, model: str | None = None) -> str:
+        """What predicts a subject where `model` is asked for: 'blend', or the whole name of a model."""
+        return self._chosen(self._subject(subject), model)
 
     def predict(
         self,

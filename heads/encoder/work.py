@@ -39,21 +39,35 @@ def encoder_of_work(
 
     Raises StoreError or ConfigError where there is nothing to predict with.
     """
-    work = Path(work)
+    models, blend, names = models_to_use(subjects, Path(work), model)
+    return Encoder(*parts_of_work(models, Path(work), blend, names, network), device)
+
+
+def models_to_use(
+    subjects: Sequence[Subject], work: Path, model: str | None
+) -> tuple[dict[Subject, list[Model]], SavedBlend, set[str] | None]:
+    """The models of each subject, the blend, and the names of the models to use without one; None for all.
+
+    model : as of `encoder_of_work`
+
+    Raises StoreError or ConfigError where there is nothing to predict with.
+    """
     models = {subject: usable_models(subject, work) for subject in subjects}
-    if not any(models.values()):
+    without = [subject.name for subject, of_subject in models.items() if not of_subject]
+    if without:
         raise StoreError(
             Workdir(work).predictions,
-            expected="predictions for this dataset",
+            expected=f"predictions of {', '.join(without)}",
             found="none",
-            remedy="run 'extract' and 'fit-heads' first",
+            remedy="run 'extract' and 'fit-heads' first"
+            + (", or choose other subjects with --subject" if len(without) < len(models) else ""),
         )
-    wanted = None if model == BLEND else model
-    blend = _blend(models, work) if wanted is None else {}
+    if model is not None and model != BLEND:
+        return models, {}, choose_names(names_of(models), model)
+    blend = _blend(models, work)
     if model == BLEND and not blend:
         raise StoreError(Workdir(work).saved_blend, expected="a blend", found="none", remedy="run 'blend' first")
-    chosen = choose_names(names_of(models), wanted) if wanted else None
-    return Encoder(*parts_of_work(models, work, blend, chosen, network), device)
+    return models, blend, None
 
 
 def parts_of_work(

@@ -1,0 +1,67 @@
+"""A work folder -> an encoder's folder with its card, and from there to a model hub."""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from featcache import __version__
+from featcache.config import BackboneConfig
+from featcache.dataset.subject import Subject
+from featcache.errors import FeatcacheError, first_line
+from heads.encoder.card import Card
+from heads.encoder.folder import export_encoder
+from heads.encoder.work import models_to_use, parts_of_work
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy")
+
+
+def export_work(
+    subjects: Sequence[Subject],
+    work: Path | str,
+    folder: Path | str,
+    *,
+    model: str | None = None,
+    network: BackboneConfig | None = None,
+    data: str = "",
+) -> int:
+    """Write the last blend, or one model, to a folder that `load_encoder` reads; the bytes that it takes.
+
+    model : name of a model, or the six digits that end it; None: the last blend, or the only model
+    network : what a network is called now, where its file or weights were moved
+    data : where images and responses came from, for the card
+
+    Raises StoreError or ConfigError where there is nothing to export, or the folder is not empty.
+    """
+    work, folder = Path(work), Path(folder)
+    models, blend, names = models_to_use(subjects, work, model)
+    parts, tensors = parts_of_work(models, work, blend, names, network)
+    card = Card(
+        parts=parts,
+        data=data,
+        versions={"featcache": __version__} | {name: version(name) for name in _PACKAGES},
+        n_images={subject.name: len(subject.train) for subject in subjects},
+    )
+    export_encoder(parts, tensors, folder, card)
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload an encoder's folder to a repository of the Hugging Face hub, which is made where it is missing; its URL.
+
+    Raises FeatcacheError for what the hub says against it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        api = HfApi()
+        url = str(api.create_repo(repository, exist_ok=True))
+        api.upload_folder(repo_id=repository, folder_path=folder)
+        return url
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
+        raise FeatcacheError(
+            "--push-to-hub",
+            expected=f"to upload {folder} to {repository}",
+            found=first_line(error),
+            remedy="log in with 'hf auth login' and upload the folder, which is whole, with 'hf upload'",
+        ) from error
