@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 _PUBLIC = {  # {name: where it is, and its name there if that is another}
     "AdamWConfig": "heads.config",
     "BackboneConfig": "featcache.config",
+    "BandedRidge": "heads.solvers.estimator",
     "BlendConfig": "heads.config",
     "CoreConfig": "heads.config",
     "Dataset": "featcache.dataset.subject",
@@ -28,6 +29,7 @@ _PUBLIC = {  # {name: where it is, and its name there if that is another}
     "FeatcacheError": "featcache.errors",
     "FitConfig": "heads.config",
     "Images": "featcache.dataset.subject",
+    "KernelHead": "heads.solvers.estimator",
     "LOSSES": "heads.scores.losses",
     "LayerConfig": "featcache.config",
     "RidgeConfig": "heads.config",

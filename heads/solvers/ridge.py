@@ -19,6 +19,7 @@ Golub, Heath and Wahba 1979, https://doi.org/10.1080/00401706.1979.10489751
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -208,6 +209,43 @@ def squared_errors(
 def is_exact(config: RidgeConfig, n_images: int) -> bool:
     """Whether penalties are chosen by the exact leave-one-out error."""
     return config.selection == "loo" or (config.selection == "auto" and n_images <= _LOO_IMAGES)
+
+
+class AxesFit(NamedTuple):
+    """Heads of all vertices, on the axes of the features or of a kernel.
+
+    penalties : (n_vertices,) in the units of the eigenvalues
+    on_axes : (rank, n_vertices) weights on the scores
+    mean : (n_vertices,) mean of the responses
+    """
+
+    penalties: torch.Tensor
+    on_axes: torch.Tensor
+    mean: torch.Tensor
+
+
+def fit_on_axes(
+    values: torch.Tensor, scores: torch.Tensor, responses: torch.Tensor, offered: torch.Tensor, *, exact: bool
+) -> AxesFit:
+    """Give each vertex the penalty with the least leave-one-out error, exact or generalised, and fit it.
+
+    values, scores : (rank,) eigenvalues, and (n_images, rank) scores of the images on their axes
+    responses : (n_images, n_vertices), not centred
+    offered : (n_penalties,) penalties to choose from, in the units of the eigenvalues
+    """
+    n_images, n_vertices = responses.shape
+    mean, penalties = responses.new_empty(2, n_vertices)
+    on_axes = responses.new_empty(len(values), n_vertices)
+    for start in range(0, n_vertices, VERTEX_BLOCK):
+        block = slice(start, start + VERTEX_BLOCK)
+        mean[block] = responses[:, block].mean(0)
+        centred = responses[:, block] - mean[block]
+        rotated = scores.T @ centred
+        rows = (scores, centred) if exact else None
+        errors = penalty_errors(values, n_images, rotated, sum_of_squares(centred), offered, rows)
+        penalties[block] = offered[errors.argmin(0)]
+        torch.div(rotated, values[:, None] + penalties[block], out=on_axes[:, block])
+    return AxesFit(penalties, on_axes, mean)
 
 
 def maps_of_penalties(
