@@ -229,7 +229,7 @@ else:
 
 def _beyond_is_infinite() -> np.errstate:
     """Convert numbers beyond the range of a dtype to infinity without a warning: scikit-learn then refuses them."""
-    return np.errstate(over="ignore")
+    return np.errstate(over="ignore", invalid="ignore")
 
 
 def _shape_of(tensor: torch.Tensor) -> np.ndarray:
