@@ -20,6 +20,7 @@ import typer.main
 from featcache import __version__
 from featcache.errors import FeatcacheError
 from heads.commands import blending, comparing, features, fitting, importing, running, training, trees
+from heads.commands.options import OneValueCommand
 from heads.recipes.jobs import Job, usage_fault
 
 app = typer.Typer(
@@ -81,7 +82,7 @@ COMMANDS = {
 }
 for group, commands in COMMANDS.items():
     for name, function in commands.items():
-        app.command(name, rich_help_panel=group, add_help_option=False)(function)
+        app.command(name, cls=OneValueCommand, rich_help_panel=group, add_help_option=False)(function)
 
 
 def _do(job: Job) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
+import typer.core
 
 from featcache.config import usual_workers
 from featcache.errors import ConfigError
@@ -58,6 +59,23 @@ Subjects = Annotated[
 ]
 
 DATA = None
+
+
+class OneValueCommand(typer.core.TyperCommand):
+    """A command that refuses an option of one value that is given twice, where typer would keep the last value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments as typer does. Raises ConfigError for an option that is given twice."""
+        given_in_order = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for number, one in enumerate(given_in_order):
+            if one in given_in_order[:number] and not (one.multiple or getattr(one, "is_flag", False)):
+                raise ConfigError(
+                    max(one.opts, key=len),
+                    expected="one value",
+                    found="the option twice",
+                    remedy="give it once; where it takes several values, they have commas between",
+                )
+        return super().parse_args(ctx, args)
 
 
 def _show_help(context: typer.Context, wanted: bool) -> None:

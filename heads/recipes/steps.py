@@ -161,6 +161,7 @@ def _expanded(
         arguments = [
             argument
             for name, value in (shared | chosen).items()
+            if name not in given
             for argument in _arguments(name, value, known[name], bare.where)
         ]
         arguments += [f"--{name}={value}" for name, value in given.items() if name in known]

@@ -21,10 +21,11 @@ def gain_lines(done: "Ensemble") -> list[str]:
             f"{gain.low:+.{digits}f} to {gain.high:+.{digits}f}; optimistic, on the images its weights were learnt on: "
             f"{gain.optimistic:+.{digits}f}"
         )
-    lines.append(
-        f"blends of shuffled responses: mean r {done.null.mean:.4f}, at most {done.null.largest:.4f}; "
-        f"optimistic {done.null.optimistic:.4f}"
-    )
+    if done.null is not None:
+        lines.append(
+            f"blends of shuffled responses: mean r {done.null.mean:.4f}, at most {done.null.largest:.4f}; "
+            f"optimistic {done.null.optimistic:.4f}"
+        )
     if done.unused:
         lines.append(f"no weight anywhere: {', '.join(done.unused)}")
     return lines
@@ -32,7 +33,7 @@ def gain_lines(done: "Ensemble") -> list[str]:
 
 def blend_as_json(done: "Ensemble") -> dict[str, Any]:
     """A blend as JSON: weights, unused, chosen_on, scores, gains, shuffled and test_scores, as in `Ensemble`;
-    scores_by_roi.
+    scores_by_roi. Of one model there are no gains, and shuffled is null.
     """
     return {
         "weights": done.weights,
@@ -41,6 +42,6 @@ def blend_as_json(done: "Ensemble") -> dict[str, Any]:
         "scores": scores_as_json(done.scores),
         "scores_by_roi": [row.to_json() for row in every_summary(done.scores["blend"])] if done.scores else [],
         "gains": [vars(gain) for gain in done.gains],
-        "shuffled": vars(done.null),
+        "shuffled": None if done.null is None else vars(done.null),
         "test_scores": scores_as_json(done.test) if done.test else {},
     }

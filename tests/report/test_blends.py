@@ -1,6 +1,7 @@
 """What a blend is worth, in lines and as JSON."""
 
 import json
+from dataclasses import replace
 
 from heads.blend.run import Ensemble
 from heads.blend.uncertainty import Gain, Null
@@ -31,6 +32,11 @@ def test_a_gain_has_its_share_interval_and_what_it_would_seem():
 
 def test_models_without_weight_are_named():
     assert gain_lines(ensemble(True, ["a", "b"]))[-1] == "no weight anywhere: a, b"
+
+
+def test_one_model_has_nothing_to_compare():
+    alone = replace(ensemble(True), gains=[], null=None)
+    assert gain_lines(alone) == [] and blend_as_json(alone)["shuffled"] is None
 
 
 def test_json_has_what_the_lines_say():
