@@ -94,15 +94,14 @@ def blend(
         dataset = open_data(data, noise_ceiling, work)
         subjects = dataset.select(subject)
         from heads.blend import run as ensemble
-        from heads.report.blends import blend_as_json, gain_lines
+        from heads.report.blends import blend_as_json, blend_table, gain_lines
         from heads.report.printing import print_table
         from heads.report.scores import score_table
 
         if apply is not None:
             return _handed_in(ensemble.apply(dataset, apply, work, subjects), dataset, work, {})
         done = ensemble.blend(dataset, config, work, subjects)
-        title = f"Out-of-fold scores; weights of the blend ({config.label}) were learnt on other folds"
-        print_table(score_table(done.scores, title, done.scores if done.chosen_on else (), surfaces))
+        print_table(blend_table(done, config.label, surfaces))
         for line in gain_lines(done):
             typer.echo(line)
         if done.test:

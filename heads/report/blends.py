@@ -2,11 +2,34 @@
 
 from typing import TYPE_CHECKING, Any
 
-from heads.report.scores import scores_as_json
+from rich.console import RenderableType
+
+from heads.report.scores import score_table, scores_as_json
 from heads.scores.by_roi import every_summary
 
 if TYPE_CHECKING:  # a report must not load what blends
     from heads.blend.run import Ensemble
+
+
+_BEST_SINGLE = (
+    "best single: for each fold and surface, the model that is best on the other folds. So it may score less than the "
+    "best model of 'models' and 'fit-heads', which is chosen by its score on all images."
+)
+
+
+def blend_table(done: "Ensemble", label: str, each_surface: bool = False) -> RenderableType:
+    """Table of the scores of a blend, and of what it is compared with.
+
+    label : of the settings of the blend
+    each_surface : as for `score_table`
+    """
+    marked = done.scores if done.chosen_on else ()
+    if len(done.scores) == 1:
+        return score_table(
+            done.scores, "Out-of-fold scores of one model, which is passed through", marked, each_surface
+        )
+    title = f"Out-of-fold scores; weights of the blend ({label}) were learnt on other folds"
+    return score_table(done.scores, title, marked, each_surface, [_BEST_SINGLE])
 
 
 def gain_lines(done: "Ensemble") -> list[str]:
