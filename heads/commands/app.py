@@ -95,6 +95,8 @@ def _do(job: Job) -> int:
     if os.environ.get("RANK", "0") == "0":
         seconds = round(time.perf_counter() - began, 2)
         typer.echo(f"{outcome.message} ({seconds:.1f} s)")
+        if outcome.opens is not None:
+            typer.echo(f"to look at it, open {outcome.opens}")
         if job.as_json:
             typer.echo(json.dumps(outcome.result | {"seconds": seconds}, allow_nan=False))
     return outcome.code
