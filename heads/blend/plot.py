@@ -59,7 +59,9 @@ def plot_weights(path: Path, weights: Shares, subjects: Mapping[str, Subject]) -
     axis.set_yticks(range(len(rois)), rois, fontsize=7)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1), xlabel="mean weight")
-    figure.legend(loc="outside lower center", fontsize=6, title=shared and f"all models: {shared}", title_fontsize=6)
+    figure.legend(
+        loc="outside lower center", fontsize=6, title=f"all models: {shared}" if shared else None, title_fontsize=6
+    )
     figure.savefig(path)
 
 
