@@ -1,6 +1,7 @@
 """Printing of tables, for a person or for a file."""
 
 import os
+import sys
 
 from rich.console import Console, RenderableType
 
@@ -12,4 +13,6 @@ def print_table(table: RenderableType) -> None:
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _ONE_LINE
-    console.print(table)
+    with console.capture() as shown:
+        console.print(table)
+    sys.stdout.write(shown.get())  # rich itself would write past what keeps results above the progress bars
