@@ -85,7 +85,7 @@ def blend(
     ] = False,
     **options: Any,
 ) -> Job:
-    """Blend all models, score the blend, and write its predictions of the test images."""
+    """Average all models with learnt weights, score this blend, and write its predictions of the test images."""
     if apply is not None:
         _refuse_beside_apply(on_command_line(context))
     config = replace(blend_preset(preset), **given(BlendConfig, options))

@@ -55,7 +55,7 @@ Ceiling = Annotated[
     ),
 ]
 Subjects = Annotated[
-    str, typer.Option("--subject", help="Subjects: all, or numbers such as 1,3.", rich_help_panel="Data")
+    str, typer.Option("--subject", help="Subjects: all, or numbers or names, such as 1,3.", rich_help_panel="Data")
 ]
 
 DATA = None
@@ -86,7 +86,10 @@ def _show_help(context: typer.Context, wanted: bool) -> None:
 
 _OUTPUT = {
     "as_json": Annotated[
-        bool, typer.Option("--json", help="Make the last line of stdout a JSON object.", rich_help_panel="Output")
+        bool,
+        typer.Option(
+            "--json", help="Print the result as JSON too, as the last line of stdout.", rich_help_panel="Output"
+        ),
     ],
     "quiet": Annotated[
         bool, typer.Option("--quiet", help="Print no progress on stderr, only errors.", rich_help_panel="Output")
@@ -205,6 +208,7 @@ def _option(setting: Field[Any], shown: str | None = None) -> Any:
         envvar=about.get("envvar"),
         help=about["help"],
         rich_help_panel=about["panel"],
+        metavar="<str> ..." if setting.type == tuple[str, ...] else None,
         show_default=about.get("shown", _default(setting) not in (None, "")) if shown is None else shown,
     )
 
