@@ -262,7 +262,7 @@ def _some_folds(store: Store) -> str:
 def _change(what: str, stored: np.ndarray, ids: np.ndarray) -> str:
     """How the images of a split differ from those that a store has: '2 test images were added since'."""
     n_new, n_gone = int((~np.isin(ids, stored)).sum()), int((~np.isin(stored, ids)).sum())
-    if bool(n_new) == bool(n_gone):
+    if bool(n_new) == bool(n_gone) or n_new - n_gone != len(ids) - len(stored):  # one image may have got another id
         return f"its {what} images have other ids now"
     n = n_new + n_gone
     return f"{n} {what} image{'s were' if n > 1 else ' was'} {'added' if n_new else 'removed'} since"
