@@ -1,15 +1,10 @@
 """False discovery rate over vertices."""
 
-from typing import Literal
-
 import numpy as np
 from scipy.stats import false_discovery_control
 
-Method = Literal["bh", "by"]
-METHODS: tuple[Method, ...] = ("bh", "by")
 
-
-def q_values(p: np.ndarray, method: Method = "bh") -> np.ndarray:
+def q_values(p: np.ndarray, method: str = "bh") -> np.ndarray:
     """q of each p, of any shape: the smallest false discovery rate at which it is among the discoveries.
 
     bh : Benjamini and Hochberg 1995, for tests that are independent or positively dependent, as those of vertices are

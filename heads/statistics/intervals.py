@@ -57,6 +57,11 @@ class Estimate:
     high: float
     p: float | None = None
 
+    @property
+    def over_everyone(self) -> bool:
+        """Whether it is over all subjects and surfaces."""
+        return (self.subject, self.surface) == (ALL, ALL_SURFACES)
+
     def to_json(self) -> dict[str, Any]:
         """The estimate as commands write it."""
         return dict(vars(self))
