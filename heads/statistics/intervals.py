@@ -81,8 +81,12 @@ class Drawn:
 
     @property
     def deviations(self) -> np.ndarray:
-        """(n_draws,) how far draws are from the score of the images as they are."""
-        return np.asarray(self.draws[1:] - self.draws[0])
+        """(n_draws,) how far draws are from their mean.
+
+        That is above the score of the images as they are where a score is made of squares, as accuracy is: weighted
+        images are as good as half as many, and noise has squares of its own.
+        """
+        return np.asarray(self.draws[1:] - self.draws[1:].mean())
 
 
 Draws = dict[tuple[Place, Measure], dict[str, Drawn]]  # of each place and measure: {model: draws}
