@@ -58,7 +58,8 @@ def test_a_blend_of_other_predictions_or_of_an_earlier_version_is_left_out(fille
     model["predictions"] = "others"
     files.blend_weights.write_text(json.dumps(weights))
     found = run(capfd, "scores", "--permutations", "0")
-    blend = {one["subject"] for one in found["estimates"] if one["model"] == "blend"}
+    whole = [one for one in found["estimates"] if one["roi"] == "all"]
+    blend = {one["subject"] for one in whole if one["model"] == "blend"}
     assert blend == {"subj02"}  # and no mean over all subjects
     files.saved_blend.write_bytes(b"nothing")
     assert "blend" not in run(capfd, "scores", "--permutations", "0")["models"]
