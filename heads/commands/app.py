@@ -19,7 +19,7 @@ import typer.main
 
 from featcache import __version__
 from featcache.errors import FeatcacheError
-from heads.commands import blending, comparing, features, fitting, importing, running, training, trees
+from heads.commands import blending, comparing, features, fitting, importing, running, scoring, training, trees
 from heads.commands.options import OneValueCommand
 from heads.recipes.jobs import Job, usage_fault
 
@@ -75,6 +75,7 @@ COMMANDS = {
     "A closer look": {
         "layers": features.layers,
         "models": blending.models,
+        "scores": scoring.scores,
         "maps": fitting.maps,
         "compare": comparing.compare,
     },
