@@ -6,10 +6,14 @@ DEMO := work/demo
 # One thread a worker: workers that also share out their matrices wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test quick coverage check bench clean
+.PHONY: demo about-demo test quick coverage check bench clean
 
-demo: .venv/installed
+demo: about-demo .venv/installed
 	$(BIN)/python cli.py run recipes/demo.toml --data $(DEMO)/challenge --work $(DEMO)
+
+about-demo:
+	@test -e .venv/installed || echo "First the installation into .venv, once: about 3 minutes and 6.3 GB of disk, most of it PyTorch."
+	@echo "Then the demo: about 4 minutes on two cores, longer beside other work, and 2.8 GB of disk in $(DEMO)."
 
 test: .venv/installed
 	$(PYTEST)

@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 _PUBLIC = {  # {name: where it is, and its name there if that is another}
     "AdamWConfig": "heads.config",
     "BackboneConfig": "featcache.config",
+    "BandedRidge": "heads.solvers.estimator",
     "BlendConfig": "heads.config",
     "CoreConfig": "heads.config",
     "Dataset": "featcache.dataset.subject",
@@ -28,6 +29,7 @@ _PUBLIC = {  # {name: where it is, and its name there if that is another}
     "FeatcacheError": "featcache.errors",
     "FitConfig": "heads.config",
     "Images": "featcache.dataset.subject",
+    "KernelHead": "heads.solvers.estimator",
     "LOSSES": "heads.scores.losses",
     "LayerConfig": "featcache.config",
     "RidgeConfig": "heads.config",
@@ -40,11 +42,13 @@ _PUBLIC = {  # {name: where it is, and its name there if that is another}
     "accuracy": "heads.scores.metrics:noise_normalized_accuracy",
     "add_features": "featcache.cache.elsewhere",
     "blend": "heads.blend.run",
+    "explode_rois": "heads.statistics.table",
     "extract": "featcache.cache.extract",
     "fit_heads": "heads.fit.run",
     "load_encoder": "heads.encoder.folder",
     "open_dataset": "featcache.dataset.open",
     "pearson_r": "heads.scores.metrics",
+    "scores": "heads.statistics.api",
     "train_stage": "heads.backbones.stages",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -43,6 +43,10 @@ class ConfigError(FeatcacheError):
     """An option or a combination of options that cannot work."""
 
 
+class ArgumentError(ConfigError, ValueError):
+    """An argument of an estimator that cannot work; also a ValueError, which scikit-learn expects."""
+
+
 class DataError(FeatcacheError):
     """A dataset that breaks its published layout."""
 

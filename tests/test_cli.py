@@ -431,7 +431,10 @@ def test_a_picture_of_two_ids_keeps_one_from_extraction_to_the_blend(tree, work,
 
     (work / "index/subj01-pictures.npz").unlink()  # without which nobody knows of it
     cli.run(["fit-heads", *where])
-    assert "subj01: left out" in (said := capfd.readouterr().err) and "its images have other ids" in said
+    assert (
+        "subj01: left out" in (said := capfd.readouterr().err)
+        and "its training images have other ids now; run 'extract' again" in said
+    )
     assert "run 'extract' first" in said
     assert sum(store["new"] for store in run(capfd, "extract", "--layers", "pooled", *where)["stores"]) == 0
     assert {fit["path"] for fit in run(capfd, "fit-heads", *where)["stores"]} == {fit["path"] for fit in fitted}

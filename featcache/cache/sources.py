@@ -119,9 +119,10 @@ def _load(checkpoint: Checkpoint | None, config: ExtractConfig, device: str) -> 
     if checkpoint is not None:
         return checkpoint.backbone(device, config.backbone.size, config.backbone.fit, config.backbone.name)
     refuse_trained(config.backbone.resolved_weights, "--checkpoint")
+    backbone = load_backbone(config.backbone, device)  # which refuses what has no random weights
     if config.backbone.resolved_weights == "none":
         say(f"{config.backbone.resolved_name}: random weights, as asked; the scores will show it")
-    return load_backbone(config.backbone, device)
+    return backbone
 
 
 def stored_rows(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Row]:

@@ -1,6 +1,7 @@
 """A dataset of any layout: opened, and looked through for faults."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from featcache.dataset.algonauts import scan_tree
@@ -15,7 +16,7 @@ from featcache.dataset.identity import (
     two_pictures,
 )
 from featcache.dataset.responses import response_fault
-from featcache.dataset.subject import Dataset, Fault, refuse_faults
+from featcache.dataset.subject import Dataset, Fault, names_in, refuse_faults
 from featcache.errors import DataError
 from featcache.machine.progress import bar
 from featcache.workdir import Workdir
@@ -40,6 +41,36 @@ def open_dataset(root: Path | str, noise_ceiling: Path | str | None = None) -> D
     dataset, faults = scan_dataset(Path(root), None if noise_ceiling is None else Path(noise_ceiling))
     refuse_faults(faults)
     return dataset
+
+
+def of_subjects(names: str, dataset: Dataset, faults: Sequence[Fault]) -> tuple[Dataset, list[Fault]]:
+    """Some subjects of a dataset, and the faults that are theirs or no subject's.
+
+    names : as for `Dataset.select`; a subject may be named of which no more than a faulty folder is there
+
+    Raises DataError for a subject that is not there.
+    """
+    if names == "all":
+        return dataset, list(faults)
+    names_read = [subject.name for subject in dataset.subjects]
+    places = [_below(dataset.root, fault.where) for fault in faults]
+    unread = dict.fromkeys(
+        parts[0]
+        for fault, parts in zip(faults, places, strict=True)
+        if Path(fault.where).parent.is_relative_to(dataset.root) and not set(parts) & set(names_read)
+    )
+    known = [*names_read, *unread]
+    wanted = set(names_in(names, known))
+    theirs = [
+        fault for fault, parts in zip(faults, places, strict=True) if wanted & set(parts) or not set(known) & set(parts)
+    ]
+    return replace(dataset, subjects=tuple(one for one in dataset.subjects if one.name in wanted)), theirs
+
+
+def _below(root: Path, where: Path | str) -> tuple[str, ...]:
+    """Names of the folders and the file that a fault is in; of what is in `root`, those below it."""
+    path = Path(where)
+    return path.relative_to(root).parts if path.is_relative_to(root) else path.parts
 
 
 def open_imported(work: Path) -> Dataset:

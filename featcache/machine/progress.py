@@ -1,11 +1,22 @@
 """Messages and progress bars of a running stage. They go to stderr, so that stdout holds nothing but results."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 # Of several processes that train together, only the first prints.
@@ -40,43 +51,88 @@ def size_of(n_bytes: float) -> str:
 
 
 class _Rate(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self._unit = unit
+    """Units a second, of bars that have a unit."""
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} {self._unit}/s")
+        speed, unit = task.finished_speed or task.speed, task.fields["unit"]
+        return Text("" if speed is None or not unit else f"{speed:.1f} {unit}/s")
 
 
-def _progress(unit: str) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(_BAR),
-        MofNCompleteColumn(),
-        _Rate(unit),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=_stderr)
+class _Time(TimeRemainingColumn):
+    """The time that is left; of a bar over several stages, which take very different times, the time that is gone."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.fields["unit"] else TimeElapsedColumn().render(task)
 
 
-def _short(description: str) -> str:
-    """Description cut to leave room for the numbers, which matter more than the end of a name."""
-    room = max(_stderr.width - _NUMBERS, 12)
-    return description if len(description) <= room else f"{description[: room - 1]}…"
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(_BAR), MofNCompleteColumn(), _Rate(), _Time())
+    # what is printed on stdout goes above the bars in a terminal, and stays on stdout where that is a file
+    return Progress(*columns, console=_stderr, redirect_stdout=sys.stdout.isatty())
+
+
+def shortened(text: str, room: int) -> str:
+    """Text of at most so many letters, cut in its middle: the beginning and, more of it, the end are kept.
+
+    Of 'subj01 tf_efficientnet_lite0@224' the end tells it from others: 'subj01 ...t_lite0@224'.
+    """
+    if len(text) <= room:
+        return text
+    first = (room - 1) // 3
+    return f"{text[:first]}…{text[len(text) - (room - 1 - first) :]}"
+
+
+_display: list[Progress] = []  # the one that is shown: bars of a stage inside another's are lines of it
+
+
+@contextmanager
+def _bar(description: str, total: int | None, unit: str, done: int = 0) -> Iterator[tuple[Progress, TaskID]]:
+    """A line of the display, which is made where there is none; in a file or a pipe, a line at the end."""
+    progress = _display[0] if _display else _progress()
+    room = max(_stderr.width - _NUMBERS, 12)  # the numbers matter more than the middle of a name
+    task = progress.add_task(shortened(description, room), total=total, completed=done, unit=unit)
+    if _display:
+        try:
+            yield progress, task
+        finally:
+            progress.remove_task(task)
+    elif _stderr.is_terminal:
+        _display.append(progress)
+        try:
+            with progress:
+                yield progress, task
+        finally:
+            _display.clear()
+    else:
+        try:
+            yield progress, task
+        finally:
+            progress.stop_task(task)
+            _stderr.print(progress)
 
 
 @contextmanager
 def bar(description: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Show a progress bar with a rate; yields the function to call with the number of units just done."""
-    with _progress(unit) as progress:
-        task = progress.add_task(_short(description), total=total, completed=done)
+    with _bar(description, total, unit, done) as (progress, task):
         yield lambda n: progress.advance(task, n)
 
 
 @contextmanager
 def steps(description: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar for work that counts by itself; yields the function to call with (done, total)."""
-    with _progress(unit) as progress:
-        task = progress.add_task(_short(description), total=None)
+    with _bar(description, None, unit) as (progress, task):
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def overall(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show one bar over several stages, above the bars of each; yields the function to call when a stage is done.
+
+    In a terminal alone: in a file, the lines of the stages say it.
+    """
+    if not _stderr.is_terminal:
+        yield lambda: None
+        return
+    with _bar(description, total, "") as (progress, task):
+        yield lambda: progress.advance(task)

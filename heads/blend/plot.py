@@ -9,6 +9,7 @@ import numpy as np
 
 from featcache.dataset.subject import Subject
 from featcache.machine.progress import say
+from heads.fit.short_names import split_names
 from heads.scores.by_roi import every_summary
 from heads.scores.metrics import ALL_SURFACES, VertexScores
 
@@ -46,7 +47,8 @@ def plot_weights(path: Path, weights: Shares, subjects: Mapping[str, Subject]) -
     rois, models, shares = _over_subjects(weights, subjects)
     order = np.argsort(-shares[0], kind="stable")
     named, rest = order[:_MOST], order[_MOST:]
-    columns = [(models[number], shares[:, number]) for number in named]
+    shared, short = split_names(models)
+    columns = [(short[number], shares[:, number]) for number in named]
     columns += [(f"{len(rest)} others", shares[:, rest].sum(1))] if len(rest) else []
     figure = new_figure(9, 1.2 + 0.24 * len(rois) + 0.17 * len(columns))
     axis = figure.subplots()
@@ -57,7 +59,9 @@ def plot_weights(path: Path, weights: Shares, subjects: Mapping[str, Subject]) -
     axis.set_yticks(range(len(rois)), rois, fontsize=7)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1), xlabel="mean weight")
-    figure.legend(loc="outside lower center", fontsize=6)
+    figure.legend(
+        loc="outside lower center", fontsize=6, title=f"all models: {shared}" if shared else None, title_fontsize=6
+    )
     figure.savefig(path)
 
 

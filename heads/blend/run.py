@@ -21,7 +21,7 @@ from heads.blend.products import N_FOLDS, SEED
 from heads.blend.saved import Coefficients, load_blend, refuse_strangers, save_blend
 from heads.blend.scores import write_scores
 from heads.blend.subject import Blended, blend_subject, mean_weights, vertex_scores
-from heads.blend.submission import write_predictions, write_zip
+from heads.blend.submission import PREDICTIONS, write_predictions, write_zip
 from heads.blend.uncertainty import Gain, Null, gains, null
 from heads.config import BlendConfig
 from heads.scores.metrics import VertexScores
@@ -32,9 +32,10 @@ from heads.scores.withheld import score_test
 class Ensemble:
     """The result of a blend.
 
-    scores : {'best single' | 'uniform' | 'blend': scores per subject and surface}, weights learnt on other folds
+    scores : {'best single' | 'uniform' | 'blend': scores per subject and surface}, weights learnt on other folds;
+        of one model, 'blend' alone
     gains : of the blend over the other two; points of accuracy, or r without ceilings
-    null : of shuffled responses
+    null : of shuffled responses; None of one model
     accuracy : whether there are ceilings
     weights : mean over the vertices of an ROI, and of 'all'
     unused : models without weight at any vertex of any subject
@@ -45,7 +46,7 @@ class Ensemble:
 
     scores: Mapping[str, Sequence[VertexScores]]
     gains: Sequence[Gain]
-    null: Null
+    null: Null | None
     accuracy: bool
     weights: Shares
     unused: Sequence[str]
@@ -54,30 +55,36 @@ class Ensemble:
     submission: Path | None
 
 
-def blend(dataset: Dataset, config: BlendConfig, work: Path | str) -> Ensemble:
-    """Blend the models of every subject. Raises StoreError or ConfigError where there is nothing to blend."""
+def blend(
+    dataset: Dataset, config: BlendConfig, work: Path | str, subjects: Sequence[Subject] | None = None
+) -> Ensemble:
+    """Blend the models of some subjects of a dataset; None: of all. The submission then has these subjects alone.
+
+    Raises StoreError or ConfigError where there is nothing to blend.
+    """
     work = Path(work)
     keep_freed_memory()
-    models = find_models(dataset.subjects, work, config.models, config.exclude)
+    models = find_models(dataset.subjects if subjects is None else subjects, work, config.models, config.exclude)
     by = split_of_models(models, work)
     _say_what_is_unusual(models)
     files, accuracy = Workdir(work), has_ceilings(list(models))
+    several = len(names_of(models)) > 1  # one model alone is its own best single, and uniform
     staging = _new_staging(files)
     blends: dict[Subject, Blended] = {}
     test_scores: list[VertexScores] = []
     with bar(f"blend {config.label}", len(models), "subjects") as advance:
         for subject, of_subject in models.items():
-            blends[subject] = blend_subject(subject, of_subject, config, accuracy, by)
+            blends[subject] = blend_subject(subject, of_subject, config, accuracy, by, several)
             test_scores += _write_test(staging, subject, blends[subject].coefficients, of_subject)
             advance(1)
-    resampled = [blended.resampled for blended in blends.values()]
+    resampled = [blended.resampled for blended in blends.values() if blended.resampled is not None]
     ensemble = Ensemble(
         scores={
             name: [score for subject, blended in blends.items() for score in vertex_scores(subject, blended.r[name])]
-            for name in ("best single", "uniform", "blend")
+            for name in (("best single", "uniform", "blend") if several else ("blend",))
         },
-        gains=gains(resampled),
-        null=null(resampled),
+        gains=gains(resampled) if several else [],
+        null=null(resampled) if several else None,
         accuracy=accuracy,
         weights={subject.name: mean_weights(subject, blended) for subject, blended in blends.items()},
         unused=_unused(list(blends.values())),
@@ -86,7 +93,9 @@ def blend(dataset: Dataset, config: BlendConfig, work: Path | str) -> Ensemble:
         submission=None,
     )
     save_blend(
-        staging / files.saved_blend.name, {subject.name: blended.coefficients for subject, blended in blends.items()}
+        staging / files.saved_blend.name,
+        {subject.name: blended.coefficients for subject, blended in blends.items()},
+        {subject.name: blended.nested for subject, blended in blends.items()},
     )
     replace_json(staging / files.blend_weights.name, _description(models, config, by.key, blends, ensemble))
     on_test = {f"{name}, test images": scores for name, scores in ensemble.test.items()}
@@ -96,13 +105,15 @@ def blend(dataset: Dataset, config: BlendConfig, work: Path | str) -> Ensemble:
     return replace(ensemble, submission=_publish(files, dataset, models))
 
 
-def apply(dataset: Dataset, saved: Path, work: Path) -> Path | None:
+def apply(dataset: Dataset, saved: Path, work: Path, subjects: Sequence[Subject] | None = None) -> Path | None:
     """Put predictions of the same models, such as of other test images, through a blend. The zip, as in `Ensemble`.
+
+    subjects : as for `blend`
 
     Raises StoreError for a file that is no blend, a subject that it does not have, or a model that is not there.
     """
     coefficients = load_blend(saved)
-    models = find_models(dataset.subjects, work)
+    models = find_models(dataset.subjects if subjects is None else subjects, work)
     refuse_strangers(saved, coefficients, models)
     files = Workdir(work)
     staging = _new_staging(files)
@@ -121,10 +132,14 @@ def _say_what_is_unusual(models: SubjectModels) -> None:
             "on test images a model of a trained backbone is the mean over the networks of all folds: it is better "
             "there than out of fold, and what a blend gains is other than said (docs/blend.md)"
         )
+    alone: dict[str, list[str]] = {}
+    for subject, of_subject in models.items():
+        if len(of_subject) == 1:
+            alone.setdefault(of_subject[0].name, []).append(subject.name)
+    for name, subjects in alone.items():
+        say(f"{', '.join(subjects)}: one model only, {name}: it is passed through as it is")
     for subject, of_subject in models.items():
         names = [model.name for model in of_subject]
-        if len(names) == 1:
-            say(f"{subject.name}: one model only, {names[0]}: it is passed through as it is")
         if missing := [name for name in names_of(models) if name not in names]:
             say(f"{subject.name}: blended without {', '.join(missing)}, of which it has no predictions")
         folds = {model.key.folds: model.name for model in of_subject}
@@ -193,7 +208,13 @@ def _new_staging(files: Workdir) -> Path:
 
 
 def _publish(files: Workdir, dataset: Dataset, models: SubjectModels) -> Path | None:
-    """Replace an older submission as a whole, and zip the challenge's. None, and no zip, where that is incomplete."""
+    """Replace an older submission as a whole, and zip the challenge's. None, and no zip, where that is incomplete.
+
+    Subjects of another blend are not kept beside those of this one: weights and scores in the folder are of one blend.
+    """
+    blended = {subject.name for subject in models}
+    if gone := sorted({path.parent.name for path in files.submission.glob(f"*/{PREDICTIONS}")} - blended):
+        say(f"{files.submission}: predictions of {', '.join(gone)} by an earlier blend were removed: it has one blend")
     shutil.rmtree(files.submission, ignore_errors=True)
     files.submission_staging.rename(files.submission)
     path = files.submission_zip

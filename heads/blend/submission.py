@@ -12,13 +12,14 @@ from featcache.dataset.subject import Subject
 from featcache.errors import FeatcacheError
 
 MAX_BYTES = 300_000_000  # what the challenge takes
+PREDICTIONS = "*_pred_test.npy"  # files of the predictions of one subject, in its folder
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the oldest date a zip can hold, so that the same predictions give the same bytes
 _DROPPED_BITS = np.uint32(8)  # of float32's 23: noise that no r shows, but that no compression can remove
 
 
 def prediction_name(subject: Subject, surface: str) -> str:
     """Name of the file of one surface's predictions."""
-    return f"{subject.name}/{surface}_pred_test.npy"
+    return f"{subject.name}/{PREDICTIONS.replace('*', surface)}"
 
 
 def write_predictions(folder: Path, subject: Subject, surface: str, predictions: np.ndarray) -> Path:

@@ -19,7 +19,19 @@ import typer.main
 
 from featcache import __version__
 from featcache.errors import FeatcacheError
-from heads.commands import blending, comparing, features, fitting, importing, predicting, running, training, trees
+from heads.commands import (
+    blending,
+    comparing,
+    features,
+    fitting,
+    importing,
+    predicting,
+    running,
+    scoring,
+    training,
+    trees,
+)
+from heads.commands.options import OneValueCommand
 from heads.recipes.jobs import Job, usage_fault
 
 app = typer.Typer(
@@ -75,6 +87,7 @@ COMMANDS = {
     "A closer look": {
         "layers": features.layers,
         "models": blending.models,
+        "scores": scoring.scores,
         "maps": fitting.maps,
         "compare": comparing.compare,
     },
@@ -82,7 +95,7 @@ COMMANDS = {
 }
 for group, commands in COMMANDS.items():
     for name, function in commands.items():
-        app.command(name, rich_help_panel=group, add_help_option=False)(function)
+        app.command(name, cls=OneValueCommand, rich_help_panel=group, add_help_option=False)(function)
 
 
 def _do(job: Job) -> int:
@@ -95,6 +108,8 @@ def _do(job: Job) -> int:
     if os.environ.get("RANK", "0") == "0":
         seconds = round(time.perf_counter() - began, 2)
         typer.echo(f"{outcome.message} ({seconds:.1f} s)")
+        if outcome.opens is not None:
+            typer.echo(f"to look at it, open {outcome.opens}")
         if job.as_json:
             typer.echo(json.dumps(outcome.result | {"seconds": seconds}, allow_nan=False))
     return outcome.code

@@ -60,6 +60,7 @@ def blend(
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
+    subject: Subjects = "all",
     preset: Annotated[
         str,
         typer.Option(
@@ -84,23 +85,23 @@ def blend(
     ] = False,
     **options: Any,
 ) -> Job:
-    """Blend all models, score the blend, and write its predictions of the test images."""
+    """Average all models with learnt weights, score this blend, and write its predictions of the test images."""
     if apply is not None:
         _refuse_beside_apply(on_command_line(context))
     config = replace(blend_preset(preset), **given(BlendConfig, options))
 
     def call() -> Outcome:
         dataset = open_data(data, noise_ceiling, work)
+        subjects = dataset.select(subject)
         from heads.blend import run as ensemble
-        from heads.report.blends import blend_as_json, gain_lines
+        from heads.report.blends import blend_as_json, blend_table, gain_lines
         from heads.report.printing import print_table
         from heads.report.scores import score_table
 
         if apply is not None:
-            return _handed_in(ensemble.apply(dataset, apply, work), dataset, work, {})
-        done = ensemble.blend(dataset, config, work)
-        title = f"Out-of-fold scores; weights of the blend ({config.label}) were learnt on other folds"
-        print_table(score_table(done.scores, title, done.scores if done.chosen_on else (), surfaces))
+            return _handed_in(ensemble.apply(dataset, apply, work, subjects), dataset, work, {})
+        done = ensemble.blend(dataset, config, work, subjects)
+        print_table(blend_table(done, config.label, surfaces))
         for line in gain_lines(done):
             typer.echo(line)
         if done.test:
@@ -125,6 +126,6 @@ def _refuse_beside_apply(options: Sequence[str]) -> None:
 def _handed_in(submission: Path | None, dataset: "Dataset", work: Path, result: dict[str, Any]) -> Outcome:
     folder = Workdir(work).submission
     files = {"submission": str(submission) if submission else None, "predictions": str(folder)}
-    why = "not every subject has predictions" if dataset.challenge else ""
+    why = "it takes predictions of every subject" if dataset.challenge else ""
     without_zip = f"{folder}, and no {Workdir(work).submission_zip.name}: {why}" if why else str(folder)
     return Outcome(f"wrote {submission or without_zip}", files | result)

@@ -55,7 +55,7 @@ def extract(
     ] = ",".join(LayerConfig.layers),
     **options: Any,
 ) -> Job:
-    """Run a backbone over every image once, and cache the features of its layers."""
+    """Run a backbone, an image network, over every image once, and cache the features of its layers."""
     config = read(
         ExtractConfig,
         options,

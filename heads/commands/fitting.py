@@ -49,7 +49,7 @@ def fit_heads(
     subject: Subjects = "all",
     **options: Any,
 ) -> Job:
-    """Fit heads to all cached features, and predict every image with heads that were not fitted to it."""
+    """Fit heads, from cached features to responses, and predict every image with heads that were not fitted to it."""
     solver = _OLD_SOLVERS.get(options["solver"], options["solver"])
     config = read(
         FitConfig,

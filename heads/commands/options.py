@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
+import typer.core
 
 from featcache.config import usual_workers
 from featcache.errors import ConfigError
@@ -54,10 +55,27 @@ Ceiling = Annotated[
     ),
 ]
 Subjects = Annotated[
-    str, typer.Option("--subject", help="Subjects: all, or numbers such as 1,3.", rich_help_panel="Data")
+    str, typer.Option("--subject", help="Subjects: all, or numbers or names, such as 1,3.", rich_help_panel="Data")
 ]
 
 DATA = None
+
+
+class OneValueCommand(typer.core.TyperCommand):
+    """A command that refuses an option of one value that is given twice, where typer would keep the last value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments as typer does. Raises ConfigError for an option that is given twice."""
+        given_in_order = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for number, one in enumerate(given_in_order):
+            if one in given_in_order[:number] and not (one.multiple or getattr(one, "is_flag", False)):
+                raise ConfigError(
+                    max(one.opts, key=len),
+                    expected="one value",
+                    found="the option twice",
+                    remedy="give it once; where it takes several values, they have commas between",
+                )
+        return super().parse_args(ctx, args)
 
 
 def _show_help(context: typer.Context, wanted: bool) -> None:
@@ -68,7 +86,10 @@ def _show_help(context: typer.Context, wanted: bool) -> None:
 
 _OUTPUT = {
     "as_json": Annotated[
-        bool, typer.Option("--json", help="Make the last line of stdout a JSON object.", rich_help_panel="Output")
+        bool,
+        typer.Option(
+            "--json", help="Print the result as JSON too, as the last line of stdout.", rich_help_panel="Output"
+        ),
     ],
     "quiet": Annotated[
         bool, typer.Option("--quiet", help="Print no progress on stderr, only errors.", rich_help_panel="Output")
@@ -99,6 +120,7 @@ PANELS = (
     "Spatial heads",
     "Shared core",
     "Blend",
+    "Statistics",
     "Training",
     "Training, in detail",
     "Machine",
@@ -187,6 +209,7 @@ def _option(setting: Field[Any], shown: str | None = None) -> Any:
         envvar=about.get("envvar"),
         help=about["help"],
         rich_help_panel=about["panel"],
+        metavar="<str> ..." if setting.type == tuple[str, ...] else None,
         show_default=about.get("shown", _default(setting) not in (None, "")) if shown is None else shown,
     )
 

@@ -1,5 +1,8 @@
 """run: a recipe, all of its commands in order."""
 
+import os
+import sys
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, cast
@@ -13,7 +16,7 @@ from featcache.workdir import WORK
 from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, on_command_line, option_of
 from heads.config import STAGES
 from heads.recipes.jobs import Job, Outcome
-from heads.recipes.steps import Step, commands_of, read_recipe, ready, run_steps
+from heads.recipes.steps import Step, commands_of, described, read_recipe, ready, run_steps
 
 _FOR_EVERY_STEP = ("data", "work", "noise_ceiling", "subject", "device", "backbone", "fold")
 
@@ -48,6 +51,15 @@ def run(
             rich_help_panel="Output",
         ),
     ] = False,
+    open_at_end: Annotated[
+        bool,
+        typer.Option(
+            "--open",
+            help="Open the file that the recipe ends with, such as a report, in a browser, if this is a terminal with "
+            "a display.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
 ) -> Job:
     """Run all steps of a recipe, or go on where it stopped. Options of data, backbone and device are for every step."""
     for_all = {
@@ -59,7 +71,8 @@ def run(
     if seeds:
         _refuse_without_training(read_recipe(recipe, commands, for_all), recipe)
     steps = [ready(group, step) for step in read_recipe(recipe, commands, for_all, trainings)]
-    from featcache.machine.progress import say
+    about = described(recipe)
+    from featcache.machine.progress import overall, say
     from heads.recipes.plan import estimates_of, subjects_of
 
     subjects = subjects_of(steps)
@@ -73,10 +86,21 @@ def run(
         return Outcome(f"{recipe}: {len(steps)} steps planned, none run", plan_as_json(estimates))
 
     def call() -> Outcome:
-        results, code = run_steps(steps, say)
-        return Outcome(f"{recipe}: {len(results)} of {len(steps)} steps", {"steps": results}, code)
+        say(f"{about} ({len(steps)} steps)")
+        with overall("all steps", len(steps)) as advance:
+            ran = run_steps(steps, say, advance)
+        if ran.opens is not None and open_at_end and has_display():
+            webbrowser.open(ran.opens.absolute().as_uri())
+        message = f"{recipe}: {len(ran.results)} of {len(steps)} steps"
+        return Outcome(message, {"steps": list(ran.results)}, ran.code, ran.opens)
 
     return Job(None, show if plan else call)
+
+
+def has_display() -> bool:
+    """Whether a person sits at this terminal and has a display to look at."""
+    windows = sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ))
+    return windows and sys.stdout.isatty()
 
 
 def _refuse_without_training(steps: Sequence[Step], recipe: Path) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from featcache.config import ExtractConfig, usual_workers
 from featcache.workdir import CHALLENGE, WORK, data_folder
-from heads.commands.options import DATA, Ceiling, Data, Work, command, existing, option_of
+from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, existing, option_of
 from heads.recipes.jobs import Job, Outcome
 
 
@@ -75,16 +75,17 @@ def check(
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
+    subject: Subjects = "all",
     workers: Annotated[int, option_of(ExtractConfig, "workers")] = usual_workers(),
 ) -> Job:
     """List everything that is wrong with a dataset."""
 
     def call() -> Outcome:
-        from featcache.dataset.open import deep_faults, deep_notes, scan_dataset
+        from featcache.dataset.open import deep_faults, deep_notes, of_subjects, scan_dataset
         from featcache.machine.progress import bar, say
 
         folder = existing(data_folder(data, work))
-        dataset, faults = scan_dataset(folder, noise_ceiling)
+        dataset, faults = of_subjects(subject, *scan_dataset(folder, noise_ceiling))
         total = sum(len(subject.image_sources) for subject in dataset.subjects)
         with bar("check", total, "images") as advance:
             faults += deep_faults(dataset, work, workers, advance)

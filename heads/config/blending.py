@@ -13,11 +13,23 @@ _OLD_LEVELS = {"hemisphere": "surface"}  # {name in earlier versions: name}
 class BlendConfig:
     """How models are weighed against each other, for each subject."""
 
-    method: str = option("score", f"How weights are learnt: {', '.join(BLENDS)} (docs/blend.md).", "Blend")
-    per: str = option("vertex", f"For what a separate set of weights is learnt: {', '.join(LEVELS)}.", "Blend")
+    method: str = option(
+        "score",
+        f"How models are weighed: {', '.join(BLENDS)}. uniform: all alike. score: by the score of each. greedy: models "
+        "are added as long as that helps. nnls: non-negative least squares.",
+        "Blend",
+    )
+    per: str = option(
+        "vertex",
+        f"What has weights of its own: {', '.join(LEVELS)}. all: one set of weights for all vertices of a subject.",
+        "Blend",
+    )
     by: str = "model"  # model | backbone: what has a weight; the models of one backbone are averaged first
     models: str = option(
-        "*", "Models to take, by name: patterns such as 'convnext*', with commas between them.", "Blend"
+        "*",
+        "Models to take: patterns of their names, such as 'convnext*', or the six digits at their end, with commas "
+        "between them. The command 'models' lists them.",
+        "Blend",
     )
     exclude: str = option("", "Models to leave out, by the same kind of patterns.", "Blend")
     seed: int = option(0, "Seed of everything random: halves of the models, bootstraps and permutations.", "Blend")

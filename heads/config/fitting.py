@@ -8,7 +8,7 @@ from typing import Any
 from featcache.config import DEVICES, PRODUCTS, at_least, check_split, one_of, option, split_option
 from featcache.errors import ConfigError
 from heads.config.checks import check_dropout, refuse_given
-from heads.config.losses import LOSS_NAMES, SAME, loss_label, parse_loss, parse_roi_loss, split_losses
+from heads.config.losses import LOSS_HELP, LOSS_NAMES, SAME, loss_label, parse_loss, parse_roi_loss, split_losses
 from heads.config.solvers import HEADS, SOLVERS, SolverSpec, automatic_solver
 
 
@@ -134,8 +134,8 @@ class FitConfig:
 
     loss: str = option(
         "mnnpc",
-        f"What heads optimise: {', '.join(LOSS_NAMES)}, or a weighted sum such as smooth_l1+0.5*mnnpc. Several "
-        "losses with commas between them give a model of each.",
+        f"What heads optimise: {', '.join(LOSS_NAMES)}, or a weighted sum such as smooth_l1+0.5*mnnpc. "
+        f"{LOSS_HELP} Several losses with commas between them give a model of each.",
         "Heads",
     )
     head: str = option(
@@ -168,7 +168,7 @@ class FitConfig:
         "else adamw. trained: the heads that were trained with the backbone, unchanged.",
         "Heads",
     )
-    n_folds: int = option(5, "Number of folds of the training images.", "Data", name="folds")
+    n_folds: int = option(5, "Parts (folds) that the training images are divided into.", "Data", name="folds")
     seed: int = option(
         0,
         "Seed of the folds. The same --folds and --fold-seed give the same folds in every command. Also the seed of "

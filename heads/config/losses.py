@@ -36,6 +36,12 @@ SAME = "same"  # the value of --roi-loss that stands for that of --loss
 _TERM = re.compile(r"(?:(?P<weight>\d+\.?\d*(?:e-?\d+)?|\.\d+)\*)?(?P<name>[a-z_0-9]+)")
 
 
+LOSS_HELP = (
+    "smooth_l1, mse: errors. pearson: correlation over images. pattern: correlation over the vertices of an image. "
+    "mnnpc: as pearson, weighed by noise ceilings."
+)
+
+
 def split_losses(text: str) -> list[str]:
     """Split several losses: 'mnnpc,pearson' -> ['mnnpc', 'pearson']."""
     return text.replace(" ", "").split(",")

@@ -19,7 +19,7 @@ from featcache.config import (
 )
 from featcache.errors import ConfigError
 from heads.config.checks import check_dropout, refuse_given
-from heads.config.losses import LOSS_NAMES, LOSS_SPECS, SAME, loss_label, parse_loss, parse_roi_loss
+from heads.config.losses import LOSS_HELP, LOSS_NAMES, LOSS_SPECS, SAME, loss_label, parse_loss, parse_roi_loss
 
 STAGES = ("pretrain", "finetune")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -80,7 +80,8 @@ class TrainConfig:
     """
 
     loss: str = _train(
-        "smooth_l1", f"What training optimises: {', '.join(LOSS_NAMES)}, or a weighted sum such as smooth_l1+0.5*mnnpc."
+        "smooth_l1",
+        f"What training optimises: {', '.join(LOSS_NAMES)}, or a weighted sum such as smooth_l1+0.5*mnnpc. {LOSS_HELP}",
     )
     epochs: int = _train(
         5, "Largest number of passes over the training images. The learning rate falls to zero at their end."
@@ -278,7 +279,7 @@ class StageConfig:
         "Backbone",
     )
     fold: int | None = None  # the one held out; None: each in turn
-    n_folds: int = option(5, "Number of folds of the training images.", "Data", name="folds")
+    n_folds: int = option(5, "Parts (folds) that the training images are divided into.", "Data", name="folds")
     fold_seed: int = option(
         0, "Seed of the folds. The same --folds and --fold-seed give the same folds in every command.", "Data"
     )

@@ -232,18 +232,40 @@ def subject_stores(subject: Subject, folder: Path, command: str, some_folds: boo
     """
     stores = [store for store in list_stores(folder) if store.key["subject"] == subject.name]
     complete = keep(subject, stores, lambda store: "" if store.complete else f"not complete, run '{command}' again")
-    return keep(subject, complete, lambda store: _row_fault(store, subject, some_folds))
+    return keep(subject, complete, lambda store: _row_fault(store, subject, command, some_folds))
 
 
-def _row_fault(store: Store, subject: Subject, some_folds: bool) -> str:
+def _row_fault(store: Store, subject: Subject, command: str, some_folds: bool) -> str:
+    """Why the rows of a store are not those of the subject's images; '' where they are."""
     ids = subject.image_ids
     if np.array_equal(store.image_ids, ids[np.isin(ids, store.image_ids)] if some_folds else ids):
         return ""
-    if store.n_train == len(subject.train) and np.array_equal(store.image_ids[: store.n_train], subject.train.ids):
-        return "its test images are others"
-    if len(store.image_ids) < len(ids) and np.isin(store.image_ids, ids).all():
-        return f"it has rows of {store.n_train} training images of {len(subject.train)}; train and extract all folds"
-    return "its images have other ids"
+    if folds := _some_folds(store):
+        n_missing = len(subject.train) - store.n_train
+        return f"it predicts the images of {folds} alone, {n_missing} are missing; train and extract all folds"
+    parts = {
+        "training": (store.image_ids[: store.n_train], subject.train.ids),
+        "test": (store.image_ids[store.n_train :], subject.test.ids),
+    }
+    changed = [_change(what, *of_part) for what, of_part in parts.items() if not np.array_equal(*of_part)]
+    return f"{' and '.join(changed)}; run '{command}' again"
+
+
+def _some_folds(store: Store) -> str:
+    """'fold 0 of 5' for predictions of a training that has features of some folds alone; else ''."""
+    training = store.key.get("features", {}).get("fold")  # features themselves are of all images
+    if training is None or len((folds := HeldOutFolds.from_json(training)).held_out) == folds.n_folds:
+        return ""
+    return f"fold {', '.join(map(str, folds.held_out))} of {folds.n_folds}"
+
+
+def _change(what: str, stored: np.ndarray, ids: np.ndarray) -> str:
+    """How the images of a split differ from those that a store has: '2 test images were added since'."""
+    n_new, n_gone = int((~np.isin(ids, stored)).sum()), int((~np.isin(stored, ids)).sum())
+    if bool(n_new) == bool(n_gone) or n_new - n_gone != len(ids) - len(stored):  # one image may have got another id
+        return f"its {what} images have other ids now"
+    n = n_new + n_gone
+    return f"{n} {what} image{'s were' if n > 1 else ' was'} {'added' if n_new else 'removed'} since"
 
 
 def keep(subject: Subject, stores: Sequence[Store], fault: Callable[[Store], str]) -> list[Store]:

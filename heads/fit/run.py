@@ -24,6 +24,7 @@ from heads.config import HEADS, FitConfig
 from heads.features.sets import FeatureSet, chosen_by, feature_sets, layer_of, say_partial, say_without
 from heads.fit.names import PredictionFacts, PredictionKey, prediction_key
 from heads.fit.out_of_fold import predict_surface
+from heads.fit.short_names import split_names, without_digits
 from heads.modules.readout import HeadKind, InMemory, SavedHeads
 from heads.scores.metrics import VertexScores, pearson_r
 from heads.scores.withheld import score_test
@@ -74,9 +75,21 @@ def fit_heads(
     trainees = _trainees(subjects, variants[0], work, by)
     # one training for several subjects serves one loss; other fits share what their losses have in common
     runs = [[variant] for variant in variants] if variants[0].joint else [variants]
-    fits = [fit for together in runs for fit in _fit_variants(trainees, together, device, work)]
+    labels = _labels(trainees, variants, work)
+    fits = [fit for together in runs for fit in _fit_variants(trainees, together, device, work, labels)]
     order = {trainee: number for number, trainee in enumerate(trainees)}
     return [fitted for _, fitted in sorted(fits, key=lambda fit: order[fit[0]])]
+
+
+def _labels(trainees: Sequence[Trainee], variants: Sequence[FitConfig], work: Path) -> dict[str, str]:
+    """{model: what tells it from the other models that are fitted now}, for progress bars."""
+    one_of_each = {(trainee.features.title, trainee.features.names): trainee for trainee in trainees}.values()
+    keys = (
+        prediction_key(one.subject, one.features, one.plan, config, work) for one in one_of_each for config in variants
+    )
+    models = list(dict.fromkeys(key.model for key in keys))
+    shorter = without_digits(split_names(models)[1])
+    return dict(zip(models, [model.split(" ")[0] for model in models] if len(models) == 1 else shorter, strict=True))
 
 
 def _refuse_missing_rois(subjects: Sequence[Subject], config: FitConfig) -> None:
@@ -154,7 +167,7 @@ def _suitable(sets: Sequence[FeatureSet], subject: Subject, takes_heads: bool) -
 
 
 def _fit_variants(
-    trainees: Sequence[Trainee], variants: Sequence[FitConfig], device: str, work: Path
+    trainees: Sequence[Trainee], variants: Sequence[FitConfig], device: str, work: Path, labels: Mapping[str, str]
 ) -> Iterator[tuple[Trainee, Fitted]]:
     """Fit several losses to each set of features, which is read once for all of them."""
     for group in _groups(trainees, variants[0], work):
@@ -171,7 +184,7 @@ def _fit_variants(
                     trainees=tuple(group),
                     shared=shared,
                 )
-                yield trainee, _fit(problem)
+                yield trainee, _fit(problem, labels)
             give_back_memory()
 
 
@@ -196,8 +209,8 @@ def _key(problem: Problem) -> PredictionKey:
     return replace(key, joint={subject.name: other.to_json() for subject, other in keys.items()}) if keys else key
 
 
-def _fit(problem: Problem) -> Fitted:
-    """Fit one model of one subject, or find it fitted."""
+def _fit(problem: Problem, labels: Mapping[str, str]) -> Fitted:
+    """Fit one model of one subject, or find it fitted. labels : of models, for progress bars"""
     began = time.perf_counter()
     subject, features, plan, work = problem.subject, problem.features, problem.plan, problem.work
     key = _key(problem)
@@ -224,7 +237,7 @@ def _fit(problem: Problem) -> Fitted:
             ids, n_scored = np.concatenate([subject.train.ids[plan.scored], subject.test.ids]), len(plan.scored)
             store = create_store(folder, label, key.to_json(), ids, n_scored, subject.n_vertices, facts.to_json())
         with matrix_products(problem.config.products):
-            _fill(problem, solver, store, weights)
+            _fill(problem, solver, store, weights, f"{subject.name} {labels.get(key.model, key.model)}")
     return Fitted(subject.name, key.model, path, weights, not done, time.perf_counter() - began)
 
 
@@ -241,12 +254,12 @@ def _refuse_leaks(problem: Problem) -> None:
         refuse_leak(seen, subject.test.ids, f"the test split of {subject.name}")
 
 
-def _fill(problem: Problem, solver: Solver, store: Store, weights: Path) -> None:
-    """Fit every surface; one surface's predictions are stored before the next has its own."""
+def _fill(problem: Problem, solver: Solver, store: Store, weights: Path, label: str) -> None:
+    """Fit every surface; one surface's predictions are stored before the next has its own. label : of the bar"""
     subject = problem.subject
     tensors: dict[str, torch.Tensor] = {}
     facts = PredictionFacts.from_json(store.facts)
-    with store.writing(), bar(f"{subject.name} {facts.model}", sum(problem.n_vertices), "vertices") as advance:
+    with store.writing(), bar(label, sum(problem.n_vertices), "vertices") as advance:
         for surface in subject.surfaces:
             tensors |= _fill_surface(problem, solver, store, surface, advance)
         metadata = {"model": facts.model, "predictions": store.name, "features": facts.features}

@@ -2,16 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command leaves: one line for a person, a JSON object for a program, and an exit code."""
+    """What a command leaves: one line for a person, a JSON object for a program, and an exit code.
+
+    opens : the file that a person would open now, such as a report
+    """
 
     message: str
     result: dict[str, Any]
     code: int = 0
+    opens: Path | None = None
 
 
 @dataclass(frozen=True)

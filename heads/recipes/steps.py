@@ -38,7 +38,7 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {  # in words, and what TOML 
     str: ("text or a number", (str, int, float)),
     Path: ("a path", (str,)),
 }
-_PARTS = ("title", "options", "steps")
+_PARTS = ("title", "takes", "options", "steps")
 _NO_STEPS = ("run", "layers")
 _OF_THE_COMMAND_LINE = ("help", "json", "quiet")  # options that a recipe cannot give
 
@@ -99,6 +99,16 @@ def read_recipe(
     ]
 
 
+def described(path: Path) -> str:
+    """What a recipe says of itself, in one line: its title, and what it takes. Raises ConfigError where not text."""
+    recipe = _load(path)
+    texts = {name: recipe[name] for name in ("title", "takes") if name in recipe}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ConfigError(f"{path}: {name}", expected="text", found=f"{text!r}", remedy="correct it")
+    return "; ".join(texts.values()) or path.name
+
+
 def _completed(
     step: Mapping[str, Any], given: Mapping[str, Any], unsaid: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -119,7 +129,7 @@ def _load(path: Path) -> dict[str, Any]:
     except ValueError as error:  # of TOML, or of the bytes before it
         raise ConfigError(path, expected="TOML", found=f"a mistake in it: {error}", remedy="correct it") from error
     for name in recipe:
-        _refuse_unknown(name, _PARTS, str(path), "title, [options] and [[steps]]")
+        _refuse_unknown(name, _PARTS, str(path), "title, takes, [options] and [[steps]]")
     return recipe
 
 
@@ -161,6 +171,7 @@ def _expanded(
         arguments = [
             argument
             for name, value in (shared | chosen).items()
+            if name not in given
             for argument in _arguments(name, value, known[name], bare.where)
         ]
         arguments += [f"--{name}={value}" for name, value in given.items() if name in known]
@@ -240,14 +251,30 @@ def located(error: FeatcacheError, step: Step) -> FeatcacheError:
     return error.inside(step.where)
 
 
-def run_steps(steps: Sequence[Ready], say: Callable[[str], None]) -> tuple[list[dict[str, Any]], int]:
-    """Run what is checked, one after the other, up to the first that fails; what each left, and the exit code.
+@dataclass(frozen=True)
+class Ran:
+    """What the steps of a recipe left.
+
+    results : of each step that was run or skipped
+    code : exit code
+    opens : the last file that a step left for a person to open
+    """
+
+    results: Sequence[dict[str, Any]]
+    code: int = 0
+    opens: Path | None = None
+
+
+def run_steps(steps: Sequence[Ready], say: Callable[[str], None], advance: Callable[[], None] = lambda: None) -> Ran:
+    """Run what is checked, one after the other, up to the first that fails.
 
     Every command skips what is done already, so that the same recipe run again goes on where it stopped.
+
+    advance : called after each step
     """
     from featcache.machine.memory import give_back_memory
 
-    last, results = steps[-1].step.number, []
+    last, results, opens = steps[-1].step.number, [], None
     for one in steps:
         step, job = one.step, one.job
         name = f"step {step.number} of {last}: {step.described}"
@@ -255,6 +282,7 @@ def run_steps(steps: Sequence[Ready], say: Callable[[str], None]) -> tuple[list[
         if job.is_done():
             say(f"{name}: is there already")
             results.append(about | {"skipped": True})
+            advance()
             continue
         say(name)
         began = time.perf_counter()
@@ -265,7 +293,9 @@ def run_steps(steps: Sequence[Ready], say: Callable[[str], None]) -> tuple[list[
         seconds = round(time.perf_counter() - began, 2)
         say(f"{outcome.message} ({seconds:.1f} s)")
         results.append(about | {"skipped": False} | outcome.result | {"seconds": seconds})
+        opens = outcome.opens or opens
         give_back_memory()  # a step has what it would have as a command alone
+        advance()
         if outcome.code:
-            return results, outcome.code
-    return results, 0
+            return Ran(results, outcome.code, opens)
+    return Ran(results, opens=opens)

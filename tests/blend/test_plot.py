@@ -50,6 +50,15 @@ def test_many_models_share_the_last_colour(subjects, tmp_path, figures):
     assert axis.containers[-1].get_label() == "8 others"
 
 
+@pytest.mark.slow
+def test_words_that_all_models_have_are_said_once(subjects, tmp_path, figures):
+    names = [f"tf_efficientnet_lite{n}@224 5 layers 7x7 linear ridge" for n in range(2)]
+    plot_weights(tmp_path / "weights.png", {"subj01": {"lh": {"all": dict.fromkeys(names, 0.5)}}}, subjects)
+    (legend,) = figures[0].legends
+    assert legend.get_title().get_text() == "all models: 5 layers 7x7 linear ridge"
+    assert [text.get_text() for text in legend.get_texts()] == [name.split(" ")[0] for name in names]
+
+
 def heights(axis):
     """{label: heights of the bars that have it}"""
     return {

@@ -101,7 +101,9 @@ def test_one_model_is_passed_through_and_said(made, tmp_path, said):
     done, _ = made(predictions, responses)
     np.testing.assert_allclose(predicted(tmp_path), predictions[0, N_TRAIN:], rtol=1e-4)
     assert any("one model only, model 0" in line for line in said)
-    assert done.gains[0].gain == 0 and done.gains[0].low == 0 and done.gains[0].high == 0
+    assert list(done.scores) == ["blend"] and done.gains == [] and done.null is None  # nothing to compare it with
+    r = np.concatenate([one.r for one in done.scores["blend"]])
+    np.testing.assert_allclose(r, pearson_r(predictions[0, :N_TRAIN], responses[:N_TRAIN]), atol=1e-6)
 
 
 @pytest.mark.slow
@@ -139,6 +141,20 @@ def test_a_blend_is_applied_to_other_predictions_of_its_models(made, tmp_path):
     with pytest.raises(StoreError, match="expected a blend of subj07 lh; found subj01 lh, subj01 rh"):
         heads.blend.run.apply(Dataset(tmp_path, (stranger,)), saved, tmp_path)
     assert len(IDS) == N_TRAIN + N_TEST
+
+
+@pytest.mark.slow
+def test_a_submission_has_one_blend_and_says_which_subjects_of_an_earlier_one_are_gone(made, tmp_path, said):
+    _, models = made(*made_up(noise=(1, 2)), n_subjects=3)
+    first, second, third = models
+    dataset = Dataset(tmp_path, tuple(models), challenge=True)
+    assert (tmp_path / "submission.zip").is_file() and not any("removed" in line for line in said)
+    del models[first], models[third]
+    done = heads.blend.run.blend(dataset, DEFAULT, tmp_path, [second])
+    assert done.submission is None and not (tmp_path / "submission.zip").exists()
+    assert [path.name for path in (tmp_path / "submission").iterdir() if path.is_dir()] == ["subj02"]
+    (line,) = [line for line in said if "removed" in line]
+    assert "predictions of subj01, subj03 by an earlier blend were removed" in line
 
 
 # --- fitted
@@ -203,6 +219,17 @@ def test_a_saved_blend_takes_no_options_of_learning(option, value, filled, capfd
 
 def test_a_blend_that_is_none_is_one_line(filled, capfd):
     assert "expected a blend" in fails(capfd, "blend", "--apply", str(filled / "nothing"))
+
+
+def test_some_subjects_are_blended_alone(filled, capfd):
+    both, _, _ = run(capfd, "blend", "--models", "test_vit*")
+    one, out, err = run(capfd, "blend", "--models", "test_vit*", "--subject", "2")
+    assert list(one["weights"]) == ["subj02"] and one["weights"]["subj02"] == both["weights"]["subj02"]
+    assert one["submission"] is None and "no submission.zip: it takes predictions of every subject" in out
+    assert "predictions of subj01 by an earlier blend were removed" in err
+    saved = str(filled / "submission/blend.safetensors")
+    assert "expected a blend of subj01 lh" in fails(capfd, "blend", "--apply", saved)
+    run(capfd, "blend", "--apply", saved, "--subject", "2")
 
 
 def test_a_damaged_store_stops_a_blend_and_costs_nothing(filled, capfd):

@@ -18,7 +18,7 @@ from featcache.config import BackboneConfig, ExtractConfig
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Subject
-from featcache.errors import CheckpointError
+from featcache.errors import BackboneError, CheckpointError
 from featcache.workdir import Workdir
 from support.checkpoints import N_FOLDS, write_checkpoint
 
@@ -53,6 +53,16 @@ def assert_rows_are_of(checkpoint: Checkpoint, store: Store, subject: Subject) -
     images = torch.stack([backbone.transform(Image.open(path).convert("RGB")) for path in subject.image_sources])
     expected = backbone.pooled(images).numpy()
     np.testing.assert_allclose(store.read("pooled"), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_random_weights_are_not_announced_for_a_network_that_has_none(tiny, tmp_path, said):
+    (tmp_path / "net.py").write_text("import torch\n\n\ndef build():\n    return torch.nn.Flatten()\n")
+    own = replace(CONFIG, backbone=BackboneConfig(name=f"{tmp_path}/net.py:build", weights="none"))
+    with pytest.raises(BackboneError, match="--weights: expected own"):
+        run(tiny, tmp_path, own)
+    assert not any("random weights" in line for line in said)
+    run(tiny, tmp_path)
+    assert any("test_resnet: random weights, as asked" in line for line in said)
 
 
 def test_auto_takes_every_finished_checkpoint_and_says_what_it_leaves_out(tiny, tmp_path, said):

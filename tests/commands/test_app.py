@@ -34,6 +34,15 @@ def test_help_lists_every_command_in_its_group(capfd):
     assert places == sorted(places) and all(f"│ {name} " in out for name in NAMES)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [None, *NAMES])
+def test_help_fits_on_80_columns(name, monkeypatch, capfd):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.run([*([name] if name else []), "--help"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) > 10 and max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+
+
 def test_versions(capfd):
     assert cli.run(["--version"]) == 0
     said = capfd.readouterr().out.strip()

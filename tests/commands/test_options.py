@@ -8,10 +8,12 @@ from typer.testing import CliRunner
 
 import cli
 from featcache.config import ExtractConfig, LayerConfig, option
+from featcache.errors import FeatcacheError
 from featcache.simulate import SimulateConfig
 from heads.commands.options import PANELS, command, given, on_command_line, read
 from heads.config import FitConfig
 from heads.recipes.jobs import Job, Outcome
+from support.commands import job_of
 
 GROUP = typer.main.get_command(cli.app)
 OPTIONS = [(name, one) for name, command in GROUP.commands.items() for one in command.params if one.opts[0] != "--help"]
@@ -67,6 +69,16 @@ def test_under_presets_nothing_is_given_and_help_shows_the_values_of_each():
 
 def test_fields_that_are_left_out_are_no_options():
     assert "No such option" in parsed(["--parts", "5"], leave_out=("n_parts",))[-1]
+
+
+def test_an_option_of_one_value_is_not_given_twice(capfd):
+    assert cli.run(["blend", "--models", "a*", "--seed", "1", "--models=b*"]) == 1
+    assert capfd.readouterr().err.startswith(
+        "error: --models: expected one value; found the option twice; give it once"
+    )
+    several = ("--responses", "nowhere.npy", "--responses", "b=c.npy", "--quiet", "--quiet")
+    with pytest.raises(FeatcacheError, match=r"nowhere.npy: expected a file"):
+        job_of("import", "--images", "i", *several).call()
 
 
 def test_help_is_in_groups_from_data_to_output():

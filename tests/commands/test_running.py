@@ -1,9 +1,14 @@
 """run: every step gets the options that are given to the recipe, in order, up to the first that fails."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 import cli
 from featcache.errors import ConfigError
+from heads.commands import running
+from heads.recipes.jobs import Outcome
 from support.commands import job_of, run
 
 CHECKS = "[[steps]]\nrun = 'check'\n[[steps]]\nrun = 'check'\nworkers = 1\n"
@@ -30,6 +35,48 @@ def test_a_step_that_fails_is_the_last(tree, recipe, capfd):
     code = cli.run(["run", recipe, "--data", str(tree)])
     out, _ = capfd.readouterr()
     assert code == 1 and "1 of 2 steps" in out.splitlines()[-1]
+
+
+def test_what_a_recipe_takes_is_said_before_its_first_step(tiny, recipe, capfd):
+    Path(recipe).write_text("title = 'Two checks'\ntakes = 'about a minute'\n" + CHECKS)
+    assert cli.run(["run", recipe, "--data", str(tiny)]) == 0
+    first, second, *_ = capfd.readouterr().err.splitlines()
+    assert first == "Two checks; about a minute (2 steps)" and second.startswith("step 1 of 2: check")
+    Path(recipe).write_text("takes = 5\n" + CHECKS)
+    with pytest.raises(ConfigError, match="takes: expected text; found 5"):
+        job_of("run", recipe, "--data", str(tiny))
+
+
+@pytest.mark.parametrize(("asked", "display"), [(True, True), (True, False), (False, True)])
+def test_the_file_to_look_at_is_named_last_and_opened_where_that_is_asked_for(
+    tiny, recipe, tmp_path, capfd, monkeypatch, asked, display
+):
+    report, opened = tmp_path / "a report.html", []
+    honest = running.ready
+
+    def with_report(group, step):
+        made = honest(group, step)
+        done = Outcome("done", {}, opens=report if step.number == 1 else None)
+        return replace(made, job=replace(made.job, call=lambda: done))
+
+    monkeypatch.setattr(running, "ready", with_report)
+    monkeypatch.setattr(running, "has_display", lambda: display)
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    assert cli.run(["run", recipe, "--data", str(tiny), *(["--open"] if asked else [])]) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == f"to look at it, open {report}"
+    assert opened == ([report.as_uri()] if asked and display else [])
+
+
+def test_a_display_is_one_of_a_terminal(monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert not running.has_display()
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert running.has_display()
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
+    assert not running.has_display()
 
 
 def test_a_plan_runs_nothing(tiny, recipe, capfd, monkeypatch):

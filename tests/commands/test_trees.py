@@ -54,6 +54,21 @@ def test_every_fault_is_listed_and_the_exit_code_is_1(tree, tmp_path, capfd):
     assert lines[:2] == faults and "2 faults" in lines[2]
 
 
+def test_faults_of_some_subjects_are_those_of_their_files(tree, tmp_path, capfd):
+    for subject in ("subj01", "subj02"):
+        sorted((tree / subject / "test_split" / "test_images").iterdir())[0].write_bytes(b"no picture")
+    (tree / "subj01/training_split/training_fmri/lh_training_fmri.npy").unlink()
+    where = ("check", "--data", str(tree), "--work", str(tmp_path / "work"), "--workers", "1", "--json")
+    found = {}
+    for chosen in ("1", "2", "all"):
+        assert cli.run([*where, "--subject", chosen]) == 1
+        found[chosen] = json.loads(capfd.readouterr().out.splitlines()[-1])["faults"]
+    assert len(found["1"]) == 2 and all("subj01" in fault for fault in found["1"])
+    assert (
+        len(found["2"]) == 1 and "subj02" in found["2"][0] and sorted(found["1"] + found["2"]) == sorted(found["all"])
+    )
+
+
 def test_a_folder_that_is_not_there_is_refused_when_the_command_runs(tmp_path):
     job = job_of("check", "--data", str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="--data: expected a dataset"):

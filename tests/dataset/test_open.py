@@ -12,14 +12,17 @@ from featcache.dataset.identity import look
 from featcache.dataset.open import (
     deep_faults,
     deep_notes,
+    of_subjects,
     open_dataset,
     open_imported,
     scan_dataset,
     with_known_pictures,
 )
+from featcache.dataset.subject import Dataset, Fault
 from featcache.errors import DataError
 from support.lab import import_one
 from support.pictures import scene
+from support.shown import seen
 
 
 def files(tree: Path, subject: str, split: str) -> list[Path]:
@@ -52,6 +55,26 @@ def test_a_sound_tree_has_no_fault_and_no_note(tiny, tmp_path):
     assert sum(done) == sum(len(subject.image_ids) for subject in dataset.subjects)
     opened = with_known_pictures(dataset, tmp_path, None)
     assert opened.subjects == dataset.subjects and opened.notes == dataset.notes and opened.challenge
+
+
+def test_a_subject_that_cannot_be_read_can_be_asked_for_by_its_folder(tmp_path):
+    dataset = Dataset(tmp_path, (seen("subj01", [1]), seen("subj02", [2])))
+    faults = [
+        Fault(tmp_path / "subj01" / "images", "a", "b"),
+        Fault(tmp_path / "monkey" / "subject.json", "a", "b"),
+        Fault("image 3", "a", "b"),
+        Fault(tmp_path.parent / "ceilings" / "subj02" / "lh.npy", "a", "b"),
+    ]
+
+    def chosen(names):
+        some, theirs = of_subjects(names, dataset, faults)
+        return [one.name for one in some.subjects], [faults.index(fault) for fault in theirs]
+
+    assert chosen("all") == (["subj01", "subj02"], [0, 1, 2, 3])
+    assert chosen("1") == (["subj01"], [0, 2]) and chosen("2") == (["subj02"], [2, 3])
+    assert chosen("monkey") == ([], [1, 2])
+    with pytest.raises(DataError, match="--subject: expected one of subj01, subj02, monkey; found 'subj03'"):
+        chosen("3")
 
 
 def test_an_id_of_two_pictures_is_a_fault_and_the_dataset_does_not_open(tree, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from featcache.cache.store import Row, create_store
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.splits import assign_folds
-from heads.features.sets import chosen_by, feature_sets, say_partial, without_digits
+from heads.features.sets import chosen_by, feature_sets, say_partial, subject_stores, without_digits
 from heads.solvers.held_out import FoldPlan
 from support.keys import feature_key, training_of
 
@@ -96,6 +96,36 @@ def test_features_of_other_images_are_left_out(subject, tmp_path, said):
     gone = store(subject, tmp_path, images="those")
     assert feature_sets(subject, tmp_path) == []
     assert any(gone.name in line and "made from other images" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "why"),
+    [
+        (slice(None), slice(-1), "1 test image was added since; run 'extract' again"),
+        (slice(3, None), slice(None), "3 training images were added since; run 'extract' again"),
+        (slice(3, None), slice(2, None), "3 training images were added since and 2 test images were added since; run"),
+        (slice(None, None, -1), slice(None), "its training images have other ids now; run 'extract' again"),
+    ],
+)
+def test_what_happened_to_images_since_is_said_and_nobody_is_told_to_train(subject, tmp_path, said, train, test, why):
+    ids = np.concatenate([subject.train.ids[train], subject.test.ids[test]])
+    n_train = len(subject.train.ids[train])
+    made = create_store(tmp_path / "features.zarr", "f", feature_key(subject.name), ids, n_train, {"pooled": 4}, {})
+    made.append({"pooled": np.zeros((len(ids), 4), dtype=np.float32)})
+    assert subject_stores(subject, tmp_path / "features.zarr", "extract") == []
+    (line,) = said
+    assert line.startswith(f"{subject.name}: left out {made.name}: {why}") and "all folds" not in line
+
+
+def test_predictions_of_some_folds_need_the_other_folds(subject, tmp_path, said):
+    ids = np.concatenate([subject.train.ids[:9], subject.test.ids])
+    training = {name: value for name, value in training_of(0).items() if name != "fold"} | {"held_out": [0]}
+    key = {"kind": "predictions", "subject": subject.name, "features": {"fold": training}}
+    made = create_store(tmp_path / "predictions.zarr", "p", key, ids, 9, {"lh": 4}, {})
+    made.append({"lh": np.zeros((len(ids), 4), dtype=np.float32)})
+    assert subject_stores(subject, tmp_path / "predictions.zarr", "fit-heads") == []
+    assert said[-1].endswith("it predicts the images of fold 0 of 3 alone, 21 are missing; train and extract all folds")
+    assert subject_stores(subject, tmp_path / "predictions.zarr", "fit-heads", some_folds=True) != []
 
 
 LAYERED = {"pooled": Row((4,)), "a.cls": Row((3,)), "a": Row((2, 2, 3), "float16"), "b": Row((1, 2, 3), "float16")}

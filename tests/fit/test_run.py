@@ -75,6 +75,17 @@ def test_what_is_fitted_is_found_and_not_written_again(planted, work, said, conf
     ]
 
 
+def test_bars_say_what_tells_models_apart(planted, work, monkeypatch):
+    labels, honest = [], run_module.bar
+    monkeypatch.setattr(run_module, "bar", lambda label, *about: labels.append(label) or honest(label, *about))
+    (subject,) = planted()
+    fit_heads([subject], RIDGE, work)
+    (fit,) = fit_heads([subject], RIDGE, work)
+    assert labels == [f"{subject.name} {fit.model.split(' ')[0]}"]  # one model: its network
+    fit_heads([subject], replace(RIDGE, loss="smooth_l1,pattern", solver="auto", adamw=AdamWConfig(epochs=1)), work)
+    assert labels[1:] == [f"{subject.name} smooth_l1", f"{subject.name} pattern"]
+
+
 @pytest.mark.slow  # the fixture, where nobody else has asked for it
 def test_fits_of_commands_are_found_by_the_function(filled, tiny):
     before = files_of(filled)

@@ -16,7 +16,7 @@ def test_a_library_that_is_missing_is_one_line_with_the_command_to_install_it():
     with pytest.raises(ConfigError) as error:
         needed("h5py_of_nobody.io", "HDF5 files")
     assert str(error.value) == (
-        "HDF5 files: expected the library h5py_of_nobody, which reads them; found it is not installed; "
+        "HDF5 files: expected the library h5py_of_nobody, which reads and writes them; found it is not installed; "
         "pip install 'featcache[formats]'"
     )
 

@@ -161,7 +161,7 @@ def test_lists_are_products_and_the_last_changes_fastest(write):
 def test_a_step_counts_before_the_options_of_the_file_and_run_before_both(write):
     text = '[options]\nsize = 1\nloss = "x"\n[[steps]]\nrun = "fit"\nsize = 2\n[[steps]]\nrun = "tell"'
     assert read(write, text) == [("fit", "--size=2", "--loss=x"), ("tell",)]
-    assert read(write, text, loss="y", data="d")[0] == ("fit", "--size=2", "--loss=x", "--loss=y")  # the last counts
+    assert read(write, text, loss="y", data="d")[0] == ("fit", "--size=2", "--loss=y")
     assert read(write, text, loss="y", data="d")[1] == ("tell", "--data=d")
 
 

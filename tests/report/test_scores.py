@@ -14,14 +14,14 @@ from heads.scores.metrics import VertexScores, summarize
 N_VERTICES = {"subj01": 4, "subj02": 6}
 
 
-def scores_of(subjects, r, ceiling=1.0):
+def scores_of(subjects, r, ceiling: float | None = 1.0):
     """The same r everywhere; every other vertex is in V1."""
     return [
         VertexScores(
             name,
             hemisphere,
             np.full(N_VERTICES[name], r),
-            np.full(N_VERTICES[name], ceiling),
+            None if ceiling is None else np.full(N_VERTICES[name], ceiling),
             {"V1": np.arange(N_VERTICES[name]) % 2 == 0},
         )
         for name in subjects
@@ -75,9 +75,32 @@ def test_one_subject_alone_is_everyone_where_nobody_has_more():
 def test_many_methods_have_a_row_each_with_the_same_numbers():
     r = [0.1, 0.2, 0.3, 0.4, 0.5]
     found, notes = cells({f"model {n}": scores_of(BOTH if n else ONE, value) for n, value in enumerate(r)})
-    expected = {f"model {n}": [f"{100 * value**2:.2f}"] * 3 for n, value in enumerate(r)}
-    assert found == expected | {"model 0": ["1.00", "", "-"]}
+    expected = {str(n + 1): [f"model {n}", *[f"{100 * value**2:.2f}"] * 3] for n, value in enumerate(r)}
+    assert found == expected | {"1": ["model 0", "1.00", "", "-"]}
     assert notes == ["- model 0: has subj01 alone", "- for scores of ROIs, add --json"]
+
+
+def test_long_names_are_below_and_columns_have_their_numbers():
+    names = [f"tf_efficientnet_lite{n}@224 5 layers 7x7 linear ridge" for n in range(2)]
+    scores = {name: scores_of(BOTH, 0.5, ceiling=None) for name in names}
+    out = io.StringIO()
+    Console(file=out, width=80).print(score_table(scores, "title", names[1:], notes=["so it is"]))
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert lines[0] == "title; no noise ceiling: mean r (mean r^2)" and "│" not in lines[-4]
+    assert "┃             1 ┃           2 * ┃" in lines[2] and "0.500 (0.250)" in lines[4]
+    assert lines[-5:-2] == [f"1: {names[0]}", f"2: {names[1]}", "so it is"] and lines[-2].startswith("* chosen on")
+    out = io.StringIO()
+    Console(file=out, width=80).print(score_table({names[0]: scores[names[0]]}, "title"))
+    assert f"score: {names[0]}" in out.getvalue()
+
+
+def test_four_methods_without_ceilings_fit_on_80_columns():
+    out = io.StringIO()
+    Console(file=out, width=80).print(score_table({f"m{n}": scores_of(BOTH, 0.5, None) for n in range(4)}, "title"))
+    lines = out.getvalue().splitlines()
+    assert (
+        lines[0].rstrip() == "title; no noise ceiling: mean r" and sum("0.500 │ 0.500" in line for line in lines) == 4
+    )
 
 
 @pytest.mark.parametrize("subjects", [ONE, BOTH])

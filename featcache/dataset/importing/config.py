@@ -36,7 +36,9 @@ class ImportConfig:
         None, "Column of --table: session or run of each row.", "Images", shown="each file of responses is a session"
     )
     responses: tuple[str, ...] = option(
-        (), f"Responses, a row for each image or trial, a column for each vertex. {_NAMED} Once a session.", "Responses"
+        (),
+        f"Responses, a row for each image or trial, a column for each vertex. {_NAMED} Give it once for each session.",
+        "Responses",
     )
     volume: tuple[str, ...] = option(
         (), "Responses as NIfTI, MGH, GIFTI or CIFTI, a volume for each image or trial; as --responses.", "Responses"
