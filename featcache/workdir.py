@@ -92,24 +92,24 @@ class Workdir:
         return self.root / "maps"
 
     @property
-    def comparison(self) -> Path:
-        """Folder of the last comparison of trainings: the three files below."""
-        return self.root / "comparison"
+    def trainings(self) -> Path:
+        """Folder of the last table of trainings: the three files below."""
+        return self.root / "trainings"
 
     @property
-    def compared_arms(self) -> Path:
+    def training_arms(self) -> Path:
         """Table of arms, with differences and intervals."""
-        return self.comparison / "arms.csv"
+        return self.trainings / "arms.csv"
 
     @property
-    def compared_values(self) -> Path:
+    def training_values(self) -> Path:
         """Table of the score of each arm, subject and seed."""
-        return self.comparison / "values.csv"
+        return self.trainings / "values.csv"
 
     @property
-    def comparison_picture(self) -> Path:
+    def trainings_picture(self) -> Path:
         """Scores of the arms as a picture, where matplotlib is installed."""
-        return self.comparison / "arms.png"
+        return self.trainings / "arms.png"
 
     @property
     def submission(self) -> Path:

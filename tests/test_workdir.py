@@ -40,9 +40,9 @@ def test_every_name_is_a_place_of_its_own_in_the_work_folder(tmp_path: Path):
         (WORK.blend_picture, "submission/weights.png"),
         (WORK.blend_scores, "submission/scores.csv"),
         (WORK.scores_picture, "submission/scores.png"),
-        (WORK.compared_arms, "comparison/arms.csv"),
-        (WORK.compared_values, "comparison/values.csv"),
-        (WORK.comparison_picture, "comparison/arms.png"),
+        (WORK.training_arms, "trainings/arms.csv"),
+        (WORK.training_values, "trainings/values.csv"),
+        (WORK.trainings_picture, "trainings/arms.png"),
         (WORK.submission_zip, "submission.zip"),
     ],
 )

@@ -1,4 +1,4 @@
-"""compare: models of the work folder -> a table of arms with intervals."""
+"""trainings: models of the work folder -> a table of arms with intervals."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from heads.recipes.jobs import Job, Outcome
 
 
 @command()
-def compare(
+def trainings(
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
@@ -31,13 +31,13 @@ def compare(
 
     def call() -> Outcome:
         subjects = open_data(data, noise_ceiling, work).select(subject)
-        from heads.blend.compare import compare as compare_arms
+        from heads.blend.trainings import compare_trainings
         from heads.report.arms import arm_table
         from heads.report.printing import print_table
 
-        arms = compare_arms(subjects, work, models, exclude, reference)
+        arms = compare_trainings(subjects, work, models, exclude, reference)
         print_table(arm_table(arms))
-        folder = Workdir(work).comparison
+        folder = Workdir(work).trainings
         return Outcome(
             f"{len(arms)} arms, in {folder}", {"arms": [arm.to_json() for arm in arms], "folder": str(folder)}
         )

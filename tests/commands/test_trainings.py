@@ -1,4 +1,4 @@
-"""compare: seeds of one training are one arm; the recipe of table 1 ends in its table."""
+"""trainings: seeds of one training are one arm; the recipe of table 1 ends in its table."""
 
 import csv
 from pathlib import Path
@@ -34,8 +34,8 @@ def test_the_recipe_of_table_1_ends_in_arms_with_intervals(tiny, tmp_path, capfd
     gap = last["difference"]
     assert gap["n_pairs"] == 4 and gap["low"] < gap["mean"] < gap["high"]
     assert gap["mean"] == pytest.approx(last["mean_r"] - first["mean_r"])
-    with (work / "comparison/arms.csv").open() as file:
+    with (work / "trainings/arms.csv").open() as file:
         assert [row["arm"] for row in csv.DictReader(file)] == list(arms)
-    other = run(capfd, "compare", "--reference", "pretrain smooth_l1, refitted")["arms"]
+    other = run(capfd, "trainings", "--reference", "pretrain smooth_l1, refitted")["arms"]
     assert {arm["reference"] for arm in other} == {None, "pretrain smooth_l1, refitted"}
-    assert "--reference: expected" in fails(capfd, "compare", "--reference", "nothing")
+    assert "--reference: expected" in fails(capfd, "trainings", "--reference", "nothing")
