@@ -43,6 +43,11 @@ def test_every_name_is_a_place_of_its_own_in_the_work_folder(tmp_path: Path):
         (WORK.training_arms, "trainings/arms.csv"),
         (WORK.training_values, "trainings/values.csv"),
         (WORK.trainings_picture, "trainings/arms.png"),
+        (WORK.compared_subject("layers-a", "subj01"), "compared/layers-a/subj01.npz"),
+        (WORK.compared_shares("layers-a"), "compared/layers-a/shares.csv"),
+        (WORK.compared_vertices("layers-a"), "compared/layers-a/vertices.csv"),
+        (WORK.compared_json("layers-a"), "compared/layers-a/shares.json"),
+        (WORK.compared_picture("layers-a"), "compared/layers-a/shares.png"),
         (WORK.submission_zip, "submission.zip"),
     ],
 )

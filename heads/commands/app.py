@@ -19,7 +19,7 @@ import typer.main
 
 from featcache import __version__
 from featcache.errors import FeatcacheError
-from heads.commands import blending, features, fitting, importing, running, training, trainings, trees
+from heads.commands import blending, comparing, features, fitting, importing, running, training, trainings, trees
 from heads.recipes.jobs import Job, usage_fault
 
 app = typer.Typer(
@@ -75,6 +75,7 @@ COMMANDS = {
         "layers": features.layers,
         "models": blending.models,
         "maps": fitting.maps,
+        "compare": comparing.compare,
         "trainings": trainings.trainings,
     },
     "All at once": {"run": running.run},
