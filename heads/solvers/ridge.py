@@ -27,8 +27,8 @@ from heads.modules.linear import LinearMap
 
 _LOO_IMAGES = 1024  # up to here the exact error costs seconds
 # Eigenvalues below this share of the largest are rounding: products in float32, whose epsilon is 1.2e-7, leave null
-# eigenvalues of up to 1e-7 where images are repeated.
-_NULL = 5e-7
+# eigenvalues of up to 1e-7 where images are repeated. Products in float64 leave 1e-14 with thousands of images.
+_NULL = {torch.float32: 5e-7, torch.float64: 1e-13}
 FULL = 0.99  # a fit with more than this share of the degrees of freedom leaves too little error to judge its penalty
 MAX_NUMBERS_AT_ONCE = 1 << 22  # in the predictions under penalties that are tried at once
 VERTEX_BLOCK = 2048  # vertices at a time, so that elementwise steps between two products stay in the processor's cache
@@ -92,10 +92,22 @@ def eigenbasis_of_gram(gram: torch.Tensor, mean: torch.Tensor, n_images: int) ->
     return Eigenbasis(n_images, mean, *eigh_of(gram))
 
 
+def centre_kernel(across: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """(..., n, n_train) kernels of any images with the training images, as if the features were centred over these.
+
+    across : (..., n, n_train) kernels of the features as they are
+    means : (..., n_train) mean over the training images of each column of their kernel
+    """
+    centred = across - across.mean(-1, keepdim=True)
+    centred -= means[..., None, :]
+    centred += means.mean(-1)[..., None, None]
+    return centred
+
+
 def eigh_of(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues and eigenvectors without the null space. In float64: float32 decompositions can fail on a GPU."""
     values, vectors = torch.linalg.eigh(gram.double())
-    keep = values > _NULL * values.max().clamp_min(torch.finfo(torch.float32).tiny)
+    keep = values > _NULL[gram.dtype] * values.max().clamp_min(torch.finfo(torch.float32).tiny)
     return values[keep].to(gram.dtype), vectors[:, keep].to(gram.dtype)
 
 
@@ -173,17 +185,24 @@ def held_out_errors(
     values, rotated : eigenvalues of X'X (rank,), and U'X'Y (rank, n_vertices)
     parts : scores XU (n, rank) and centred responses (n, n_vertices) of each part
     """
-    squares = torch.stack(
-        [
-            torch.stack([(y - x @ (rotated / (values[:, None] + penalty))).square().sum(0) for penalty in penalties])
-            for x, y in parts
-        ]
-    )
+    squares = torch.stack([squared_errors(values, rotated, penalties, x, y) for x, y in parts])
     counts = torch.tensor([len(y) for _, y in parts], device=squares.device)[:, None, None]
     # summed, not subtracted from the total: rounding would let a part's outliers influence the choice for that part
     others = 1 - torch.eye(len(parts), device=squares.device, dtype=squares.dtype)
     without_each = torch.einsum("ij,jpv->ipv", others, squares) / (counts.sum() - counts)
     return torch.cat([without_each, squares.sum(0)[None] / counts.sum()])
+
+
+def squared_errors(
+    values: torch.Tensor, rotated: torch.Tensor, penalties: torch.Tensor, scores: torch.Tensor, responses: torch.Tensor
+) -> torch.Tensor:
+    """(n_penalties, n_vertices) squared errors of the predictions of any images, summed over them.
+
+    values, rotated : eigenvalues of X'X (rank,), and U'X'Y (rank, n_vertices), of the images to fit to
+    scores, responses : XU (n, rank) and centred responses (n, n_vertices) of the images to predict
+    """
+    errors = [(responses - scores @ (rotated / (values[:, None] + p))).square().sum(0) for p in penalties]
+    return torch.stack(errors)
 
 
 def is_exact(config: RidgeConfig, n_images: int) -> bool:

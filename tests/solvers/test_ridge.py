@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from heads.config import RidgeConfig
-from heads.solvers.ridge import eigenbasis, is_exact
+from heads.solvers.ridge import centre_kernel, eigenbasis, eigh_of, is_exact, squared_errors
 from support.linear import (
     all_shapes,
     errors_of,
     planted,
     slow_gcv,
     slow_loo,
+    slow_ridge,
 )
 
 
@@ -43,3 +44,30 @@ def test_auto_is_exact_as_long_as_it_is_cheap(n_images, exact):
     assert is_exact(RidgeConfig(), n_images) is exact
     assert is_exact(RidgeConfig(selection="loo"), n_images)
     assert not is_exact(RidgeConfig(selection="gcv"), n_images)
+
+
+def test_a_centred_kernel_is_that_of_features_centred_over_the_training_images():
+    train, new = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0)).double() + 3
+    centred = centre_kernel(new[:7] @ train.T, (train @ train.T).mean(0))
+    np.testing.assert_allclose(centred, (new[:7] - train.mean(0)) @ (train - train.mean(0)).T, atol=1e-12)
+    stacked = centre_kernel(torch.stack([new @ train.T, train @ train.T]), (train @ train.T).mean(0).expand(2, -1))
+    np.testing.assert_allclose(stacked[0, :7], centred, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, 3), (torch.float64, 5)])
+def test_eigenvalues_are_kept_as_far_as_products_are_right(dtype, kept):
+    values = torch.tensor([1.0, 1e-2, 1e-6, 1e-9, 1e-12, 1e-15], dtype=dtype)
+    assert len(eigh_of(torch.diag(values))[0]) == kept
+
+
+def test_squared_errors_are_those_of_the_formula():
+    features, responses, _ = planted(30, 6, n_vertices=3)
+    x, y = torch.from_numpy(features).double(), torch.from_numpy(responses).double()
+    basis = eigenbasis(x[:20])
+    mean = y[:20].mean(0)
+    rotated = basis.train_scores(x[:20]).T @ (y[:20] - mean)
+    errors = squared_errors(basis.values, rotated, torch.tensor([0.5, 5.0]), basis.scores(x[20:]), y[20:] - mean)
+    for penalty, of_vertices in zip([0.5, 5.0], errors, strict=True):
+        weights, intercept = slow_ridge(features[:20], responses[:20], [penalty] * 3)
+        expected = np.square(responses[20:] - features[20:] @ weights - intercept).sum(0)
+        np.testing.assert_allclose(of_vertices, expected, rtol=1e-9)

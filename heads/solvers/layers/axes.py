@@ -19,7 +19,7 @@ import torch
 
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import Prior
-from heads.solvers.ridge import eigh_of
+from heads.solvers.ridge import centre_kernel, eigh_of
 
 LANDMARKS = 2048  # number of landmark images, if both images and features are more (docs/decisions/0014)
 
@@ -111,8 +111,7 @@ def basis_of_kernel(kernel: torch.Tensor, rows: np.ndarray) -> Basis:
     """Axes from a kernel (n_images, n_images), centred over the training images."""
     index = torch.from_numpy(rows).to(kernel.device)
     across = kernel[:, index]
-    means = across[index].mean(0)
-    centred = across - across.mean(1, keepdim=True) - means + means.mean()
+    centred = centre_kernel(across, across[index].mean(0))
     values, vectors = eigh_of(centred[index])
     return Basis(rows, values, centred @ (vectors / values.sqrt()))
 
