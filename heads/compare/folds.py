@@ -12,12 +12,13 @@ If no band helps beside the others, the model of all bands is the model without 
 Source: Dupré la Tour et al. 2022, https://doi.org/10.1016/j.neuroimage.2022.119728
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from heads.compare.heads import Heads, Images, all_images
 from heads.compare.spaces import Candidate, Spaces
 from heads.config import RidgeConfig
 from heads.solvers.banded import candidates as weights_of_bands
@@ -52,18 +53,18 @@ def _without(weights: tuple[float, ...], number: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Held:
-    """Predictions of the held-out images of one fold, less the mean response of the images to fit to.
+    """What the held-out images of one fold, `rows`, and those that were fitted to, `fit_rows`, count for.
 
-    rows : (n,) the images
-    responses : (n, n_vertices) likewise
-    predictions : {model: (n, n_vertices)}
-    contributions : (n_bands, n, n_vertices) of each band to the model of all bands
+    squares : in the sum of squares of responses, less the mean of those fitted to
+    errors : {model: in its sum of squared errors}
+    products : (n_bands, n_held, n_vertices), see `Heads.products`
     """
 
     rows: np.ndarray
-    responses: torch.Tensor
-    predictions: dict[Model, torch.Tensor]
-    contributions: torch.Tensor
+    fit_rows: np.ndarray
+    squares: Images
+    errors: dict[Model, Images]
+    products: torch.Tensor
 
 
 def fit_fold(spaces: Spaces, plan: FoldPlan, k: int, responses: torch.Tensor, candidates: Sequence[Candidate]) -> Held:
@@ -71,67 +72,82 @@ def fit_fold(spaces: Spaces, plan: FoldPlan, k: int, responses: torch.Tensor, ca
 
     responses : (n_train, n_vertices)
     """
-    search = _Search(spaces, plan, k, responses, candidates)
-    for number in range(len(candidates)):
-        search.offer(number)
+    search = _Search(spaces, plan, k, responses, len(candidates[0].weights))
+    for candidate in candidates:
+        search.offer(candidate)
     return search.held()
 
 
-class _Choice:
-    """What one model has chosen so far, for one part of the held-out images.
+class _Best:
+    """The best so far of each vertex, for one model and one part of the held-out images.
 
-    error : (n_vertices,) least error; predictions : (n, n_vertices)
+    least : (n_vertices,) least error that it was chosen by
+    errors : its squared errors
     """
 
-    def __init__(self, n: int, responses: torch.Tensor) -> None:
-        self.error = torch.full((responses.shape[1],), torch.inf, dtype=torch.float64, device=responses.device)
-        self.predictions = responses.new_zeros(n, responses.shape[1])
+    def __init__(self, n_held: int, n_fit: int, like: torch.Tensor) -> None:
+        self.least = torch.full((like.shape[1],), torch.inf, dtype=torch.float64, device=like.device)
+        self.errors = Images(*(like.new_zeros(n, like.shape[1]) for n in (n_held, n_fit)))
+
+    def take(self, vertices: torch.Tensor, least: torch.Tensor, errors: Images) -> None:
+        """Take what is better for these vertices."""
+        self.least[vertices] = least
+        self.errors.values[:, vertices], self.errors.pulls[:, vertices] = errors
 
 
 class _Search:
     """The search of one fold over candidates, in which every model keeps the best that each vertex has seen."""
 
-    def __init__(
-        self, spaces: Spaces, plan: FoldPlan, k: int, responses: torch.Tensor, candidates: Sequence[Candidate]
-    ) -> None:
-        self._spaces, self._candidates = spaces, candidates
+    def __init__(self, spaces: Spaces, plan: FoldPlan, k: int, responses: torch.Tensor, n_bands: int) -> None:
+        self._spaces, self._everything = spaces, frozenset(range(n_bands))
         self._rows, self._parts, self._trained = plan.outside(k), plan.parts(k), plan.backbone_trained
         mean = responses[self._rows].mean(0)
         self._target = responses[self._rows] - mean
         self._squares = self._target.square().sum(0)
         self._held_out = [responses[part] - mean for part in self._parts]
-        self._n_bands, n_vertices = len(candidates[0].weights), responses.shape[1]
-        self._models = models_of(self._n_bands)
-        self._choices = {model: [_Choice(len(part), responses) for part in self._parts] for model in self._models}
-        # of the model of all bands: what was chosen, and its dual weights, from which the bands' contributions follow
-        n_dual = len(self._rows) if spaces.landmarks is None else len(spaces.landmarks)
-        self._index = self._rows if spaces.landmarks is None else spaces.landmarks
-        self._duals = [responses.new_zeros(n_dual, n_vertices) for _ in self._parts]
-        self._chosen = [torch.zeros(n_vertices, dtype=torch.long, device=responses.device) for _ in self._parts]
+        self._best = {
+            model: [_Best(len(part), len(self._rows), responses) for part in self._parts]
+            for model in models_of(n_bands)
+        }
+        self._products = [responses.new_zeros(n_bands, len(part), responses.shape[1]) for part in self._parts]
 
-    def offer(self, number: int) -> None:
+    def offer(self, candidate: Candidate) -> None:
         """Let every vertex of every model that has the candidate's bands take it, if it is better."""
-        candidate = self._candidates[number]
-        models = [model for model in self._models if candidate.support <= model]
-        if not models:
-            return
+        models = [model for model in self._best if candidate.support <= model]
         basis = self._spaces.basis(candidate, self._rows)
         penalties, rotated = penalties_of(basis.values, PENALTIES), basis.rotated(self._target)
         least, which = self._errors(basis, rotated, penalties).double().min(1)
-        for part, rows in enumerate(self._parts):
-            better = {model: least[part] < self._choices[model][part].error for model in models}
-            vertices = torch.nonzero(torch.stack(list(better.values())).any(0))[:, 0]
-            if not len(vertices):
-                continue
-            on_axes = rotated[:, vertices] / (basis.values[:, None] + penalties[which[part, vertices]])
-            predictions = basis.scores(rows) @ on_axes
-            for model, improved in better.items():
-                taken, choice = improved[vertices], self._choices[model][part]
-                choice.predictions[:, improved] = predictions[:, taken]
-                choice.error[improved] = least[part, improved]
-                if len(model) == self._n_bands:
-                    self._duals[part][:, improved] = basis.dual(on_axes[:, taken])[1]
-                    self._chosen[part][improved] = number
+        for part in range(len(self._parts)):
+            better = {model: least[part] < self._best[model][part].least for model in models}
+            self._take(part, candidate, basis, rotated, penalties[which[part]], least[part], better)
+
+    def _take(
+        self,
+        part: int,
+        candidate: Candidate,
+        basis: Basis,
+        rotated: torch.Tensor,
+        penalty: torch.Tensor,
+        least: torch.Tensor,
+        better: Mapping[Model, torch.Tensor],
+    ) -> None:
+        """Fit the vertices for which the candidate is better, once for all models. better : {model: (n_vertices,)}"""
+        any_better = torch.stack(list(better.values())).any(0)
+        if not any_better.any():
+            return
+        errors = self._heads(basis, rotated, penalty, part, any_better).errors()
+        for model, improved in better.items():
+            self._best[model][part].take(improved, least[improved], errors.at(improved[any_better]))
+        if (improved := better[self._everything]).any():
+            heads = self._heads(basis, rotated, penalty, part, improved)
+            self._products[part][:, :, improved] = heads.products(self._spaces, candidate)
+
+    def _heads(
+        self, basis: Basis, rotated: torch.Tensor, penalty: torch.Tensor, part: int, vertices: torch.Tensor
+    ) -> Heads:
+        held_out = self._held_out[part][:, vertices]
+        target = self._target[:, vertices]
+        return Heads(basis, rotated[:, vertices], penalty[vertices], target, self._parts[part], held_out)
 
     def _errors(self, basis: Basis, rotated: torch.Tensor, penalties: torch.Tensor) -> torch.Tensor:
         """(n_parts, n_penalties, n_vertices) errors by which each part's head is chosen."""
@@ -143,25 +159,12 @@ class _Search:
         return penalty_errors(basis.values, n_images, rotated, self._squares, penalties, exact)[None]
 
     def held(self) -> Held:
-        """What the choices predict."""
+        """What was chosen, of all parts together."""
+        y = torch.cat(self._held_out)
         return Held(
             rows=np.concatenate(self._parts),
-            responses=torch.cat(self._held_out),
-            predictions={
-                model: torch.cat([choice.predictions for choice in choices]) for model, choices in self._choices.items()
-            },
-            contributions=torch.cat([self._contributions(part, rows) for part, rows in enumerate(self._parts)], 1),
+            fit_rows=self._rows,
+            squares=Images(y.square(), -2 * self._target * y.sum(0) / len(self._rows)),
+            errors={model: all_images([best.errors for best in parts]) for model, parts in self._best.items()},
+            products=torch.cat(self._products, 1),
         )
-
-    def _contributions(self, part: int, rows: np.ndarray) -> torch.Tensor:
-        """(n_bands, n, n_vertices) of one part, window by window."""
-        chosen, duals = self._chosen[part], self._duals[part]
-        total = duals.new_zeros(self._n_bands, len(rows), duals.shape[1])
-        for window in dict.fromkeys(candidate.window for candidate in self._candidates):
-            of_window = torch.tensor([one.window == window for one in self._candidates], device=chosen.device)
-            vertices = torch.nonzero(of_window[chosen])[:, 0]
-            if len(vertices):
-                weights = duals.new_tensor([one.weights for one in self._candidates])[chosen[vertices]].T
-                added = self._spaces.contributions(window, weights, self._index, duals[:, vertices], self._rows)
-                total[:, :, vertices] = added[:, rows]
-        return total

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from heads.compare.folds import Held, Model
+from heads.compare.folds import Held, Model, models_of
+from heads.compare.heads import Images
 
 
 class Measure(NamedTuple):
@@ -30,6 +31,7 @@ class Measure(NamedTuple):
 
 
 KINDS = ("full", "shared", "unique", "alone", "product")
+WITHOUT_INTERVAL = ("product",)  # how R2 is divided among bands depends on the weights that were chosen most of all
 
 
 def measures_of(n_bands: int) -> list[Measure]:
@@ -41,41 +43,36 @@ def measures_of(n_bands: int) -> list[Measure]:
 class VarianceSums:
     """Sums over images under weights of a bootstrap, fold by fold.
 
+    The weight of an image counts where it is held out, and, to first order, in the heads of the other folds. Without
+    the latter, intervals were a tenth too narrow (docs/log.md#2026-11-27-compare).
+
     weights : (n_draws, n_train) float32 of the images; the first draw is the images as they are
     """
 
     def __init__(self, n_bands: int, weights: torch.Tensor) -> None:
-        self._n_bands, self._weights = n_bands, weights
-        self._total: torch.Tensor | float = 0.0
-        self._errors: dict[Model, torch.Tensor] = {}
-        self._products: list[torch.Tensor] = []
+        self._n_bands, self._weights, self._sums = n_bands, weights, dict[Model | int | None, torch.Tensor]()
 
     def add(self, held: Held) -> None:
         """Add the images of one fold."""
-        times = self._weights[:, held.rows]
+        times, more = self._weights[:, held.rows], self._weights[:, held.fit_rows] - 1
+        parts: list[tuple[Model | int | None, Images]] = [(None, held.squares), *held.errors.items()]
+        for name, images in parts:
+            self._add(name, times @ images.values + more @ images.pulls)
+        for number, products in enumerate(held.products):
+            self._add(number, products.sum(0))
 
-        def summed(values: torch.Tensor) -> torch.Tensor:
-            return (times @ values).double()
-
-        y = held.responses
-        self._total = self._total + summed(y.square())
-        for model, predictions in held.predictions.items():
-            error = summed((y - predictions).square())
-            self._errors[model] = self._errors[model] + error if model in self._errors else error
-        whole = held.predictions[frozenset(range(self._n_bands))]
-        products = [summed(part * (2 * y - whole)) for part in held.contributions]
-        self._products = [a + b for a, b in zip(self._products, products, strict=True)] if self._products else products
+    def _add(self, name: Model | int | None, summed: torch.Tensor) -> None:
+        self._sums[name] = self._sums[name] + summed.double() if name in self._sums else summed.double()
 
     def shares(self) -> np.ndarray:
-        """(n_measures, n_draws, n_vertices) float64, in the order of `measures_of`."""
-        total = torch.as_tensor(self._total)
-        total = torch.where(total > 0, total, torch.inf)
-        r2 = {model: 1 - error / total for model, error in self._errors.items()}
+        """(n_measures, n_draws, n_vertices) float64, in the order of `measures_of`; products are alike in every draw."""
+        total = torch.where(self._sums[None] > 0, self._sums[None], torch.inf)
+        r2 = {model: 1 - self._sums[model] / total for model in models_of(self._n_bands)}
         everything = frozenset(range(self._n_bands))
         unique = [r2[everything] - r2[everything - {number}] for number in range(self._n_bands)]
         alone = [r2[frozenset({number})] for number in range(self._n_bands)]
         shared = r2[everything] - torch.stack(unique).sum(0)
-        product = [one / total for one in self._products]
+        product = [(self._sums[number] / total[0]).expand_as(total) for number in range(self._n_bands)]
         return torch.stack([r2[everything], shared, *unique, *alone, *product]).cpu().numpy()
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from heads.compare.measures import KINDS, GroupSums, Measure, measures_of
+from heads.compare.measures import KINDS, WITHOUT_INTERVAL, GroupSums, Measure, measures_of
 from heads.scores.metrics import ALL_SURFACES
 
 LEVEL = 0.95  # of the intervals
@@ -16,11 +16,11 @@ EVERYTHING = "all"  # the name of every subject together, and of all vertices
 
 
 class Estimate(NamedTuple):
-    """A mean over vertices, and the ends of its 95 % interval over bootstraps of the images."""
+    """A mean over vertices, and the ends of its 95 % interval over images; None for measures that have none."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,12 @@ def interval(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _shares(means: np.ndarray, bands: Sequence[str]) -> Shares:
     """means : (n_measures, n_draws)"""
     low, high = interval(means.T)
-    measures = measures_of(len(bands))
     found = {
-        measure: Estimate(float(of_measure[0]), float(low[number]), float(high[number]))
-        for number, (measure, of_measure) in enumerate(zip(measures, means, strict=True))
+        measure: Estimate(
+            float(means[number, 0]),
+            *((None, None) if measure.kind in WITHOUT_INTERVAL else (float(low[number]), float(high[number]))),
+        )
+        for number, measure in enumerate(measures_of(len(bands)))
     }
 
     def by_band(kind: str) -> dict[str, Estimate]:

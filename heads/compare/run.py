@@ -32,7 +32,7 @@ from featcache.workdir import Workdir
 from heads.blend.uncertainty import N_BOOTSTRAPS, image_weights
 from heads.compare.bands import Band, bands_of, on_folds, plan_of
 from heads.compare.folds import PENALTIES, candidates_of, fit_fold, models_of
-from heads.compare.measures import GroupSums, VarianceSums, measures_of
+from heads.compare.measures import WITHOUT_INTERVAL, GroupSums, VarianceSums, measures_of
 from heads.compare.plot import plot_shares
 from heads.compare.results import EVERYTHING, Comparison, interval, rows_of, write_table
 from heads.compare.spaces import Candidate, Spaces, is_sampled, n_columns, spaces_of
@@ -201,6 +201,7 @@ def _compute(task: _Task, config: CompareConfig, device: str, path: Path) -> Non
     groups = [(surface, roi) for surface in subject.surfaces for roi in (*subject.rois[surface], EVERYTHING)]
     sums = GroupSums.empty(groups, len(measures_of(n_bands)), len(draws))
     shape = len(measures_of(n_bands))
+    without = [measure.kind in WITHOUT_INTERVAL for measure in measures_of(n_bands)]
     vertices = {
         f"{surface}/{name}": np.empty((shape, n), np.float32)
         for surface, n in subject.n_vertices.items()
@@ -218,6 +219,7 @@ def _compute(task: _Task, config: CompareConfig, device: str, path: Path) -> Non
                 masks[EVERYTHING] = np.ones(of_piece.shape[-1], dtype=bool)
                 sums = sums.plus(surface, of_piece, masks, None if ceiling is None else ceiling[part])
                 low, high = interval(of_piece.swapaxes(0, 1))
+                low[without], high[without] = np.nan, np.nan
                 for name, values in (("values", of_piece[:, 0]), ("low", low), ("high", high)):
                     vertices[f"{surface}/{name}"][:, part] = values
     _save(path, task, sums, vertices)
@@ -231,9 +233,9 @@ def needed_bytes(plan: FoldPlan, n_bands: int, n_windows: int) -> tuple[float, f
     kernels = 4.0 * plan.n_scales * n_windows * n_bands * plan.n_train * columns
     fixed = kernels + 28.0 * plan.n_train * columns + 16.0 * MAX_NUMBERS_AT_ONCE
     rank = min(n_fit, columns)
-    # responses and their fit; of held-out images predictions of every model, contributions of every band and a few more
-    images = plan.n_train + 5 * n_fit + 4 * rank + n_held * (n_models + 3 * n_bands + 6) + 2 * n_parts * rank
-    draws = (1 + N_BOOTSTRAPS) * (n_models + 2 * n_bands + 2 + 2 * len(measures_of(n_bands)))
+    # responses and their fit; what images count for in every model, and products of every band; a few more of each
+    images = plan.n_train + 8 * n_fit + 5 * rank + n_parts * n_fit * n_models + n_held * (n_models + 3 * n_bands + 6)
+    draws = (1 + N_BOOTSTRAPS) * (n_models + 3 + 3 * len(measures_of(n_bands)))
     return fixed, 4.0 * images + 8.0 * draws
 
 
@@ -324,6 +326,7 @@ def vertex_records(found: Comparison) -> Iterator[dict[str, Any]]:
                 numbers = [arrays[f"{surface}/{one}"] for one in ("values", "low", "high")]
                 for vertex in range(numbers[0].shape[1]):
                     for number, (kind, band) in enumerate(measures):
-                        value, low, high = (float(of_kind[number, vertex]) for of_kind in numbers)
+                        value, *ends = (float(of_kind[number, vertex]) for of_kind in numbers)
+                        low, high = (None if np.isnan(end) else end for end in ends)
                         place = {"subject": subject, "surface": surface, "vertex": vertex}
                         yield place | {"measure": kind, "band": band, "value": value, "low": low, "high": high}

@@ -54,20 +54,15 @@ class Spaces:
         pairs = zip(candidate.weights, self.columns[candidate.window], strict=True)
         return torch.stack([weight * columns for weight, columns in pairs if weight > 0]).sum(0)
 
-    def contributions(
-        self, window: Prior, weights: torch.Tensor, index: np.ndarray, duals: torch.Tensor, rows: np.ndarray
-    ) -> torch.Tensor:
-        """(n_bands, n_train, n_vertices) what each band adds to predictions; means over the images to fit to are 0.
+    def weighted(self, candidate: Candidate, index: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+        """(n_bands, n_train, len(index)) kernel of each band times its weight, less the mean over the images to fit to.
 
-        weights : (n_bands, n_vertices) of the bands
-        index, duals : images and their dual weights, (len(index), n_vertices), as `Basis.dual` gives them
+        index : the images that dual weights are of, as `Basis.dual` gives them; of landmarks, all of them
         rows : images to fit to
         """
-        added = []
-        for columns, of_band in zip(self.columns[window], weights, strict=True):
-            part = (columns if self.landmarks is not None else columns[:, index]) @ (duals * of_band)
-            added.append(part - part[rows].mean(0))
-        return torch.stack(added)
+        pairs = zip(candidate.weights, self.columns[candidate.window], strict=True)
+        chosen = [weight * (columns if self.landmarks is not None else columns[:, index]) for weight, columns in pairs]
+        return torch.stack([columns - columns[rows].mean(0) for columns in chosen])
 
 
 def n_columns(plan: FoldPlan) -> int:
