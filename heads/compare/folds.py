@@ -29,6 +29,8 @@ from heads.solvers.ridge import held_out_errors, is_exact, penalties_of, penalty
 
 PENALTIES = tuple(10.0 ** (k / 2) for k in range(-8, 9))  # in units of the mean eigenvalue
 
+_DIGITS = 6  # of weights of bands
+
 Model = frozenset[int]  # numbers of its bands
 
 
@@ -41,14 +43,11 @@ def models_of(n_bands: int) -> list[Model]:
 
 def candidates_of(n_bands: int, n_random: int, windows: Sequence[Prior], seed: int) -> list[Candidate]:
     """Under each window: equal weights, each band alone, and random ones; then all of these without each band."""
-    drawn = [tuple(row) for row in weights_of_bands(n_bands, n_random, seed).tolist()]
-    without = [_without(weights, number) for weights in drawn for number in range(n_bands) if weights[number] < 1]
-    return [Candidate(window, weights) for window in windows for weights in dict.fromkeys([*drawn, *without])]
-
-
-def _without(weights: tuple[float, ...], number: int) -> tuple[float, ...]:
-    rest = 1 - weights[number]
-    return tuple(0.0 if band == number else weight / rest for band, weight in enumerate(weights))
+    drawn = weights_of_bands(n_bands, n_random, seed).numpy()
+    without = [row * (np.arange(n_bands) != number) for row in drawn for number in range(n_bands) if row[number] < 1]
+    # rounded, so that weights are alike that differ by the order of a sum alone, and none is too small to count
+    rounded = [tuple(np.round(row / row.sum(), _DIGITS).tolist()) for row in [*drawn, *without]]
+    return [Candidate(window, weights) for window in windows for weights in dict.fromkeys(rounded)]
 
 
 @dataclass(frozen=True)

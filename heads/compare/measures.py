@@ -65,7 +65,7 @@ class VarianceSums:
         self._sums[name] = self._sums[name] + summed.double() if name in self._sums else summed.double()
 
     def shares(self) -> np.ndarray:
-        """(n_measures, n_draws, n_vertices) float64, in the order of `measures_of`; products are alike in every draw."""
+        """(n_measures, n_draws, n_vertices) float64, in the order of `measures_of`; products do not vary."""
         total = torch.where(self._sums[None] > 0, self._sums[None], torch.inf)
         r2 = {model: 1 - self._sums[model] / total for model in models_of(self._n_bands)}
         everything = frozenset(range(self._n_bands))

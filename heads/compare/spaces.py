@@ -92,7 +92,7 @@ def spaces_of(
         for band in bands:
             of_band = _columns(band, source, scale_rows, landmarks, windows, device, held, stack)
             for window, part in zip(windows, of_band, strict=True):
-                columns[window].append(part[: plan.n_train])
+                columns[window].append(part[: plan.n_train, : n_columns(plan)].contiguous())
         made.append(Spaces(columns, landmarks))
     return made
 
@@ -115,7 +115,7 @@ def _columns(
         kernels = LayerKernels(rows, scale_rows, stack if landmarks is None else 0)
         for number, window in enumerate(windows):
             if landmarks is None:
-                columns = kernels.kernel(window)[:, : len(rows)] / n_arrays
+                columns = kernels.kernel(window) / n_arrays
             else:
                 columns = kernels.across(window, landmarks) / n_arrays
             if number < len(totals):
