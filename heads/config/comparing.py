@@ -71,7 +71,7 @@ class CompareConfig:
         0, "Seed of the folds. The same --folds and --fold-seed give the same folds in every command.", "Data"
     )
     split: str = split_option()
-    seed: int = option(0, "Seed of the bootstrap and of random weights of bands.", "Heads")
+    seed: int = option(0, "Seed of the bootstrap and of random weights of bands.", "Data")
     device: str = option("auto", f"Where to compute: {', '.join(DEVICES)}.", "Machine")
     max_memory: float = option(
         0.0, "Main memory that the process may take, in 10^9 bytes. 0: all free memory.", "Machine"
