@@ -29,7 +29,7 @@ def compared_table(found: "Comparison", per: str) -> Table:
         shares = row.explainable if explainable and row.explainable is not None else row.variance
         label = f"{_label(row, per)} ({row.n_vertices:,})"
         for band in found.bands:
-            alone, product = (f"{getattr(shares, kind)[band].value:.3f}" for kind in ("alone", "product"))
+            alone, product = (_number(getattr(shares, kind)[band].value) for kind in ("alone", "product"))
             table.add_row(label, band, alone, _with_interval(shares.unique[band]), product)
             label = ""
         table.add_row("", "shared", "", _with_interval(shares.shared), "")
@@ -57,4 +57,9 @@ def _label(row: "Row", per: str) -> str:
 
 
 def _with_interval(one: "Estimate") -> str:
-    return f"{one.value:.3f}, {one.low:.3f} to {one.high:.3f}"
+    value, low, high = (_number(number) for number in one if number is not None)
+    return f"{value}, {low} to {high}"
+
+
+def _number(value: float) -> str:
+    return f"{round(value, 3) + 0.0:.3f}"  # never -0.000

@@ -49,3 +49,10 @@ def test_it_fits_80_columns_with_every_number(found):
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
     one = found.row("V1v").variance.shared
     assert f"{one.value:.3f}, {one.low:.3f} to {one.high:.3f}" in text
+
+
+def test_a_share_that_rounds_to_nothing_has_no_sign(tmp_path):
+    shares = np.full((8, 11, 2), -1e-5)
+    sums = GroupSums.empty([("lh", "all")], 8, 11).plus("lh", shares, {"all": np.ones(2, bool)}, None)
+    found = Comparison(BANDS, {}, tuple(rows_of({"subj01": sums}, BANDS)), tmp_path, {}, ())
+    assert "0.000, 0.000 to 0.000" in shown(found, "roi") and "-0.000" not in shown(found, "roi")
