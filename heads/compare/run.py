@@ -29,6 +29,7 @@ from featcache.machine.memory import (
 )
 from featcache.machine.progress import bar, say
 from featcache.workdir import Workdir
+from heads.blend.plot import can_draw
 from heads.blend.uncertainty import N_BOOTSTRAPS, image_weights
 from heads.compare.bands import Band, bands_of, on_folds, plan_of
 from heads.compare.folds import PENALTIES, candidates_of, fit_fold, models_of
@@ -313,8 +314,9 @@ def _write(found: Comparison, tasks: Sequence[_Task], config: CompareConfig, fil
         "rows": [row.to_json() for row in found.rows],
     }
     replace_json(files.compared_json(name), content)
-    with whole_file(files.compared_picture(name)) as partial:
-        plot_shares(partial, found)
+    if can_draw("the shares"):
+        with whole_file(files.compared_picture(name)) as partial:
+            plot_shares(partial, found)
 
 
 def vertex_records(found: Comparison) -> Iterator[dict[str, Any]]:

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 
 import featcache as fc
+from featcache.cache.store import Row, create_store
+from featcache.dataset.splits import assign_folds
 from featcache.errors import ConfigError, StoreError
 from featcache.workdir import Workdir
 from heads.compare import run as module
 from heads.compare.run import blocks_of, compare, needed_bytes
+from heads.features.sets import feature_sets
+from support.keys import training_of
 from support.plans import plan_of
 from support.planted import N_VERTICES, planted_features
 
@@ -86,3 +90,30 @@ def test_without_features_or_with_others_for_another_subject_there_is_nothing_to
         compare([subject], fc.CompareConfig(of="nothing"), work)
     with pytest.raises(StoreError, match="run 'extract' first"):
         compare([subject], fc.CompareConfig(), work / "elsewhere")
+
+
+def test_without_matplotlib_there_is_everything_but_the_picture(subject, work, monkeypatch):
+    monkeypatch.setattr("heads.blend.plot.find_spec", lambda name: None)
+    found = compare([subject], fc.CompareConfig(n_candidates=0), work)
+    assert sorted(path.name for path in found.folder.iterdir()) == ["shares.csv", "shares.json", "subj01.npz"]
+
+
+def test_a_trained_backbone_is_compared_with_a_frozen_one_on_the_folds_that_it_held_out(subject, work):
+    """Each fold of the trained one has another store; its features of that fold are those that were planted."""
+    (frozen,) = feature_sets(subject, work)
+    whole = {name: frozen.stores[0].read(name) for name in ("near", "far")}
+    rows = {name: Row(values.shape[1:], str(values.dtype)) for name, values in whole.items()}
+    noise = {name: np.random.default_rng(5).normal(size=v.shape).astype(v.dtype) for name, v in whole.items()}
+    folds = assign_folds(subject.image_ids, 3, 0)
+    for fold in (0, 2):
+        key = dict(frozen.stores[0].key) | {"layers": list(whole), "backbone": "trained", "weights": f"w{fold}"}
+        key["fold"] = training_of(fold)
+        facts = {"seen_ids": subject.train.ids[folds[: len(subject.train)] != fold].tolist()}
+        store = create_store(Workdir(work).features, "f", key, subject.image_ids, len(subject.train), rows, facts)
+        store.append(whole if fold == 0 else noise)
+    config = fc.CompareConfig(features=("good=trained*", "vector=b*:pooled"), n_candidates=0)
+    found = compare([subject], config, work)
+    shares = found.row().variance
+    assert shares.unique["good"].low > 0.02 and abs(shares.unique["vector"].value) < 0.05
+    settings = json.loads(Workdir(work).compared_json(found.folder.name).read_text())["keys"]["subj01"]
+    assert settings["n_folds"] == 3 and len(settings["bands"][0]["features"][0]["weights"]) == 2
