@@ -92,24 +92,53 @@ class Workdir:
         return self.root / "maps"
 
     @property
-    def comparison(self) -> Path:
-        """Folder of the last comparison of trainings: the three files below."""
-        return self.root / "comparison"
+    def trainings(self) -> Path:
+        """Folder of the last table of trainings: the three files below."""
+        return self.root / "trainings"
 
     @property
-    def compared_arms(self) -> Path:
+    def training_arms(self) -> Path:
         """Table of arms, with differences and intervals."""
-        return self.comparison / "arms.csv"
+        return self.trainings / "arms.csv"
 
     @property
-    def compared_values(self) -> Path:
+    def training_values(self) -> Path:
         """Table of the score of each arm, subject and seed."""
-        return self.comparison / "values.csv"
+        return self.trainings / "values.csv"
 
     @property
-    def comparison_picture(self) -> Path:
+    def trainings_picture(self) -> Path:
         """Scores of the arms as a picture, where matplotlib is installed."""
-        return self.comparison / "arms.png"
+        return self.trainings / "arms.png"
+
+    @property
+    def compared(self) -> Path:
+        """Folder of comparisons of feature spaces: a folder for each, by its bands and settings."""
+        return self.root / "compared"
+
+    def comparison(self, name: str) -> Path:
+        """Folder of one comparison: the files below, and one of vertices for each subject."""
+        return self.compared / name
+
+    def compared_subject(self, name: str, subject: str) -> Path:
+        """Shares of variance of a subject's vertices, with what intervals of ROIs are computed from."""
+        return self.comparison(name) / f"{subject}.npz"
+
+    def compared_shares(self, name: str) -> Path:
+        """Table of shares of variance by subject, surface and ROI, with intervals."""
+        return self.comparison(name) / "shares.csv"
+
+    def compared_vertices(self, name: str) -> Path:
+        """Table of shares of variance of every vertex, with intervals."""
+        return self.comparison(name) / "vertices.csv"
+
+    def compared_json(self, name: str) -> Path:
+        """What was compared, how, and the table as JSON."""
+        return self.comparison(name) / "shares.json"
+
+    def compared_picture(self, name: str) -> Path:
+        """The table as a picture, where matplotlib is installed."""
+        return self.comparison(name) / "shares.png"
 
     @property
     def submission(self) -> Path:

@@ -1,4 +1,4 @@
-"""Pictures of the weights and scores of a blend and of a comparison, and what every picture needs."""
+"""Pictures of the weights and scores of a blend and of trainings, and what every picture needs."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -99,11 +99,11 @@ def plot_scores(path: Path, scores: Sequence[VertexScores]) -> None:
 
 
 def plot_arms(path: Path, arms: Mapping[str, Mapping[str, float]]) -> None:
-    """Draw a group of bars for each subject, and one for their mean: one bar for each arm of a comparison.
+    """Draw a group of bars for each subject, and one for their mean: one bar for each arm.
 
     arms : {arm: {subject: mean r}}
     """
-    if not can_draw("the comparison"):
+    if not can_draw("the trainings"):
         return
     from matplotlib import colormaps
 

@@ -161,7 +161,7 @@ def _in_units(slope: np.ndarray, weights: np.ndarray, gathered: Gathered) -> tup
     return of_models, units.mean[:, -1] - np.einsum("vm,vm->v", of_models, units.mean[:, :-1])
 
 
-def save_blend(path: Path, blend: SavedBlend, nested: NestedBlend) -> None:
+def save_blend(path: Path, blend: SavedBlend, nested: NestedBlend | None = None) -> None:
     """Write safetensors: <subject>.<surface>.coefficients (n_models, n_vertices) and .intercept (n_vertices,), and the
     same out of fold, .nested (n_folds, n_models, n_vertices) and .nested_intercept (n_folds, n_vertices).
     """
@@ -171,9 +171,10 @@ def save_blend(path: Path, blend: SavedBlend, nested: NestedBlend) -> None:
             models[subject] = list(coefficients.models)
             tensors[f"{subject}.{surface}.coefficients"] = coefficients.of_models
             tensors[f"{subject}.{surface}.intercept"] = coefficients.intercept
-            out_of_fold = nested[subject][surface]
-            tensors[f"{subject}.{surface}.nested"] = out_of_fold.of_models
-            tensors[f"{subject}.{surface}.nested_intercept"] = out_of_fold.intercept
+            if nested is not None:
+                out_of_fold = nested[subject][surface]
+                tensors[f"{subject}.{surface}.nested"] = out_of_fold.of_models
+                tensors[f"{subject}.{surface}.nested_intercept"] = out_of_fold.intercept
     replace_bytes(path, save(tensors, {_ORIGIN: json.dumps(models)}))
 
 

@@ -29,6 +29,7 @@ from heads.commands import (
     running,
     scoring,
     training,
+    trainings,
     trees,
 )
 from heads.commands.options import OneValueCommand
@@ -90,6 +91,7 @@ COMMANDS = {
         "scores": scoring.scores,
         "maps": fitting.maps,
         "compare": comparing.compare,
+        "trainings": trainings.trainings,
     },
     "All at once": {"run": running.run},
 }

@@ -1,45 +1,42 @@
-"""compare: models of the work folder -> a table of arms with intervals."""
+"""compare: features -> how much of the responses each feature space explains, uniquely and with others."""
 
-from typing import Annotated
+from typing import Any
 
-import typer
-
-from featcache.workdir import WORK, Workdir
-from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, open_data, option_of
-from heads.config import BlendConfig
+from featcache.workdir import WORK
+from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, open_data, read
+from heads.config import CompareConfig
 from heads.recipes.jobs import Job, Outcome
 
 
-@command()
+@command(CompareConfig)
 def compare(
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
-    models: Annotated[str, option_of(BlendConfig, "models")] = BlendConfig.models,
-    exclude: Annotated[str, option_of(BlendConfig, "exclude")] = BlendConfig.exclude,
-    reference: Annotated[
-        str,
-        typer.Option(
-            help="Arm to compare with, by its name in the table: a pattern such as '*smooth_l1, refitted'.",
-            rich_help_panel="Blend",
-            show_default="the first, with the same kind of heads",
-        ),
-    ] = "",
+    **options: Any,
 ) -> Job:
-    """Compare trainings: models that differ in the training's seed alone are one arm, with intervals over seeds."""
+    """Compare feature spaces: what layers, backbones or added features explain alone, uniquely, and in common."""
+    config = read(CompareConfig, options)
 
     def call() -> Outcome:
-        subjects = open_data(data, noise_ceiling, work).select(subject)
-        from heads.blend.compare import compare as compare_arms
-        from heads.report.arms import arm_table
+        dataset = open_data(data, noise_ceiling, work)
+        from featcache.dataset.grouping import split_of
+        from heads.compare.run import compare as compare_spaces
+        from heads.report.compared import compared_table
         from heads.report.printing import print_table
 
-        arms = compare_arms(subjects, work, models, exclude, reference)
-        print_table(arm_table(arms))
-        folder = Workdir(work).comparison
+        by = split_of(config.split, dataset.subjects, work)
+        found = compare_spaces(dataset.select(subject), config, work, by)
+        print_table(compared_table(found, config.per))
         return Outcome(
-            f"{len(arms)} arms, in {folder}", {"arms": [arm.to_json() for arm in arms], "folder": str(folder)}
+            f"{len(found.bands)} bands; {len(found.subjects)} subjects, {len(found.new)} new, in {found.folder}",
+            {
+                "bands": found.made_of,
+                "rows": [row.to_json() for row in found.rows],
+                "folder": str(found.folder),
+                "subjects": {name: str(path) for name, path in found.subjects.items()},
+            },
         )
 
-    return Job(None, call)
+    return Job(config, call)

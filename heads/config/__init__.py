@@ -1,6 +1,7 @@
 """Settings of training, fitting and blending. Imports no torch, so that `--help` answers at once."""
 
 from heads.config.blending import BLEND_PRESETS, BLENDS, LEVELS, BlendConfig, blend_preset
+from heads.config.comparing import CompareConfig
 from heads.config.fitting import (
     AdamWConfig,
     CoreConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "STAGES",
     "AdamWConfig",
     "BlendConfig",
+    "CompareConfig",
     "CoreConfig",
     "FitConfig",
     "RidgeConfig",

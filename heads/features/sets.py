@@ -16,6 +16,7 @@ from featcache.cache.store import Store, list_stores
 from featcache.config import CLASS_TOKEN, fingerprint
 from featcache.dataset.digests import image_digest
 from featcache.dataset.subject import Subject
+from featcache.errors import ConfigError
 from featcache.machine.progress import say
 from featcache.workdir import Workdir
 from heads.features.rows import LayerRows
@@ -142,6 +143,25 @@ def chosen_by(title: str, patterns: str) -> bool:
     """Whether --features chooses features: a pattern is of a whole title, of one without its digits, or the digits."""
     words, _, digits = title.rpartition(" ")
     return any(matches(name, patterns) for name in (title, words, digits))
+
+
+def choose(
+    found: Mapping[Subject, Sequence[FeatureSet]], patterns: str, option: str = "--features"
+) -> dict[Subject, list[FeatureSet]]:
+    """The sets whose titles match `patterns`. Raises ConfigError for a pattern that no set of any subject matches.
+
+    option : that the patterns were given by
+    """
+    titles = dict.fromkeys(each.title for sets in found.values() for each in sets)
+    for pattern in patterns.split(","):
+        if titles and not any(chosen_by(title, pattern) for title in titles):
+            raise ConfigError(
+                option,
+                expected=f"patterns that each match one of: {', '.join(map(repr, titles))}",
+                found=repr(pattern.strip()),
+                remedy="correct it",
+            )
+    return {subject: [each for each in sets if chosen_by(each.title, patterns)] for subject, sets in found.items()}
 
 
 def without_digits(patterns: str) -> str:

@@ -1,7 +1,7 @@
 """Feature stores -> prediction stores: out-of-fold and test predictions, and the heads that made them."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from featcache.machine.progress import bar, say
 from featcache.machine.tensors import write_tensors
 from featcache.workdir import Workdir
 from heads.config import HEADS, FitConfig
-from heads.features.sets import FeatureSet, chosen_by, feature_sets, layer_of, say_partial, say_without
+from heads.features.sets import FeatureSet, choose, feature_sets, layer_of, say_partial, say_without
 from heads.fit.names import PredictionFacts, PredictionKey, prediction_key
 from heads.fit.out_of_fold import predict_surface
 from heads.fit.short_names import split_names, without_digits
@@ -110,7 +110,7 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path, by: Sp
     Raises LeakError for features of a backbone that was trained under another split.
     """
     takes_heads = not config.solver_spec.fits
-    found = _chosen({subject: feature_sets(subject, work) for subject in subjects}, config.features)
+    found = choose({subject: feature_sets(subject, work) for subject in subjects}, config.features)
     stored = {subject: _suitable(sets, subject, takes_heads) for subject, sets in found.items()}
     if not any(stored.values()):
         raise StoreError(
@@ -140,20 +140,6 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path, by: Sp
         Trainee(subject, features, FoldPlan.of_features(subject, features, config.n_folds, config.seed, by))
         for subject, features in read
     ]
-
-
-def _chosen(found: Mapping[Subject, list[FeatureSet]], patterns: str) -> dict[Subject, list[FeatureSet]]:
-    """The sets whose titles match `patterns`. Raises ConfigError for a pattern that no set of any subject matches."""
-    titles = dict.fromkeys(each.title for sets in found.values() for each in sets)
-    for pattern in patterns.split(","):
-        if titles and not any(chosen_by(title, pattern) for title in titles):
-            raise ConfigError(
-                "--features",
-                expected=f"patterns that each match one of: {', '.join(map(repr, titles))}",
-                found=repr(pattern.strip()),
-                remedy="correct it",
-            )
-    return {subject: [each for each in sets if chosen_by(each.title, patterns)] for subject, sets in found.items()}
 
 
 def _suitable(sets: Sequence[FeatureSet], subject: Subject, takes_heads: bool) -> list[FeatureSet]:
@@ -224,7 +210,7 @@ def _fit(problem: Problem, labels: Mapping[str, str]) -> Fitted:
     if done:
         say(f"{subject.name}: already fitted, {path}")
     else:
-        _refuse_leaks(problem)
+        refuse_leaks(subject, features, plan)
         solver = build_solver(problem)
         if store is None:
             facts = PredictionFacts(
@@ -241,15 +227,14 @@ def _fit(problem: Problem, labels: Mapping[str, str]) -> Fitted:
     return Fitted(subject.name, key.model, path, weights, not done, time.perf_counter() - began)
 
 
-def _refuse_leaks(problem: Problem) -> None:
+def refuse_leaks(subject: Subject, features: FeatureSet, plan: FoldPlan) -> None:
     """Raise LeakError where an image that is scored was trained on, by the heads or by the backbone before them."""
-    subject, features, plan = problem.subject, problem.features, problem.plan
     ids = plan.image_ids
     refuse_leak(ids, subject.test.ids, f"the test split of {subject.name}")
     for fold in np.unique(plan.folds):
         refuse_leak(ids[plan.folds != fold], ids[plan.folds == fold], f"fold {fold} of {subject.name}", plan.by)
     for k, (store, seen) in enumerate(zip(features.stores, features.seen_ids(), strict=True)):
-        scored = ids[plan.inside(k)] if plan.backbone_trained else ids
+        scored = ids[plan.inside(k)] if features.backbone_trained else ids
         refuse_leak(seen, scored, f"{store.name} of {subject.name}", plan.by)
         refuse_leak(seen, subject.test.ids, f"the test split of {subject.name}")
 

@@ -9,7 +9,7 @@ from rich.text import Text
 from heads.report.scores import CHOSEN_ON
 
 if TYPE_CHECKING:  # a table must not load what compares
-    from heads.blend.compare import Arm
+    from heads.blend.trainings import Arm
 
 
 def arm_table(arms: "Sequence[Arm]") -> Table:

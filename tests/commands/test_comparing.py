@@ -1,41 +1,35 @@
-"""compare: seeds of one training are one arm; the recipe of table 1 ends in its table."""
+"""compare: layers, backbones and named bands on the command line and in a recipe."""
 
 import csv
-from pathlib import Path
 
 import pytest
 
 from support.commands import SMALL, fails, run
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.mark.slow
-def test_the_recipe_of_table_1_ends_in_arms_with_intervals(tiny, tmp_path, capfd, monkeypatch):
+def test_bands_are_compared_from_images_on_and_in_a_recipe(tiny, tmp_path, capfd, monkeypatch):
     work = tmp_path / "work"
     for name, value in (SMALL | {"FEATCACHE_DATA": str(tiny), "FEATCACHE_WORK": str(work)}).items():
         monkeypatch.setenv(name, value)
-    recipe = tmp_path / "table1.toml"
-    text = (ROOT / "recipes/table1.toml").read_text()
-    for stage in ("pretrain", "finetune"):  # the tiny tree has too few images for five folds and large batches
-        text = text.replace(f'run = "{stage}"', f'run = "{stage}"\nfolds = 2\nbatch-size = 4')
-    text = text.replace("correlation-batch = 64", "correlation-batch = 8")
-    recipe.write_text(text)
-    steps = run(capfd, "run", str(recipe), "--backbone", "test_resnet", "--seeds", "2", "--fold", "0")["steps"]
-    arms = {arm["arm"]: arm for arm in steps[-1]["arms"]}
-    assert list(arms)[:2] == ["finetune smooth_l1, trained", "finetune smooth_l1, refitted"]
-    correlated = "pretrain+finetune smooth_l1+pattern+mnnpc, refitted"
-    assert {"pretrain+finetune smooth_l1, trained", correlated} <= set(arms)
-    for arm in arms.values():
-        assert arm["seeds"] == [0, 1] and len(arm["values"]) == 4 and not arm["chosen_on"]
-    first, last = arms["finetune smooth_l1, refitted"], arms[correlated]
-    assert last["reference"] == first["arm"] and first["reference"] == "finetune smooth_l1, trained"
-    assert [arm["arm"] for arm in arms.values() if arm["reference"] is None] == ["finetune smooth_l1, trained"]
-    gap = last["difference"]
-    assert gap["n_pairs"] == 4 and gap["low"] < gap["mean"] < gap["high"]
-    assert gap["mean"] == pytest.approx(last["mean_r"] - first["mean_r"])
-    with (work / "comparison/arms.csv").open() as file:
-        assert [row["arm"] for row in csv.DictReader(file)] == list(arms)
-    other = run(capfd, "compare", "--reference", "pretrain smooth_l1, refitted")["arms"]
-    assert {arm["reference"] for arm in other} == {None, "pretrain smooth_l1, refitted"}
-    assert "--reference: expected" in fails(capfd, "compare", "--reference", "nothing")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        '[[steps]]\nrun = "extract"\n[[steps]]\nrun = "compare"\nfolds = 2\ncandidates = 1\n'
+        'features = ["deep=*:pooled", "rest=*:layer1"]\n'
+    )
+    layers = run(capfd, "extract")["stores"]
+    assert layers
+    found = run(capfd, "compare", "--folds", "2", "--candidates", "1", "--per", "surface")
+    bands = list(found["bands"])
+    assert "pooled" in bands and len(bands) > 1
+    both = next(row for row in found["rows"] if (row["subject"], row["surface"], row["roi"]) == ("all", "both", "all"))
+    shares = both["variance"]
+    unique = sum(shares["unique"][band]["value"] for band in bands)
+    assert shares["shared"]["value"] == pytest.approx(shares["full"]["value"] - unique)
+    with (work / "compared").glob("layers-*/shares.csv").__next__().open() as file:
+        assert {row["band"] for row in csv.DictReader(file)} == {"", *bands}
+    recipe.write_text(recipe.read_text().replace("layer1", next(band for band in bands if band != "pooled")))
+    steps = run(capfd, "run", str(recipe))["steps"]
+    assert list(steps[-1]["bands"]) == ["deep", "rest"]
+    assert "two bands or more" in fails(capfd, "compare", "--features", "backbones")
+    assert "No such option" in fails(capfd, "compare", "--reference", "frozen, refitted")

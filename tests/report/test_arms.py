@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from heads.blend.compare import Arm, Value
+from heads.blend.trainings import Arm, Value
 from heads.report.arms import arm_table
 from heads.scores.intervals import Interval
 

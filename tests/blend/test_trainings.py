@@ -12,7 +12,7 @@ from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.digests import image_digest, response_digest
 from featcache.dataset.splits import assign_folds
 from featcache.workdir import Workdir
-from heads.blend.compare import compare
+from heads.blend.trainings import compare_trainings
 from support.checkpoints import N_FOLDS, key_of
 from support.keys import feature_key
 
@@ -73,20 +73,21 @@ def subjects(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_seeds_are_one_arm_and_the_planted_difference_is_found(subjects, tmp_path):
-    first, second = compare(subjects, tmp_path)
+    first, second = compare_trainings(subjects, tmp_path)
     assert [arm.name for arm in (first, second)] == ["finetune mse, refitted", "finetune smooth_l1, refitted"]
     assert first.seeds == second.seeds == [0, 1, 2] and len(first.values) == 3 * len(subjects)
     assert first.difference is None and second.reference == first.name
     assert second.difference.n_pairs == 3 * len(subjects) and second.difference.high < 0
     assert second.difference.mean == pytest.approx(second.mean_r() - first.mean_r())
-    (_, other) = sorted(compare(subjects, tmp_path, reference="*smooth*"), key=lambda arm: arm.difference is not None)
+    both = compare_trainings(subjects, tmp_path, reference="*smooth*")
+    (_, other) = sorted(both, key=lambda arm: arm.difference is not None)
     assert other.difference.low > 0 and not other.chosen_on
 
 
 @pytest.mark.slow
 def test_without_checkpoints_every_training_is_an_arm_of_its_own(subjects, tmp_path, capfd):
     Workdir(tmp_path).checkpoints.rename(tmp_path / "gone")
-    arms = compare(subjects, tmp_path)
+    arms = compare_trainings(subjects, tmp_path)
     assert len(arms) == 6 and all(not arm.seeds and arm.chosen_on for arm in arms)
     assert "its checkpoint is gone" in capfd.readouterr().err
 
@@ -107,7 +108,7 @@ def test_a_training_of_some_folds_is_compared_over_their_images(tiny, tmp_path, 
     """The difference is that of mean r over vertices, by numpy, over the images of these folds alone."""
     subjects = open_challenge(tiny).subjects
     every = planted(tmp_path, subjects, held_out)
-    frozen, trained = compare(subjects, tmp_path)
+    frozen, trained = compare_trainings(subjects, tmp_path)
     assert frozen.reference is None and trained.reference == frozen.name == "frozen, refitted"
     differences = []
     for subject in subjects:
@@ -136,5 +137,5 @@ def test_trainings_of_other_folds_have_no_image_to_be_compared_on(tiny, tmp_path
         checkpoint_description(base, tmp_path)
         for subject in subjects:
             predict(subject, tmp_path, base.training, 1.0, [seed], [fold])
-    first, second = compare(subjects, tmp_path)
+    first, second = compare_trainings(subjects, tmp_path)
     assert first.difference is None and second.reference == first.name and second.difference is None

@@ -108,7 +108,7 @@ class Arm:
         }
 
 
-def compare(
+def compare_trainings(
     subjects: Sequence[Subject], work: Path | str, models: str = "*", exclude: str = "", reference: str = ""
 ) -> list[Arm]:
     """Arms of the models of a work folder, each with its difference from the reference; writes tables and a picture.
@@ -123,10 +123,10 @@ def compare(
     members = _members(subjects, work, models, exclude)
     arms = _against(members, reference)
     files = Workdir(work)
-    files.comparison.mkdir(parents=True, exist_ok=True)
-    _write_arms(files.compared_arms, arms)
-    _write_values(files.compared_values, arms)
-    plot_arms(files.comparison_picture, {arm.name: arm.subjects for arm in arms})
+    files.trainings.mkdir(parents=True, exist_ok=True)
+    _write_arms(files.training_arms, arms)
+    _write_values(files.training_values, arms)
+    plot_arms(files.trainings_picture, {arm.name: arm.subjects for arm in arms})
     return arms
 
 
