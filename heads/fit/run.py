@@ -1,7 +1,7 @@
 """Feature stores -> prediction stores: out-of-fold and test predictions, and the heads that made them."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from heads.blend.uncertainty import image_weights
 from heads.compare.folds import candidates_of, fit_fold
 from heads.compare.measures import VarianceSums
 from heads.compare.spaces import Spaces
+from heads.scores.resampling import image_weights
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.layers.priors import Prior
 
