@@ -105,7 +105,7 @@ class Page:
             pytest.fail(f"{block.where}: expected a language, one of {', '.join(LANGUAGES)}; found {block.language!r}")
         try:
             getattr(self, f"_{block.language}")(block)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise AssertionError(f"{block.where}: {error}\n{block.text}") from error
 
     def _sh(self, block: Block) -> None:
@@ -121,7 +121,9 @@ class Page:
         if arguments := _arguments(words):
             read(arguments) if only_read else self._do(arguments)
         elif program == "torchrun":
-            options = get_args_parser().parse_args(rest)
+            parser = get_args_parser()
+            parser.allow_abbrev = False
+            options = parser.parse_args(rest)
             assert options.training_script == "cli.py", options.training_script
             read(options.training_script_args)
         elif program == "make":
@@ -189,5 +191,6 @@ def _refuse_unknown_extras(words: Sequence[str]) -> None:
 
 
 def _bare(line: str) -> str:
-    """A line without its numbers, lines of a table and spaces."""
+    """A line without its numbers, lines of a table, spaces, and the path of the working directory."""
+    line = line.replace(f"{Path.cwd()}{os.sep}", "")
     return " ".join(re.sub(r"-?\d[\d.,]*", "0", re.sub(r"[─━┃│┏┓┗┛┡┩├┤└┘╇┳┴┬┼]+", " ", line)).split())

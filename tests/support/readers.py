@@ -21,7 +21,7 @@ def write_files(folder: Path, lab: Lab) -> None:
     """Files of a lab: photographs, tables, and responses in several formats. Of every trial there are two."""
     names, test = [f"photos/{name}" for name in lab.names[:N_IMAGES]], lab.names[N_IMAGES:]
     for start, group in (("photos", lab.names[:N_IMAGES]), ("other_photos", test)):
-        (folder / start).mkdir(parents=True)
+        (folder / start).mkdir()
         for name in group:
             shutil.copy(lab.photos / name, folder / start / name)
     here = Lab(folder, lab.signal)
@@ -36,6 +36,7 @@ def write_files(folder: Path, lab: Lab) -> None:
     here.table("trials.csv", image=names * 2, run=[1] * N_IMAGES + [2] * N_IMAGES)
     with h5py.File(folder / "betas.h5", "w") as file:
         file["betas"] = trials.reshape(-1, N_VERTICES)
+    _save_volumes(folder / "betas.nii.gz", trials.reshape(-1, N_VERTICES))
     mask = np.arange(np.prod(SHAPE)) % 2
     _save_nifti(folder / "visual.nii.gz", mask)
     _save_nifti(folder / "rois.nii.gz", mask * (1 + np.arange(len(mask)) // 8))
