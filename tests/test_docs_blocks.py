@@ -12,7 +12,7 @@ import cli
 from heads.config import HEADS, SOLVERS
 from heads.config.losses import LOSS_SPECS
 from heads.config.registry import load
-from support.pages import LANGUAGES, ROOT, Block, Page, blocks_of, lines_of
+from support.pages import ROOT, Block, Page, blocks_of, lines_of
 from support.readers import names_of, write_challenge, write_files, write_work
 from support.shared import build_once
 
@@ -25,7 +25,13 @@ PAGES = [
 ONLY_READ = {"README.md": 1, "docs/clusters.md": 1, "docs/recipes.md": 1}
 # The network of commands that name none: of a few layers, with random weights, at a size at which it has maps of 7 x 7
 NETWORK = {"FEATCACHE_BACKBONE": "test_efficientnet", "FEATCACHE_WEIGHTS": "none", "FEATCACHE_SIZE": "224"}
-SMALLER = {"convnext_base": "test_convnext", "convnext_xlarge": "test_efficientnet", "384": "224", "112": "64", "256": "8"}
+SMALLER = {
+    "convnext_base": "test_convnext",
+    "convnext_xlarge": "test_efficientnet",
+    "384": "224",
+    "112": "64",
+    "256": "8",
+}
 # {command lines: options that they are given, unless they say them}
 TINY = {
     "simulate": {
@@ -108,7 +114,9 @@ def test_every_block_of_a_page_does_what_it_says(path, page, start, lab):
 
 
 def test_the_blocks_that_are_read_and_not_run_are_these():
-    found = Counter(path.relative_to(ROOT).as_posix() for path in PAGES for one in blocks_of(path) if "read" in one.comments)
+    found = Counter(
+        path.relative_to(ROOT).as_posix() for path in PAGES for one in blocks_of(path) if "read" in one.comments
+    )
     assert found == ONLY_READ
     assert all(one.comments.get("read", "why") for path in PAGES for one in blocks_of(path))
 
@@ -152,7 +160,8 @@ def test_a_block_without_a_language_fails(page):
 def test_blocks_are_found_with_their_comments_and_lines(tmp_path):
     path = tmp_path / "page.md"
     path.write_text(
-        "text\n<!-- from: work -->\n<!-- read: needs a hub -->\n```sh\na\n```\n\n- item\n\n  ```json\n  {}\n  ```\n\n```\nb\n```\n"
+        "text\n<!-- from: work -->\n<!-- read: needs a hub -->\n```sh\na\n```\n\n"
+        "- item\n\n  ```json\n  {}\n  ```\n\n```\nb\n```\n"
     )
     first, second, third = blocks_of(path)
     assert (first.line, first.language, first.text) == (4, "sh", "a\n")

@@ -79,7 +79,14 @@ def site(notebook_pages, tmp_path_factory):
         for path in NOTEBOOKS:
             shutil.copytree(notebook_pages(path), folder / "pages/notebooks", dirs_exist_ok=True)
         data = fc.SimulateConfig(
-            n_subjects=1, n_train=60, n_test=3, n_shared=0, n_vertices=(60, 60), image_size=32, n_reference=50, workers=1
+            n_subjects=1,
+            n_train=60,
+            n_test=3,
+            n_shared=0,
+            n_vertices=(60, 60),
+            image_size=32,
+            n_reference=50,
+            workers=1,
         )
         make_pages().draw_gallery(folder / "pages/gallery", data, images=(10, 20, 40))
         environment = os.environ | {"FEATCACHE_PAGES": str(folder / "pages"), "NO_MKDOCS_2_WARNING": "1"}

@@ -1,7 +1,7 @@
 """Docstrings of featcache as mkdocstrings reads them.
 
-They say a parameter on one line, `name : meaning`, and leave its type to the annotation; numpydoc has the meaning on the
-next line. Options of the command line have their meaning in the field itself.
+They say a parameter on one line, `name : meaning`, and leave its type to the annotation; numpydoc has the meaning on
+the next line. Options of the command line have their meaning in the field itself.
 """
 
 import dataclasses

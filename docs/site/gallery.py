@@ -36,9 +36,7 @@ def draw_gallery(folder: Path, data: fc.SimulateConfig = DATA, images: Sequence[
         simulate(data, Path(scratch) / "challenge")
         dataset = fc.Dataset.from_algonauts(Path(scratch) / "challenge")
         (subject,) = dataset.subjects
-        fc.extract(
-            dataset.subjects, fc.ExtractConfig(backbone=NETWORK, layers=fc.LayerConfig(layers=LAYERS)), work
-        )
+        fc.extract(dataset.subjects, fc.ExtractConfig(backbone=NETWORK, layers=fc.LayerConfig(layers=LAYERS)), work)
         (pooled,) = fc.fit_heads(dataset.subjects, fc.FitConfig(layers="pooled"), work)
         (layers,) = fc.fit_heads(dataset.subjects, fc.FitConfig(layers="all"), work)
         fc.fit_heads(dataset.subjects, fc.FitConfig(layers="each"), work)

@@ -1,6 +1,6 @@
 """Write the pages of the site that the code makes: notebooks with what their cells print, and pictures of the gallery.
 
-    python docs/site/make_pages.py [FOLDER]
+python docs/site/make_pages.py [FOLDER]
 """
 
 import os

@@ -191,6 +191,7 @@ def _refuse_unknown_extras(words: Sequence[str]) -> None:
 
 
 def _bare(line: str) -> str:
-    """A line without its numbers, lines of a table, spaces, and the path of the working directory."""
+    """A line without its numbers and fingerprints, lines of a table, spaces, and the path of the working directory."""
     line = line.replace(f"{Path.cwd()}{os.sep}", "")
-    return " ".join(re.sub(r"-?\d[\d.,]*", "0", re.sub(r"[─━┃│┏┓┗┛┡┩├┤└┘╇┳┴┬┼]+", " ", line)).split())
+    without_table = re.sub(r"[─━┃│┏┓┗┛┡┩├┤└┘╇┳┴┬┼]+", " ", line)
+    return " ".join(re.sub(r"\b[0-9a-f]{6}\b|-?\d[\d.,]*", "0", without_table).split())
