@@ -9,7 +9,7 @@ import importlib
 import re
 from typing import Any
 
-from griffe import Class, Docstring, Extension, Function
+from griffe import Class, Extension, Function
 
 _HEADING = re.compile(r"(Parameters|Attributes|Returns|Raises)[^\n]*\n-{3,}\n")
 _MEANING = re.compile(r"^(\w+(?:, \w+)*) : ", re.MULTILINE)
@@ -19,8 +19,9 @@ class Meanings(Extension):
     """Puts meanings where numpydoc has them, and adds those of options."""
 
     def on_class(self, *, cls: Class, **_: Any) -> None:
-        text = in_numpydoc(cls.docstring.value if cls.docstring else "", "Attributes")
-        cls.docstring = Docstring(f"{text}\n\n{options_of(cls.canonical_path)}".strip(), parent=cls)
+        if cls.docstring:
+            text = in_numpydoc(cls.docstring.value, "Attributes")
+            cls.docstring.value = f"{text}\n\n{options_of(cls.canonical_path)}".strip()
 
     def on_function(self, *, func: Function, **_: Any) -> None:
         if func.docstring:

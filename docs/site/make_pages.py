@@ -37,6 +37,9 @@ def write_notebook(path: Path, folder: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     with TemporaryDirectory() as work:
         NotebookClient(notebook, timeout=_SECONDS, resources={"metadata": {"path": work}}).execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if _is_shown(output)]
     text, made = MarkdownExporter().from_notebook_node(
         notebook, {"output_files_dir": path.stem, "unique_key": path.stem}
     )
@@ -45,6 +48,13 @@ def write_notebook(path: Path, folder: Path) -> None:
     for name, content in made["outputs"].items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
+
+
+def _is_shown(output: nbformat.NotebookNode) -> bool:
+    """Whether the page has an output: values, pictures and what is printed, but not progress."""
+    if output.output_type == "display_data":
+        return "image/png" in output.data
+    return bool(output.get("name") != "stderr")
 
 
 if __name__ == "__main__":
