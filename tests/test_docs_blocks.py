@@ -104,12 +104,11 @@ def page(capfd, monkeypatch, tables):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_block_of_a_page_does_what_it_says(path, page, start, lab):
-    start("files")
-    for block in blocks_of(path):
-        if state := block.comments.get("from"):
+    first, *_ = blocks = blocks_of(path)
+    for block in blocks:
+        if state := block.comments.get("from", "files" if block is first else ""):
             start(state)
-        if not page.names:
-            page.names |= names_of(lab)
+            page.names = {} if state == "nothing" else names_of(lab)
         page.run(block)
 
 
@@ -118,7 +117,7 @@ def test_the_blocks_that_are_read_and_not_run_are_these():
         path.relative_to(ROOT).as_posix() for path in PAGES for one in blocks_of(path) if "read" in one.comments
     )
     assert found == ONLY_READ
-    assert all(one.comments.get("read", "why") for path in PAGES for one in blocks_of(path))
+    assert all(one.comments.get("read", "why") for path in PAGES for one in blocks_of(path)), "a reason for each"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Pictures of the gallery, all of one small simulated dataset and one small network."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +12,7 @@ from featcache.dataset.subject import Subject
 from featcache.simulate import simulate
 from featcache.workdir import Workdir
 from heads.blend.models import Model
-from heads.blend.plot import new_figure
+from heads.blend.plot import new_figure, plot_weights
 from heads.fit.run import Fitted, score
 from heads.maps.export import roi_means
 from heads.maps.plot import plot_maps
@@ -40,9 +39,9 @@ def draw_gallery(folder: Path, data: fc.SimulateConfig = DATA, images: Sequence[
         (pooled,) = fc.fit_heads(dataset.subjects, fc.FitConfig(layers="pooled"), work)
         (layers,) = fc.fit_heads(dataset.subjects, fc.FitConfig(layers="all"), work)
         fc.fit_heads(dataset.subjects, fc.FitConfig(layers="each"), work)
-        fc.blend(dataset, fc.BlendConfig(), work)
+        blend = fc.blend(dataset, fc.BlendConfig(), work)
         draw_ceilings(folder / "ceilings.png", subject, {"pooled vector": pooled, "all layers": layers})
-        shutil.copy(Workdir(work).submission / "weights.png", folder)
+        plot_weights(folder / "weights.png", blend.weights, {subject.name: subject})
         draw_maps(folder / "maps.png", subject, layers, work)
         (features,) = list_stores(Workdir(work).features)
         draw_learning_curve(folder / "learning.png", subject, features, images)
@@ -73,7 +72,10 @@ def draw_maps(path: Path, subject: Subject, fitted: Fitted, work: Path) -> None:
 def draw_learning_curve(path: Path, subject: Subject, features: Store, images: Sequence[int]) -> None:
     """Draw mean r of new images against the number of images that heads are fitted to."""
     surface = subject.surfaces[0]
-    rows, responses = features.read("pooled", 0, len(subject.train)).astype(np.float32), subject.responses(surface)
+    rows, responses = (
+        features.read("pooled", 0, len(subject.train)).astype(np.float32),
+        np.array(subject.responses(surface)),
+    )
     new = slice(max(images), None)
     means = []
     for n_images in images:
