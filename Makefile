@@ -6,7 +6,7 @@ DEMO := work/demo
 # One thread a worker: workers that also share out their matrices wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo about-demo test quick coverage check bench clean
+.PHONY: demo about-demo test quick coverage check bench docs clean
 
 demo: about-demo .venv/installed
 	$(BIN)/python cli.py run recipes/demo.toml --data $(DEMO)/challenge --work $(DEMO)
@@ -37,6 +37,11 @@ bench: .venv/installed
 	$(BIN)/pip install --quiet --editable '.[all,bench]'
 	PYTHONPATH=. $(BIN)/python benchmarks/suite.py $(QUICK) --page docs/benchmarks.md
 
+# The site, into site/: open site/index.html. Notebooks and pictures are made first, a minute or two; no network.
+docs: .venv/installed
+	PYTHONPATH=. $(BIN)/python docs/site/make_pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Editable, so that changed code needs no new install; a changed pyproject.toml does.
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -44,4 +49,4 @@ bench: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv work build *.egg-info
+	rm -rf .venv work build site *.egg-info

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "data/README.md"])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+ELSEWHERE = ("http", "gallery/")  # addresses, and pictures that the build of the site makes (tests/test_site.py)
 CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 
 
@@ -21,7 +22,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_and_anchors(page: Path) -> None:
-    links = [link for link in LINK.findall(CODE.sub("", page.read_text())) if not link.startswith("http")]
+    links = [link for link in LINK.findall(CODE.sub("", page.read_text())) if not link.startswith(ELSEWHERE)]
     for link in links:
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
