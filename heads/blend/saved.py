@@ -20,6 +20,7 @@ from heads.blend.weights import r_of
 
 T = TypeVar("T")
 
+BLEND = "blend"  # the name of the last blend among those of models
 _ORIGIN = "featcache blend"
 _MINIMUM_SLOPE = 1e-3  # a vertex that no model explains keeps a trace of the blend instead of a constant
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featcache.config import BackboneConfig, ExtractConfig
-from featcache.errors import ConfigError
 from featcache.workdir import WORK, data_folder
 from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, open_data, option_of
 from heads.recipes.jobs import Job, Outcome
@@ -14,17 +13,6 @@ from heads.recipes.jobs import Job, Outcome
 if TYPE_CHECKING:
     from heads.encoder.encoder import Encoder
 
-Backbone = Annotated[
-    str | None,
-    typer.Option(
-        help="Where a network is now, if its Python file was moved, or 'extract' did not note its name.",
-        rich_help_panel="Backbone",
-    ),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(help="Its weights, if their file was moved; as for 'extract'.", rich_help_panel="Backbone"),
-]
 _MODEL = "Name of a model, as 'models' lists it, or the six digits that end it; blend: the last blend."
 
 
@@ -34,9 +22,14 @@ def predict(
         list[str],
         typer.Argument(help="Images to predict: files, folders, or files of many pictures (FILE or FILE:ARRAY)."),
     ],
-    out: Annotated[Path, typer.Option(help="Zarr group to write; it must not exist.")] = Path("predicted.zarr"),
+    out: Annotated[Path, typer.Option(help="Zarr group to write; it must not exist.", rich_help_panel="Output")] = Path(
+        "predicted.zarr"
+    ),
     table: Annotated[
-        bool, typer.Option("--table", help="Also write means over ROIs to a CSV file of the same name.")
+        bool,
+        typer.Option(
+            "--table", help="Also write means over ROIs to a CSV file of the same name.", rich_help_panel="Output"
+        ),
     ] = False,
     model: Annotated[
         str | None, typer.Option(help=_MODEL, show_default="the last blend, or the only model", rich_help_panel="Heads")
@@ -52,14 +45,14 @@ def predict(
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
-    backbone: Backbone = None,
-    weights: Weights = None,
+    name: Annotated[str | None, option_of(BackboneConfig, "name")] = None,
+    weights: Annotated[str | None, option_of(BackboneConfig, "weights")] = None,
     batch_size: Annotated[int, option_of(ExtractConfig, "batch_size")] = ExtractConfig.batch_size,
     workers: Annotated[int | None, option_of(ExtractConfig, "workers")] = None,
     device: Annotated[str, option_of(ExtractConfig, "device")] = ExtractConfig.device,
 ) -> Job:
     """Predict the responses to new images, with the last blend or one model."""
-    network = _network(backbone, weights)
+    network = BackboneConfig(name=name, weights=weights)
 
     def call() -> Outcome:
         from featcache.config import usual_workers
@@ -106,17 +99,20 @@ def export(
     ] = None,
     push_to_hub: Annotated[
         str | None,
-        typer.Option(help="Also upload the folder to this repository of the Hugging Face hub, OWNER/NAME."),
+        typer.Option(
+            help="Also upload the folder to this repository of the Hugging Face hub, OWNER/NAME.",
+            rich_help_panel="Output",
+        ),
     ] = None,
     data: Data = DATA,
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
-    backbone: Backbone = None,
-    weights: Weights = None,
+    name: Annotated[str | None, option_of(BackboneConfig, "name")] = None,
+    weights: Annotated[str | None, option_of(BackboneConfig, "weights")] = None,
 ) -> Job:
     """Write an encoder to one folder: networks, heads, blend, ROIs and a card, for whoever has featcache."""
-    network = _network(backbone, weights)
+    network = BackboneConfig(name=name, weights=weights)
 
     def call() -> Outcome:
         from heads.encoder.export import export_work, push
@@ -131,25 +127,13 @@ def export(
     return Job(None, call)
 
 
-def _network(backbone: str | None, weights: str | None) -> BackboneConfig | None:
-    """What a network is called now. Raises ConfigError for weights alone: they could be those of any."""
-    if backbone is None and weights is not None:
-        raise ConfigError(
-            "--weights",
-            expected="--backbone beside it, to say whose they are",
-            found="none",
-            remedy="name the network, too",
-        )
-    return None if backbone is None else BackboneConfig(name=backbone, weights=weights)
-
-
 def _of_work(
     data: Path | None,
     work: Path,
     noise_ceiling: Path | None,
     subject: str,
     model: str | None,
-    network: BackboneConfig | None,
+    network: BackboneConfig,
     device: str,
 ) -> "Encoder":
     from heads.encoder.work import encoder_of_work

@@ -21,7 +21,7 @@ Predictions are good for images like those that were shown. Where the noise ceil
 """
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Score:
     """How well the vertices of an ROI, or all of one subject, are predicted out of fold.
 
@@ -78,8 +78,8 @@ def _what(card: Card) -> str:
 
 def _use(card: Card) -> str:
     subjects = list(card.parts.subjects.values())
-    more = f", subject={subjects[0].name!r}" if len(subjects) > 1 else ""
-    roi = f", roi={subjects[0].roi_names[0]!r}" if subjects[0].roi_names else ""
+    more = f', subject="{subjects[0].name}"' if len(subjects) > 1 else ""
+    roi = f', roi="{subjects[0].roi_names[0]}"' if subjects[0].roi_names else ""
     return f"""## Use
 
 ```python

@@ -19,7 +19,8 @@ from featcache.errors import ConfigError, DataError, some_of
 from featcache.machine.device import matrix_products, resolve_device
 from featcache.machine.memory import spare_memory
 from featcache.machine.prefetch import prefetch
-from heads.encoder.parts import BLEND, FeaturePart, ModelPart, Parts, SubjectPart, Tensors, network_parts
+from heads.blend.saved import BLEND
+from heads.encoder.parts import FeaturePart, ModelPart, Parts, SubjectPart, Tensors, network_parts
 from heads.modules.readout import HeadKind, SavedHeads
 
 Responses = dict[str, dict[str, np.ndarray]]  # {subject: {surface: (n_images, n_vertices) float32}}

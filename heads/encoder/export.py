@@ -8,9 +8,14 @@ from featcache import __version__
 from featcache.config import BackboneConfig
 from featcache.dataset.subject import Subject
 from featcache.errors import FeatcacheError, first_line
-from heads.encoder.card import Card
+from heads.blend.saved import BLEND
+from heads.config import ScoresConfig
+from heads.encoder.card import Card, Score
 from heads.encoder.folder import export_encoder
+from heads.encoder.parts import Parts
 from heads.encoder.work import models_to_use, parts_of_work
+from heads.scores.metrics import ALL_SURFACES
+from heads.statistics.run import score_models
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
@@ -35,14 +40,33 @@ def export_work(
     work, folder = Path(work), Path(folder)
     models, blend, names = models_to_use(subjects, work, model)
     parts, tensors = parts_of_work(models, work, blend, names, network)
+    scores, measure = _scores(subjects, parts, work)
     card = Card(
         parts=parts,
         data=data,
+        scores=scores,
+        measure=measure,
         versions={"featcache": __version__} | {name: version(name) for name in _PACKAGES},
         n_images={subject.name: len(subject.train) for subject in subjects},
     )
     export_encoder(parts, tensors, folder, card)
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _scores(subjects: Sequence[Subject], parts: Parts, work: Path) -> tuple[list[Score], str]:
+    """Out-of-fold scores of the blend, or of the models where there is none, by subject and ROI; and their measure."""
+    names = [BLEND] if any(part.blend for part in parts.subjects.values()) else []
+    names = names or [name for part in parts.subjects.values() for name in part.models]
+    digits = ",".join(dict.fromkeys(name.rpartition(" ")[2] for name in names))
+    found = score_models(subjects, ScoresConfig(models=digits, permutations=0), work).estimates
+    measure = "accuracy" if any(one.measure == "accuracy" for one in found) else "r"
+    scores = [
+        Score(one.subject, one.roi, one.model, one.n_vertices, one.mean, one.low, one.high)
+        for one in found
+        if one.measure == measure and one.surface == ALL_SURFACES and one.subject != "all"
+    ]
+    words = {"accuracy": "Noise-normalised accuracy in percent, 100 r^2 / noise ceiling", "r": "Mean Pearson r"}
+    return scores, words[measure]
 
 
 def push(folder: Path, repository: str) -> str:

@@ -59,8 +59,11 @@ def _words(value: Any) -> str:
     return ", ".join(f"{name} {one}" for name, one in value.items()) if isinstance(value, Mapping) else str(value)
 
 
-def renamed(network: str, weights: str, given: BackboneConfig | None) -> tuple[str, str]:
-    """What --backbone and --weights are for a network: as given, where that is the same network, or as it was."""
-    if given is None or given.name is None or label_of(given.name) != label_of(network):
+def renamed(network: str, weights: str | None, given: BackboneConfig | None) -> tuple[str, str | None]:
+    """What --backbone and --weights are for a network: as given, where that is the same network, or as they were.
+
+    weights : None where they are not known; then those that are given are tried, whatever network they are given for
+    """
+    if given is None or (given.name is not None and label_of(given.name) != label_of(network)):
         return network, weights
-    return given.name, given.weights or weights
+    return given.name or network, (given.weights if given.name or weights is None else None) or weights

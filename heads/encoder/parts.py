@@ -14,10 +14,8 @@ from featcache.backbone.network import TorchBackbone
 from featcache.backbone.taps import Taps
 from featcache.cache.keys import FeatureKey
 from featcache.config import fingerprint
-from heads.blend.saved import Coefficients
+from heads.blend.saved import BLEND, Coefficients
 from heads.modules.readout import HeadTensors
-
-BLEND = "blend"  # what the blend is called beside the names of models
 
 
 @dataclass(frozen=True, kw_only=True)

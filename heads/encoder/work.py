@@ -15,10 +15,10 @@ from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError, some_of
 from featcache.workdir import Workdir
 from heads.blend.models import Model, choose_names, names_of, usable_models
-from heads.blend.saved import SavedBlend, load_blend, refuse_strangers
+from heads.blend.saved import BLEND, SavedBlend, load_blend, refuse_strangers
 from heads.encoder.encoder import Encoder
 from heads.encoder.networks import as_it_read, load_network, renamed
-from heads.encoder.parts import BLEND, FeaturePart, ModelPart, Parts, SubjectPart
+from heads.encoder.parts import FeaturePart, ModelPart, Parts, SubjectPart
 from heads.modules.readout import HeadTensors, InFile
 
 # what the words of a store's origin say of --weights, for stores that have no better fact
@@ -154,11 +154,10 @@ def _part(store: Store, network: BackboneConfig | None) -> tuple[str, FeaturePar
             remedy=f"choose another model with --model, or blend with --exclude '*{key.backbone}*'",
         )
     guessed = next((weights for words, weights in _ORIGINS.items() if (facts.origin or "").startswith(words)), "hub")
-    known = facts.network or key.backbone, facts.weights or facts.checkpoint or guessed
-    called, weights = renamed(*known, network)
+    called, weights = renamed(facts.network or key.backbone, facts.weights or facts.checkpoint, network)
     rows = {name: (tuple(array.shape[1:]), str(array.dtype)) for name, array in store.arrays.items()}
     key = replace(key, subject="", images="", image_ids="")
-    part = FeaturePart(key=key, network=called, weights=weights, rows=rows)
+    part = FeaturePart(key=key, network=called, weights=weights or guessed, rows=rows)
     return part_name(part), part, facts.checkpoint or ""
 
 

@@ -17,10 +17,8 @@ from featcache.machine.progress import say
 from featcache.workdir import Workdir
 from heads.blend.models import Model, SubjectModels, choose_names, find_models, split_of_models
 from heads.blend.products import N_FOLDS, SEED
-from heads.blend.saved import NestedCoefficients, load_nested
+from heads.blend.saved import BLEND, NestedCoefficients, load_nested
 from heads.statistics.blocks import StoredModel
-
-BLEND = "blend"  # the name of the last blend among those of models
 
 
 @dataclass(frozen=True)
