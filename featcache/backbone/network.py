@@ -14,7 +14,7 @@ from featcache.backbone.extent import TIMM_SETTINGS
 from featcache.backbone.fuse import fuse_batch_norms
 from featcache.backbone.hooks import device_of, find_layers
 from featcache.backbone.sources.table import Network, OwnTransform, source_of
-from featcache.backbone.taps import TIMM, Reader, Taps, choose_taps, map_shapes
+from featcache.backbone.taps import TIMM, Reader, Taps, choose_taps, map_shapes, read_together
 from featcache.backbone.weights import weights_digest
 from featcache.config import DEFAULT_FIT, BackboneConfig, LayerConfig
 from featcache.errors import BackboneError, first_line
@@ -69,6 +69,9 @@ class Backbone(Protocol):
     def read(self, images: torch.Tensor, taps: Taps) -> dict[str, torch.Tensor]:
         """Rows of each array, {array: (n_images, *shape)}, for input that `normalise` gave."""
 
+    def read_together(self, images: torch.Tensor, taps: Sequence[Taps]) -> list[dict[str, torch.Tensor]]:
+        """The same of several taps, in one pass of the network."""
+
     def optimised(self, taps: Taps) -> "Backbone":
         """The same backbone, made faster, if every layer stays the same to rounding; else the backbone itself."""
 
@@ -119,6 +122,15 @@ class TorchBackbone:
     def read(self, images: torch.Tensor, taps: Taps) -> dict[str, torch.Tensor]:
         """{array: rows} for (n_images, 3, height, width) images; see `Taps.read`."""
         return taps.read(self.model, images.to(memory_format=self.memory_format))
+
+    def read_together(self, images: torch.Tensor, taps: Sequence[Taps]) -> list[dict[str, torch.Tensor]]:
+        """The same for several taps, in one pass of the network."""
+        return read_together(self.model, images.to(memory_format=self.memory_format), taps)
+
+    def with_transform(self, settings: Mapping[str, Any]) -> Self:
+        """The same network behind timm's transform with these settings, as `transform_settings` has them."""
+        crop = create_transform(**_of_timm(settings), is_training=False, use_prefetcher=True)
+        return replace(self, pixels=lambda image: torch.as_tensor(crop(image)), transform_settings=dict(settings))
 
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
         """The vectors that the classifier of the original network reads, (n_images, n_features)."""
@@ -240,6 +252,11 @@ def _described(config: BackboneConfig, device: str) -> dict[str, tuple[int, int,
     size = settings_of(network, config)["input_size"]
     model = network.model.eval()
     return map_shapes(model, size, reader_of(network, config, size))
+
+
+def _of_timm(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a transform as timm takes them: lists, as JSON has them, are tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def _pixels_of(network: Network, settings: Mapping[str, Any]) -> Callable[[Image.Image], torch.Tensor]:

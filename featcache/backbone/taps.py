@@ -7,7 +7,7 @@ which is pooled to a coarser grid. The class token of a transformer belongs to n
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -95,15 +95,17 @@ class Taps:
         Vectors are (n_images, n_features), maps are (n_images, height, width, n_channels). A layer with a class token
         gives two arrays: the token, named after the layer with '.cls' behind it, and the map.
         """
-        if not self.grids:
-            return {POOLED: self.reader.pooled(model, images)}
-        pooled, maps = self.reader.forward(model, images, list(self.grids), POOLED in self.layers)
-        rows = {} if pooled is None else {POOLED: pooled}
-        for layer, (values, token) in zip(self.grids, maps, strict=True):
+        (rows,) = read_together(model, images, [self])
+        return rows
+
+    def _rows(self, pooled: torch.Tensor | None, maps: Mapping[str, _Map]) -> dict[str, torch.Tensor]:
+        rows = {} if pooled is None or POOLED not in self.layers else {POOLED: pooled}
+        for layer, grid in self.grids.items():
+            values, token = maps[layer]
             if token is not None:
                 rows[layer + CLASS_TOKEN] = token
-            pooled = values if values.shape[-2:] == self.grids[layer] else _POOLS[self.pool](values, self.grids[layer])
-            rows[layer] = pooled.permute(0, 2, 3, 1)
+            on_grid = values if values.shape[-2:] == grid else _POOLS[self.pool](values, grid)
+            rows[layer] = on_grid.permute(0, 2, 3, 1)
         return rows
 
     def key(self) -> dict[str, Any]:
@@ -115,6 +117,16 @@ class Taps:
             "grids": {layer: list(grid) for layer, grid in self.grids.items()},
             "pool": self.pool,
         }
+
+
+def read_together(model: Any, images: torch.Tensor, taps: Sequence[Taps]) -> list[dict[str, torch.Tensor]]:
+    """Rows of each of several taps of one network, as `Taps.read` gives them, in one pass. They share their reader."""
+    reader, wanted = taps[0].reader, {layer for each in taps for layer in each.grids}
+    if not wanted:
+        return [each._rows(reader.pooled(model, images), {}) for each in taps[:1]] * len(taps)
+    layers = [layer for layer in reader.others(model) if layer in wanted]
+    pooled, maps = reader.forward(model, images, layers, any(POOLED in each.layers for each in taps))
+    return [each._rows(pooled, dict(zip(layers, maps, strict=True))) for each in taps]
 
 
 def layer_names(model: nn.Module) -> list[str]:

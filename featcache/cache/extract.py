@@ -199,12 +199,12 @@ def _facts(subject: Subject, source: Source, config: ExtractConfig) -> FeatureFa
         device=torch.cuda.get_device_name() if cuda else "cpu",
     )
     if source.checkpoint is None:
-        return facts
+        return replace(facts, network=config.backbone.resolved_name, weights=config.backbone.resolved_weights)
     seen_ids = np.intersect1d(source.checkpoint.seen_ids, subject.image_ids).tolist()
     return replace(facts, checkpoint=source.checkpoint.name, seen_ids=tuple(seen_ids))
 
 
-class _BeyondFloat16Error(Exception):
+class BeyondFloat16Error(Exception):
     """A layer has values that float16 cannot hold."""
 
 
@@ -229,7 +229,7 @@ def _fill(
         try:
             _fill_arrays(store, images, source, config, known.held_as(store), advance, computed)
             return len(computed)
-        except _BeyondFloat16Error as overflow:
+        except BeyondFloat16Error as overflow:
             layer = str(overflow)
             say(f"{store.name}: {layer} has values beyond float16; it is stored as float32, from its first row")
             store.widen(layer)
@@ -248,7 +248,7 @@ def _fill_arrays(
     advance: Callable[[int], None],
     computed: set[int],
 ) -> None:
-    """Compute and commit the missing rows, or raise _BeyondFloat16Error or LostRowsError.
+    """Compute and commit the missing rows, or raise BeyondFloat16Error or LostRowsError.
 
     Batches begin anew at every commit, whether or not the run was interrupted there: the sums inside a network depend
     on the shape of the batch, so only equal batches give equal bits.
@@ -281,26 +281,45 @@ def _batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:
 
 
 def _cast(values: np.ndarray, layer: str, dtype: str) -> np.ndarray:
-    """Rows of another store as this one keeps them. Raises _BeyondFloat16Error."""
+    """Rows of another store as this one keeps them. Raises BeyondFloat16Error."""
     return _stored(layer, torch.from_numpy(values), dtype).numpy()
 
 
 def _forward(source: Source, pixels: torch.Tensor, store: Store, dtype: str) -> dict[str, torch.Tensor]:
-    """{array: rows on the CPU, as they are stored}. Raises _BeyondFloat16Error."""
-    backbone = source.backbone
+    """{array: rows on the CPU, as they are stored}. Raises BeyondFloat16Error."""
+    dtypes = {layer: str(array.dtype) for layer, array in store.arrays.items()}
+    return rows_of(source.backbone, pixels, [(source.taps, dtypes)], dtype, source.device)[0]
+
+
+def rows_of(
+    backbone: Backbone,
+    pixels: torch.Tensor,
+    wanted: Sequence[tuple[Taps, Mapping[str, str]]],
+    dtype: str,
+    device: str,
+) -> list[dict[str, torch.Tensor]]:
+    """{array: rows on the CPU, as stores have them} of each of some taps, in one pass of the network.
+
+    pixels : (n_images, 3, height, width) as `backbone.pixels` gives them
+    wanted : taps, and {array: type} of their rows as stored
+    dtype : precision of the network
+
+    Raises BeyondFloat16Error for values that float16 cannot hold.
+    """
     precision = getattr(torch, dtype, torch.float32)  # TF32 is no type, but how CUDA multiplies float32
-    with torch.inference_mode(), torch.autocast(source.device, precision, enabled=precision != torch.float32):
-        images = backbone.normalise(pixels.to(source.device))
-        return {
-            layer: _stored(layer, values, str(store.arrays[layer].dtype)).cpu()
-            for layer, values in backbone.read(images, source.taps).items()
-        }
+    with torch.inference_mode(), torch.autocast(device, precision, enabled=precision != torch.float32):
+        images, (taps, *more) = backbone.normalise(pixels.to(device)), [taps for taps, _ in wanted]
+        together = backbone.read_together(images, [taps, *more]) if more else [backbone.read(images, taps)]
+        return [
+            {layer: _stored(layer, values, dtypes[layer]).cpu() for layer, values in rows.items()}
+            for rows, (_, dtypes) in zip(together, wanted, strict=True)
+        ]
 
 
 def _stored(layer: str, values: torch.Tensor, dtype: str) -> torch.Tensor:
     stored = values.to(getattr(torch, dtype))
     if dtype == "float16" and not stored.isfinite().all() and values.isfinite().all():
-        raise _BeyondFloat16Error(layer)
+        raise BeyondFloat16Error(layer)
     return stored
 
 

@@ -173,6 +173,7 @@ class FeatureFacts:
     torch, device : version of torch, and the processor that computed the rows
     checkpoint : name of the checkpoint that the backbone was trained in; None for one as its weights came
     seen_ids : ids of the store's images that the backbone was trained on; None for one as its weights came
+    network, weights : what --backbone and --weights called a backbone as its weights came
     """
 
     origin: str | None = None
@@ -180,6 +181,8 @@ class FeatureFacts:
     device: str | None = None
     checkpoint: str | None = None
     seen_ids: tuple[int, ...] | None = None
+    network: str | None = None
+    weights: str | None = None
 
     @classmethod
     def from_json(cls, mapping: Mapping[str, Any]) -> Self:
@@ -191,6 +194,8 @@ class FeatureFacts:
             device=mapping.get("device"),
             checkpoint=mapping.get("checkpoint"),
             seen_ids=None if seen_ids is None else tuple(seen_ids),
+            network=mapping.get("network"),
+            weights=mapping.get("weights"),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -201,5 +206,7 @@ class FeatureFacts:
             "device": self.device,
             "checkpoint": self.checkpoint,
             "seen_ids": None if self.seen_ids is None else list(self.seen_ids),
+            "network": self.network,
+            "weights": self.weights,
         }
         return {name: value for name, value in facts.items() if value is not None}

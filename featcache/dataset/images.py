@@ -11,7 +11,7 @@ from tokenize import TokenError
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from featcache.dataset.subject import ArrayImage, Fault, ImageSource
+from featcache.dataset.subject import ArrayImage, Fault, ImageSource, listed
 from featcache.errors import DataError, first_line
 from featcache.formats.arrays import open_array
 from featcache.formats.lazy import Array, Place
@@ -19,6 +19,7 @@ from featcache.formats.lazy import Array, Place
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on bad files
 _NO_ARRAY = (OSError, ValueError, EOFError, SyntaxError, TokenError, KeyError, RuntimeError)  # NumPy and h5py
 _TURNED = range(5, 9)  # rotation flags that exchange width and height
+_NO_PICTURES = {"HDF5", "GRIB", "BUFR", "WMF", "EPS", "MPEG"}  # kinds that Pillow knows and cannot decode by itself
 _OPEN_ARRAYS = 8  # files of many pictures that stay open
 
 
@@ -36,8 +37,32 @@ def load_image(source: ImageSource) -> Image.Image:
     if isinstance(source, ArrayImage):
         return Image.fromarray(array_row(source)).convert("RGB")
     with _opened(source) as image:
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(image)
+
+
+def image_endings() -> set[str]:
+    """Endings of the names of files that Pillow decodes by itself, in lower case: {'.png', '.jpg', ...}."""
+    known = Image.registered_extensions()  # which also fills Image.OPEN
+    return {ending for ending, kind in known.items() if kind in Image.OPEN and kind not in _NO_PICTURES}
+
+
+def images_in(folder: Path, remedy: str) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Image files of a folder in the order of their names, and a sentence on what else is in it, if anything is.
+
+    remedy : what to do about a folder without images, for which DataError is raised
+    """
+    known = image_endings()
+    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    images = [path for path in files if path.suffix.lower() in known and path.is_file()]
+    others = [path.name for path in files if path not in set(images)]
+    if not images:
+        raise DataError(
+            folder,
+            expected="images",
+            found=f"none, but {listed(others)}" if others else "an empty folder",
+            remedy=remedy,
+        )
+    return tuple(images), (f"{folder}: left out what is no image: {listed(others)}",) if others else ()
 
 
 def image_shape(source: ImageSource) -> tuple[int, int]:
@@ -111,7 +136,13 @@ def _refuse_special(path: Path) -> os.stat_result:
     return status
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of an image that Pillow opened or made; see `load_image`. Raises ValueError where it cannot be."""
+    image.load()
+    return _flattened(ImageOps.exif_transpose(image))
+
+
+def _flattened(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255 instead of scaling them
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":  # Pillow would clip fractions to black

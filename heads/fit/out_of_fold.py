@@ -1,16 +1,25 @@
 """Predictions of one surface out of fold: blocks of vertices, one after the other, brought together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from featcache.dataset.subject import Subject
-from heads.solvers.base import Block, Solver, comparable, mean_of_tests
+from featcache.machine.tensors import large_zeros
+from heads.modules.readout import SCALE, SHIFT
+from heads.solvers.base import Block, Fits, Solver, comparable, lines_of_heads, mean_of_tests
 
 
 def predict_surface(
-    solver: Solver, subject: Subject, surface: str, advance: Callable[[int], None], device: str = "cpu"
+    solver: Solver,
+    subject: Subject,
+    surface: str,
+    advance: Callable[[int], None],
+    device: str = "cpu",
+    held_out: Sequence[int] = (),
+    spool: Path | None = None,
 ) -> tuple[np.ndarray, dict[tuple[str, str], torch.Tensor]]:
     """Predictions of one surface, (n_train + n_test, n_vertices) float32, and the heads that made them, by name.
 
@@ -18,6 +27,8 @@ def predict_surface(
     over folds. Both are brought to one mean and standard deviation over folds.
 
     advance : called with the number of vertices that were just fitted
+    held_out : number of each fold, in the order of the solver's
+    spool : folder for heads that are larger than the memory; None: all are in memory
     """
     n_train, responses = len(subject.train), subject.responses(surface)
     n_vertices = responses.shape[1]
@@ -32,14 +43,25 @@ def predict_surface(
             predictions[torch.from_numpy(piece.rows), vertices] = values.cpu()
         predictions[n_train:, vertices] = mean_of_tests(fits.folds).cpu()
         saved |= {name: values.cpu() for name, values in fits.shared.items()}
-        for name, values in fits.saved.items():
+        for name, values in [*fits.saved.items(), *_lines(fits, held_out)]:
             if step >= n_vertices:
                 saved[name] = values.cpu()
                 continue
-            whole = saved.setdefault(name, values.new_empty((*values.shape[:-1], n_vertices), device="cpu"))
-            whole[..., vertices] = values.cpu()
+            if name not in saved:
+                saved[name] = large_zeros(spool, *values.shape[:-1], n_vertices)
+            saved[name][..., vertices] = values.cpu()
         advance(vertices.stop - vertices.start)
     return predictions.numpy(), saved
+
+
+def _lines(fits: Fits, held_out: Sequence[int]) -> list[tuple[tuple[str, str], torch.Tensor]]:
+    """What brings the heads of the folds to one mean and standard deviation, where each fold saves its own."""
+    if "" in {prefix for prefix, _ in fits.saved}:  # one head, which is their mean already
+        return []
+    named: list[tuple[tuple[str, str], torch.Tensor]] = []
+    for fold, (scale, shift) in zip(held_out, lines_of_heads(fits.folds), strict=True) if held_out else ():
+        named += [((f"fold{fold}.", SCALE), scale), ((f"fold{fold}.", SHIFT), shift)]
+    return named
 
 
 def block_of(subject: Subject, surface: str, responses: np.ndarray, vertices: slice, device: str) -> Block:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 
 from featcache.backbone.trainings import Trainings
 from featcache.cache.store import Store, create_store, open_store, store_path
@@ -17,19 +16,23 @@ from featcache.dataset.splits import Split, refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError
 from featcache.machine.device import check_products, matrix_products, resolve_device
-from featcache.machine.files import replace_bytes
 from featcache.machine.memory import give_back_memory, keep_freed_memory, memory_at_start
 from featcache.machine.progress import bar, say
+from featcache.machine.tensors import write_tensors
 from featcache.workdir import Workdir
 from heads.config import HEADS, FitConfig
 from heads.features.sets import FeatureSet, chosen_by, feature_sets, layer_of, say_partial, say_without
 from heads.fit.names import PredictionFacts, PredictionKey, prediction_key
 from heads.fit.out_of_fold import predict_surface
+from heads.modules.readout import HeadKind, InMemory, SavedHeads
 from heads.scores.metrics import VertexScores, pearson_r
 from heads.scores.withheld import score_test
 from heads.solvers.base import Problem, Shared, Solver, Trainee
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.registry import build_solver
+
+_MOST_ROUNDING = 0.1  # of predictions by saved heads, as a share of their standard deviation over images
+_LEAST_VARIANCE = 1e-8  # of predictions that are constant, as those of a vertex that never answers
 
 
 @dataclass(frozen=True)
@@ -247,14 +250,19 @@ def _fill(problem: Problem, solver: Solver, store: Store, weights: Path) -> None
         for surface in subject.surfaces:
             tensors |= _fill_surface(problem, solver, store, surface, advance)
         metadata = {"model": facts.model, "predictions": store.name, "features": facts.features}
-        _save_heads(tensors, weights, metadata)
+        write_tensors(weights, tensors, metadata)
 
 
 def _fill_surface(
     problem: Problem, solver: Solver, store: Store, surface: str, advance: Callable[[int], None]
 ) -> dict[str, torch.Tensor]:
     """Store one surface's predictions; what comes back are the heads, named as their file has them."""
-    predictions, saved = predict_surface(solver, problem.subject, surface, advance, problem.device)
+    predictions, saved = predict_surface(
+        solver, problem.subject, surface, advance, problem.device, problem.plan.held_out, Workdir(problem.work).heads
+    )
+    tensors = {f"{prefix}{surface}.{part}": values for (prefix, part), values in saved.items()}
+    kind = head_kind(PredictionKey.from_json(store.key), problem.subject)
+    _predict_test(problem, surface, kind, tensors, predictions)
     scored = problem.plan.scored
     if len(scored) < problem.n_train:
         predictions = np.concatenate([predictions[scored], predictions[problem.n_train :]])
@@ -262,15 +270,45 @@ def _fill_surface(
     # an interrupted run left whole chunks of the same numbers
     for start in range(store.committed[surface], len(predictions), step):
         store.append({surface: predictions[start : start + step]})
-    return {f"{prefix}{surface}.{part}": values for (prefix, part), values in saved.items()}
+    return tensors
 
 
-def _save_heads(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write the heads as safetensors: {surface}.weights (n_features, n_vertices) and {surface}.intercept (n_vertices,)
-    for linear ones, means over folds.
+def _predict_test(
+    problem: Problem, surface: str, kind: HeadKind, tensors: Mapping[str, torch.Tensor], predictions: np.ndarray
+) -> None:
+    """Predict the test images, in place, by the heads that are saved: as any new image will be.
+
+    What the solver predicts of them is the same up to rounding, which ill-conditioned kernels make visible.
+
+    tensors : heads of the surface, by the names of their file
+    predictions : (n_train + n_test, n_vertices), of which the last n_test rows are the solver's
     """
-    # safetensors' own writer reports a full disk as an error of its own kind
-    replace_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+    fitted = predictions[problem.n_train :]
+    shapes = {name: problem.features.stores[0].arrays[name].shape[1:] for name in problem.features.names}
+    heads = SavedHeads(InMemory(tensors), shapes, kind, problem.device)
+    if not fitted.size or heads.fault(surface):  # heads of a solver that saves none, or in a form of its own
+        return
+    rows = [rows_from(store, problem.features.names, problem.n_train) for store in problem.features.stores]
+    found = heads.predict(surface, rows).numpy()
+    if not np.square(found - fitted).mean() <= _MOST_ROUNDING**2 * fitted.var(0).mean() + _LEAST_VARIANCE:
+        raise StoreError(
+            f"heads of {problem.subject.name}, {surface}",
+            expected="saved heads that predict what the solver predicts",
+            found=f"a difference of {np.sqrt(np.square(found - fitted).mean()):.2g}",
+            remedy="correct what the solver returns in `Fits.saved`",
+        )
+    fitted[:] = found
+
+
+def head_kind(key: PredictionKey, subject: Subject) -> HeadKind:
+    """What has to be known of the heads of a prediction store besides their tensors."""
+    rois = {surface: tuple(masks.values()) for surface, masks in subject.rois.items()}
+    return HeadKind(name=key.head, precision=str((key.settings or {}).get("precision", "float32")), rois=rois)
+
+
+def rows_from(store: Store, names: Sequence[str], start: int) -> dict[str, torch.Tensor]:
+    """{array: (n, *shape) as stored} rows of some arrays of a feature store, from row `start` on."""
+    return {name: torch.from_numpy(store.read(name, start)) for name in names}
 
 
 def chosen_on(fitted: Sequence[Fitted], work: Path | str) -> list[str]:

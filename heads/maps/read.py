@@ -6,7 +6,6 @@ share them. Places are those of a layer's grid, which spans what the network see
 image.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
 from featcache.backbone.extent import WHOLE, Extent
 from featcache.cache.store import open_store
-from featcache.errors import StoreError, first_line
 from featcache.workdir import Workdir
 from heads.blend.models import Model
 from heads.features.rows import LayerRows
-from heads.modules.spatial import SpatialReadout
+from heads.modules.readout import InFile, by_head
+from heads.modules.saved import tensors_under
+from heads.modules.spatial import readout_of
 
 _SIDE = 7  # places a side of the grid on which the maps of layers are put together
 
@@ -97,33 +96,9 @@ def read_maps(model: Model, work: Path, extent: Extent = WHOLE) -> dict[str, Ver
 
 def _heads(model: Model, work: Path) -> Iterator[tuple[str, Tensors]]:
     """(surface, {part: tensor}) of each head, surface by surface and fold by fold. One at a time is in memory."""
-    path, again = Workdir(work).head_weights(model.store.name), "run 'fit-heads' again"
-
-    def unreadable(found: str, remedy: str) -> StoreError:
-        return StoreError(path, expected=f"the weights that made {path.stem}", found=found, remedy=remedy)
-
-    try:
-        with safe_open(path, "pt") as file:
-            owner = (file.metadata() or {}).get("predictions", path.stem)
-            if owner != path.stem:
-                raise unreadable(f"those of {owner}", f"delete it and {again}")
-            parts: dict[tuple[str, int], dict[str, str]] = {}
-            for name in file.keys():  # noqa: SIM118 (a file is no mapping)
-                surface, fold, part = _parse(name)
-                parts.setdefault((surface, fold), {})[part] = name
-            for (surface, _), names in sorted(parts.items(), key=itemgetter(0)):
-                yield surface, {part: file.get_tensor(name) for part, name in names.items()}
-    except FileNotFoundError as error:
-        raise unreadable("no such file", again) from error
-    except (OSError, SafetensorError) as error:
-        raise unreadable(f"a damaged file ({first_line(error)})", f"delete it and {again}") from error
-
-
-def _parse(name: str) -> tuple[str, int, str]:
-    """'fold3.lh.part' -> ('lh', 3, 'part'), and 'lh.part' -> ('lh', 0, 'part') where folds share their weights."""
-    fold = re.match(r"fold(\d+)\.", name)
-    surface, _, part = name.removeprefix(fold[0] if fold else "").partition(".")
-    return surface, int(fold[1]) if fold else 0, part
+    file = InFile(Workdir(work).head_weights(model.store.name), model.store.name)
+    for (surface, _), names in by_head(file.names()).items():
+        yield surface, {part: file.read(name) for part, name in names.items()}
 
 
 def _sizes(head: Tensors, rows: LayerRows, n_train: int) -> dict[str, torch.Tensor]:
@@ -145,19 +120,16 @@ def _of_weights(head: Tensors, rows: LayerRows, n_train: int) -> dict[str, torch
 
 def _of_readout(head: Tensors, rows: LayerRows) -> dict[str, torch.Tensor]:
     """Sizes of a spatial head. Vertices that are linear in a space have those of its outputs, by their weights."""
-    state = {name.removeprefix("head."): tensor for name, tensor in head.items()}
-    n_outputs = len(state["0.bias"])
-    rank = next((tensor.shape[1] for name, tensor in state.items() if name.endswith(".spatial")), 1)
-    readout = SpatialReadout(rows.shapes, n_outputs, rank)
-    readout.load_state_dict({name[2:]: tensor for name, tensor in state.items() if name.startswith("0.")})
+    readout = readout_of(rows.shapes, tensors_under(head, "head.0."))
+    n_outputs = readout.n_outputs
     places, shares = readout.maps()
     sizes = {
         name: shares[:, [k]]
         * (functional.normalize(places[name].flatten(1), dim=1) if name in places else torch.ones(n_outputs, 1))
         for k, name in enumerate(rows.grids)
     }
-    if "1.weight" in state:
-        sizes = {name: state["1.weight"].abs() @ size for name, size in sizes.items()}
+    if "head.1.weight" in head:
+        sizes = {name: head["head.1.weight"].abs() @ size for name, size in sizes.items()}
     return sizes
 
 

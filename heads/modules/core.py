@@ -19,7 +19,7 @@ from heads.config import CoreConfig, SpatialConfig, TrainConfig
 from heads.modules.by_subject import SpatialHeads
 from heads.modules.linear import SMALL
 from heads.modules.saved import saved_shapes, tensors_under
-from heads.modules.spatial import Rows, Shapes, SpatialReadout, Standardise
+from heads.modules.spatial import Rows, Shapes, Standardise, readout_of
 
 CORE = "core"  # name of the core's output among rows, which have the names of arrays
 _FRONT = "heads.standardise."  # prefix of the tensors of the part that all subjects share, in a checkpoint
@@ -107,13 +107,14 @@ class CoreFront(Standardise):
     """The part that all subjects share: standardisation of the rows, then the core.
 
     in_bfloat16 : whether the core multiplies in bfloat16; what it puts out is float32 all the same
+    shapes : {'core': shape of a row} of what it puts out
     """
 
     in_bfloat16 = False
 
     def __init__(self, shapes: Shapes, config: CoreConfig | TrainConfig) -> None:
         super().__init__(shapes)
-        self.core = Core(shapes, config)
+        self.core, self.shapes = Core(shapes, config), {CORE: Core.shape(shapes, config)}
 
     def forward(self, rows: Rows) -> Rows:
         rows = super().forward(rows)
@@ -159,14 +160,17 @@ def core_head_of(tensors: Mapping[str, torch.Tensor], names: Sequence[str], subj
     tensors : heads of a checkpoint that have a core, of either stage
     names : subjects of the checkpoint, in its order
     """
-    state, shapes = tensors_under(tensors, _FRONT), dict(saved_shapes(tensors))
+    outputs = tensors[f"columns.{subject}.{surface}"]
+    of_subject = tensors_under(tensors, f"heads.subjects.{list(names).index(subject)}.")
+    front = front_of(tensors_under(tensors, _FRONT), dict(saved_shapes(tensors)))
+    readout = readout_of(front.shapes, {name: tensor[outputs] for name, tensor in of_subject.items()}, True)
+    return nn.Sequential(front, readout).eval().requires_grad_(False)
+
+
+def front_of(state: Mapping[str, torch.Tensor], shapes: Shapes) -> CoreFront:
+    """The shared part that has these tensors, by their names in it. shapes : {array: shape of a row} that it reads"""
     channels, hidden = state["core.step.3.weight"].shape[:2]
     blocks = {name.split(".")[2] for name in state if name.startswith("core.blocks.")}
-    config = CoreConfig(hidden=hidden, channels=channels, blocks=len(blocks))
-    front = CoreFront(shapes, config)
-    front.load_state_dict(state)
-    outputs = tensors[f"columns.{subject}.{surface}"]
-    readout = SpatialReadout({CORE: Core.shape(shapes, config)}, len(outputs), standardised=True)
-    of_subject = tensors_under(tensors, f"heads.subjects.{list(names).index(subject)}.")
-    readout.load_state_dict({name: tensor[outputs] for name, tensor in of_subject.items()})
-    return nn.Sequential(front, readout).eval().requires_grad_(False)
+    front = CoreFront(shapes, CoreConfig(hidden=hidden, channels=channels, blocks=len(blocks)))
+    front.load_state_dict(dict(state))
+    return front

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from heads.modules.linear import SMALL, LinearMap, linear_layer
-from heads.modules.spatial import Shapes, SpatialReadout
+from heads.modules.spatial import Shapes, readout_of
 
 _ARRAY = "array."  # prefix of the names of tensors that hold the shape of an array's rows
 
@@ -67,10 +67,8 @@ def spatial_head_of(tensors: Mapping[str, torch.Tensor], names: Sequence[str], s
     vertices = {key: value[outputs] for key, value in head_of_subject.items()}
     space = tensors_under(tensors, "heads.space.")
     maps = space or vertices
-    rank = next((value.shape[1] for key, value in maps.items() if key.endswith(".spatial")), 1)
-    readout = SpatialReadout(dict(saved_shapes(tensors)), len(maps["bias"]), rank)
     statistics = {f"standardise.{key}": value for key, value in tensors_under(tensors, "heads.standardise.").items()}
-    readout.load_state_dict(maps | statistics)
+    readout = readout_of(dict(saved_shapes(tensors)), maps | statistics)
     head = nn.Sequential(readout)
     if space:
         head.append(linear_layer(readout.n_outputs, len(outputs), SMALL))

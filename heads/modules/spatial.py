@@ -182,6 +182,14 @@ class SpatialReadout(nn.Module):
         return [(array, shape, reader) for (array, shape), reader in zip(self.shapes.items(), readers, strict=True)]
 
 
+def readout_of(shapes: Shapes, state: Mapping[str, torch.Tensor], standardised: bool = False) -> SpatialReadout:
+    """The readout that has these tensors, by their names in it. shapes, standardised : as of the readout"""
+    rank = next((tensor.shape[1] for name, tensor in state.items() if name.endswith(".spatial")), 1)
+    readout = SpatialReadout(shapes, len(state["bias"]), rank, standardised=standardised)
+    readout.load_state_dict(dict(state))
+    return readout
+
+
 class _VectorReader(nn.Module):
     """Linear map of a vector: (n_images, n_features) -> (n_images, n_outputs)."""
 

@@ -62,12 +62,15 @@ class FoldFit(NamedTuple):
     held_out : predictions of the fold's images
     test : (n_test, n_vertices) predictions of the test images
     test_mean, test_std : (n_vertices,) of the head for test images, as those of a piece
+    calibration : (n_vertices,) slope and shift by which `test` is made of what the saved head gives; None where it is
+        what the saved head gives
     """
 
     held_out: list[Piece]
     test: torch.Tensor
     test_mean: torch.Tensor
     test_std: torch.Tensor
+    calibration: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Fits(NamedTuple):
@@ -181,12 +184,25 @@ def mean_of_tests(folds: Sequence[FoldFit]) -> torch.Tensor:
 
     Else the head with the largest scale would decide. Their common mean is the mean of theirs.
     """
-    level = torch.stack([fold.test_mean for fold in folds]).mean(0)
-    scaled = [
-        torch.addcmul(level - fold.test_mean * ratio, fold.test, ratio)
-        for fold, ratio in zip(folds, ratios([fold.test_std for fold in folds]), strict=True)
-    ]
+    lines = to_one_scale(folds)
+    scaled = [torch.addcmul(shift, fold.test, scale) for fold, (scale, shift) in zip(folds, lines, strict=True)]
     return torch.stack(scaled).mean(0)
+
+
+def to_one_scale(folds: Sequence[FoldFit]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(n_vertices,) scale and shift of each fold's `test` that bring all folds to one mean and standard deviation."""
+    level = torch.stack([fold.test_mean for fold in folds]).mean(0)
+    scales = ratios([fold.test_std for fold in folds])
+    return [(scale, level - fold.test_mean * scale) for fold, scale in zip(folds, scales, strict=True)]
+
+
+def lines_of_heads(folds: Sequence[FoldFit]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The same of what each fold's saved head gives: the mean of ``scale * head + shift`` is `mean_of_tests`."""
+    lines = []
+    for fold, (scale, shift) in zip(folds, to_one_scale(folds), strict=True):
+        slope, offset = fold.calibration or (torch.ones_like(scale), torch.zeros_like(shift))
+        lines.append((scale * slope, shift + scale * offset))
+    return lines
 
 
 def comparable(pieces: Sequence[Piece], mean: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from heads.config import HEADS, AdamWConfig, FitConfig
 from heads.config.registry import load
 from heads.modules.linear import LinearMap
+from heads.modules.readout import Standardised
 from heads.scores.losses import Loss, weighted_sum
 from heads.scores.metrics import accuracy_from_r, pearson_r
 from heads.solvers.base import Block, Fits, FoldFit, Problem, mean_and_std, piece_of
@@ -85,13 +85,13 @@ class GradientSolver:
     ) -> Any:
         """The head for features as stored: a calibrated LinearMap, or a module with its standardisation."""
         if not isinstance(head, LinearMap):
-            return _Standardised(head, mean, scale)
+            return Standardised(head, mean, scale)
         weights = head.weights / scale[:, None]
         stored = LinearMap(weights, head.intercept - mean @ weights)
         return calibrate(stored, features[split.train_rows], responses[split.train_rows])
 
     @torch.no_grad()
-    def _fits_of_modules(self, heads: Sequence[Sequence["_Standardised"]], block: Block) -> Fits:
+    def _fits_of_modules(self, heads: Sequence[Sequence["Standardised"]], block: Block) -> Fits:
         folds: list[FoldFit] = []
         saved: dict[tuple[str, str], torch.Tensor] = {}
         for k, (split, fold_heads) in enumerate(zip(self._splits, heads, strict=True)):
@@ -102,23 +102,6 @@ class GradientSolver:
         return Fits(folds, saved)
 
 
-class _Standardised(nn.Module):
-    """A trained module that standardises stored features first, as in training."""
-
-    mean: torch.Tensor
-    scale: torch.Tensor
-
-    def __init__(self, head: nn.Module, mean: torch.Tensor, scale: torch.Tensor) -> None:
-        super().__init__()
-        self.head = head
-        self.register_buffer("mean", mean)
-        self.register_buffer("scale", scale)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        predictions: torch.Tensor = self.head((features - self.mean) / self.scale)
-        return predictions
-
-
 def fold_fit(predictions: Iterable[torch.Tensor], split: Split, responses: torch.Tensor) -> FoldFit:
     """Predictions of the heads of one fold, each calibrated on the rows that it was trained on.
 
@@ -127,11 +110,11 @@ def fold_fit(predictions: Iterable[torch.Tensor], split: Split, responses: torch
     """
     pieces = []
     for choice, values in enumerate(predictions):
-        slope, shift = calibration(values[split.train_rows], responses[split.train_rows])
-        values = slope * values + shift
+        line = calibration(values[split.train_rows], responses[split.train_rows])
+        values = line[0] * values + line[1]
         if choice < len(split.parts):
             pieces.append(piece_of(values, split.parts[choice], split.train_rows))
-    return FoldFit(pieces, values[len(responses) :], *mean_and_std(values[split.train_rows]))
+    return FoldFit(pieces, values[len(responses) :], *mean_and_std(values[split.train_rows]), line)
 
 
 class Task(NamedTuple):

@@ -9,7 +9,10 @@ import torch
 from featcache.dataset.algonauts import open_challenge
 from featcache.errors import ConfigError
 from heads.config import HEADS, SOLVERS, AdamWConfig, CoreConfig, FitConfig, SpatialConfig
-from heads.fit.out_of_fold import block_of
+from heads.fit.out_of_fold import block_of, predict_surface
+from heads.fit.run import rows_from
+from heads.modules.readout import HeadKind, InMemory, SavedHeads
+from heads.solvers.base import mean_of_tests
 from heads.solvers.registry import build_solver
 from support.plans import assert_same_fits, out_of_fold
 from support.problems import (
@@ -157,6 +160,24 @@ def test_heads_are_saved_under_the_prefixes_of_the_plan_or_of_its_folds(made):
     folds = {f"fold{fold}." for fold in problem.plan.held_out}
     assert {prefix for prefix, _ in saved} in (set(problem.plan.prefixes), folds)
     assert all(isinstance(values, torch.Tensor) for values in saved.values())
+
+
+@every_solver
+@both_layouts
+def test_saved_heads_predict_test_images_as_the_solver_does(made):
+    problem, solver = made()
+    for surface in N_VERTICES:
+        expected = mean_of_tests(solver.fit(block_for(problem, surface)).folds)
+        _, saved = predict_surface(solver, problem.subject, surface, lambda _: None, "cpu", problem.plan.held_out)
+        tensors = {f"{prefix}{surface}.{part}": values for (prefix, part), values in saved.items()}
+        features = problem.features if problem.config.solver_spec.fits else problem.features.only(["pooled"])
+        shapes = {name: features.stores[0].arrays[name].shape[1:] for name in features.names}
+        heads = SavedHeads(InMemory(tensors), shapes, HeadKind(name=problem.config.head))
+        assert heads.fault(surface) == ""
+        rows = [rows_from(store, features.names, problem.n_train) for store in features.stores]
+        found = heads.predict(surface, rows)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=5e-3)
+        torch.testing.assert_close(heads.predict(surface, rows, slice(1, 3)), found[:, 1:3], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("solver", "head"), [kind for kind in KINDS if SOLVERS[kind[0]].fits])

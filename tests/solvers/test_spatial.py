@@ -21,6 +21,7 @@ from heads.features.sets import feature_sets
 from heads.fit.out_of_fold import predict_surface
 from heads.fit.run import fit_heads
 from heads.modules.linear import LinearHead
+from heads.modules.saved import tensors_under
 from heads.modules.spatial import SpatialReadout
 from heads.scores.losses import LOSSES
 from heads.scores.metrics import pearson_r
@@ -488,7 +489,7 @@ def test_saved_weights_rebuild_the_predictions(tiny, fresh, said, config):
     n_train, folds = store.n_train, assign_folds(subject.train.ids, N_FOLDS, 0)
     for surface in subject.surfaces:
         for k in range(N_FOLDS):
-            own = {key.split(".head.")[1]: v for key, v in saved.items() if key.startswith(f"fold{k}.{surface}.")}
+            own = tensors_under(saved, f"fold{k}.{surface}.head.")
             head = torch.nn.Sequential(SpatialReadout(rows.shapes, len(own["0.bias"]), config.spatial.rank))
             if "1.weight" in own:
                 head.append(torch.nn.Linear(4, subject.n_vertices[surface]))

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from featcache.dataset.folder import OWN_COLUMNS
-from featcache.dataset.images import picture_count
+from featcache.dataset.images import image_endings, images_in, picture_count
 from featcache.dataset.importing.config import ImportConfig
 from featcache.dataset.importing.material import Stimuli
 from featcache.dataset.subject import SESSION, SESSIONS_JOINED_BY, ArrayImage, ImageSource, listed
@@ -21,7 +20,6 @@ from featcache.formats.tables import Table, read_table
 TEST_SESSION = "the test images"  # what the session of their own responses is called
 _SPLITS = {"train": False, "training": False, "test": True}
 LARGEST_ID = 2**63 - 1
-_NO_PICTURES = {"HDF5", "GRIB", "BUFR", "WMF", "EPS", "MPEG"}  # kinds that Pillow knows and cannot decode by itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +97,7 @@ def _list_sources(images: str, option: str) -> tuple[tuple[ImageSource, ...], tu
     place = Place.of(images)
     if not place.path.exists():
         raise DataError(option, expected="a folder, or a file with pictures", found=f"no {images}", remedy="correct it")
-    if path.suffix.lower() in _endings():
+    if path.suffix.lower() in image_endings():
         raise DataError(
             option,
             expected="a folder of images, or a file with an array of pictures",
@@ -110,28 +108,11 @@ def _list_sources(images: str, option: str) -> tuple[tuple[ImageSource, ...], tu
     return tuple(ArrayImage(place.path, place.array, row) for row in range(n_pictures)), ()
 
 
-def _endings() -> set[str]:
-    """Endings of the names of image files."""
-    known = Image.registered_extensions()  # which also fills Image.OPEN
-    return {ending for ending, kind in known.items() if kind in Image.OPEN and kind not in _NO_PICTURES}
-
-
 def _list_folder(folder: Path, option: str) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """Images of a folder in the order of their names; what else is in it is said."""
-    known = _endings()
-    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    images = [path for path in files if path.suffix.lower() in known and path.is_file()]
-    others = [path.name for path in files if path not in set(images)]
-    if not images:
-        raise DataError(
-            folder,
-            expected="images",
-            found=f"none, but {listed(others)}" if others else "an empty folder",
-            remedy="name the folder that holds them, or give a --table with their paths",
-        )
+    images, notes = images_in(folder, "name the folder that holds them, or give a --table with their paths")
     _refuse_two_orders(images, option)
-    notes = (f"{folder}: left out what is no image: {listed(others)}",) if others else ()
-    return tuple(images), notes
+    return images, notes
 
 
 def _refuse_two_orders(images: Sequence[Path], option: str) -> None:

@@ -65,7 +65,9 @@ class Basis:
         weights : (rank, n_vertices) on the axes
         """
         if self.span is None or self.axes is None:
-            return self.rows, self.scores(self.rows) @ (weights / self.values[:, None])
+            duals = self.scores(self.rows) @ (weights / self.values[:, None])
+            # kernels are centred over these images, which axes of small eigenvalues are not exactly
+            return self.rows, duals - duals.mean(0)
         landmarks, whitening = self.span
         return landmarks, whitening @ (self.axes @ weights)
 
@@ -114,7 +116,10 @@ def basis_of_kernel(kernel: torch.Tensor, rows: np.ndarray) -> Basis:
     means = across[index].mean(0)
     centred = across - across.mean(1, keepdim=True) - means + means.mean()
     values, vectors = eigh_of(centred[index])
-    return Basis(rows, values, centred @ (vectors / values.sqrt()))
+    scores = centred @ (vectors / values.sqrt())
+    # the same number without the rounding of the kernel, which small eigenvalues would magnify in dual weights
+    scores[index] = vectors * values.sqrt()
+    return Basis(rows, values, scores)
 
 
 def basis_of_features(

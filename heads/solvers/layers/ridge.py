@@ -15,6 +15,7 @@ Penalties over groups of features: Dupré la Tour et al. 2022, https://doi.org/1
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from featcache.machine.device import matrix_products
 from featcache.machine.memory import memory_at_start, said, spare_memory
 from featcache.machine.progress import say
+from featcache.workdir import Workdir
 from heads.config import RidgeConfig
 from heads.features.rows import LayerRows
 from heads.solvers.base import Block, Fits, FoldFit, Problem, mean_and_std, piece_of
@@ -91,7 +93,8 @@ def build_layered(problem: Problem) -> "LayeredRidge":
     kernels = scaled_kernels(rows, plan, free * STACK_SHARE)
     priors = prior_set(rows[0].grids, DEPTHS if len(features.names) > 1 else (None,), plan.n_train)
     ridge = replace(config.ridge, penalties=PENALTIES)
-    solver = LayeredRidge(kernels, plan, ridge, priors, cache_bytes=free * CACHE_SHARE)
+    spool = Workdir(problem.work).heads
+    solver = LayeredRidge(kernels, plan, ridge, priors, cache_bytes=free * CACHE_SHARE, spool=spool)
     peak = memory_at_start() + solver.memory(max(problem.n_vertices))
     streamed = list(dict.fromkeys(name for of_store in rows for name in of_store.streamed))
     say(
@@ -122,6 +125,7 @@ class LayeredRidge:
     kernels : for each set of scales (see scaled_kernels)
     priors : to average over
     cache_bytes : memory for decompositions, which serve any responses
+    spool : folder for weights that are larger than the memory; None: all are in memory
     """
 
     def __init__(
@@ -132,7 +136,9 @@ class LayeredRidge:
         priors: Sequence[Prior],
         *,
         cache_bytes: float,
+        spool: Path | None = None,
     ) -> None:
+        self._spool = spool
         self._kernels, self._config, self._plan = list(kernels), config, plan
         self._rows = [plan.outside(k) for k in range(len(plan))]
         self._parts = [plan.parts(k) for k in range(len(plan))]
@@ -191,10 +197,8 @@ class LayeredRidge:
         for prior, k, basis in self._bases(lambda prior, k: prior in weights[k]):
             mixes[k].add(basis, results[k][prior].penalty, weights[k][prior])
         fits = Fits([self._fit(k, mix) for k, mix in enumerate(mixes)], {})
-        if self._sizes.saved_bytes(responses.shape[1]) == 0:
-            return fits
         # the scale of a fold's weights in the mean is known only now
-        saved = SavedWeights(self._kernels, self._plan, fits.folds)
+        saved = SavedWeights(self._kernels, self._plan, fits.folds, self._spool)
         for prior, k, basis in self._bases(lambda prior, k: prior in weights[k]):
             saved.add(prior, k, basis, *mixes[k].last(basis, results[k][prior].penalty, weights[k][prior]))
         return fits._replace(saved=saved.tensors([mix.predictions[-1] for mix in mixes]))

@@ -1,9 +1,11 @@
 """Weights under priors on the features as stored, to be saved."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from featcache.machine.tensors import large_zeros
 from heads.solvers.base import FoldFit, ratios
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.layers import sizes
@@ -17,10 +19,17 @@ class SavedWeights:
 
     kernels : for each set of scales
     folds : what each fold predicts
+    spool : folder for weights that are larger than the memory; None: all are in memory
     """
 
-    def __init__(self, kernels: Sequence[LayerKernels], plan: FoldPlan, folds: Sequence[FoldFit]) -> None:
-        self._kernels, self._plan, self._folds = kernels, plan, folds
+    def __init__(
+        self,
+        kernels: Sequence[LayerKernels],
+        plan: FoldPlan,
+        folds: Sequence[FoldFit],
+        spool: Path | None = None,
+    ) -> None:
+        self._kernels, self._plan, self._folds, self._spool = kernels, plan, folds, spool
         self._n_vertices = folds[0].test.shape[1]
         self._share = 1.0 if plan.backbone_trained else 1 / len(plan)  # of a fold in the heads that are saved
         stds = [fold.test_std for fold in folds]
@@ -45,17 +54,22 @@ class SavedWeights:
     def _flush(self, scales: int) -> None:
         """Multiply the pending dual weights with features and add the products to the heads."""
         pending, self._pending[scales] = self._pending[scales], {}
-        if pending:
-            kernels = self._kernels[scales]
-            for name, values in kernels.weights(list(pending), torch.stack(list(pending.values()))).items():
-                self._add(scales, f"{name}.weights", values)
+        if not pending:
+            return
+        kernels, duals = self._kernels[scales], torch.stack(list(pending.values()))
+        for start in range(0, self._n_vertices, sizes.VERTEX_BLOCK):
+            vertices = slice(start, start + sizes.VERTEX_BLOCK)
+            for name, values in kernels.weights(list(pending), duals[:, :, vertices]).items():
+                self._add(scales, f"{name}.weights", values, vertices)
                 # the mean prediction is the prediction of the mean features
-                self._add(scales, "intercept", -(kernels.means[name].flatten() @ values))
+                self._add(scales, "intercept", -(kernels.means[name].flatten() @ values), vertices)
 
-    def _add(self, scales: int, part: str, values: torch.Tensor) -> None:
+    def _add(self, scales: int, part: str, values: torch.Tensor, vertices: slice = slice(None)) -> None:
         prefixes = self._plan.prefixes
         name = prefixes[scales if len(prefixes) > 1 else 0], part
-        self._heads[name] = self._heads[name] + values if name in self._heads else values
+        if name not in self._heads:
+            self._heads[name] = large_zeros(self._spool, *values.shape[:-1], self._n_vertices)
+        self._heads[name][..., vertices] += values.cpu()
 
     def tensors(self, predictions: Sequence[torch.Tensor]) -> dict[tuple[str, str], torch.Tensor]:
         """Weights and intercepts, {(prefix, part): tensor}. predictions : of all images by each fold's last choice"""

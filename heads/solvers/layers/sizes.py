@@ -14,7 +14,7 @@ SEARCH_IMAGES = 1024  # with more training images, priors are first compared on 
 FINALISTS = 8  # priors that are tried on all images after that
 VERTEX_BLOCK = 4096
 PENDING_BYTES = 256 << 20  # of dual weights that wait to be multiplied with features
-WEIGHTS_BYTES = 2e9  # weights of a surface that take more are not saved
+_WEIGHTS_IN_MEMORY = 2e9  # of the weights of a surface; larger ones are held in files (featcache/machine/tensors.py)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,8 @@ class LayeredSizes:
         return len(self.n_fit) if self.backbone_trained else 1
 
     def saved_bytes(self, n_vertices: int) -> float:
-        """Bytes of the saved weights of a surface; 0 if they are too many to save."""
-        weights = 4.0 * self.n_features * n_vertices * self.n_saved
-        return weights if weights <= WEIGHTS_BYTES else 0.0
+        """Bytes of the saved weights of a surface."""
+        return 4.0 * self.n_features * n_vertices * self.n_saved
 
     def memory(self, n_vertices: int) -> float:
         """Bytes that a fit of a surface takes: features, decompositions, predictions of every choice, responses."""
@@ -87,7 +86,11 @@ class LayeredSizes:
         errors = 16.0 * max(MAX_NUMBERS_AT_ONCE, self.n_train * block)
         # read, centred, scaled, blurred, weighed
         blocks = 6.0 * min(4 * self.n_images * self.n_features, BLOCK_BYTES)
-        weights = 4 * self.saved_bytes(n_vertices)  # of two surfaces, and their copies while they are written
+        # of two surfaces, and of a block while they are computed
+        weights = 2 * min(self.saved_bytes(n_vertices), _WEIGHTS_IN_MEMORY)
+        weights += 12.0 * self.n_features * min(n_vertices, VERTEX_BLOCK) + min(
+            self.saved_bytes(block), _WEIGHTS_IN_MEMORY
+        )
         predictions = per_fold * len(self.n_fit) + 12.0 * self.n_train * block
         total = self.stack_bytes + decomposition + kept + predictions + duals + errors + blocks + weights
         return 1.2 * (total + self.held_bytes)  # a fifth more for memory that the allocator cannot reuse

@@ -51,10 +51,10 @@ def kernels_of(folder, values, n_train=N_TRAIN, stack_bytes=1e9):
     return LayerKernels(LayerRows(store, tuple(values), "cpu", np.inf), np.arange(n_train), stack_bytes)
 
 
-def solver(kernels, priors=PRIORS, plan=PLANS[False], config=None, cache_bytes=1e9):
+def solver(kernels, priors=PRIORS, plan=PLANS[False], config=None, cache_bytes=1e9, spool=None):
     config = RidgeConfig(penalties=MULTIPLES) if config is None else config
     kernels = kernels if plan.backbone_trained else kernels * plan.n_scales  # one scale for all, unless a test says so
-    return LayeredRidge(kernels, plan, config, priors, cache_bytes=cache_bytes)
+    return LayeredRidge(kernels, plan, config, priors, cache_bytes=cache_bytes, spool=spool)
 
 
 def responses_of(values, n_vertices=5, noise=1.0, seed=1):
@@ -483,14 +483,19 @@ def test_saved_weights_on_stored_features_are_the_test_predictions(tmp_path, sha
         np.testing.assert_allclose(mean, predicted("", values[0]), rtol=1e-3, atol=2e-3)
 
 
-def test_weights_too_large_to_keep_are_left_out_and_predictions_stay(tmp_path, monkeypatch):
-    heads_, (values,) = made(tmp_path)
-    y = responses_of(values)
-    whole = heads_.fit(block_of(y))
-    monkeypatch.setattr(heads.solvers.layers.sizes, "WEIGHTS_BYTES", 10)
-    small = heads_.fit(block_of(y))
-    assert small.saved == {} and whole.saved
-    assert_same_fits(small, whole)
+@both_modes
+def test_weights_larger_than_the_memory_are_held_in_files_and_computed_block_by_block(tmp_path, monkeypatch, trained):
+    values = [values_of(SHAPES["dual"], k) for k in range(N_FOLDS if trained else 1)]
+    kernels, y = [kernels_of(tmp_path, one) for one in values], responses_of(values[0])
+    whole = solver(kernels, plan=PLANS[trained]).fit(block_of(y))
+    monkeypatch.setattr("featcache.machine.tensors._IN_MEMORY", 0)
+    monkeypatch.setattr(heads.solvers.layers.sizes, "VERTEX_BLOCK", 2)
+    spooled = solver(kernels, plan=PLANS[trained], cache_bytes=0, spool=tmp_path / "spool").fit(block_of(y))
+    assert_same_fits(spooled, whole)
+    assert spooled.saved.keys() == whole.saved.keys()
+    for name, tensor in whole.saved.items():
+        torch.testing.assert_close(spooled.saved[name], tensor, rtol=1e-3, atol=1e-5)
+    assert list((tmp_path / "spool").iterdir()) == []  # files without a name, which end with the process
 
 
 # --- landmarks

@@ -55,12 +55,13 @@ def test_what_does_not_fit_is_recomputed():
     assert replace(COUNTS, cache_bytes=COUNTS.decomposed_bytes - 1).recomputes
 
 
-def test_weights_are_saved_once_or_for_each_fold_up_to_a_limit(monkeypatch):
+def test_weights_are_saved_once_or_for_each_fold_and_beyond_a_limit_are_not_in_memory(monkeypatch):
     once = bytes_of((900, 7))
     trained = replace(COUNTS, backbone_trained=True)
     assert (COUNTS.saved_bytes(7), trained.saved_bytes(7)) == (once, 3 * once)
-    monkeypatch.setattr(sizes, "WEIGHTS_BYTES", 2 * once)
-    assert (COUNTS.saved_bytes(7), trained.saved_bytes(7)) == (once, 0)
+    before = trained.memory(7)
+    monkeypatch.setattr(sizes, "_WEIGHTS_IN_MEMORY", once)
+    assert trained.memory(7) < before
 
 
 @pytest.mark.parametrize("name", ["n_images", "n_choices", "n_priors", "n_features", "stack_bytes", "held_bytes"])

@@ -1,0 +1,69 @@
+"""Tensors that may be larger than the memory: written to safetensors one after the other, and held in files."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from featcache.machine.files import whole_file
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ALIGNED = 8  # bytes; the header is filled up to a multiple
+_IN_MEMORY = 32 << 20  # bytes up to which `large_zeros` takes main memory
+_AT_ONCE = 64 << 20  # bytes that are copied at a time
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    The library's own writer makes a copy of all tensors first. This one copies `_AT_ONCE` bytes at a time, so that
+    tensors held in files by `large_zeros` need no memory.
+
+    Source: the format, https://huggingface.co/docs/safetensors
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNED)
+    with whole_file(path) as partial, partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
+            for start in range(0, numbers.numel(), _AT_ONCE):
+                file.write(numbers[start : start + _AT_ONCE].numpy().data)
+
+
+def large_zeros(folder: Path | None, *shape: int) -> torch.Tensor:
+    """float32 zeros of any size: in main memory, or above `_IN_MEMORY` in a file of this folder.
+
+    The file has no name, so that its room on the disk is free again once the tensor is gone, however the process ends.
+    """
+    n_bytes = 4 * math.prod(shape)
+    if folder is None or n_bytes <= _IN_MEMORY:
+        return torch.zeros(shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)  # a disk that is full later would end the process by a signal
+        except OSError:
+            if os.fstatvfs(file.fileno()).f_bavail * os.fstatvfs(file.fileno()).f_frsize < n_bytes:
+                raise
+            file.truncate(n_bytes)  # a file system that cannot promise room
+        return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="r+", shape=shape))
