@@ -101,7 +101,9 @@ def take_known_fit(
                 store.commit({surface: rows.stop})
             write_tensors(Workdir(problem.work).head_weights(store.name), load_file(weights), metadata)
     except (StoreError, LostRowsError, _OtherHeadsError) as error:
-        say(f"{problem.subject.name}: {source.name} is not taken, heads are fitted: {error}")
+        why = error.why if isinstance(error, LostRowsError) else error
+        words = why.found if isinstance(why, StoreError) else why
+        say(f"{problem.subject.name}: {source.name} is not taken, and heads are fitted: found {words}")
         return False
     n_new, n_images = len(store.image_ids) - len(known), len(store.image_ids)
     what = f"{n_images - n_new} of {n_images} images are predicted in {source.name}"
@@ -125,10 +127,10 @@ def _predicted(
     for surface in problem.subject.surfaces if not there.all() else ():
         values, (source,) = by(heads, surface), known.stores
         if values is None or not there.any():
-            raise _OtherHeadsError("its heads cannot be checked")
+            raise _OtherHeadsError("heads that cannot be checked")
         stored = source.read(surface, source.n_train)[tests[there] - source.n_train]
         if not agree(values[there], stored):
-            raise _OtherHeadsError("its heads do not predict what it has")
+            raise _OtherHeadsError("heads that do not predict what it has")
         yield surface, values
 
 

@@ -313,7 +313,7 @@ def _predict_test(
 
 
 def _by_saved_heads(problem: Problem, kind: HeadKind, tensors: HeadTensors, surface: str) -> np.ndarray | None:
-    """(n_test, n_vertices) predictions of the test images; None where heads are not saved, or in a form of their own."""
+    """(n_test, n_vertices) of the test images; None where heads are not saved, or in a form of their own."""
     shapes = {name: problem.features.stores[0].arrays[name].shape[1:] for name in problem.features.names}
     heads = SavedHeads(tensors, shapes, kind, problem.device)
     if not problem.n_test or not problem.subject.n_vertices[surface] or heads.fault(surface):

@@ -17,7 +17,7 @@ from featcache.cache.store import Store, open_store
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
 from featcache.dataset.algonauts import open_challenge
 from featcache.errors import LeakError
-from heads.config import FitConfig
+from heads.config import AdamWConfig, CoreConfig, FitConfig
 from heads.fit import run as run_module
 from heads.fit.run import Fitted, fit_heads
 from support.checkpoints import N_FOLDS, write_checkpoint
@@ -32,7 +32,10 @@ CONFIG = ExtractConfig(
     checkpoint="auto",
 )
 RIDGE = FitConfig(n_folds=N_FOLDS)
-GRADIENT = FitConfig(n_folds=N_FOLDS, loss="mse", solver="gradient", layers="pooled")
+POOLED = replace(RIDGE, layers="pooled")
+ADAMW = replace(POOLED, loss="mse", solver="adamw", adamw=AdamWConfig(epochs=2))
+SMALL = CoreConfig(members=1, hidden=8, channels=8, blocks=0)
+CORE = FitConfig(n_folds=N_FOLDS, head="core", layers="layer3", core=SMALL, adamw=AdamWConfig(epochs=1))
 
 
 @pytest.fixture(autouse=True)
@@ -83,9 +86,7 @@ def assert_as_fresh(tree: Path, checkpoints: Path, fresh: Path, fits: Sequence[F
 
 
 @pytest.mark.parametrize("stage", ["frozen", "pretrain", "finetune"])
-@pytest.mark.parametrize(
-    "fit", [RIDGE, GRADIENT, replace(RIDGE, layers="pooled")], ids=["layered", "gradient", "pooled"]
-)
+@pytest.mark.parametrize("fit", [RIDGE, POOLED, ADAMW], ids=["layered", "pooled", "adamw"])
 def test_an_added_test_image_needs_no_fit(tree, work, tmp_path, no_fits, said, stage, fit):
     subjects = open_challenge(tree).subjects
     for fold in range(N_FOLDS) if stage != "frozen" else ():
@@ -142,7 +143,9 @@ def test_heads_that_do_not_predict_what_their_store_has_are_fitted_anew(tree, wo
     save_file(tensors, fit.weights, {"predictions": fit.path.name})
     add_test_image(tree)
     after = both(tree, work)
-    assert after[0].new and any("heads are fitted: its heads do not predict what it has" in line for line in said)
+    assert after[0].new and any(
+        "heads are fitted: found heads that do not predict what it has" in line for line in said
+    )
     assert_as_fresh(tree, work / "checkpoints", tmp_path / "fresh", after, RIDGE)
 
 
@@ -151,7 +154,7 @@ def test_a_damaged_store_is_fitted_anew(tree, work, tmp_path, said):
     (fit.path / "lh/c/0/0").write_bytes(b"cut")
     add_test_image(tree)
     after = both(tree, work)
-    assert after[0].new and any(f"{fit.path.name} is not taken, heads are fitted" in line for line in said)
+    assert after[0].new and any(f"{fit.path.name} is not taken, and heads are fitted" in line for line in said)
     assert_as_fresh(tree, work / "checkpoints", tmp_path / "fresh", after, RIDGE)
 
 
@@ -197,18 +200,17 @@ def test_a_new_test_image_that_the_backbone_saw_is_a_leak(tree, work):
 
 
 def test_subjects_that_are_trained_together_are_taken_where_the_training_is_the_same(tree, work, no_fits):
-    fit = replace(RIDGE, head="spatial", layers="layer3", joint=True)
     subjects = open_challenge(tree).subjects
     extract(subjects, CONFIG, work)
-    fit_heads(subjects, fit, work)
+    fit_heads(subjects, CORE, work)
     add_test_image(tree)
     del no_fits[:]
     subjects = open_challenge(tree).subjects
     extract(subjects, CONFIG, work)
-    assert [one.new for one in fit_heads(subjects, fit, work)] == [False, False] and not no_fits
+    assert [one.new for one in fit_heads(subjects, CORE, work)] == [False, False] and not no_fits
     shared = next(i for i in subjects[1].train.ids.tolist() if i not in subjects[0].image_ids)
     test_images(tree)[-1].unlink()
     add_test_image(tree, image_id=shared)
     subjects = open_challenge(tree).subjects
     extract(subjects, CONFIG, work)
-    assert [one.new for one in fit_heads(subjects, fit, work)] == [True, True]
+    assert [one.new for one in fit_heads(subjects, CORE, work)] == [True, True]
