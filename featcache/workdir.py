@@ -44,6 +44,10 @@ class Workdir:
         """Remembered digests of the files that a subject was imported from."""
         return self.index / f"{subject}-imported.json"
 
+    def image_list(self, subject: str, fingerprint: str) -> Path:
+        """Ids and digests of the images that a subject had, by the digests with which keys name them."""
+        return self.root / "images" / f"{subject}-{fingerprint}.json"
+
     @property
     def splits(self) -> Path:
         """Folder of the splits that stages used, but that by image id: JSON files of groups of images."""

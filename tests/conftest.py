@@ -165,6 +165,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "heads.backbones.loop",
         "heads.solvers.memory",
         "heads.solvers.layers.ridge",
+        "heads.fit.known_fits",
         "heads.fit.run",
         "heads.blend.run",
         "heads.blend.plot",

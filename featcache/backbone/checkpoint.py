@@ -13,8 +13,9 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from featcache.backbone.keys import CheckpointFacts, CheckpointKey
 from featcache.backbone.network import TorchBackbone, load_backbone
 from featcache.config import BackboneConfig, fingerprint
 from featcache.dataset.digests import file_digest
-from featcache.dataset.subject import Subject
+from featcache.dataset.image_lists import SubjectDigests
+from featcache.dataset.splits import refuse_leak
+from featcache.dataset.subject import Subject, listed
 from featcache.errors import CheckpointError, first_line
 from featcache.machine.files import replace_json
 from featcache.machine.progress import say
@@ -129,24 +132,42 @@ class Checkpoint:
             raise _damaged(self.path, f"{path.name} is not what was written")
         return path
 
-    def refuse_other_tree(self, digests: Mapping[str, Mapping[str, str]]) -> None:
-        """Raise CheckpointError where its subjects are not those of a tree, {subject: {'images': digest, ...}}."""
+    def refuse_other_tree(self, digests: Mapping[str, SubjectDigests]) -> None:
+        """Raise CheckpointError where its subjects are not those of a tree, LeakError where it saw new test images.
+
+        digests : {subject: its digests}
+        """
+        for name, now in digests.items():
+            refuse_leak(self._seen_new_tests(name, now), now.images.test_ids, f"the test split of {name}")
         if fault := self.tree_fault(digests):
             expected, found = fault
             raise CheckpointError(
                 self.path, expected=expected, found=found, remedy="choose another checkpoint, or train one on this tree"
             )
 
-    def tree_fault(self, digests: Mapping[str, Mapping[str, Any]]) -> tuple[str, str] | None:
-        """Why a checkpoint cannot serve these subjects: what was expected and what was found; None if it can."""
-        for name, digest in digests.items():
+    def tree_fault(self, digests: Mapping[str, SubjectDigests]) -> tuple[str, str] | None:
+        """Why a checkpoint cannot serve these subjects: what was expected and what was found; None if it can.
+
+        It serves a subject whose test images alone have changed, if it saw none of these.
+        """
+        for name, now in digests.items():
             trained = self.key.subjects.get(name)
             if trained is None:
                 return f"a checkpoint that was trained on {name}", ", ".join(self.key.subjects)
-            if others := [what for what in digest if trained.get(what) != digest[what]]:
+            if others := now.changed_for_training(trained):
                 which = " and ".join(others).replace("_", " ")
                 return "a checkpoint of this tree", f"one of other {which} of {name}"
+            if seen := self._seen_new_tests(name, now):
+                found = f"one that was trained on {len(seen)} of them (id {listed(seen)})"
+                return f"a checkpoint that saw no test image of {name}", found
         return None
+
+    def _seen_new_tests(self, subject: str, now: SubjectDigests) -> list[int]:
+        """Ids of test images that it saw, where a subject's images are not those that it was trained with."""
+        trained = self.key.subjects.get(subject, now.images.key)
+        same = all(trained.get(name) == digest for name, digest in now.images.key.items())
+        seen: list[int] = [] if same else np.intersect1d(self.seen_ids, now.images.test_ids).tolist()
+        return seen
 
 
 def checkpoint_path(work: Path, key: CheckpointKey) -> Path:
@@ -180,8 +201,8 @@ def list_checkpoints(work: Path) -> list[Checkpoint]:
     return _inside(Workdir(work).checkpoints)
 
 
-def _inside(folder: Path) -> list[Checkpoint]:
-    return [open_checkpoint(path.parent) for path in sorted(folder.glob(f"[!.]*/{DESCRIPTION}"))]
+def _inside(folder: Path, names: str = "[!.]*") -> list[Checkpoint]:
+    return [open_checkpoint(path.parent) for path in sorted(folder.glob(f"{names}/{DESCRIPTION}"))]
 
 
 def siblings(checkpoint: Checkpoint) -> list[Checkpoint]:
@@ -193,6 +214,26 @@ def find_checkpoint(work: Path, name: str) -> Checkpoint:
     """The checkpoint in a folder, given as a path or by its name in the work folder."""
     inside = Workdir(work).checkpoints / name
     return open_checkpoint(inside if inside.is_dir() else Path(name))
+
+
+def find_same_training(
+    work: Path, key: CheckpointKey, digests: Mapping[str, SubjectDigests], seen_ids: Sequence[int]
+) -> Checkpoint | None:
+    """The checkpoint in a work folder whose key differs by images that its training did not see; None if there is none.
+
+    digests : {subject: its digests}, for all subjects of the key
+    seen_ids : ids of the images that the training of this key sees, in rising order. A test image of one subject may be
+        a training image of another, which is then left out
+    """
+    for checkpoint in _inside(Workdir(work).checkpoints, f"{escape(key.label)}-*"):
+        theirs = checkpoint.key.subjects
+        if checkpoint.facts.seen_ids != tuple(seen_ids) or theirs.keys() != key.subjects.keys():
+            continue
+        here = {name: {**theirs[name], **now.images.key} for name, now in digests.items()}
+        alike = fingerprint(replace(checkpoint.key, subjects=here).to_json()) == fingerprint(key.to_json())
+        if alike and all(now.images.trains_as(theirs[name]) for name, now in digests.items()):
+            return checkpoint
+    return None
 
 
 def record(checkpoint: Checkpoint) -> None:
@@ -287,7 +328,7 @@ def _damaged(path: Path, why: str) -> CheckpointError:
     )
 
 
-def usable(subject: Subject, checkpoints: list[Checkpoint], digests: Mapping[str, str]) -> list[Checkpoint]:
+def usable(subject: Subject, checkpoints: list[Checkpoint], digests: SubjectDigests) -> list[Checkpoint]:
     """Finished checkpoints that were trained on this subject as it is now; the others are named and left out."""
     kept = []
     for checkpoint in checkpoints:

@@ -34,12 +34,17 @@ def read_rows(folder: Path, rows: np.ndarray, chunk: int, start: int) -> None:
         wanted = rows[first - start : last - start]
         whole = len(wanted) == chunk
         values = wanted if whole else np.empty((chunk, *rows.shape[1:]), rows.dtype)
-        _read_chunk(folder.joinpath("c", str(index), *["0"] * (rows.ndim - 1)), values)
+        _read_chunk(chunk_file(folder, index, rows.ndim), values)
         if not whole:
             wanted[:] = values[first - chunk_start : last - chunk_start]
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as threads:  # Python lets them read side by side
         list(threads.map(fill, range(start // chunk, -(-stop // chunk))))
+
+
+def chunk_file(folder: Path, index: int, ndim: int) -> Path:
+    """The file of a chunk. folder, ndim : of the array and of its dimensions."""
+    return folder.joinpath("c", str(index), *["0"] * (ndim - 1))
 
 
 def _read_chunk(path: Path, values: np.ndarray) -> None:

@@ -15,7 +15,8 @@ from featcache.cache.keys import FeatureFacts, FeatureKey
 from featcache.cache.sources import stored_rows
 from featcache.cache.store import Store, create_store, open_store, store_path
 from featcache.config import MadeConfig, fingerprint
-from featcache.dataset.digests import file_digest, id_digest, image_digest
+from featcache.dataset.digests import file_digest
+from featcache.dataset.image_lists import ImageList
 from featcache.dataset.subject import ImageSource, Subject, listed
 from featcache.errors import ConfigError, DataError
 from featcache.formats.arrays import open_array
@@ -227,15 +228,15 @@ def add_features(subjects: Sequence[Subject], config: MadeConfig, work: Path | s
 
 def _store(subject: Subject, made: Made, rows: np.ndarray, name: str, work: Path) -> Extracted:
     began = time.perf_counter()
-    shapes = made.shapes
+    shapes, images = made.shapes, ImageList.of(subject, work).key
     grids = {layer: (shape[0], shape[1]) for layer, shape in shapes.items() if len(shape) == 3}
     key = FeatureKey(
         layers=tuple(made.arrays),
         grids=grids,
         pool="avg" if grids else None,
         subject=subject.name,
-        images=image_digest(subject, work),
-        image_ids=id_digest(subject),
+        images=images["images"],
+        image_ids=images["image_ids"],
         backbone=name,
         weights=made.digest,
         timm="",

@@ -1,4 +1,7 @@
-"""Images x backbone -> feature store. A run that was killed goes on, and ends bit-equal to one that was not."""
+"""Images x backbone -> feature store. A run that was killed goes on, and ends bit-equal to one that was not.
+
+Rows that another store has of the same images are taken from there (see `featcache.cache.known_rows`).
+"""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,13 +17,14 @@ from featcache.backbone.extent import TIMM_SETTINGS, fit_of
 from featcache.backbone.network import Backbone
 from featcache.backbone.taps import Taps
 from featcache.cache.keys import FeatureFacts, FeatureKey
+from featcache.cache.known_rows import KnownRows, LostRowsError, find_known
 from featcache.cache.pixels import find_pixels
 from featcache.cache.sources import Source, choose_checkpoints, load_source
 from featcache.cache.store import Store, create_store, list_stores, nearest, open_store, store_path
 from featcache.config import ExtractConfig
-from featcache.dataset.digests import id_digest, image_digest
+from featcache.dataset.image_lists import ImageList
 from featcache.dataset.images import load_image
-from featcache.dataset.subject import ImageSource, Subject
+from featcache.dataset.subject import ImageSource, Subject, listed
 from featcache.machine.device import check_products, is_emulated, matrix_products, resolve_device, resolve_dtype
 from featcache.machine.files import refuse_full_disk
 from featcache.machine.memory import keep_freed_memory
@@ -97,16 +101,15 @@ def _reads_alike(key: FeatureKey, source: Source) -> bool:
     return (key.backbone, key.transform, taps) == (backbone.name, backbone.transform_settings, source.taps)
 
 
-def feature_key(source: Source, config: ExtractConfig, subject: Subject, work: Path) -> FeatureKey:
+def feature_key(source: Source, config: ExtractConfig, images: ImageList) -> FeatureKey:
     """Everything that decides the rows of a feature store."""
     backbone, taps = source.backbone, source.taps
     return FeatureKey(
         layers=taps.layers,
         grids=taps.grids,
         pool=taps.pool,
-        subject=subject.name,
-        images=image_digest(subject, work),
-        image_ids=id_digest(subject),
+        subject=images.subject,
+        **images.key,
         backbone=backbone.name,
         weights=backbone.digest,
         timm=timm.__version__,
@@ -119,38 +122,51 @@ def feature_key(source: Source, config: ExtractConfig, subject: Subject, work: P
 
 
 def _extract_subject(subject: Subject, source: Source, config: ExtractConfig, work: Path) -> Extracted:
-    store = _find_or_create(subject, source, config, work)
-    n_images, began = len(store.image_ids), time.perf_counter()
+    images = ImageList.of(subject, work)
+    key = feature_key(source, config, images)
+    store, known = _find_or_create(subject, source, config, key, work), KnownRows.nothing(len(images.ids))
+    n_images, began, n_new = len(store.image_ids), time.perf_counter(), 0
     done = min(store.committed.values())
     if done == n_images:
         say(f"{subject.name}: already extracted, {store.path}")
     else:
-        if done:
-            say(f"{subject.name}: goes on after image {done} of {n_images}")
-        images = _reader(subject, source.backbone, config, work)
+        known = find_known(Workdir(work).features, key.to_json(), images)
+        _explain(key, known, done, work)
+        reader = _reader(subject, source.backbone, config, work)
         with bar(f"{subject.name} {source.label}", n_images, "images", done) as advance, store.writing():
-            _fill(store, images, source, config, advance)
-    return Extracted(subject.name, store.path, n_images, n_images - done, time.perf_counter() - began)
+            n_new = _fill(store, reader, source, config, known, advance)
+    return Extracted(subject.name, store.path, n_images, n_new, time.perf_counter() - began)
 
 
-def _find_or_create(subject: Subject, source: Source, config: ExtractConfig, work: Path) -> Store:
+def _find_or_create(subject: Subject, source: Source, config: ExtractConfig, key: FeatureKey, work: Path) -> Store:
     folder, label = Workdir(work).features, f"{subject.name}-{source.label}"
-    key = feature_key(source, config, subject, work)
     path = store_path(folder, label, key.to_json())
     if path.is_dir():
         return open_store(path)
-    _explain_new(key, folder)
     facts = _facts(subject, source, config)
     return create_store(
         folder, label, key.to_json(), subject.image_ids, len(subject.train), source.rows, facts.to_json()
     )
 
 
+def _explain(key: FeatureKey, known: KnownRows, done: int, work: Path) -> None:
+    """Say where an interrupted run goes on, which rows are known, or why there is a new store."""
+    n_images = len(known.rows)
+    if done:
+        say(f"{key.subject}: goes on after image {done} of {n_images}")
+    if len(known):
+        n_missing = len(known.missing(range(done, n_images)))
+        found = f"{n_images - done - n_missing} of {n_images - done} images are in {listed(known.sources)}"
+        say(f"{key.subject}: {found}; {n_missing} to compute")
+    elif not done:
+        _explain_new(key, Workdir(work).features)
+
+
 def _explain_new(key: FeatureKey, folder: Path) -> None:
     """Say in what a new store differs from the nearest; another backbone or fold of its training needs no words."""
     keys = [(FeatureKey.of(store), store) for store in list_stores(folder)]
     same = (key.subject, key.backbone, key.fold)
-    others = [store for other, store in keys if (other.subject, other.backbone, other.fold) == same]
+    others = [store for other, store in keys if (other.subject, other.backbone, other.fold) == same and other != key]
     if miss := nearest(key.to_json(), others):
         changed = "; ".join(f"{name} is {ours}, was {theirs}" for name, (ours, theirs) in _in_words(key, *miss).items())
         say(f"{key.subject}: a new store, because nothing matches; nearest is {miss[0].name}: {changed}")
@@ -192,53 +208,81 @@ class BeyondFloat16Error(Exception):
     """A layer has values that float16 cannot hold."""
 
 
-Reader = Callable[[Sequence[range]], Iterable[torch.Tensor]]  # (len(batch), 3, height, width) uint8 for each batch
+Reader = Callable[[Sequence[Sequence[int]]], Iterable[torch.Tensor]]  # (len(batch), 3, height, width) for each batch
 
 
-def _fill(store: Store, images: Reader, source: Source, config: ExtractConfig, advance: Callable[[int], None]) -> None:
-    """Compute and commit the rows that are missing.
+def _fill(
+    store: Store,
+    images: Reader,
+    source: Source,
+    config: ExtractConfig,
+    known: KnownRows,
+    advance: Callable[[int], None],
+) -> int:
+    """Compute or take, and commit the rows that are missing; returns how many images were computed.
 
     A layer that float16 cannot hold is written again as float32, from its first row: what is stored must not depend on
-    where a run was interrupted.
+    where a run was interrupted. A known row that turns out to be damaged is computed.
     """
+    computed: set[int] = set()
     while True:
         try:
-            return _fill_arrays(store, images, source, config, advance)
+            _fill_arrays(store, images, source, config, known.held_as(store), advance, computed)
+            return len(computed)
         except BeyondFloat16Error as overflow:
             layer = str(overflow)
             say(f"{store.name}: {layer} has values beyond float16; it is stored as float32, from its first row")
             store.widen(layer)
             store = open_store(store.path)
+        except LostRowsError as lost:
+            say(f"{lost.why.where} has {lost.why.found}; its rows are computed")
+            known = lost.known
 
 
 def _fill_arrays(
-    store: Store, images: Reader, source: Source, config: ExtractConfig, advance: Callable[[int], None]
+    store: Store,
+    images: Reader,
+    source: Source,
+    config: ExtractConfig,
+    known: KnownRows,
+    advance: Callable[[int], None],
+    computed: set[int],
 ) -> None:
-    """Compute and commit the missing rows, or raise BeyondFloat16Error.
+    """Compute and commit the missing rows, or raise BeyondFloat16Error or LostRowsError.
 
     Batches begin anew at every commit, whether or not the run was interrupted there: the sums inside a network depend
     on the shape of the batch, so only equal batches give equal bits.
+
+    computed : rows of images that were computed; those of this run are added
     """
     layers, stop = tuple(store.arrays), len(store.image_ids)
     span = max(store.chunk_rows(layer) for layer in layers)  # a multiple of the others: all are powers of two
-    batches = _plan(min(store.committed.values()), stop, span, config.batch_size)
-    rows: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
-    for batch, pixels in zip(batches, images(batches), strict=True):
-        for layer, values in _forward(source, pixels, store, config.dtype).items():
-            rows[layer].append(values)
-        if batch.stop % span == 0 or batch.stop == stop:
-            whole = {layer: torch.cat(rows.pop(layer)).numpy() for layer in layers}
-            start = batch.stop - len(whole[layers[0]])
-            # an array that is written again is behind the others, which have these rows already
-            store.append({layer: whole[layer] for layer, n in store.committed.items() if n == start})
-            rows = {layer: [] for layer in layers}
-        advance(len(batch))
+    spans = [range(first, min(first + span, stop)) for first in range(min(store.committed.values()), stop, span)]
+    batches = [_batches(known.missing(rows), config.batch_size) for rows in spans]
+    pixels = iter(images([batch for of_span in batches for batch in of_span]))
+    for rows, of_span in zip(spans, batches, strict=True):
+        values: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
+        for batch in of_span:
+            for layer, of_batch in _forward(source, next(pixels), store, config.dtype).items():
+                values[layer].append(of_batch)
+            computed.update(batch)
+            advance(len(batch))
+        # an array that is written again is behind the others, which have these rows already
+        behind = [layer for layer, n in store.committed.items() if n == rows.start]
+        for layer in behind:
+            whole = torch.cat(values[layer]).numpy() if of_span else None
+            known.write(store, layer, rows, whole, _cast)
+        store.commit(dict.fromkeys(behind, rows.stop))
+        advance(len(rows) - sum(map(len, of_span)))
 
 
-def _plan(start: int, stop: int, span: int, batch_size: int) -> list[range]:
-    """Batches of rows that never cross a multiple of `span`."""
-    spans = [range(first, min(first + span, stop)) for first in range(start, stop, span)]
-    return [span[i : i + batch_size] for span in spans for i in range(0, len(span), batch_size)]
+def _batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+
+
+def _cast(values: np.ndarray, layer: str, dtype: str) -> np.ndarray:
+    """Rows of another store as this one keeps them. Raises BeyondFloat16Error."""
+    return _stored(layer, torch.from_numpy(values), dtype).numpy()
 
 
 def _forward(source: Source, pixels: torch.Tensor, store: Store, dtype: str) -> dict[str, torch.Tensor]:
@@ -287,7 +331,7 @@ def _reader(subject: Subject, backbone: Backbone, config: ExtractConfig, work: P
 
 
 def _decoded(
-    batches: Sequence[range], sources: Sequence[ImageSource], backbone: Backbone, config: ExtractConfig
+    batches: Sequence[Sequence[int]], sources: Sequence[ImageSource], backbone: Backbone, config: ExtractConfig
 ) -> Iterator[torch.Tensor]:
     """The pixels of each batch in turn, decoded by threads while the model runs.
 

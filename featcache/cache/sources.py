@@ -10,7 +10,7 @@ from featcache.backbone.taps import Taps
 from featcache.cache.keys import FoldKey
 from featcache.cache.store import Row
 from featcache.config import ExtractConfig
-from featcache.dataset.digests import digests
+from featcache.dataset.image_lists import SubjectDigests
 from featcache.dataset.subject import Subject
 from featcache.errors import CheckpointError
 from featcache.machine.progress import say
@@ -67,7 +67,7 @@ def choose_checkpoints(
     if config.checkpoint != "auto":
         checkpoint = find_checkpoint(work, config.checkpoint)
         _refuse_other_backbone(checkpoint, config)
-        checkpoint.refuse_other_tree({subject.name: digests(subject, work) for subject in subjects})
+        checkpoint.refuse_other_tree({subject.name: SubjectDigests.of(subject, work) for subject in subjects})
         return [(checkpoint, list(subjects))]
     return _all_checkpoints(subjects, config, work) or [(None, list(subjects))]
 
@@ -81,7 +81,7 @@ def _all_checkpoints(
     ]
     served: dict[str, tuple[Checkpoint | None, list[Subject]]] = {}
     for subject in subjects if checkpoints else ():
-        for checkpoint in usable(subject, checkpoints, digests(subject, work)):
+        for checkpoint in usable(subject, checkpoints, SubjectDigests.of(subject, work)):
             served.setdefault(checkpoint.name, (checkpoint, []))[1].append(subject)
     if served:
         folder = Workdir(work).checkpoints

@@ -20,7 +20,7 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from featcache.cache.chunks import read_rows
+from featcache.cache.chunks import chunk_file, read_rows
 from featcache.config import differences, fingerprint
 from featcache.errors import StoreError
 from featcache.machine.files import only_writer, refuse_full_disk, replace_json
@@ -110,22 +110,46 @@ class Store:
         """
         committed = self.committed
         for name, values in rows.items():
-            start, array = committed[name], self.arrays[name]
-            stop = start + len(values)
-            if values.shape[1:] != array.shape[1:] or stop > array.shape[0]:
-                raise ValueError(f"{name}: rows of shape {values.shape} do not fit {array.shape} from row {start}")
-            if len(values) % array.chunks[0] and stop != array.shape[0]:
-                raise ValueError(f"{name}: {len(values)} rows do not fill chunks of {array.chunks[0]}")
-            if not np.isfinite(values).all():
-                raise StoreError(
-                    self.path,
-                    expected="finite values",
-                    found=f"NaN or infinity in {name}, rows {start} to {stop}",
-                    remedy="use --dtype float32, or other weights",
-                )
-            array[start:stop] = values
-            committed[name] = stop
-        replace_json(self.path / _COMMITTED, committed)
+            self.put(name, committed[name], values)
+        self.commit({name: committed[name] + len(values) for name, values in rows.items()})
+
+    def put(self, name: str, start: int, values: np.ndarray) -> None:
+        """Write rows of an array from row `start` on, as `append` does, and leave it to `commit` to make them count."""
+        array = self.arrays[name]
+        stop = start + len(values)
+        if values.shape[1:] != array.shape[1:] or stop > array.shape[0]:
+            raise ValueError(f"{name}: rows of shape {values.shape} do not fit {array.shape} from row {start}")
+        if start % array.chunks[0] or (len(values) % array.chunks[0] and stop != array.shape[0]):
+            raise ValueError(f"{name}: {len(values)} rows do not fill chunks of {array.chunks[0]}")
+        if not np.isfinite(values).all():
+            raise StoreError(
+                self.path,
+                expected="finite values",
+                found=f"NaN or infinity in {name}, rows {start} to {stop}",
+                remedy="use --dtype float32, or other weights",
+            )
+        for row in range(start, stop, array.chunks[0]):  # an interrupted run may have left a link to another store's
+            self._chunk(name, row).unlink(missing_ok=True)
+        array[start:stop] = values
+
+    def link(self, name: str, start: int, other: "Store") -> None:
+        """Have another store's chunk from row `start` on, which is the same, without a copy, and commit nothing.
+
+        Raises OSError where the file system cannot link it.
+        """
+        path = self._chunk(name, start)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        os.link(other._chunk(name, start), path)
+
+    def commit(self, stops: Mapping[str, int]) -> None:
+        """Record that some arrays are whole up to a row, {name: row}, all in one step."""
+        replace_json(self.path / _COMMITTED, self.committed | dict(stops))
+
+    def _chunk(self, name: str, row: int) -> Path:
+        """The file that has a row."""
+        array = self.arrays[name]
+        return chunk_file(self.path / name, row // array.chunks[0], array.ndim)
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """Rows `start` to `stop` of one array, all of them by default.

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from os import stat_result
 from pathlib import Path
@@ -17,14 +17,24 @@ from featcache.machine.files import replace_json
 from featcache.workdir import Workdir
 
 
+def image_digests(subject: Subject, work: Path) -> list[str]:
+    """Digest of each of a subject's images, in row order; remembered under `work`."""
+    return DigestIndex(Workdir(work).image_index(subject.name)).digests(subject.image_sources)
+
+
 def image_digest(subject: Subject, work: Path) -> str:
     """Digest of the contents of a subject's images, in row order; remembered under `work`."""
-    return DigestIndex(Workdir(work).image_index(subject.name)).digest(subject.image_sources)
+    return whole_digest(image_digests(subject, work))
 
 
 def id_digest(subject: Subject) -> str:
     """Digest of the ids of a subject's images, in row order."""
-    return fingerprint({"ids": subject.image_ids.tolist(), "n_train": len(subject.train)})
+    return digest_of_ids(subject.image_ids.tolist(), len(subject.train))
+
+
+def digest_of_ids(ids: Sequence[int], n_train: int) -> str:
+    """Digest of ids in row order, of which the first `n_train` are training images'."""
+    return fingerprint({"ids": list(ids), "n_train": n_train})
 
 
 def response_digest(subject: Subject, work: Path) -> str:
@@ -33,13 +43,12 @@ def response_digest(subject: Subject, work: Path) -> str:
     return index.digest([subject.response_paths[surface] for surface in subject.surfaces])
 
 
-def digests(subject: Subject, work: Path) -> dict[str, str]:
-    """Digests by which a subject differs from a subject of the same name in another dataset."""
-    return {
-        "images": image_digest(subject, work),
-        "image_ids": id_digest(subject),
-        "responses": response_digest(subject, work),
-    }
+def whole_digest(digests: Iterable[str]) -> str:
+    """Digest of several contents, by the digest of each, in their order."""
+    whole = blake2b(digest_size=16)
+    for digest in digests:
+        whole.update(bytes.fromhex(digest))
+    return whole.hexdigest()
 
 
 def subject_digests(subject: Subject) -> dict[str, dict[str, Any]]:
@@ -76,14 +85,16 @@ class DigestIndex:
 
     def digest(self, sources: Iterable[ImageSource]) -> str:
         """Digest of the contents of some files and rows of arrays, in their order; names and folders do not matter."""
-        whole, times = blake2b(digest_size=16), FileTimes()
+        return whole_digest(self.digests(sources))
+
+    def digests(self, sources: Iterable[ImageSource]) -> list[str]:
+        """Digest of the content of each of some files and rows of arrays."""
+        times = FileTimes()
         entries = [(source_key(source), self._entry(source, times)) for source in sources]
-        for _, (_, _, content) in entries:
-            whole.update(bytes.fromhex(content))
         if any(self._known.get(name) != entry for name, entry in entries):
             self._known |= dict(entries)
             replace_json(self.path, self._known)
-        return whole.hexdigest()
+        return [content for _, (_, _, content) in entries]
 
     def _entry(self, source: ImageSource, times: "FileTimes") -> list[Any]:
         now = list(times.of(source))

@@ -20,13 +20,21 @@ import numpy as np
 import timm
 import torch
 
-from featcache.backbone.checkpoint import DESCRIPTION, Checkpoint, checkpoint_path, open_checkpoint, prune
+from featcache.backbone.checkpoint import (
+    DESCRIPTION,
+    Checkpoint,
+    checkpoint_path,
+    find_same_training,
+    open_checkpoint,
+    prune,
+)
 from featcache.backbone.keys import BackboneKey, CheckpointFacts, CheckpointKey, Split
 from featcache.backbone.network import Backbone
 from featcache.cache.pixels import cache_pixels
 from featcache.config import OWN_WEIGHTS, BackboneConfig, is_own_code
-from featcache.dataset.digests import digests, subject_digests
+from featcache.dataset.digests import subject_digests
 from featcache.dataset.grouping import split_of
+from featcache.dataset.image_lists import SubjectDigests
 from featcache.dataset.responses import refuse_unfit
 from featcache.dataset.splits import Split as ImageSplit
 from featcache.dataset.splits import check_folds, refuse_leak
@@ -105,7 +113,8 @@ def _train_fold(
 ) -> Trained:
     began = time.perf_counter()
     start = starts.find(subjects, split)
-    checkpoint = _checkpoint(subjects, split, config, start, work)
+    seen = _seen_ids(subjects, split, by, start)
+    checkpoint = _checkpoint(subjects, split, config, start, seen, work)
     if checkpoint.finished:
         say(f"already trained, {checkpoint.path}")
         prune(checkpoint)
@@ -119,8 +128,8 @@ def _train_fold(
     with accelerator.main_process_first():
         pixels = cache_pixels(subjects, start.backbone, work, config.image_cache, config.workers)
     images = Images(subjects, pixels, split, by)
-    facts = replace(checkpoint.facts, seen_ids=_seen_ids(checkpoint, images, start, by), taps=taps.key())
-    checkpoint = replace(checkpoint, facts=facts)
+    refuse_leak(seen, images.held_out_ids, f"fold {split.fold} of {checkpoint.facts.label}", by)
+    checkpoint = replace(checkpoint, facts=replace(checkpoint.facts, seen_ids=seen, taps=taps.key()))
     torch.manual_seed(config.train.seed)
     # a copy: the start serves other folds too
     backbone = replace(start.backbone, model=copy.deepcopy(start.backbone.model).to(accelerator.device))
@@ -128,7 +137,7 @@ def _train_fold(
     # the main process gives the first weights to the others
     first = FirstWeights(start.checkpoint, backbone, images)
     if accelerator.is_main_process and (note := start_heads(heads, first, config)):
-        say(f"{facts.label}: {note}")
+        say(f"{checkpoint.facts.label}: {note}")
     encoder = Encoder(backbone.model, heads, taps).requires_grad_(True)
     run = EncoderTraining(encoder, start.backbone, images, config.train, accelerator, checkpoint, config.save_every)
     with only_writer(checkpoint.path) if accelerator.is_main_process else nullcontext():
@@ -138,11 +147,14 @@ def _train_fold(
     return Trained(trained, True, time.perf_counter() - began)
 
 
-def _checkpoint(subjects: Sequence[Subject], split: Split, config: StageConfig, start: Start, work: Path) -> Checkpoint:
+def _checkpoint(
+    subjects: Sequence[Subject], split: Split, config: StageConfig, start: Start, seen: tuple[int, ...], work: Path
+) -> Checkpoint:
     """The checkpoint that this run fills: as an earlier run left it, or a new one."""
+    digests = {subject.name: SubjectDigests.of(subject, work) for subject in subjects}
     key = CheckpointKey(
         stage=config.stage,
-        subjects={s.name: digests(s, work) | subject_digests(s) for s in subjects},
+        subjects={s.name: digests[s.name].to_json() | subject_digests(s) for s in subjects},
         backbone=_backbone_key(start),
         transform=dict(start.backbone.transform_settings),
         timm=timm.__version__,
@@ -154,6 +166,8 @@ def _checkpoint(subjects: Sequence[Subject], split: Split, config: StageConfig, 
     path = checkpoint_path(work, key)
     if (path / DESCRIPTION).exists():
         return open_checkpoint(path)
+    if (same := find_same_training(work, key, digests, seen)) is not None:
+        return same
     versions = {"torch": torch.__version__, "accelerate": accelerate.__version__}
     facts = CheckpointFacts(
         label=key.label, origin=start.backbone.origin, versions=versions, network=_network(start.settings)
@@ -192,9 +206,9 @@ def _refuse_augmented(backbone: Backbone, config: StageConfig) -> None:
         )
 
 
-def _seen_ids(checkpoint: Checkpoint, images: Images, start: Start, by: ImageSplit) -> tuple[int, ...]:
-    """Ids of the images that the checkpoint will have seen. Raises LeakError where some are held out."""
-    before = np.empty(0, np.int64) if start.checkpoint is None else start.checkpoint.seen_ids
-    seen = np.union1d(before, images.trained_ids)
-    refuse_leak(seen, images.held_out_ids, f"fold {checkpoint.fold} of {checkpoint.facts.label}", by)
-    return tuple(seen.tolist())
+def _seen_ids(subjects: Sequence[Subject], split: Split, by: ImageSplit, start: Start) -> tuple[int, ...]:
+    """Ids of the images that the checkpoint will have seen, in rising order."""
+    rows = split_rows(subjects, split, by)[0]
+    before = [] if start.checkpoint is None else [start.checkpoint.seen_ids]
+    seen = np.concatenate([*before, *(s.train.ids[rows] for s, rows in zip(subjects, rows, strict=True))])
+    return tuple(np.unique(seen).tolist())

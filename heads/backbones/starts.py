@@ -16,7 +16,7 @@ from featcache.backbone.checkpoint import (
 from featcache.backbone.keys import Split, StartKey
 from featcache.backbone.network import TorchBackbone, load_backbone
 from featcache.config import BackboneConfig
-from featcache.dataset.digests import digests
+from featcache.dataset.image_lists import SubjectDigests
 from featcache.dataset.subject import Subject
 from featcache.errors import CheckpointError, LeakError
 from featcache.workdir import Workdir
@@ -47,7 +47,7 @@ class Starts:
     def __init__(self, config: StageConfig, work: Path) -> None:
         self._config, self._work, self._folder = config, work, Workdir(work).checkpoints
         self._load = lru_cache(maxsize=1)(self._load_start)
-        self._digests = lru_cache(maxsize=None)(lambda subject: digests(subject, work))
+        self._digests = lru_cache(maxsize=None)(lambda subject: SubjectDigests.of(subject, work))
 
     def find(self, subjects: Sequence[Subject], split: Split) -> Start:
         """The start of one fold. Raises CheckpointError or LeakError where there is none that fits."""

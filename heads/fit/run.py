@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from featcache.backbone.trainings import Trainings
+from featcache.cache.known_rows import KnownRows
 from featcache.cache.store import Store, create_store, open_store, store_path
 from featcache.dataset.grouping import split_of
 from featcache.dataset.responses import refuse_unfit
@@ -22,18 +24,16 @@ from featcache.machine.tensors import write_tensors
 from featcache.workdir import Workdir
 from heads.config import HEADS, FitConfig
 from heads.features.sets import FeatureSet, choose, feature_sets, layer_of, say_partial, say_without
+from heads.fit.known_fits import agree, find_known_fit, take_known_fit
 from heads.fit.names import PredictionFacts, PredictionKey, prediction_key
 from heads.fit.out_of_fold import predict_surface
 from heads.fit.short_names import split_names, without_digits
-from heads.modules.readout import HeadKind, InMemory, SavedHeads
+from heads.modules.readout import HeadKind, HeadTensors, InMemory, SavedHeads
 from heads.scores.metrics import VertexScores, pearson_r
 from heads.scores.withheld import score_test
 from heads.solvers.base import Problem, Shared, Solver, Trainee
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.registry import build_solver
-
-_MOST_ROUNDING = 0.1  # of predictions by saved heads, as a share of their standard deviation over images
-_LEAST_VARIANCE = 1e-8  # of predictions that are constant, as those of a vertex that never answers
 
 
 @dataclass(frozen=True)
@@ -209,22 +209,44 @@ def _fit(problem: Problem, labels: Mapping[str, str]) -> Fitted:
     done = store is not None and store.complete and weights.exists()
     if done:
         say(f"{subject.name}: already fitted, {path}")
-    else:
-        refuse_leaks(subject, features, plan)
-        solver = build_solver(problem)
-        if store is None:
-            facts = PredictionFacts(
-                model=key.model,
-                features=features.name,
-                torch=torch.__version__,
-                # for whoever blends, when features and checkpoints may be gone
-                seen_ids=[seen.tolist() for seen in features.seen_ids()] if plan.backbone_trained else None,
+        return Fitted(subject.name, key.model, path, weights, False, time.perf_counter() - began)
+    refuse_leaks(subject, features, plan)
+    known = find_known_fit(problem, key.to_json())
+    solver = build_solver(problem) if known is None else None  # what cannot be fitted must not leave a store
+    if store is None:
+        facts = PredictionFacts(
+            model=key.model,
+            features=features.name,
+            torch=torch.__version__,
+            # for whoever blends, when features and checkpoints may be gone
+            seen_ids=[seen.tolist() for seen in features.seen_ids()] if plan.backbone_trained else None,
+        )
+        ids, n_scored = np.concatenate([subject.train.ids[plan.scored], subject.test.ids]), len(plan.scored)
+        store = create_store(folder, label, key.to_json(), ids, n_scored, subject.n_vertices, facts.to_json())
+    with matrix_products(problem.config.products):
+        new = known is None or not _take(problem, known, store)
+        if new:
+            _fill(
+                problem,
+                solver or build_solver(problem),
+                store,
+                weights,
+                f"{subject.name} {labels.get(key.model, key.model)}",
             )
-            ids, n_scored = np.concatenate([subject.train.ids[plan.scored], subject.test.ids]), len(plan.scored)
-            store = create_store(folder, label, key.to_json(), ids, n_scored, subject.n_vertices, facts.to_json())
-        with matrix_products(problem.config.products):
-            _fill(problem, solver, store, weights, f"{subject.name} {labels.get(key.model, key.model)}")
-    return Fitted(subject.name, key.model, path, weights, not done, time.perf_counter() - began)
+    return Fitted(subject.name, key.model, path, weights, new, time.perf_counter() - began)
+
+
+def _take(problem: Problem, known: KnownRows, store: Store) -> bool:
+    """Take the predictions of heads that were fitted to the same images; False where that cannot be."""
+    kind = head_kind(PredictionKey.from_json(store.key), problem.subject)
+    by = partial(_by_saved_heads, problem, kind)
+    return take_known_fit(problem, known, store, _metadata(store), by)
+
+
+def _metadata(store: Store) -> dict[str, str]:
+    """What the file of a store's heads says of them."""
+    facts = PredictionFacts.from_json(store.facts)
+    return {"model": facts.model, "predictions": store.name, "features": facts.features}
 
 
 def refuse_leaks(subject: Subject, features: FeatureSet, plan: FoldPlan) -> None:
@@ -247,8 +269,7 @@ def _fill(problem: Problem, solver: Solver, store: Store, weights: Path, label: 
     with store.writing(), bar(label, sum(problem.n_vertices), "vertices") as advance:
         for surface in subject.surfaces:
             tensors |= _fill_surface(problem, solver, store, surface, advance)
-        metadata = {"model": facts.model, "predictions": store.name, "features": facts.features}
-        write_tensors(weights, tensors, metadata)
+        write_tensors(weights, tensors, _metadata(store))
 
 
 def _fill_surface(
@@ -282,13 +303,10 @@ def _predict_test(
     predictions : (n_train + n_test, n_vertices), of which the last n_test rows are the solver's
     """
     fitted = predictions[problem.n_train :]
-    shapes = {name: problem.features.stores[0].arrays[name].shape[1:] for name in problem.features.names}
-    heads = SavedHeads(InMemory(tensors), shapes, kind, problem.device)
-    if not fitted.size or heads.fault(surface):  # heads of a solver that saves none, or in a form of its own
+    found = _by_saved_heads(problem, kind, InMemory(tensors), surface)
+    if found is None:
         return
-    rows = [rows_from(store, problem.features.names, problem.n_train) for store in problem.features.stores]
-    found = heads.predict(surface, rows).numpy()
-    if not np.square(found - fitted).mean() <= _MOST_ROUNDING**2 * fitted.var(0).mean() + _LEAST_VARIANCE:
+    if not agree(found, fitted):
         raise StoreError(
             f"heads of {problem.subject.name}, {surface}",
             expected="saved heads that predict what the solver predicts",
@@ -296,6 +314,17 @@ def _predict_test(
             remedy="correct what the solver returns in `Fits.saved`",
         )
     fitted[:] = found
+
+
+def _by_saved_heads(problem: Problem, kind: HeadKind, tensors: HeadTensors, surface: str) -> np.ndarray | None:
+    """(n_test, n_vertices) of the test images; None where heads are not saved, or in a form of their own."""
+    shapes = {name: problem.features.stores[0].arrays[name].shape[1:] for name in problem.features.names}
+    heads = SavedHeads(tensors, shapes, kind, problem.device)
+    if not problem.n_test or not problem.subject.n_vertices[surface] or heads.fault(surface):
+        return None
+    rows = [rows_from(store, problem.features.names, problem.n_train) for store in problem.features.stores]
+    predictions: np.ndarray = heads.predict(surface, rows).numpy()
+    return predictions
 
 
 def head_kind(key: PredictionKey, subject: Subject) -> HeadKind:

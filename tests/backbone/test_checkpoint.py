@@ -30,7 +30,7 @@ from featcache.backbone.keys import Split
 from featcache.backbone.network import load_backbone
 from featcache.config import FITS, BackboneConfig
 from featcache.dataset.algonauts import open_challenge
-from featcache.dataset.digests import digests
+from featcache.dataset.image_lists import SubjectDigests
 from featcache.dataset.images import load_image
 from featcache.dataset.subject import Subject
 from featcache.errors import BackboneError, CheckpointError
@@ -360,10 +360,15 @@ def test_a_training_is_one_over_its_folds(subjects, tmp_path):
     ],
 )
 def test_another_tree_is_named_by_what_differs(made, subjects, tmp_path, changed, found):
-    current = {subject.name: digests(subject, tmp_path) for subject in subjects}
+    current = {subject.name: SubjectDigests.of(subject, tmp_path) for subject in subjects}
     assert made.tree_fault(current) is None
     made.refuse_other_tree(current)
-    current["subj02"] |= dict.fromkeys(changed, "0")
+    now = current["subj02"]
+    if "images" in changed:
+        now = replace(now, images=replace(now.images, digests=now.images.digests[::-1]))
+    if "responses" in changed:
+        now = replace(now, responses="0")
+    current["subj02"] = now
     assert made.tree_fault(current) == ("a checkpoint of this tree", found)
     assert made.tree_fault({"subj01": current["subj01"]}) is None
     message = f"{made.path}: expected a checkpoint of this tree; found {found}; choose another checkpoint, or train one"
@@ -373,7 +378,7 @@ def test_another_tree_is_named_by_what_differs(made, subjects, tmp_path, changed
 
 def test_a_subject_that_it_was_not_trained_on_is_named(subjects, tmp_path):
     made = write_checkpoint(subjects[:1], tmp_path, stage="finetune")
-    current = {subject.name: digests(subject, tmp_path) for subject in subjects}
+    current = {subject.name: SubjectDigests.of(subject, tmp_path) for subject in subjects}
     assert made.tree_fault(current) == ("a checkpoint that was trained on subj02", "subj01")
     assert [made.concerns(subject) for subject in subjects] == [True, False]
 
@@ -384,12 +389,12 @@ def test_usable_are_the_finished_ones_of_this_tree_and_the_others_are_named(tree
     good, early = (write_checkpoint(subjects, work, fold=fold, finished=fold == 0) for fold in (0, 1))
     others = write_checkpoint(subjects[1:], work, stage="finetune")
     known = list_checkpoints(work)
-    assert usable(subjects[0], known, digests(subjects[0], work)) == [good]
+    assert usable(subjects[0], known, SubjectDigests.of(subjects[0], work)) == [good]
     assert said == [f"subj01: left out {early.name}: its training is not finished; run the same command again"]
     path = subjects[1].response_paths["lh"]
     np.save(path, np.load(path) + 1)
     said.clear()
-    assert usable(subjects[1], known, digests(subjects[1], work)) == []
+    assert usable(subjects[1], known, SubjectDigests.of(subjects[1], work)) == []
     assert sorted(said) == sorted(
         f"subj02: left out {one.name}: expected a checkpoint of this tree; found one of other responses of subj02"
         for one in (good, early, others)

@@ -22,7 +22,7 @@ from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.dataset.splits import assign_folds
 from featcache.errors import CheckpointError, ConfigError, LeakError
-from heads.backbones.stages import train_stage
+from heads.backbones.stages import Trained, train_stage
 from heads.config import AdamWConfig, FitConfig, StageConfig, TrainConfig
 from heads.features.sets import feature_sets
 from heads.fit.names import prediction_key
@@ -31,6 +31,7 @@ from heads.modules.saved import linear_map_of
 from heads.scores.metrics import pearson_r
 from heads.solvers.held_out import FoldPlan
 from support.checkpoints import mean_like
+from support.images import add_test_image
 from support.training import BACKBONE, QUICK_OPTIONS, fails, run, train
 
 SHORT = TrainConfig(epochs=1, batch_size=4)
@@ -395,3 +396,35 @@ def test_roi_heads_are_refused_where_there_are_no_rois(work, tiny):
         ConfigError, match="--head roi: expected one or more ROIs in roi_masks; found none; use --head l"
     ):
         fit_heads(subjects, FitConfig(loss="smooth_l1,mse", head="roi"), work)
+
+
+@pytest.mark.parametrize("with_lists", [True, False])
+def test_an_added_test_image_needs_no_training(tree, tmp_path, said, with_lists):
+    """Both stages find what they trained, and an interrupted training would go on."""
+    work = tmp_path / "work"
+
+    def both() -> list[Trained]:
+        subjects, done = open_challenge(tree).subjects, []
+        for stage in ("pretrain", "finetune"):
+            config = StageConfig(stage=stage, backbone=BACKBONE, train=SHORT, n_folds=2, device="cpu", workers=1)
+            done += train_stage(subjects, config, work)
+        return done
+
+    first = both()
+    if not with_lists:
+        shutil.rmtree(work / "images")
+    add_test_image(tree, place=2)
+    second = both()
+    assert [one.new for one in first] == [True] * 6 and [one.new for one in second] == [False] * 6
+    assert [one.checkpoint.path for one in first] == [one.checkpoint.path for one in second]
+    assert len(list_checkpoints(work)) == 6 and len(list((work / "pixels").glob("*.npy"))) == 2
+
+
+def test_a_test_image_that_was_trained_on_makes_another_training_without_it(tree, tmp_path):
+    first, second = open_challenge(tree).subjects
+    config = StageConfig(stage="pretrain", backbone=BACKBONE, train=SHORT, n_folds=2, fold=0, device="cpu", workers=1)
+    (before,) = train_stage([first, second], config, tmp_path / "work")
+    seen = next(i for i in before.checkpoint.facts.seen_ids if i not in first.train.ids)
+    add_test_image(tree, image_id=seen)
+    (after,) = train_stage(open_challenge(tree).subjects, config, tmp_path / "work")
+    assert after.new and set(before.checkpoint.facts.seen_ids) - set(after.checkpoint.facts.seen_ids) == {seen}

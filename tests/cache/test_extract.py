@@ -16,7 +16,7 @@ from PIL import Image
 from featcache.backbone.network import TorchBackbone, load_backbone
 from featcache.cache import extract as extract_module
 from featcache.cache import store as store_module
-from featcache.cache.extract import Extracted, _plan, extract
+from featcache.cache.extract import Extracted, extract
 from featcache.cache.pixels import cache_pixels
 from featcache.cache.store import Store, open_store
 from featcache.config import FITS, BackboneConfig, ExtractConfig, LayerConfig
@@ -212,7 +212,7 @@ def test_one_changed_image_makes_another_store(tree, tmp_path, said):
     Image.fromarray(pixels).save(path)
     second = run(tree, tmp_path)
     assert second[0].path != first[0].path and second[1].path == first[1].path
-    assert any("subj01: a new store" in line and "images is" in line for line in said)
+    assert f"subj01: 34 of 35 images are in {first[0].path.name}; 1 to compute" in said and second[0].n_new == 1
 
 
 def test_an_image_that_cannot_be_decoded_keeps_what_was_committed(tree, tmp_path):
@@ -258,11 +258,12 @@ def test_what_the_processor_emulates_is_said(tiny, tmp_path, said):
     assert any(line.startswith("--dtype float16: no units for it were found") for line in said)
 
 
-def test_batches_cover_every_row_and_never_cross_a_commit():
-    for start, stop, span, size in [(0, 29, 8, 3), (8, 29, 8, 16), (0, 5, 8, 2), (24, 24, 8, 4), (0, 256, 256, 32)]:
-        batches = _plan(start, stop, span, size)
-        assert [row for batch in batches for row in batch] == list(range(start, stop))
-        assert all(batch.start // span == (batch.stop - 1) // span and len(batch) <= size for batch in batches)
+@pytest.mark.parametrize("size", [3, 8, 16])
+def test_batches_cover_every_row_and_never_cross_a_commit(tiny, tmp_path, monkeypatch, size):
+    honest, sizes = extract_module._forward, []
+    monkeypatch.setattr(extract_module, "_forward", lambda *args: sizes.append(len(args[1])) or honest(*args))
+    extract(subjects_of(tiny)[:1], replace(CONFIG, batch_size=size), tmp_path)  # 35 images, a commit every 8
+    assert sizes == ([3, 3, 2] if size == 3 else [8]) * 4 + [3]
 
 
 def test_a_cuda_that_is_not_there_is_refused(tiny, tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ from PIL import Image
 
 from featcache.config import differences
 from featcache.dataset.algonauts import open_challenge
-from featcache.dataset.digests import DigestIndex, digests, id_digest, image_digest, response_digest, subject_digests
+from featcache.dataset.digests import DigestIndex, id_digest, image_digest, response_digest, subject_digests
+from featcache.dataset.image_lists import SubjectDigests
 from featcache.dataset.rois import HEMISPHERES, read_mapping
 from featcache.dataset.subject import ArrayImage
 
@@ -70,7 +71,7 @@ def test_a_file_of_many_pictures_is_read_once_and_asked_for_its_time_once_a_dige
 
 
 def digests_of(tree: Path, work: Path) -> list[dict[str, str]]:
-    return [digests(subject, work) for subject in open_challenge(tree).subjects]
+    return [SubjectDigests.of(subject, work).to_json() for subject in open_challenge(tree).subjects]
 
 
 def test_digests_of_a_subject_follow_one_pixel_file(tree, tmp_path):
@@ -100,7 +101,7 @@ def test_digests_of_subjects_differ_and_stay_when_the_tree_moves(tree, tmp_path)
     moved = tree.rename(tmp_path / "moved")
     assert digests_of(moved, tmp_path / "work") == digests_of(moved, tmp_path / "other") == before
     subject = open_challenge(moved).subjects[0]
-    assert digests(subject, tmp_path / "work") == {
+    assert SubjectDigests.of(subject, tmp_path / "work").to_json() == {
         "images": image_digest(subject, tmp_path / "new"),
         "image_ids": id_digest(subject),
         "responses": response_digest(subject, tmp_path / "new"),

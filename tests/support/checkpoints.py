@@ -15,7 +15,8 @@ from featcache.backbone.checkpoint import Checkpoint, checkpoint_path, open_chec
 from featcache.backbone.keys import BackboneKey, CheckpointFacts, CheckpointKey, Split, StartKey
 from featcache.backbone.network import Backbone, load_backbone
 from featcache.config import BackboneConfig
-from featcache.dataset.digests import digests, subject_digests
+from featcache.dataset.digests import subject_digests
+from featcache.dataset.image_lists import SubjectDigests
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Subject
 
@@ -51,7 +52,7 @@ def key_of(
     )
     return CheckpointKey(
         stage=stage,
-        subjects={s.name: digests(s, work) | subject_digests(s) for s in subjects},
+        subjects={s.name: SubjectDigests.of(s, work).to_json() | subject_digests(s) for s in subjects},
         backbone=BackboneKey(name=name, weights="none", size=size, fit=fit),
         transform=dict(backbone.transform_settings),
         timm=timm.__version__,
