@@ -265,7 +265,6 @@ def _fill(problem: Problem, solver: Solver, store: Store, weights: Path, label: 
     """Fit every surface; one surface's predictions are stored before the next has its own. label : of the bar"""
     subject = problem.subject
     tensors: dict[str, torch.Tensor] = {}
-    facts = PredictionFacts.from_json(store.facts)
     with store.writing(), bar(label, sum(problem.n_vertices), "vertices") as advance:
         for surface in subject.surfaces:
             tensors |= _fill_surface(problem, solver, store, surface, advance)
