@@ -47,6 +47,7 @@ _PUBLIC = {  # {name: where it is, and its name there if that is another}
     "compare": "heads.compare.run",
     "extract": "featcache.cache.extract",
     "fit_heads": "heads.fit.run",
+    "export_encoder": "heads.encoder.export:export_work",
     "load_encoder": "heads.encoder.folder",
     "open_dataset": "featcache.dataset.open",
     "pearson_r": "heads.scores.metrics",
