@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
@@ -87,10 +88,11 @@ for group, commands in COMMANDS.items():
 def _do(job: Job) -> int:
     """Run a command and print the one line that it ends with, from one of its processes; its exit code."""
     from featcache.machine.progress import silenced
+    from heads.recipes.doing import do
 
     began = time.perf_counter()
     with silenced(job.quiet):
-        outcome = job.call()
+        outcome = do(job)
     if os.environ.get("RANK", "0") == "0":
         seconds = round(time.perf_counter() - began, 2)
         typer.echo(f"{outcome.message} ({seconds:.1f} s)")
@@ -119,7 +121,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
         asked = _parser()(args=given, standalone_mode=False)
-        code: int = _do(asked) if isinstance(asked, Job) else asked or 0
+        code: int = _do(replace(asked, line=given)) if isinstance(asked, Job) else asked or 0
         return _interrupted() if code == 130 else code  # typer may turn the interruption into its exit code
     except FeatcacheError as error:
         return _fail(str(error))
