@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from featcache.errors import DataError
-from featcache.formats.extra import needed
+from featcache.machine.extra import needed
 from featcache.formats.files import reading, regular_file
 from featcache.formats.hdf5 import open_hdf5, open_mat
 from featcache.formats.lazy import KINDS, NUMERIC, Array, Place, chosen, in_memory, of_numpy

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import DataError
-from featcache.formats.extra import needed
+from featcache.machine.extra import needed
 from featcache.formats.lazy import NUMERIC, Array, Place, chosen, in_memory, of_numpy
 
 MATLAB_NUMBERS = {f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import DataError
-from featcache.formats.extra import needed
+from featcache.machine.extra import needed
 from featcache.formats.files import reading, regular_file
 from featcache.formats.lazy import Array, Joined, Slices
 

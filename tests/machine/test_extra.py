@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from featcache.errors import ConfigError
-from featcache.formats.extra import needed
+from featcache.machine.extra import needed
 
 
 def test_a_library_that_is_installed_is_imported():

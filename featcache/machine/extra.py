@@ -1,4 +1,4 @@
-"""Libraries that only some file formats need, and that the extra 'formats' brings."""
+"""Libraries that only some of the work needs, and that an extra of the installation brings."""
 
 from importlib import import_module
 from types import ModuleType
@@ -6,10 +6,11 @@ from types import ModuleType
 from featcache.errors import ConfigError, first_line
 
 
-def needed(module: str, for_what: str) -> ModuleType:
+def needed(module: str, for_what: str, extra: str = "formats") -> ModuleType:
     """The module of that name, imported.
 
     for_what : what needs it, as a message names it: 'HDF5 files'
+    extra : of the installation, which brings it
 
     Raises ConfigError where it is not installed, or cannot be imported.
     """
@@ -20,7 +21,7 @@ def needed(module: str, for_what: str) -> ModuleType:
         missing = isinstance(error, ModuleNotFoundError) and error.name == library
         raise ConfigError(
             for_what,
-            expected=f"the library {library}, which reads them",
+            expected=f"the library {library}, which {'reads' if extra == 'formats' else 'makes'} them",
             found="it is not installed" if missing else f"one that cannot be imported ({first_line(error)})",
-            remedy="pip install 'featcache[formats]'",
+            remedy=f"pip install 'featcache[{extra}]'",
         ) from None
