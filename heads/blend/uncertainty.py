@@ -13,10 +13,9 @@ from featcache.dataset.subject import Subject
 from heads.blend.learn import Learnt, nested_r
 from heads.blend.products import N_FOLDS, SEED, Gathered, Products, Sample
 from heads.blend.weights import Judge, r_of
-from heads.scores.metrics import r_from_sums
+from heads.scores.resampling import LEVEL, N_DRAWS, image_weights, response_sums, weighted_r, with_all_alike
 
-N_BOOTSTRAPS, N_PERMUTATIONS = 400, 10
-LEVEL = 0.95  # of the interval
+N_BOOTSTRAPS, N_PERMUTATIONS = N_DRAWS, 10
 NULL_VERTICES = 200  # of the sample, at most: each permutation learns all weights anew
 
 
@@ -96,7 +95,7 @@ def resample(
     """
     sample, folds = gathered.sample, by.folds(image_ids, N_FOLDS, SEED)
     nested = {name: [of_fold[sample.vertices] for of_fold in weights] for name, weights in learnt.nested.items()}
-    drawn = bootstrap(sample, folds, nested, image_weights(image_ids, seed))
+    drawn = bootstrap(sample, folds, nested, image_weights(image_ids, seed, N_BOOTSTRAPS))
     scores = {name: scorer.at(sample.vertices).mean(r_drawn) for name, r_drawn in drawn.items()}
     return Resampled(
         whole={name: float(scorer.mean(r_all)) for name, r_all in r.items()},
@@ -121,16 +120,6 @@ def _shuffled_r(gathered: Gathered, folds: np.ndarray, relearn: Relearn, seed: i
     return {name: np.array(values) for name, values in means.items()}
 
 
-def image_weights(image_ids: np.ndarray, seed: int) -> np.ndarray:
-    """Weights of the Bayesian bootstrap, (n_bootstraps, n_images), exponential with mean 1 (Rubin 1981).
-
-    They depend on the image id alone: an image that several subjects saw has one weight for all of them.
-    """
-    unique, places = np.unique(image_ids, return_inverse=True)
-    drawn = np.stack([np.random.default_rng((seed, int(i))).exponential(size=N_BOOTSTRAPS) for i in unique], axis=1)
-    return drawn[:, places]
-
-
 def bootstrap(
     sample: Sample, folds: np.ndarray, nested: Mapping[str, Sequence[np.ndarray]], drawn: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -140,9 +129,8 @@ def bootstrap(
     nested : {name: (n_sample, n_models) of each fold}
     drawn : (n_bootstraps, n_images)
     """
-    times = np.concatenate([np.ones((1, len(folds))), drawn]).astype(np.float32)
-    y = sample.columns[-1]
-    n, y_sums, y_squares = times.sum(1, dtype=np.float64)[:, None], times @ y, times @ y**2
+    times, y = with_all_alike(drawn), sample.columns[-1]
+    sums = response_sums(times, y)
     r = {}
     for name, weights in nested.items():
         blend = np.zeros_like(y)
@@ -150,7 +138,7 @@ def bootstrap(
             rows = folds == fold
             for column, weight in zip(sample.columns[:-1], of_fold.T.astype(np.float32), strict=True):
                 blend[rows] += column[rows] * weight
-        r[name] = r_from_sums(n, times @ blend, times @ blend**2, times @ (blend * y), y_sums, y_squares)
+        r[name] = weighted_r(times, blend, y, sums)
     return r
 
 

@@ -11,7 +11,6 @@ from heads.blend.uncertainty import (
     Scorer,
     bootstrap,
     gains,
-    image_weights,
     null,
     resample,
     scorer_of,
@@ -20,6 +19,7 @@ from heads.blend.uncertainty import (
 from heads.blend.weights import Judge, r_of
 from heads.config import BlendConfig
 from heads.scores.metrics import accuracy_from_r
+from heads.scores.resampling import image_weights
 from support.blends import FOLDS, IDS, N_TRAIN, N_VERTICES, made_up, mixed, standardised, stores_of, subject_of
 
 IDS_TRAINED = IDS[:N_TRAIN]
@@ -38,12 +38,11 @@ def gathered(folder, predictions, responses, ceiling=None):
     return subject, gather(subject, stores_of(folder, predictions))
 
 
-def test_bootstrap_is_r_with_weighted_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(heads.blend.uncertainty, "N_BOOTSTRAPS", 7)
+def test_bootstrap_is_r_with_weighted_images(tmp_path):
     predictions, responses = made_up()
     _, found = gathered(tmp_path, predictions, responses)
     nested = np.random.default_rng(0).uniform(size=(5, N_VERTICES, len(predictions)))
-    drawn = image_weights(IDS_TRAINED, 3)
+    drawn = image_weights(IDS_TRAINED, 3, 7)
     r = bootstrap(found.sample, FOLDS, {"blend": nested}, drawn)["blend"]
     standard, y = standardised(predictions)[:, :N_TRAIN], responses[:N_TRAIN].astype(np.float64)
     blend = sum(np.where((fold == FOLDS)[:, None], mixed(w, standard), 0) for fold, w in enumerate(nested))
@@ -51,15 +50,6 @@ def test_bootstrap_is_r_with_weighted_images(tmp_path, monkeypatch):
         expected = [weighted_r(blend[:, v], y[:, v], w) for v in range(N_VERTICES)]
         np.testing.assert_allclose(r[number], expected, atol=1e-4)
     np.testing.assert_allclose(r[0], nested_r(found.products, nested), atol=1e-4)
-
-
-def test_an_image_has_its_weight_whoever_saw_it():
-    drawn = image_weights(IDS_TRAINED, 0)
-    some = np.array([5, 80, 3])
-    np.testing.assert_array_equal(image_weights(IDS_TRAINED[some], 0), drawn[:, some])
-    assert not np.array_equal(image_weights(IDS_TRAINED, 1), drawn)
-    assert (drawn > 0).all() and drawn.mean() == pytest.approx(1, abs=0.02)
-    assert np.abs(np.corrcoef(drawn.T)[np.triu_indices(N_TRAIN, 1)]).mean() < 0.06  # as 400 draws leave by chance
 
 
 def test_shuffled_products_are_those_of_shuffled_responses(tmp_path):

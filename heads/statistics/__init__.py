@@ -1,0 +1,1 @@
+"""How sure scores are: intervals, p values and false discovery rate; and the long table of all scores."""
