@@ -20,7 +20,7 @@ import typer.main
 
 from featcache import __version__
 from featcache.errors import FeatcacheError
-from heads.commands import blending, comparing, features, fitting, importing, running, training, trees
+from heads.commands import blending, comparing, features, fitting, importing, reporting, running, training, trees
 from heads.recipes.jobs import Job, usage_fault
 
 app = typer.Typer(
@@ -77,6 +77,7 @@ COMMANDS = {
         "models": blending.models,
         "maps": fitting.maps,
         "compare": comparing.compare,
+        "report": reporting.report,
     },
     "All at once": {"run": running.run},
 }

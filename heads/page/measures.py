@@ -115,9 +115,7 @@ class _Pass:
         # in units of the response, so that a vertex of large responses counts as any other
         scale = block.responses.std(0)
         keep = np.flatnonzero((scale > 0) & explainable(ceiling_of(self.subject)[place]))
-        p, y = (
-            (values[:, keep] - values[:, keep].mean(0)) / scale[keep] for values in (predictions, block.responses)
-        )
+        p, y = ((values[:, keep] - values[:, keep].mean(0)) / scale[keep] for values in (predictions, block.responses))
         self.images.setdefault(model, _ImageSums.none(len(predictions))).add(p, y)
 
 

@@ -1,0 +1,149 @@
+"""Tables of scores by subject, ROI and model, with ceilings and intervals."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from heads.page.measures import Measured, ceiling_of
+from heads.scores.metrics import ALL_SURFACES
+from heads.statistics.intervals import ALL, Estimate, estimates, with_totals
+
+BLEND = "blend"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A score as the page says it: r and its interval, and accuracy in percent with its interval; '' where none is."""
+
+    r: str = ""
+    r_interval: str = ""
+    accuracy: str = ""
+    accuracy_interval: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An ROI of a subject.
+
+    ceiling : mean noise ceiling of its vertices in percent of variance, '' where there is none
+    cells : of the blend, where there is one, then of each model
+    """
+
+    roi: str
+    n_vertices: int
+    ceiling: str
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one subject, or of all."""
+
+    subject: str
+    rows: Sequence[Row]
+
+
+def all_estimates(measured: Sequence[Measured]) -> list[Estimate]:
+    """Scores with intervals of every subject, surface, ROI and model, and of all of each together."""
+    draws = {key: value for one in measured for key, value in one.draws.items()}
+    return estimates(with_totals(draws))
+
+
+def tables(
+    found: Sequence[Estimate],
+    measured: Sequence[Measured],
+    models: Sequence[str],
+    blend: Mapping[tuple[str, str], Cell],
+) -> list[Table]:
+    """A table of all subjects together and one of each: all vertices first, then ROIs in the order of the dataset.
+
+    blend : {(subject, ROI): scores of the blend}; empty where nothing was blended
+    """
+    by_place: dict[tuple[str, str], dict[tuple[str, str], Estimate]] = {}
+    for one in found:
+        if one.surface == ALL_SURFACES:
+            by_place.setdefault((one.subject, one.roi), {})[one.model, one.measure] = one
+    rois = list(dict.fromkeys([ALL, *(one.roi for one in found)]))
+    subjects = [one.subject.name for one in measured]
+    shown = [ALL, *subjects] if len(subjects) > 1 else subjects
+    ceilings = _ceilings(measured)
+    return [
+        Table(
+            subject,
+            [
+                _row(
+                    roi, by_place[subject, roi], models, ceilings.get((subject, roi)), blend.get((subject, roi)), blend
+                )
+                for roi in rois
+                if (subject, roi) in by_place
+            ],
+        )
+        for subject in shown
+    ]
+
+
+def _row(
+    roi: str,
+    of_place: Mapping[tuple[str, str], Estimate],
+    models: Sequence[str],
+    ceiling: float | None,
+    blended: Cell | None,
+    blend: Mapping[tuple[str, str], Cell],
+) -> Row:
+    n_vertices = max(one.n_vertices for one in of_place.values())
+    cells = [_cell(of_place.get((model, "r")), of_place.get((model, "accuracy"))) for model in models]
+    first = [blended or Cell()] if blend else []
+    return Row(roi, n_vertices, "" if ceiling is None else f"{100 * ceiling:.1f}", [*first, *cells])
+
+
+def _cell(r: Estimate | None, accuracy: Estimate | None) -> Cell:
+    return Cell(
+        "" if r is None else f"{r.mean:.3f}",
+        "" if r is None else f"{r.low:.3f} to {r.high:.3f}",
+        "" if accuracy is None else f"{accuracy.mean:.1f}",
+        "" if accuracy is None else f"{accuracy.low:.1f} to {accuracy.high:.1f}",
+    )
+
+
+def _ceilings(measured: Sequence[Measured]) -> dict[tuple[str, str], float]:
+    """{(subject or 'all', ROI or 'all'): mean noise ceiling over its vertices that have one}."""
+    values: dict[tuple[str, str], list[np.ndarray]] = {}
+    for one in measured:
+        ceiling = ceiling_of(one.subject)
+        rois = {roi for of_surface in one.subject.rois.values() for roi in of_surface}
+        masks = {roi: _mask(one, roi) for roi in rois} | {ALL: np.full(len(ceiling), True)}
+        for roi, mask in masks.items():
+            known = ceiling[mask & ~np.isnan(ceiling)]
+            values.setdefault((one.subject.name, roi), []).append(known)
+            values.setdefault((ALL, roi), []).append(known)
+    joined = {place: np.concatenate(parts) for place, parts in values.items()}
+    return {place: float(known.mean()) for place, known in joined.items() if known.size}
+
+
+def _mask(measured: Measured, roi: str) -> np.ndarray:
+    subject = measured.subject
+    return np.concatenate(
+        [subject.rois[surface].get(roi, np.full(n, False)) for surface, n in subject.n_vertices.items()]
+    )
+
+
+def blend_cells(path: Path) -> dict[tuple[str, str], Cell]:
+    """Scores of the last blend from its table, {(subject, ROI): scores}, all surfaces together; {} where there is none.
+
+    A table of another form counts as none.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return {
+            (row["subject"], row["roi"]): Cell(
+                r=f"{float(row['mean_r']):.3f}", accuracy=f"{float(row['accuracy']):.1f}" if row["accuracy"] else ""
+            )
+            for row in rows
+            if row["method"] == BLEND and row["surface"] == ALL_SURFACES
+        }
+    except (OSError, KeyError, ValueError, TypeError):
+        return {}
