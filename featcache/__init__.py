@@ -40,10 +40,12 @@ _PUBLIC = {  # {name: where it is, and its name there if that is another}
     "accuracy": "heads.scores.metrics:noise_normalized_accuracy",
     "add_features": "featcache.cache.elsewhere",
     "blend": "heads.blend.run",
+    "explode_rois": "heads.statistics.table",
     "extract": "featcache.cache.extract",
     "fit_heads": "heads.fit.run",
     "open_dataset": "featcache.dataset.open",
     "pearson_r": "heads.scores.metrics",
+    "scores": "heads.statistics.api",
     "train_stage": "heads.backbones.stages",
 }
 __all__ = ["__version__", *_PUBLIC]

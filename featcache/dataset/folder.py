@@ -1,7 +1,7 @@
 """The project's own form of a dataset: a folder for each subject, with the arrays of each surface in .npy files.
 
     subj01/
-        subject.json                  name, surfaces with their ROIs, how it was made
+        subject.json                  name, surfaces with their ROIs and grid of voxels, how it was made
         images.csv                    a row for each image: split, id, file, array, row, and any other columns
         responses/V4.npy              (n_train, n_vertices) float32
         test_responses/V4.npy         (n_test, n_vertices) float32
@@ -29,6 +29,7 @@ import numpy as np
 from featcache.dataset.rois import FSAVERAGE_VERTICES
 from featcache.dataset.subject import ArrayImage, Dataset, Fault, Images, ImageSource, Subject, listed
 from featcache.errors import DataError
+from featcache.formats.volumes import Grid
 from featcache.machine.files import only_writer, replace_json, whole_folder
 
 FORMAT = 1
@@ -63,6 +64,7 @@ class SubjectWriter:
     name: str
     rois: dict[str, tuple[str, ...]] = field(default_factory=dict)
     n_vertices: dict[str, int] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
 
     def new_array(self, part: str, surface: str, shape: tuple[int, ...]) -> np.memmap:
         """A new float32 array of one surface on the disk, to be filled."""
@@ -102,10 +104,16 @@ class SubjectWriter:
             table = csv.writer(file)
             table.writerow([*OWN_COLUMNS, *columns])
             table.writerows([*row, *more] for row, more in zip(rows, _across(columns, len(rows)), strict=True))
-        surfaces = {surface: {"rois": list(self.rois.get(surface, ()))} for surface in self.n_vertices}
+        surfaces = {surface: self._facts(surface) for surface in self.n_vertices}
         replace_json(
             self.folder / _RECORD, {"format": FORMAT, "name": self.name, "surfaces": surfaces, "about": dict(about)}
         )
+
+    def _facts(self, surface: str) -> dict[str, Any]:
+        facts: dict[str, Any] = {"rois": list(self.rois.get(surface, ()))}
+        if (grid := self.grids.get(surface)) is not None:
+            facts["grid"] = {"shape": list(map(int, grid.shape)), "affine": np.asarray(grid.affine).tolist()}
+        return facts
 
     def _path(self, part: str, surface: str) -> Path:
         return self.folder / part / f"{check_name(surface, 'the name of a surface')}.npy"
@@ -193,6 +201,9 @@ def _read_subject(folder: Path) -> Subject:
         test_response_paths=paths["test"],
         test_noise_ceiling=ceilings["test"] if paths["test"] else {},
         positions=_positions(folder, n_vertices),
+        grids={
+            surface: _grid(folder / _RECORD, facts["grid"]) for surface, facts in surfaces.items() if "grid" in facts
+        },
         columns=columns,
     )
 
@@ -324,6 +335,16 @@ def _positions(folder: Path, n_vertices: Mapping[str, int]) -> dict[str, np.ndar
         if path.exists():
             positions[surface] = _floats(path, (n, 3))
     return positions
+
+
+def _grid(path: Path, facts: Any) -> Grid:
+    try:
+        shape, affine = tuple(int(n) for n in facts["shape"]), np.array(facts["affine"], dtype=np.float64)
+        if len(shape) == 3 and min(shape) > 0 and affine.shape == (4, 4) and np.linalg.det(affine):
+            return Grid(shape, affine)
+    except (TypeError, ValueError, KeyError):
+        pass
+    raise _damaged(path, "the shape of a volume and its affine, 4 by 4", "something else")
 
 
 def _fsaverage(folder: Path, surface: str, n_vertices: int) -> np.ndarray | None:

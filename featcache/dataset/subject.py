@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import DataError
+from featcache.formats.volumes import Grid
 
 SESSION, SESSIONS_JOINED_BY = "session", "+"  # the column of images with the sessions of their trials, '1' or '1+5'
 _N_SHOWN = 5  # enough to look them up, few enough for one line
@@ -110,6 +111,7 @@ class Subject:
     test_response_paths : .npy files of the test responses, (n_test, n_vertices); an empty dict where they are withheld
     test_noise_ceiling : as noise_ceiling, of the test responses; an empty dict where they are withheld
     positions : (n_vertices, 3) float32, where each vertex is, in mm; an empty dict where not known
+    grids : the grid of voxels that the positions are of; an empty dict where not known
     columns : what else is known of each image, such as its session: {name: (n_train + n_test,) texts}
     """
 
@@ -124,6 +126,7 @@ class Subject:
     test_response_paths: dict[str, Path] = field(default_factory=dict)
     test_noise_ceiling: dict[str, np.ndarray | None] = field(default_factory=dict)
     positions: dict[str, np.ndarray] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:

@@ -22,17 +22,31 @@ Mask = Path | np.ndarray | None  # a file, or true and false in the shape of one
 
 
 @dataclass(frozen=True, eq=False)
+class Grid:
+    """The grid that voxels are of.
+
+    shape : of one volume
+    affine : (4, 4) float64 from numbers of voxels to mm
+    """
+
+    shape: tuple[int, ...]
+    affine: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Volumes:
     """Responses of voxels (or of vertices, or of both) inside a mask.
 
     rows : (n_volumes, n_voxels) float32, read from the files when rows are asked for
     positions : (n_voxels, 3) float32, mm in the space of the file; None where the files do not say where vertices are
     n_of_files : (n_files,) number of volumes of each file
+    grid : that all of them are of; None where some are vertices of a surface
     """
 
     rows: Array
     positions: np.ndarray | None
     n_of_files: tuple[int, ...]
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +110,8 @@ def read_volumes(paths: Sequence[Path], mask: Mask = None) -> Volumes:
     places = _inside(mask, images[0])
     parts = [_rows(image, places) for image in images]
     rows = parts[0] if len(parts) == 1 else Joined(parts)
-    return Volumes(rows, _positions(images[0], places), tuple(image.n_volumes for image in images))
+    n_of_files = tuple(image.n_volumes for image in images)
+    return Volumes(rows, _positions(images[0], places), n_of_files, _grid(images[0]))
 
 
 def read_labels(path: Path, mask: Mask = None) -> Labels:
@@ -129,6 +144,13 @@ def _rows(image: _Image, places: np.ndarray) -> Array:
 
     chunks = (image.n_volumes, 1) if image.by_column else (1, len(places))
     return Array(image.path, (image.n_volumes, len(places)), np.dtype(np.float32), read, chunks)
+
+
+def _grid(image: _Image) -> Grid | None:
+    structures = image.structures
+    if structures is not None and image.positions is not None:  # of voxels alone
+        return Grid(tuple(structures.volume_shape), np.asarray(structures.affine, dtype=np.float64))
+    return None if image.affine is None else Grid(image.shape[:3], image.affine)
 
 
 def _positions(image: _Image, places: np.ndarray) -> np.ndarray | None:

@@ -21,7 +21,7 @@ def needed(module: str, for_what: str, extra: str = "formats") -> ModuleType:
         missing = isinstance(error, ModuleNotFoundError) and error.name == library
         raise ConfigError(
             for_what,
-            expected=f"the library {library}, which {'reads' if extra == 'formats' else 'makes'} them",
+            expected=f"the library {library}, which they need",
             found="it is not installed" if missing else f"one that cannot be imported ({first_line(error)})",
             remedy=f"pip install 'featcache[{extra}]'",
         ) from None

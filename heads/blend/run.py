@@ -86,7 +86,9 @@ def blend(dataset: Dataset, config: BlendConfig, work: Path | str) -> Ensemble:
         submission=None,
     )
     save_blend(
-        staging / files.saved_blend.name, {subject.name: blended.coefficients for subject, blended in blends.items()}
+        staging / files.saved_blend.name,
+        {subject.name: blended.coefficients for subject, blended in blends.items()},
+        {subject.name: blended.nested for subject, blended in blends.items()},
     )
     replace_json(staging / files.blend_weights.name, _description(models, config, by.key, blends, ensemble))
     on_test = {f"{name}, test images": scores for name, scores in ensemble.test.items()}

@@ -1,9 +1,10 @@
 """A blend as a file: a coefficient for each model and vertex, which apply to any predictions of the same models."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,8 @@ from featcache.machine.files import replace_bytes
 from heads.blend.models import SubjectModels
 from heads.blend.products import Gathered, surface_blocks
 from heads.blend.weights import r_of
+
+T = TypeVar("T")
 
 _ORIGIN = "featcache blend"
 _MINIMUM_SLOPE = 1e-3  # a vertex that no model explains keeps a trace of the blend instead of a constant
@@ -50,7 +53,45 @@ class Coefficients:
         return blend
 
 
+@dataclass(frozen=True)
+class NestedCoefficients:
+    """A blend of one surface out of fold: for each fold of the blend, coefficients that were learnt on the others.
+
+    models : names
+    of_models : (n_folds, n_models, n_vertices) float32
+    intercept : (n_folds, n_vertices) float32
+    """
+
+    models: tuple[str, ...]
+    of_models: np.ndarray
+    intercept: np.ndarray
+
+    @property
+    def needed(self) -> list[str]:
+        """Names of the models with weight at any vertex."""
+        return [model for model, row in zip(self.models, self.of_models.swapaxes(0, 1), strict=True) if row.any()]
+
+    def at(self, vertices: slice) -> "NestedCoefficients":
+        """Those of some of the vertices."""
+        return NestedCoefficients(self.models, self.of_models[..., vertices], self.intercept[:, vertices])
+
+    def apply(self, predictions: Iterable[tuple[str, np.ndarray]], folds: np.ndarray) -> np.ndarray:
+        """The blend out of fold, (n_images, n_vertices) float32.
+
+        predictions : each model that is `needed`, and its predictions, (n_images, n_vertices)
+        folds : (n_images,) of the blend
+        """
+        blend: np.ndarray = self.intercept[folds]
+        for model, of_model in predictions:
+            weights = self.of_models[:, self.models.index(model)]
+            for fold, of_fold in enumerate(weights):
+                rows = folds == fold
+                blend[rows] += of_fold * of_model[rows]
+        return blend
+
+
 SavedBlend = dict[str, dict[str, Coefficients]]  # {subject: {surface: coefficients}}
+NestedBlend = dict[str, dict[str, NestedCoefficients]]
 
 
 def coefficients_of(
@@ -60,13 +101,8 @@ def coefficients_of(
 
     weights : (n_vertices, n_models), the vertices of all surfaces side by side
     """
-    total, units = gathered.products.total().sums, gathered.units
-    n = total[:, -1, -1]
-    variance = np.einsum("vm,vmk,vk->v", weights, total[:, :-2, :-2], weights, optimize=True) / n
-    spread = units.scale[:, -1] * np.sqrt(np.maximum(total[:, -2, -2], 0) / n)
-    slope = np.maximum(r_of(total, weights), _MINIMUM_SLOPE) * spread / np.sqrt(np.where(variance > 0, variance, 1))
-    of_models = slope[:, None] * weights / units.scale[:, :-1]
-    intercept = units.mean[:, -1] - np.einsum("vm,vm->v", of_models, units.mean[:, :-1])
+    total = gathered.products.total().sums
+    of_models, intercept = _in_units(_slope(total, gathered, weights), weights, gathered)
     if len(models) == 1:
         of_models, intercept = np.ones_like(of_models), np.zeros_like(intercept)
     return {
@@ -79,29 +115,84 @@ def coefficients_of(
     }
 
 
-def save_blend(path: Path, blend: SavedBlend) -> None:
-    """Write safetensors: <subject>.<surface>.coefficients (n_models, n_vertices) and .intercept (n_vertices,)."""
+def nested_of(
+    subject: Subject, models: Sequence[str], gathered: Gathered, weights: np.ndarray, nested: Sequence[np.ndarray]
+) -> dict[str, NestedCoefficients]:
+    """{surface: coefficients out of fold} of a blend of standardised predictions, in the unit of the responses.
+
+    weights : (n_vertices, n_models), learnt on all images
+    nested : (n_vertices, n_models) for each fold, learnt on the others
+    """
+    total = gathered.products.total().sums
+    slope, varies = _slope(total, gathered, weights), np.einsum("vcc->vc", total)[:, :-2] > 0
+    folds = [_in_units(slope, np.where(varies, of_fold, 0), gathered) for of_fold in nested]
+    return {
+        surface: NestedCoefficients(
+            tuple(models),
+            np.ascontiguousarray(np.stack([of_models[block].T for of_models, _ in folds]), np.float32),
+            np.stack([intercept[block] for _, intercept in folds]).astype(np.float32),
+        )
+        for surface, block in surface_blocks(subject).items()
+    }
+
+
+def _slope(total: np.ndarray, gathered: Gathered, weights: np.ndarray) -> np.ndarray:
+    """Slope of the responses on a blend of standardised predictions, (n_vertices,)."""
+    n = total[:, -1, -1]
+    variance = np.einsum("vm,vmk,vk->v", weights, total[:, :-2, :-2], weights, optimize=True) / n
+    spread = gathered.units.scale[:, -1] * np.sqrt(np.maximum(total[:, -2, -2], 0) / n)
+    return np.asarray(
+        np.maximum(r_of(total, weights), _MINIMUM_SLOPE) * spread / np.sqrt(np.where(variance > 0, variance, 1))
+    )
+
+
+def _in_units(slope: np.ndarray, weights: np.ndarray, gathered: Gathered) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients of predictions as they are, (n_vertices, n_models), and intercept, (n_vertices,)."""
+    units = gathered.units
+    of_models = slope[:, None] * weights / units.scale[:, :-1]
+    return of_models, units.mean[:, -1] - np.einsum("vm,vm->v", of_models, units.mean[:, :-1])
+
+
+def save_blend(path: Path, blend: SavedBlend, nested: NestedBlend) -> None:
+    """Write safetensors: <subject>.<surface>.coefficients (n_models, n_vertices) and .intercept (n_vertices,), and the
+    same out of fold, .nested (n_folds, n_models, n_vertices) and .nested_intercept (n_folds, n_vertices).
+    """
     tensors, models = {}, {}
     for subject, surfaces in blend.items():
         for surface, coefficients in surfaces.items():
             models[subject] = list(coefficients.models)
             tensors[f"{subject}.{surface}.coefficients"] = coefficients.of_models
             tensors[f"{subject}.{surface}.intercept"] = coefficients.intercept
+            out_of_fold = nested[subject][surface]
+            tensors[f"{subject}.{surface}.nested"] = out_of_fold.of_models
+            tensors[f"{subject}.{surface}.nested_intercept"] = out_of_fold.intercept
     replace_bytes(path, save(tensors, {_ORIGIN: json.dumps(models)}))
 
 
 def load_blend(path: Path) -> SavedBlend:
     """Read a blend. Raises StoreError for a file that is missing, damaged or no blend."""
+    return _load(path, "coefficients", "intercept", Coefficients)
+
+
+def load_nested(path: Path) -> NestedBlend:
+    """Read a blend out of fold; empty where the file is of a version that did not keep it. Raises as `load_blend`."""
+    return _load(path, "nested", "nested_intercept", NestedCoefficients)
+
+
+def _load(
+    path: Path, kind: str, intercept: str, make: Callable[[tuple[str, ...], np.ndarray, np.ndarray], T]
+) -> dict[str, dict[str, T]]:
+    """{subject: {surface: coefficients}} of one kind."""
     try:
         with safe_open(path, "numpy") as file:
             models = json.loads((file.metadata() or {})[_ORIGIN])
-            blend: SavedBlend = {subject: {} for subject in models}
+            blend: dict[str, dict[str, T]] = {}
             for name in sorted(file.keys()):
-                owner, _, kind = name.rpartition(".")
+                owner, _, tensor = name.rpartition(".")
                 subject, _, surface = owner.rpartition(".")
-                if kind == "coefficients":
-                    intercept = file.get_tensor(f"{owner}.intercept")
-                    blend[subject][surface] = Coefficients(tuple(models[subject]), file.get_tensor(name), intercept)
+                if tensor == kind:
+                    values = file.get_tensor(name), file.get_tensor(f"{owner}.{intercept}")
+                    blend.setdefault(subject, {})[surface] = make(tuple(models[subject]), *values)
             return blend
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise StoreError(

@@ -10,7 +10,7 @@ from featcache.dataset.subject import Subject
 from heads.blend.learn import Choice, Learnt, judge_of, learn, levels_of, nested_r
 from heads.blend.models import Model
 from heads.blend.products import N_FOLDS, SEED, Products, gather, surface_blocks
-from heads.blend.saved import Coefficients, coefficients_of
+from heads.blend.saved import Coefficients, NestedCoefficients, coefficients_of, nested_of
 from heads.blend.uncertainty import Resampled, resample, scorer_of
 from heads.blend.weights import r_of
 from heads.config import BlendConfig
@@ -24,6 +24,7 @@ class Blended:
     models : names
     weights : (n_vertices, n_models), of the standardised predictions
     coefficients : {surface: coefficients}, of the predictions as they are
+    nested : {surface: the same out of fold}
     r : {name: (n_vertices,)} of 'best single', 'uniform' and 'blend', with weights learnt on other folds, and of
         'optimistic', the blend on the images that its weights were learnt on
     """
@@ -31,6 +32,7 @@ class Blended:
     models: tuple[str, ...]
     weights: np.ndarray
     coefficients: dict[str, Coefficients]
+    nested: dict[str, NestedCoefficients]
     choices: Sequence[Choice]
     r: dict[str, np.ndarray]
     resampled: Resampled
@@ -58,7 +60,8 @@ def blend_subject(
     resampled = resample(gathered, subject.train.ids, r, learnt, relearn, scorer, config.seed, by)
     names = tuple(model.name for model in models)
     coefficients = coefficients_of(subject, names, gathered, learnt.weights)
-    return Blended(names, learnt.weights, coefficients, learnt.choices, r, resampled)
+    nested = nested_of(subject, names, gathered, learnt.weights, learnt.nested["blend"])
+    return Blended(names, learnt.weights, coefficients, nested, learnt.choices, r, resampled)
 
 
 def _refuse_leaks(subject: Subject, by: Split) -> None:

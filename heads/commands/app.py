@@ -20,7 +20,18 @@ import typer.main
 
 from featcache import __version__
 from featcache.errors import FeatcacheError
-from heads.commands import blending, comparing, features, fitting, importing, reporting, running, training, trees
+from heads.commands import (
+    blending,
+    comparing,
+    features,
+    fitting,
+    importing,
+    reporting,
+    running,
+    scoring,
+    training,
+    trees,
+)
 from heads.recipes.jobs import Job, usage_fault
 
 app = typer.Typer(
@@ -75,6 +86,7 @@ COMMANDS = {
     "A closer look": {
         "layers": features.layers,
         "models": blending.models,
+        "scores": scoring.scores,
         "maps": fitting.maps,
         "compare": comparing.compare,
         "report": reporting.report,

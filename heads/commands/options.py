@@ -99,6 +99,7 @@ PANELS = (
     "Spatial heads",
     "Shared core",
     "Blend",
+    "Statistics",
     "Training",
     "Training, in detail",
     "Machine",

@@ -36,7 +36,6 @@ def report(
         dataset = open_data(data, noise_ceiling, work)
         from dataclasses import replace
 
-        from featcache.machine.progress import size_of
         from heads.page.run import write_report
 
         page = write_report(replace(dataset, subjects=dataset.select(subject)), work, out, not no_images)

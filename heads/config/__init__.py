@@ -12,6 +12,7 @@ from heads.config.fitting import (
 )
 from heads.config.losses import CORRELATIONS, LEAST_SQUARES, LOSS_NAMES, loss_label, parse_loss
 from heads.config.solvers import HEADS, SOLVERS
+from heads.config.statistics import ScoresConfig
 from heads.config.training import PAPER_FIT, PAPER_SIZE, PRESETS, STAGES, StageConfig, TrainConfig, preset
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "CoreConfig",
     "FitConfig",
     "RidgeConfig",
+    "ScoresConfig",
     "SpatialConfig",
     "StageConfig",
     "TrainConfig",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from heads.blend.plot import new_figure
-from heads.statistics.intervals import Estimate
+from heads.statistics.intervals import ALL, Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,6 +70,7 @@ def style(axis: "Axes") -> None:
 def scores_chart(estimates: Sequence[Estimate], models: Sequence[str], unit: str) -> str:
     """Dots with intervals: a row for each ROI, a colour for each model."""
     rois = list(dict.fromkeys(one.roi for one in estimates))
+    labels = ["all vertices" if roi == ALL else roi for roi in rois]
     figure = new_figure(7.2, 0.9 + (0.17 + 0.055 * len(models)) * len(rois))
     axis = _axis(figure)
     for number, model in enumerate(models):
@@ -82,7 +83,7 @@ def scores_chart(estimates: Sequence[Estimate], models: Sequence[str], unit: str
         )
     axis.axvline(0, color=_INK, linewidth=0.5, alpha=0.5)
     axis.grid(axis="x", color=_INK, alpha=0.12, linewidth=0.6)
-    axis.set_yticks(range(len(rois)), rois)
+    axis.set_yticks(range(len(rois)), labels)
     axis.set_ylim(len(rois) - 0.5, -0.5)
     axis.set_xlabel(unit)
     return svg_of(figure, "scores")
@@ -122,7 +123,7 @@ def shares_chart(rois: Sequence[str], shares: np.ndarray) -> str:
     for number, values in enumerate(shares.T):
         axis.barh(range(len(rois)), values, left=left, height=0.78, color=COLOURS[number % len(COLOURS)])
         left += values
-    axis.set_yticks(range(len(rois)), rois)
+    axis.set_yticks(range(len(rois)), ["all vertices" if roi == ALL else roi for roi in rois])
     axis.set(xlim=(0, 1), ylim=(len(rois) - 0.4, -0.6), xlabel="share of the blend's weights")
     return svg_of(figure, "shares")
 

@@ -19,12 +19,12 @@ from heads.blend.models import Model
 from heads.blend.products import surface_blocks
 from heads.blend.saved import SavedBlend
 from heads.maps.read import read_maps
+from heads.page import surface
 from heads.page.charts import COLOURS
 from heads.page.measures import Measured
 from heads.page.surface import (
     Mesh,
     colours_of,
-    draw,
     is_scattered,
     on_mesh,
     spread_out,
@@ -202,16 +202,11 @@ def colours(one: Map, mesh: Mesh) -> np.ndarray:
     return colours_of(one.values, one.scale.palette, one.scale.low, one.scale.high, mesh)
 
 
-def picture(one: Map, mesh: Mesh, dpi: int) -> str:
+def picture(one: Map, mesh: Mesh, width: int) -> str:
     """A map flat and inflated, as WebP in base64, on a clear ground."""
-    from PIL import Image
-
-    figure = draw(colours(one, mesh), mesh)
-    file, webp = io.BytesIO(), io.BytesIO()
-    figure.savefig(file, format="png", dpi=dpi, transparent=True)
-    with Image.open(file) as image:
-        image.save(webp, "WEBP", quality=72, method=4)
-    return base64.b64encode(webp.getvalue()).decode()
+    file = io.BytesIO()
+    surface.picture(colours(one, mesh), width).save(file, "WEBP", quality=65, alpha_quality=50, method=4)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def viewer_data(maps: Sequence[Map], mesh: Mesh) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The page of a work folder: what is there is shown, and of what is missing it says which command makes it."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,17 +44,17 @@ class Detail:
     """How much a page shows.
 
     n_images : best images, and as many worst ones, of each subject
-    dpi : of maps
+    width : of pictures of maps, pixels
     n_subjects : whose maps are drawn
     """
 
     n_images: int
-    dpi: int
+    width: int
     n_subjects: int
 
 
 # from the first that stays within MOST_BYTES
-DETAILS = (Detail(6, 96, 8), Detail(4, 72, 8), Detail(2, 60, 4), Detail(0, 60, 1), Detail(0, 60, 0))
+DETAILS = (Detail(6, 1000, 8), Detail(4, 760, 8), Detail(2, 600, 4), Detail(0, 600, 1), Detail(0, 600, 0))
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ def write_report(dataset: Dataset, work: Path | str, out: Path | None = None, im
     keep_freed_memory()
     found = _find(dataset, work)
     path = Workdir(work).report if out is None else out
+    sections, missing = _sections(found)
     for detail in DETAILS:
-        sections, missing = _sections(found, images, detail)
-        content = _render(found, sections, missing, detail).encode()
+        content = _render(found, _detailed(found, sections, images, detail), missing, detail).encode()
         if len(content) <= MOST_BYTES:
             replace_bytes(path, content)
             return Page(path, len(content), list(sections), {name: why.what for name, why in missing.items()})
@@ -182,26 +182,32 @@ def _blend_r(measured: Sequence[Measured], path: Path) -> dict[str, np.ndarray]:
 Filled = dict[str, Any]  # what the template shows of one section
 
 
-def _sections(found: _Found, images: bool, detail: Detail) -> tuple[dict[str, Filled], dict[str, Missing]]:
+def _sections(found: _Found) -> tuple[dict[str, Filled], dict[str, Missing]]:
     """Each part of the page, in order, filled or with what is missing."""
-    makers: dict[str, Callable[[], Filled | Missing]] = {
-        "scores": lambda: _scores(found),
-        "maps": lambda: _maps(found, detail),
-        "ceiling": lambda: _ceiling(found),
-        "rois": lambda: _rois(found),
-        "learning": lambda: _learning(found),
-        "images": lambda: _images(found, images, detail),
-        "runs": lambda: _runs(found),
+    makers = {
+        "scores": _scores,
+        "maps": _maps,
+        "ceiling": _ceiling,
+        "rois": _rois,
+        "learning": _learning,
+        "images": _images,
+        "runs": _runs,
     }
-    filled: dict[str, Filled] = {}
-    missing: dict[str, Missing] = {}
-    for name, make in makers.items():
-        part = make()
-        if isinstance(part, Missing):
-            missing[name] = part
-        else:
-            filled[name] = part
-    return filled, missing
+    parts = {name: make(found) for name, make in makers.items()}
+    return (
+        {name: part for name, part in parts.items() if not isinstance(part, Missing)},
+        {name: part for name, part in parts.items() if isinstance(part, Missing)},
+    )
+
+
+def _detailed(found: _Found, sections: Mapping[str, Filled], images: bool, detail: Detail) -> dict[str, Filled]:
+    """The parts with as many pictures as a detail allows."""
+    more: dict[str, Filled] = {}
+    if "maps" in sections:
+        more["maps"] = _map_pictures(sections["maps"], detail)
+    if "images" in sections:
+        more["images"] = _image_pictures(found, images, detail)
+    return {name: part | more.get(name, {}) for name, part in sections.items()}
 
 
 def _no_predictions(found: _Found) -> Missing:
@@ -216,24 +222,20 @@ def _scores(found: _Found) -> Filled | Missing:
     if not found.measured:
         return _no_predictions(found)
     subject = ALL if len(found.measured) > 1 else found.measured[0].subject.name
-    of_all = {
-        model
-        for model in found.names
-        if select(found.estimates, subject=subject)
-        and any(one.model == model for one in select(found.estimates, subject=subject))
-    }
+    order = tables.roi_order(found.measured)
+    of_all = {one.model for one in select(found.estimates, subject=subject)}
     drawn = [name for name in found.names if name in of_all] or found.names
-    measure_, unit = "r", "mean r, out of fold"
-    if select(found.estimates, subject=subject, measure="accuracy"):
-        measure_, unit = "accuracy", "noise-normalised accuracy, %"
-    rows = [one for one in select(found.estimates, subject=subject, measure=measure_) if one.model in drawn]
-    rows.sort(key=lambda one: one.roi != ALL)
+    accuracy = bool(select(found.estimates, subject=subject, measure="accuracy"))
+    unit = "Noise-normalised accuracy, %" if accuracy else "Mean r"
+    chosen = select(found.estimates, subject=subject, measure="accuracy" if accuracy else "r")
+    rows = sorted((one for one in chosen if one.model in drawn), key=lambda one: order.index(one.roi))
     cells = tables.blend_cells(Workdir(found.work).blend_scores)
     known = {one.subject.name for one in found.measured} | {ALL}
     cells = {place: cell for place, cell in cells.items() if place[0] in known}
     without = [one.subject.name for one in found.measured if np.isnan(one.ceiling).all()]
     return {
-        "chart": charts.scores_chart(rows, drawn, unit),
+        "chart": charts.scores_chart(rows, drawn, f"{unit}, out of fold"),
+        "digits": 2 if accuracy else 4,
         "measure": unit,
         "colours": [charts.COLOURS[drawn.index(name)] if name in drawn else "" for name in found.names],
         "tables": tables.tables(found.estimates, found.measured, found.names, cells),
@@ -270,21 +272,28 @@ def _maps(found: _Found, detail: Detail) -> Filled | Missing:
         )
     if not models:
         lacking.append(Missing("No map of the blend's leading model: nothing was blended.", "blend"))
-    whole = [one for one in drawn if one.subject not in {own.subject.name for own in placed}]
-    subjects = [own.subject.name for own in placed[: detail.n_subjects]]
-    shown = [one for one in drawn if one in whole or one.subject in subjects]
     return {
-        "groups": [
-            (subject, [(one, maps.picture(one, mesh, detail.dpi)) for one in of_subject])
-            for subject, of_subject in maps.by_subject(shown)
-        ],
+        "drawn": drawn,
+        "placed": [one.subject.name for one in placed],
         "viewer": maps.viewer_data(drawn, mesh),
         "titles": [one.title for one in drawn],
         "scales": [one.scale for one in drawn],
         "lacking": lacking,
         "share": maps.drawn_share([one.subject for one in placed]),
         "without": [one.subject.name for one in found.measured if one not in placed],
-        "undrawn": len(placed) - len(subjects),
+    }
+
+
+def _map_pictures(part: Filled, detail: Detail) -> Filled:
+    """Pictures of the maps of all subjects together, and of as many single ones as a detail allows."""
+    mesh, left_out = load_mesh(), part["placed"][detail.n_subjects :]
+    shown = [one for one in part["drawn"] if one.subject not in left_out]
+    return {
+        "groups": [
+            (subject, [(one, maps.picture(one, mesh, detail.width)) for one in of_subject])
+            for subject, of_subject in maps.by_subject(shown)
+        ],
+        "undrawn": len(left_out),
     }
 
 
@@ -350,16 +359,17 @@ def _learning(found: _Found) -> Filled | Missing:
     }
 
 
-def _images(found: _Found, shown: bool, detail: Detail) -> Filled | Missing:
-    if not found.measured:
-        return _no_predictions(found)
+def _images(found: _Found) -> Filled | Missing:
+    return {} if found.measured else _no_predictions(found)
+
+
+def _image_pictures(found: _Found, images: bool, detail: Detail) -> Filled:
+    """The best and the worst images, with pictures where these are wanted and a detail allows them."""
+    shown, most = images and detail.n_images > 0, detail.n_images or DETAILS[0].n_images
     return {
-        "subjects": [
-            pictures.extremes(one, detail.n_images or DETAILS[0].n_images, shown and detail.n_images > 0)
-            for one in found.measured
-        ],
-        "shown": shown and detail.n_images > 0,
-        "cut": shown and not detail.n_images,
+        "subjects": [pictures.extremes(one, most, shown) for one in found.measured],
+        "shown": shown,
+        "cut": images and not shown,
     }
 
 

@@ -20,11 +20,12 @@ from heads.blend.products import surface_blocks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 _SIDES = dict(zip(HEMISPHERES, ("left", "right"), strict=True))
 _GAP = 8  # mm between hemispheres
 _REACH = 2  # edges that a vertex is drawn around itself, where vertices are scattered
+_INCHES, _DOTS = (10.4, 2.5), 200  # of pictures before they are made smaller, and their dots an inch
 _GREY = (0.62, 0.72)  # of gyri and sulci without data: readable on light and on dark
 
 
@@ -126,35 +127,62 @@ def colours_of(values: np.ndarray, palette: np.ndarray, low: float, high: float,
     return np.asarray(np.round(255 * colours), dtype=np.uint8)
 
 
-def draw(colours: np.ndarray, mesh: Mesh) -> "Figure":
-    """Four views of one map: both hemispheres flat, and inflated from behind, from below and from the sides."""
-    figure = new_figure(10.4, 2.5)
-    figure.patch.set_alpha(0)
+@functools.cache
+def seen_points() -> np.ndarray:
+    """Number of the point that each pixel of a picture shows, (height, width), -1 where it shows none.
+
+    Both hemispheres flat, and inflated from behind and from below. Drawn once for all maps: a face has the colour of
+    one of its corners, because a mean of two categories would look like a third.
+    """
+    mesh = load_mesh()
+    figure = new_figure(*_INCHES)
+    figure.set_dpi(_DOTS)
+    figure.patch.set_facecolor("black")
     flat, behind, below = figure.subplots(1, 3, width_ratios=[2.35, 1.3, 1.0])
     points = mesh.inflated
-    _draw_faces(flat, mesh.flat, mesh.flat_faces, colours)
-    _draw_faces(behind, points[:, [0, 2]], _seen(points, mesh.faces, 1, -1), colours)
-    _draw_faces(below, points[:, [0, 1]], _seen(points, mesh.faces, 2, -1), colours)
-    return figure
+    _draw_faces(flat, mesh.flat, mesh.flat_faces)
+    _draw_faces(behind, points[:, [0, 2]], _seen(points, mesh.faces, 1))
+    _draw_faces(below, points[:, [0, 1]] * [1, -1], _seen(points, mesh.faces, 2))  # left on the left, nose down
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(np.int64)  # type: ignore[attr-defined]
+    return np.asarray(pixels @ [1 << 16, 1 << 8, 1] - 1)
 
 
-def _seen(points: np.ndarray, faces: np.ndarray, axis: int, sign: int) -> np.ndarray:
-    """The faces that look along an axis, the nearest last."""
+def _seen(points: np.ndarray, faces: np.ndarray, axis: int) -> np.ndarray:
+    """The faces that look towards the lower end of an axis, the nearest last."""
     corners = points[faces]
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    seen = faces[normals[:, axis] * sign > 0]
-    return np.asarray(seen[np.argsort(points[seen][:, :, axis].mean(1) * sign, kind="stable")])
+    seen = faces[normals[:, axis] < 0]
+    return np.asarray(seen[np.argsort(-points[seen][:, :, axis].mean(1), kind="stable")])
 
 
-def _draw_faces(axis: "Axes", points: np.ndarray, faces: np.ndarray, colours: np.ndarray) -> None:
+def _draw_faces(axis: "Axes", points: np.ndarray, faces: np.ndarray) -> None:
+    """Draw faces in colours that are numbers of points, counted from 1."""
     from matplotlib.collections import PolyCollection
 
-    # a face has the colour of one of its corners: a mean of two categories would look like a third
-    faced = colours[faces[:, 0]] / 255
-    axis.add_collection(PolyCollection(points[faces], facecolors=faced, edgecolors=faced, linewidths=0.25))
+    number = faces[:, 0] + 1
+    colours = np.stack([number >> 16, number >> 8 & 255, number & 255], 1) / 255
+    axis.add_collection(
+        PolyCollection(points[faces], facecolors=colours, edgecolors=colours, linewidths=0.3, antialiaseds=False)
+    )
     axis.set_aspect("equal")
     axis.autoscale_view()
     axis.set_axis_off()
+
+
+def picture(colours: np.ndarray, width: int) -> "Image":
+    """A map as a picture of some width, on a clear ground.
+
+    colours : (n_points, 3) uint8
+    """
+    from PIL import Image
+
+    points = seen_points()
+    pixels = np.zeros((*points.shape, 4), np.uint8)
+    pixels[points >= 0, :3] = colours[points[points >= 0]]
+    pixels[points >= 0, 3] = 255
+    height = round(width * points.shape[0] / points.shape[1])
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
 
 
 def viewer_library() -> bytes:

@@ -66,7 +66,7 @@ def tables(
     for one in found:
         if one.surface == ALL_SURFACES:
             by_place.setdefault((one.subject, one.roi), {})[one.model, one.measure] = one
-    rois = list(dict.fromkeys([ALL, *(one.roi for one in found)]))
+    rois = roi_order(measured)
     subjects = [one.subject.name for one in measured]
     shown = [ALL, *subjects] if len(subjects) > 1 else subjects
     ceilings = _ceilings(measured)
@@ -83,6 +83,11 @@ def tables(
         )
         for subject in shown
     ]
+
+
+def roi_order(measured: Sequence[Measured]) -> list[str]:
+    """All vertices, then ROIs in the order of the dataset, those too that the first subject lacks."""
+    return list(dict.fromkeys([ALL, *(roi for one in measured for rois in one.subject.rois.values() for roi in rois)]))
 
 
 def _row(

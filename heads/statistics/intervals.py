@@ -57,6 +57,11 @@ class Estimate:
     high: float
     p: float | None = None
 
+    @property
+    def over_everyone(self) -> bool:
+        """Whether it is over all subjects and surfaces."""
+        return (self.subject, self.surface) == (ALL, ALL_SURFACES)
+
     def to_json(self) -> dict[str, Any]:
         """The estimate as commands write it."""
         return dict(vars(self))
@@ -76,8 +81,10 @@ class Drawn:
 
     @property
     def deviations(self) -> np.ndarray:
-        """(n_draws,) how far draws are from the score of the images as they are."""
-        return np.asarray(self.draws[1:] - self.draws[0])
+        """(n_draws,) how far draws are from their mean. It is above the score of the images as they are where that is
+        made of squares, as accuracy is: intervals would lie above the score.
+        """
+        return np.asarray(self.draws[1:] - self.draws[1:].mean())
 
 
 Draws = dict[tuple[Place, Measure], dict[str, Drawn]]  # of each place and measure: {model: draws}

@@ -5,13 +5,14 @@ import pytest
 
 from featcache.dataset.rois import HEMISPHERES
 from featcache.errors import StoreError
-from heads.blend.learn import judge_of, learn, levels_of
+from heads.blend.learn import judge_of, learn, levels_of, nested_r
 from heads.blend.products import gather
-from heads.blend.saved import coefficients_of, load_blend, save_blend
+from heads.blend.saved import coefficients_of, load_blend, load_nested, nested_of, save_blend
 from heads.config import BlendConfig
 from heads.scores.metrics import pearson_r
 from support.blends import (
     CASES,
+    FOLDS,
     N_TEST,
     N_TRAIN,
     N_VERTICES,
@@ -108,18 +109,51 @@ def test_models_that_never_change_add_no_noise(value, tmp_path):
     assert (np.abs(rows - mean) < 0.01 * spread).all()
 
 
+def nested(folder, predictions, responses, config):
+    """The blend out of fold from its coefficients, (n_images, n_vertices), the coefficients, and its r from sums."""
+    subject, stores = subject_of(folder, responses), stores_of(folder, predictions)
+    found = gather(subject, stores)
+    learnt = learn(found.products, judge_of(subject), levels_of(subject), config)
+    names = [store.facts["model"] for store in stores]
+    coefficients = nested_of(subject, names, found, learnt.weights, learnt.nested["blend"])
+    rows = []
+    for hemisphere, own in coefficients.items():
+        given = [(name, stores[names.index(name)].read(hemisphere, 0, N_TRAIN)) for name in own.needed]
+        rows.append(own.apply(given, FOLDS))
+    return np.concatenate(rows, axis=1), coefficients, nested_r(found.products, learnt.nested["blend"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_blend_out_of_fold_scores_as_the_blend_said(name, tmp_path):
+    rows, _, r = nested(tmp_path, *case(name), BlendConfig(method="nnls", per="vertex"))
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(pearson_r(rows, case(name)[1][:N_TRAIN]), r, atol=2e-4)
+
+
+def test_a_blend_out_of_fold_is_in_the_unit_of_the_responses_at_some_of_the_vertices_too(tmp_path):
+    predictions, responses = made_up(noise=(0.1, 0.1, 0.1, 0.1))
+    rows, coefficients, _ = nested(tmp_path, predictions, responses, BlendConfig(method="uniform", per="all"))
+    assert np.abs(rows - responses[:N_TRAIN]).mean() < 0.3 * responses.std()
+    some = coefficients["lh"].at(slice(1, 3))
+    given = [(name, predictions[int(name[-1]), :N_TRAIN, 1:3]) for name in some.needed]
+    np.testing.assert_array_equal(some.apply(given, FOLDS), rows[:, 1:3])
+
+
 @pytest.mark.slow
 def test_a_file_gives_back_the_blend(tmp_path):
-    _, _, coefficients = blended(tmp_path, *made_up())
-    save_blend(tmp_path / "blend.safetensors", {"subj01": coefficients, "subj02": coefficients})
-    found = load_blend(tmp_path / "blend.safetensors")
-    assert list(found) == ["subj01", "subj02"]
-    for hemisphere, own in coefficients.items():
-        again = found["subj02"][hemisphere]
-        assert again.models == own.models
-        np.testing.assert_array_equal(again.of_models, own.of_models)
-        np.testing.assert_array_equal(again.intercept, own.intercept)
-        assert own.of_models.shape == (4, WIDTHS[hemisphere])
+    coefficients, path = blended(tmp_path, *made_up())[2], tmp_path / "blend.safetensors"
+    out_of_fold = nested(tmp_path / "nested", *made_up(), BlendConfig())[1]
+    blend = {"subj01": coefficients, "subj02": coefficients}
+    save_blend(path, blend, dict.fromkeys(blend, out_of_fold))
+    for found, given, shape in ((load_blend(path), coefficients, (4,)), (load_nested(path), out_of_fold, (5, 4))):
+        assert list(found) == ["subj01", "subj02"]
+        for hemisphere, own in given.items():
+            again = found["subj02"][hemisphere]
+            assert again.models == own.models
+            np.testing.assert_array_equal(again.of_models, own.of_models)
+            np.testing.assert_array_equal(again.intercept, own.intercept)
+            assert own.of_models.shape == (*shape, WIDTHS[hemisphere])
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no tensors", b"\x00" * 64])

@@ -7,6 +7,7 @@ import numpy as np
 
 from featcache.dataset.subject import ImageSource
 from featcache.formats.lazy import Array
+from featcache.formats.volumes import Grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,7 @@ class Recording:
     noise_ceiling : (n_vertices,) fraction of variance of averaged responses; None where not given
     ncsnr : (n_vertices,) noise-ceiling signal-to-noise ratio; None where not given
     positions : (n_vertices, 3) mm; None where not known
+    grid : of voxels that the positions are of; None where not known
     fsaverage : (163842,) bool, true at the fsaverage vertices that the columns stand for, in rising order; None where
         they stand for none
     """
@@ -44,6 +46,7 @@ class Recording:
     ncsnr: np.ndarray | None = None
     positions: np.ndarray | None = None
     fsaverage: np.ndarray | None = None
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -462,11 +462,13 @@ def _recording(
     ncsnr = _ncsnr(release, ncsnr_path, inside) if ncsnr_path.exists() else None
     source = "all places" if config.mask == ("all",) else f"the places inside {inside.path.name}"
     notes = [f"{surface}: {source}; --mask names others", *notes]
+    places = None if release.on_surface else read_volumes([inside.path], inside.mask)
     recording = Recording(
         trials=Joined(parts),
         rois=rois,
         ncsnr=ncsnr,
-        positions=None if release.on_surface else read_volumes([inside.path], inside.mask).positions,
+        positions=None if places is None else places.positions,
+        grid=None if places is None else places.grid,
         fsaverage=inside.mask.reshape(-1) if inside.mask.size == FSAVERAGE_VERTICES else None,
     )
     return recording, notes

@@ -17,7 +17,7 @@ from featcache.errors import ConfigError, DataError
 from featcache.formats.arrays import open_array
 from featcache.formats.lazy import Array, Joined, Place, numbers, vector
 from featcache.formats.tables import column_names
-from featcache.formats.volumes import is_volume, read_volumes
+from featcache.formats.volumes import Grid, is_volume, read_volumes
 
 # A largest ceiling just above 1 is a fraction out of range; percent reach more than 2 in any recording.
 _SURELY_PERCENT = 2
@@ -65,6 +65,7 @@ class Responses:
     n_test : trials of the test images
     masks : {surface: mask of its volumes}; None where it has none
     positions : {surface: (n_vertices, 3) mm}; without the surfaces whose positions are not known
+    grids : {surface: grid of voxels that the positions are of}, where there is one
     """
 
     rows: Mapping[str, Array]
@@ -72,6 +73,7 @@ class Responses:
     n_test: int
     masks: Mapping[str, Path | None]
     positions: Mapping[str, np.ndarray]
+    grids: Mapping[str, Grid]
 
 
 def read_responses(config: ImportConfig) -> Responses:
@@ -87,6 +89,7 @@ def read_responses(config: ImportConfig) -> Responses:
     rows: dict[str, Array] = {}
     counts: dict[str, tuple[int, ...]] = {}
     positions: dict[str, np.ndarray] = {}
+    grids: dict[str, Grid] = {}
     for surface, files in arrays.items():
         parts = [_open_rows(file) for file in (*files, *test[surface])]
         rows[surface], counts[surface] = Joined(parts), tuple(map(len, parts))
@@ -95,6 +98,8 @@ def read_responses(config: ImportConfig) -> Responses:
         rows[surface], counts[surface] = opened.rows, opened.n_of_files
         if opened.positions is not None:
             positions[surface] = opened.positions
+        if opened.grid is not None:
+            grids[surface] = opened.grid
     n_files = {surface: len(arrays.get(surface) or volumes[surface]) for surface in surfaces}
     return Responses(
         rows=rows,
@@ -102,6 +107,7 @@ def read_responses(config: ImportConfig) -> Responses:
         n_test=sum(_common({surface: counts[surface][n_files[surface] :] for surface in surfaces}, "test responses")),
         masks=masks,
         positions=positions,
+        grids=grids,
     )
 
 
@@ -192,6 +198,7 @@ def recordings_of(config: ImportConfig, responses: Responses) -> dict[str, Recor
             noise_ceiling=ceilings.get(surface),
             ncsnr=ncsnr.get(surface),
             positions=responses.positions.get(surface),
+            grid=responses.grids.get(surface),
         )
         for surface, rows in responses.rows.items()
     }

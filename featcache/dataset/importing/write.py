@@ -339,6 +339,8 @@ def _write_surface(
     writer.save_rois(surface, recording.rois)
     if recording.positions is not None:
         writer.save("positions", surface, np.asarray(recording.positions, dtype=np.float32))
+    if recording.grid is not None:
+        writer.grids[surface] = recording.grid
     if recording.fsaverage is not None:
         writer.save("fsaverage", surface, np.asarray(recording.fsaverage, dtype=bool))
     notes = [_note_on_constants(surface, moments)]

@@ -91,7 +91,7 @@
     view.addEventListener("change", look);
     theme.addEventListener("click", ground);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", ground);
-    ground(); show(); look();
+    viewer.setScale(1.35); ground(); show(); look();
     byId("viewer-note").remove();
     byId("viewer").dataset.ready = "yes";
   };
