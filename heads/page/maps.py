@@ -19,12 +19,12 @@ from heads.blend.models import Model
 from heads.blend.products import surface_blocks
 from heads.blend.saved import SavedBlend
 from heads.maps.read import read_maps
-from heads.page import surface
 from heads.page.charts import COLOURS
 from heads.page.measures import Measured
 from heads.page.surface import (
     Mesh,
     colours_of,
+    drawn,
     is_scattered,
     on_mesh,
     spread_out,
@@ -205,7 +205,7 @@ def colours(one: Map, mesh: Mesh) -> np.ndarray:
 def picture(one: Map, mesh: Mesh, width: int) -> str:
     """A map flat and inflated, as WebP in base64, on a clear ground."""
     file = io.BytesIO()
-    surface.picture(colours(one, mesh), width).save(file, "WEBP", quality=65, alpha_quality=50, method=4)
+    drawn(colours(one, mesh), width).save(file, "WEBP", quality=65, alpha_quality=50, method=4)
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -246,7 +246,7 @@ def _scores(found: _Found) -> Filled | Missing:
     }
 
 
-def _maps(found: _Found, detail: Detail) -> Filled | Missing:
+def _maps(found: _Found) -> Filled | Missing:
     if not found.measured:
         return _no_predictions(found)
     placed = [one for one in found.measured if on_fsaverage(one.subject)]

@@ -85,8 +85,8 @@ def on_mesh(subject: Subject, values: np.ndarray) -> np.ndarray:
         mask = subject.fsaverage[hemisphere]
         assert mask is not None
         places = np.flatnonzero(mask)
-        drawn = places < FSAVERAGE5_VERTICES
-        mapped[number, places[drawn]] = values[blocks[hemisphere]][drawn]
+        kept = places < FSAVERAGE5_VERTICES
+        mapped[number, places[kept]] = values[blocks[hemisphere]][kept]
     return mapped.ravel()
 
 
@@ -170,7 +170,7 @@ def _draw_faces(axis: "Axes", points: np.ndarray, faces: np.ndarray) -> None:
     axis.set_axis_off()
 
 
-def picture(colours: np.ndarray, width: int) -> "Image":
+def drawn(colours: np.ndarray, width: int) -> "Image":
     """A map as a picture of some width, on a clear ground.
 
     colours : (n_points, 3) uint8
