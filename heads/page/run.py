@@ -325,7 +325,9 @@ def _rois(found: _Found) -> Filled | Missing:
     try:
         known = {name: of_subject for name, of_subject in weights.items() if name in subjects}
         rois, models, shares = over_subjects(known, subjects)
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
+        rois = []
+    if not rois:
         return Missing("The last blend is of other subjects or ROIs than the dataset has now.", "blend")
     named = [name for name in found.names if name in models]
     rest = [number for number, name in enumerate(models) if name not in named]

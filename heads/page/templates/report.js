@@ -82,10 +82,13 @@
       view.value = "";
     };
     const keys = { ArrowLeft: [-10, 0], ArrowRight: [10, 0], ArrowUp: [0, 10], ArrowDown: [0, -10] };
-    canvas.addEventListener("keydown", (event) => {
-      if (keys[event.key]) { turn(...keys[event.key]); event.preventDefault(); }
-      if (event.key === "+" || event.key === "-") viewer.setScale(viewer.scene.volScaleMultiplier * (event.key === "+" ? 1.15 : 1 / 1.15));
-    });
+    const zoom = { "+": 1.15, "-": 1 / 1.15 };
+    const typed = (event) => {
+      event.stopPropagation(); // niivue has keys of its own, for volumes
+      if (event.type === "keydown" && keys[event.key]) { turn(...keys[event.key]); event.preventDefault(); }
+      if (event.type === "keydown" && zoom[event.key]) viewer.setScale(viewer.scene.volScaleMultiplier * zoom[event.key]);
+    };
+    for (const kind of ["keydown", "keyup", "keypress"]) canvas.parentElement.addEventListener(kind, typed, true);
     canvas.addEventListener("pointerup", () => { view.value = ""; });
     select.addEventListener("change", show);
     view.addEventListener("change", look);
