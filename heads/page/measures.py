@@ -67,7 +67,7 @@ def ceiling_of(subject: Subject) -> np.ndarray:
 
 def explainable(ceiling: np.ndarray) -> np.ndarray:
     """Vertices that an image's score is over: those with a ceiling above 0; all, where no ceiling is known."""
-    return np.isnan(ceiling) | (ceiling > 0)
+    return np.asarray(np.isnan(ceiling) | (ceiling > 0))
 
 
 @dataclass
