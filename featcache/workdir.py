@@ -152,11 +152,6 @@ class Workdir:
         return self.submission / "scores.csv"
 
     @property
-    def blend_vertices(self) -> Path:
-        """r of the last blend, and of what it is compared with, at each vertex."""
-        return self.submission / "vertices.safetensors"
-
-    @property
     def scores_picture(self) -> Path:
         """The same scores as a picture, where matplotlib is installed."""
         return self.submission / "scores.png"

@@ -39,7 +39,6 @@ def test_every_name_is_a_place_of_its_own_in_the_work_folder(tmp_path: Path):
         (WORK.blend_weights, "submission/weights.json"),
         (WORK.blend_picture, "submission/weights.png"),
         (WORK.blend_scores, "submission/scores.csv"),
-        (WORK.blend_vertices, "submission/vertices.safetensors"),
         (WORK.scores_picture, "submission/scores.png"),
         (WORK.compared_arms, "comparison/arms.csv"),
         (WORK.compared_values, "comparison/values.csv"),

@@ -19,7 +19,7 @@ from heads.blend.models import Model, SubjectModels, chosen_on, find_models, has
 from heads.blend.plot import Shares, plot_scores, plot_weights
 from heads.blend.products import N_FOLDS, SEED
 from heads.blend.saved import Coefficients, load_blend, refuse_strangers, save_blend
-from heads.blend.scores import write_scores, write_vertices
+from heads.blend.scores import write_scores
 from heads.blend.subject import Blended, blend_subject, mean_weights, vertex_scores
 from heads.blend.submission import write_predictions, write_zip
 from heads.blend.uncertainty import Gain, Null, gains, null
@@ -93,7 +93,6 @@ def blend(dataset: Dataset, config: BlendConfig, work: Path | str) -> Ensemble:
     replace_json(staging / files.blend_weights.name, _description(models, config, by.key, blends, ensemble))
     on_test = {f"{name}, test images": scores for name, scores in ensemble.test.items()}
     write_scores(staging / files.blend_scores.name, {**ensemble.scores, **on_test})
-    write_vertices(staging / files.blend_vertices.name, ensemble.scores)
     plot_scores(staging / files.scores_picture.name, ensemble.scores["blend"])
     plot_weights(staging / files.blend_picture.name, ensemble.weights, {subject.name: subject for subject in blends})
     return replace(ensemble, submission=_publish(files, dataset, models))
@@ -112,14 +111,7 @@ def apply(dataset: Dataset, saved: Path, work: Path) -> Path | None:
     for subject, of_subject in models.items():
         _write_test(staging, subject, coefficients[subject.name], of_subject)
     shutil.copyfile(saved, staging / files.saved_blend.name)
-    beside_it = (
-        files.blend_weights,
-        files.blend_picture,
-        files.blend_scores,
-        files.blend_vertices,
-        files.scores_picture,
-    )
-    for file in beside_it:
+    for file in (files.blend_weights, files.blend_picture, files.blend_scores, files.scores_picture):
         if (beside := saved.with_name(file.name)).is_file():
             shutil.copyfile(beside, staging / file.name)
     return _publish(files, dataset, models)

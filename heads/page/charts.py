@@ -27,7 +27,7 @@ COLOURS = (
     "#a8a032",
     "#7f8c8d",
 )
-_INK = "#010203"  # drawn with, and replaced by the colour of the text
+INK = "#010203"  # drawn with, and replaced by the colour of the text
 
 
 def svg_of(figure: "Figure", name: str) -> str:
@@ -46,7 +46,7 @@ def svg_of(figure: "Figure", name: str) -> str:
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
     text = re.sub(r'(?<=\sid=")|(?<=xlink:href="#)|(?<=url\(#)', f"{name}-", text)
-    text = text.replace("xlink:href", "href").replace(_INK, "currentColor")
+    text = text.replace("xlink:href", "href").replace(INK, "currentColor")
     return re.sub(r"font: (\d+)px [^\"]*?(?=[;\"])", r"font-size: \1px", text)
 
 
@@ -60,29 +60,27 @@ def style(axis: "Axes") -> None:
     """Ink of the text, no box, no ground."""
     axis.patch.set_alpha(0)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[:].set_color(_INK)
-    axis.tick_params(colors=_INK, labelsize=8)
+    axis.spines[:].set_color(INK)
+    axis.tick_params(colors=INK, labelsize=8)
     for label in (axis.xaxis.label, axis.yaxis.label, axis.title):
-        label.set_color(_INK)
+        label.set_color(INK)
         label.set_fontsize(9)
 
 
-def scores_chart(estimates: Sequence[Estimate], models: Sequence[str], unit: str) -> str:
-    """Dots with intervals: a row for each ROI, a colour for each model."""
+def scores_chart(estimates: Sequence[Estimate], colours: Mapping[str, str], unit: str) -> str:
+    """Dots with intervals: a row for each ROI, and in it a dot for each model, {model: its colour}."""
     rois = list(dict.fromkeys(one.roi for one in estimates))
     labels = ["all vertices" if roi == ALL else roi for roi in rois]
-    figure = new_figure(7.2, 0.9 + (0.17 + 0.055 * len(models)) * len(rois))
+    figure = new_figure(7.2, 0.9 + (0.17 + 0.055 * len(colours)) * len(rois))
     axis = _axis(figure)
-    for number, model in enumerate(models):
+    for number, (model, colour) in enumerate(colours.items()):
         own = [one for one in estimates if one.model == model]
-        rows = [rois.index(one.roi) + (number - (len(models) - 1) / 2) * 0.7 / max(len(models), 1) for one in own]
+        rows = [rois.index(one.roi) + (number - (len(colours) - 1) / 2) * 0.7 / max(len(colours), 1) for one in own]
         mean = np.array([one.mean for one in own])
         errors = np.maximum([mean - [one.low for one in own], [one.high for one in own] - mean], 0)
-        axis.errorbar(
-            mean, rows, xerr=errors, fmt="o", markersize=3, linewidth=1.2, color=COLOURS[number % len(COLOURS)]
-        )
-    axis.axvline(0, color=_INK, linewidth=0.5, alpha=0.5)
-    axis.grid(axis="x", color=_INK, alpha=0.12, linewidth=0.6)
+        axis.errorbar(mean, rows, xerr=errors, fmt="o", markersize=3, linewidth=1.2, color=colour)
+    axis.axvline(0, color=INK, linewidth=0.5, alpha=0.5)
+    axis.grid(axis="x", color=INK, alpha=0.12, linewidth=0.6)
     axis.set_yticks(range(len(rois)), labels)
     axis.set_ylim(len(rois) - 0.5, -0.5)
     axis.set_xlabel(unit)
@@ -99,7 +97,7 @@ def ceiling_chart(r: np.ndarray, ceiling: np.ndarray) -> str:
     counts, *_ = np.histogram2d(y, x, bins=48, range=[[0, top], [0, top]])
     shown = np.ma.masked_equal(np.log1p(counts), 0)
     axis.imshow(shown, origin="lower", extent=(0, top, 0, top), cmap="viridis", aspect="auto", interpolation="nearest")
-    axis.plot([0, top], [0, top], color=_INK, linewidth=1, linestyle="--")
+    axis.plot([0, top], [0, top], color=INK, linewidth=1, linestyle="--")
     axis.set(
         xlabel="noise ceiling, fraction of variance", ylabel="explained variance, r²", xlim=(0, top), ylim=(0, top)
     )
@@ -115,13 +113,13 @@ def histogram(values: np.ndarray, label: str, name: str) -> str:
     return svg_of(figure, name)
 
 
-def shares_chart(rois: Sequence[str], shares: np.ndarray) -> str:
+def shares_chart(rois: Sequence[str], shares: np.ndarray, colours: Sequence[str]) -> str:
     """A bar for each ROI, which models share; (n_rois, n_models) that sum to 1 in each row."""
     figure = new_figure(7.2, 0.8 + 0.22 * len(rois))
     axis = _axis(figure)
     left = np.zeros(len(rois))
-    for number, values in enumerate(shares.T):
-        axis.barh(range(len(rois)), values, left=left, height=0.78, color=COLOURS[number % len(COLOURS)])
+    for values, colour in zip(shares.T, colours, strict=True):
+        axis.barh(range(len(rois)), values, left=left, height=0.78, color=colour)
         left += values
     axis.set_yticks(range(len(rois)), ["all vertices" if roi == ALL else roi for roi in rois])
     axis.set(xlim=(0, 1), ylim=(len(rois) - 0.4, -0.6), xlabel="share of the blend's weights")
@@ -144,7 +142,7 @@ def learning_chart(curves: Mapping[str, Sequence[tuple[Sequence[float], int | No
             axis.plot(epochs, scores, color=colour, linewidth=1.2, marker=".", markersize=4, alpha=0.85)
             if kept is not None and kept <= len(scores):
                 axis.plot(kept, scores[kept - 1], "o", markersize=7, fillstyle="none", color=colour)
-    axis.grid(color=_INK, alpha=0.12, linewidth=0.6)
+    axis.grid(color=INK, alpha=0.12, linewidth=0.6)
     axis.set_xticks(np.unique(np.linspace(1, longest, min(longest, 10)).astype(int)))
     axis.set(xlabel="epoch", ylabel="score on the held-out fold")
     return svg_of(figure, stage)

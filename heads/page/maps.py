@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from gzip import compress
 from pathlib import Path
@@ -75,28 +75,23 @@ class Map:
         return f"{KINDS[self.kind]}, {self.subject}"
 
 
-def categories_scale(names: Sequence[str], ordered: bool) -> Scale:
-    """Colours of categories: of a row, when they have an order, and else as different as may be."""
+def categories_scale(names: Sequence[str], colours: Sequence[str] = ()) -> Scale:
+    """Categories in some colours; without any, in the order of a row of colours."""
     from matplotlib import colormaps
     from matplotlib.colors import to_rgb
 
-    if ordered:
-        palette = colormaps["plasma"](np.linspace(0.05, 0.95, max(len(names), 2)))[: len(names), :3]
+    if colours:
+        palette = np.array([to_rgb(colour) for colour in colours])
     else:
-        palette = np.array([to_rgb(COLOURS[number % len(COLOURS)]) for number in range(len(names))])
+        palette = colormaps["plasma"](np.linspace(0.05, 0.95, max(len(names), 2)))[: len(names), :3]
     return Scale(palette, high=max(len(names) - 1, 1), categories=tuple(names))
 
 
-def score_maps(measured: Sequence[Measured], blend_r: Mapping[str, np.ndarray], mesh: Mesh) -> list[Map]:
-    """r of each subject's vertices, and of several subjects its mean, all on one scale.
-
-    blend_r : {subject: (n_vertices,)} of the last blend, out of fold; the best model stands in for it where it is not
-        known of every subject
-    """
+def score_maps(measured: Sequence[Measured], mesh: Mesh) -> list[Map]:
+    """r of the blend, or else of the best model, at each subject's vertices, and its mean over several subjects."""
     from matplotlib import colormaps
 
-    blended = all(one.subject.name in blend_r for one in measured)
-    r = {one.subject: blend_r[one.subject.name] if blended else one.r[one.best] for one in measured}
+    r = {one.subject: one.r[one.best] for one in measured}
     mapped = {subject.name: on_mesh(subject, values) for subject, values in r.items()}
     if len(mapped) > 1:
         known = ~np.isnan(np.stack(list(mapped.values())))
@@ -104,9 +99,14 @@ def score_maps(measured: Sequence[Measured], blend_r: Mapping[str, np.ndarray], 
         mean = np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
         mapped = {f"mean of {len(mapped)} subjects": mean} | mapped
     top = max(float(np.quantile(np.concatenate(list(r.values())), _TOP)), 0.05)
-    what = "the blend" if blended else "each subject's best model"
-    scale = Scale(colormaps["viridis"](np.linspace(0, 1, 256))[:, :3], f"r of {what}, out of fold", 0.0, top)
+    label = f"r of {best_of(measured)}, out of fold"
+    scale = Scale(colormaps["viridis"](np.linspace(0, 1, 256))[:, :3], label, 0.0, top)
     return [Map(name, "score", _shown(values, mesh), scale) for name, values in mapped.items()]
+
+
+def best_of(measured: Sequence[Measured]) -> str:
+    """What `Measured.best` is, in words."""
+    return "the blend" if all(one.blended for one in measured) else "each subject's best model or blend"
 
 
 def _shown(mapped: np.ndarray, mesh: Mesh) -> np.ndarray:
@@ -119,7 +119,7 @@ def layer_maps(measured: Sequence[Measured], work: Path, mesh: Mesh) -> list[Map
     names = list(dict.fromkeys(name for names, _ in found.values() for name in names))
     if not found:
         return []
-    scale = categories_scale(names, ordered=True)
+    scale = categories_scale(names)
     maps = []
     for subject, (own, best) in found.items():
         places = np.array([names.index(name) for name in own], dtype=float)
@@ -186,9 +186,10 @@ def model_maps(measured: Sequence[Measured], blend: SavedBlend, named: Sequence[
     """
     found = {one.subject: models for one in measured if (models := leading_models(one, blend)) is not None}
     present = {names[number] for names, best in found.values() for number in np.unique(best[best >= 0])}
-    shown = [name for name in named if name in present][: len(COLOURS) - 1]
+    shown = [name for name in named[: len(COLOURS) - 1] if name in present]
     rest = [_OTHERS] if present - set(shown) else []
-    scale = categories_scale([*shown, *rest], ordered=False)
+    colours = [COLOURS[named.index(name)] for name in shown] + [COLOURS[-1]] * len(rest)
+    scale = categories_scale([*shown, *rest], colours)
     maps = []
     for subject, (names, best) in found.items():
         places = np.array([shown.index(name) if name in shown else len(shown) for name in names], dtype=float)

@@ -11,14 +11,16 @@ from heads.blend.products import surface_blocks
 from heads.scores.metrics import VertexScores, pearson_r, r_from_sums
 from heads.statistics.blocks import Block, StoredModel, blocks_of
 from heads.statistics.intervals import Drawer, Draws
+from heads.statistics.sources import BLEND, Scored
 
 N_DRAWS = 400  # of images, for an interval
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One subject's models. The vertices of its surfaces are side by side.
+    """One subject's models, and its blend by the name `BLEND`. The vertices of its surfaces are side by side.
 
+    models : those with a prediction store
     r : {model: (n_vertices,)}, out of fold
     spread : {model: (n_vertices,)} standard deviations of its predictions
     image_r : {model: (n_train,)} r over vertices of each image's prediction with its response
@@ -34,8 +36,13 @@ class Measured:
 
     @property
     def best(self) -> str:
-        """The model with the highest mean r."""
-        return max(self.r, key=lambda name: float(self.r[name].mean()))
+        """The blend, where there is one; else the model with the highest mean r."""
+        return BLEND if self.blended else max(self.r, key=lambda name: float(self.r[name].mean()))
+
+    @property
+    def blended(self) -> bool:
+        """Whether there is a blend, out of fold."""
+        return BLEND in self.r
 
     @property
     def ceiling(self) -> np.ndarray:
@@ -119,16 +126,18 @@ class _Pass:
         self.images.setdefault(model, _ImageSums.none(len(predictions))).add(p, y)
 
 
-def measure(subject: Subject, models: Sequence[Model], n_draws: int = N_DRAWS) -> Measured:
-    """Read the out-of-fold predictions of some models once, block by block, and score vertices, ROIs and images."""
+def measure(subject: Subject, scored: Sequence[Scored], n_draws: int = N_DRAWS) -> Measured:
+    """Read the out-of-fold predictions of some models block by block, and score vertices, ROIs and images."""
+    sources = [one.source for one in scored]
     gathered, drawer, starts = _Pass(subject), Drawer(subject, n_draws), surface_blocks(subject)
     for block in blocks_of(subject):
         drawer.start(block)
         start = starts[block.surface].start
         place = slice(start + block.vertices.start, start + block.vertices.stop)
-        for model in models:
-            predictions = StoredModel(model).read(block.surface, block.vertices)
-            gathered.add(block, place, model.name, predictions)
-            drawer.add(model.name, predictions, gathered.r[model.name][place])
+        for source in sources:
+            predictions = source.read(block.surface, block.vertices)
+            gathered.add(block, place, source.name, predictions)
+            drawer.add(source.name, predictions, gathered.r[source.name][place])
+    models = [source.model for source in sources if isinstance(source, StoredModel)]
     image_r = {model: sums.r() for model, sums in gathered.images.items()}
     return Measured(subject, models, gathered.r, gathered.spread, image_r, drawer.draws())

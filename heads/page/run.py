@@ -17,14 +17,13 @@ from featcache.machine.files import replace_bytes
 from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import bar, say
 from featcache.workdir import Workdir
-from heads.blend.models import chosen_on, find_models
 from heads.blend.plot import over_subjects
 from heads.blend.saved import SavedBlend, load_blend
-from heads.blend.scores import read_vertices
 from heads.page import charts, history, maps, pictures, tables
 from heads.page.measures import Measured, measure
 from heads.page.surface import load_mesh, on_fsaverage
 from heads.statistics.intervals import ALL, Estimate, select
+from heads.statistics.sources import BLEND, find_scored
 
 MOST_BYTES = 5_000_000  # of the page
 TITLES = {
@@ -94,7 +93,6 @@ class _Found:
     n_models: int = 0
     chosen_on: list[str] = field(default_factory=list)
     blend: SavedBlend = field(default_factory=dict)
-    blend_r: dict[str, np.ndarray] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
 
 
@@ -142,41 +140,30 @@ def _find(dataset: Dataset, work: Path) -> _Found:
     """Read the predictions of every model once, and what the last blend left."""
     found, files = _Found(dataset, work), Workdir(work)
     try:
-        models = find_models(dataset.subjects, work)
+        scored = find_scored(dataset.subjects, work)
     except StoreError:
         return found
-    with bar("report", len(models), "subjects") as advance:
-        for subject, of_subject in models.items():
+    with bar("report", len(scored), "subjects") as advance:
+        for subject, of_subject in scored.items():
             found.measured.append(measure(subject, of_subject))
             advance(1)
-    found.estimates, found.chosen_on = tables.all_estimates(found.measured), chosen_on(models, work)
+    found.estimates = tables.all_estimates(found.measured)
+    found.chosen_on = list(dict.fromkeys(one.name for each in scored.values() for one in each if one.chosen_on))
     means: dict[str, list[float]] = {}
     for one in found.measured:
-        for name, r in one.r.items():
-            means.setdefault(name, []).append(float(r.mean()))
+        for model in one.models:
+            means.setdefault(model.name, []).append(float(one.r[model.name].mean()))
     # a model of all subjects before one of some: their means are not over the same vertices
     ranked = sorted(means, key=lambda name: (-len(means[name]), -float(np.mean(means[name]))))
     found.names, found.n_models = ranked[:MOST_MODELS], len(ranked)
     try:
         if files.saved_blend.is_file():
             found.blend = load_blend(files.saved_blend)
-        found.blend_r = _blend_r(found.measured, files.blend_vertices)
         if files.blend_weights.is_file():
             found.weights = dict(json.loads(files.blend_weights.read_text()))
     except (StoreError, ValueError, OSError) as error:
         say(f"left out the blend: {error}")
     return found
-
-
-def _blend_r(measured: Sequence[Measured], path: Path) -> dict[str, np.ndarray]:
-    """{subject: r of the blend at its vertices}, of the subjects that it still fits."""
-    stored, r = read_vertices(path), {}
-    for one in measured:
-        parts = [stored.get((one.subject.name, surface, tables.BLEND)) for surface in one.subject.surfaces]
-        known = [part for part in parts if part is not None]
-        if [len(part) for part in known] == list(one.subject.n_vertices.values()):
-            r[one.subject.name] = np.concatenate(known).astype(np.float64)
-    return r
 
 
 Filled = dict[str, Any]  # what the template shows of one section
@@ -224,22 +211,22 @@ def _scores(found: _Found) -> Filled | Missing:
     subject = ALL if len(found.measured) > 1 else found.measured[0].subject.name
     order = tables.roi_order(found.measured)
     of_all = {one.model for one in select(found.estimates, subject=subject)}
-    drawn = [name for name in found.names if name in of_all] or found.names
+    blended = any(one.blended for one in found.measured)
+    colours = ({BLEND: charts.INK} if blended else {}) | dict(zip(found.names, charts.COLOURS, strict=False))
+    drawn = {name: colour for name, colour in colours.items() if name in of_all}
     accuracy = bool(select(found.estimates, subject=subject, measure="accuracy"))
     unit = "Noise-normalised accuracy, %" if accuracy else "Mean r"
     chosen = select(found.estimates, subject=subject, measure="accuracy" if accuracy else "r")
     rows = sorted((one for one in chosen if one.model in drawn), key=lambda one: order.index(one.roi))
-    cells = tables.blend_cells(Workdir(found.work).blend_scores)
-    known = {one.subject.name for one in found.measured} | {ALL}
-    cells = {place: cell for place, cell in cells.items() if place[0] in known}
     without = [one.subject.name for one in found.measured if np.isnan(one.ceiling).all()]
     return {
         "chart": charts.scores_chart(rows, drawn, f"{unit}, out of fold"),
         "digits": 2 if accuracy else 4,
         "measure": unit,
-        "colours": [charts.COLOURS[drawn.index(name)] if name in drawn else "" for name in found.names],
-        "tables": tables.tables(found.estimates, found.measured, found.names, cells),
-        "blended": bool(cells),
+        "colours": [drawn.get(name, "") for name in found.names],
+        "blend_drawn": BLEND in drawn,
+        "tables": tables.tables(found.estimates, found.measured, list(colours)),
+        "blended": blended,
         "without_ceilings": without,
         "all_without": len(without) == len(found.measured),
         "gains": found.weights.get("gains", []),
@@ -262,7 +249,7 @@ def _maps(found: _Found) -> Filled | Missing:
             "subject."
         )
     mesh = load_mesh()
-    drawn = maps.score_maps(placed, {} if len(found.blend_r) < len(placed) else found.blend_r, mesh)
+    drawn = maps.score_maps(placed, mesh)
     drawn += (layers := maps.layer_maps(placed, found.work, mesh))
     drawn += (models := maps.model_maps(placed, found.blend, found.names, mesh))
     lacking = []
@@ -300,10 +287,9 @@ def _map_pictures(part: Filled, detail: Detail) -> Filled:
 def _ceiling(found: _Found) -> Filled | Missing:
     if not found.measured:
         return _no_predictions(found)
-    blended = len(found.blend_r) == len(found.measured)
-    r = np.concatenate([found.blend_r[one.subject.name] if blended else one.r[one.best] for one in found.measured])
+    r = np.concatenate([one.r[one.best] for one in found.measured])
     ceiling = np.concatenate([one.ceiling for one in found.measured])
-    what = "the blend" if blended else "each subject's best model"
+    what = maps.best_of(found.measured)
     filled = {"what": what, "n_vertices": len(r), "r": charts.histogram(r, f"r of {what}", "histogram"), "chart": ""}
     known = ceiling > 0
     if known.any():
@@ -334,10 +320,11 @@ def _rois(found: _Found) -> Filled | Missing:
     columns = shares[:, [models.index(name) for name in named]]
     if rest:
         columns = np.concatenate([columns, shares[:, rest].sum(1, keepdims=True)], axis=1)
-        named = [*named, f"{len(rest)} others"]
+    colours = [charts.COLOURS[found.names.index(name)] for name in named] + [charts.COLOURS[-1]] * bool(rest)
+    named += [f"{len(rest)} others"] if rest else []
     return {
-        "chart": charts.shares_chart(rois, columns),
-        "models": list(zip(named, charts.COLOURS, strict=False)),
+        "chart": charts.shares_chart(rois, columns, colours),
+        "models": list(zip(named, colours, strict=True)),
         "rows": list(zip(rois, columns.tolist(), strict=True)),
     }
 
@@ -405,7 +392,7 @@ def _render(found: _Found, sections: Mapping[str, Filled], missing: Mapping[str,
         models=found.names,
         n_models=found.n_models,
         chosen_on=found.chosen_on,
-        best=max(best, key=lambda one: one.mean, default=None),
+        best=max(best, key=lambda one: (one.model == BLEND, one.mean), default=None),
         colours=charts.COLOURS,
         titles=TITLES,
         n_images=len({int(i) for subject in found.dataset.subjects for i in subject.train.ids}),

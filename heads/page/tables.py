@@ -1,17 +1,13 @@
 """Tables of scores by subject, ROI and model, with ceilings and intervals."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from heads.page.measures import Measured, ceiling_of
 from heads.scores.metrics import ALL_SURFACES
 from heads.statistics.intervals import ALL, Estimate, estimates, with_totals
-
-BLEND = "blend"
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,7 @@ class Row:
     """An ROI of a subject.
 
     ceiling : mean noise ceiling of its vertices in percent of variance, '' where there is none
-    cells : of the blend, where there is one, then of each model
+    cells : of each model
     """
 
     roi: str
@@ -58,10 +54,7 @@ def tables(
     models: Sequence[str],
     blend: Mapping[tuple[str, str], Cell],
 ) -> list[Table]:
-    """A table of all subjects together and one of each: all vertices first, then ROIs in the order of the dataset.
-
-    blend : {(subject, ROI): scores of the blend}; empty where nothing was blended
-    """
+    """A table of all subjects together and one of each: all vertices first, then ROIs in the order of the dataset."""
     by_place: dict[tuple[str, str], dict[tuple[str, str], Estimate]] = {}
     for one in found:
         if one.surface == ALL_SURFACES:
@@ -95,13 +88,10 @@ def _row(
     of_place: Mapping[tuple[str, str], Estimate],
     models: Sequence[str],
     ceiling: float | None,
-    blended: Cell | None,
-    blend: Mapping[tuple[str, str], Cell],
 ) -> Row:
     n_vertices = max(one.n_vertices for one in of_place.values())
     cells = [_cell(of_place.get((model, "r")), of_place.get((model, "accuracy"))) for model in models]
-    first = [blended or Cell()] if blend else []
-    return Row(roi, n_vertices, "" if ceiling is None else f"{100 * ceiling:.1f}", [*first, *cells])
+    return Row(roi, n_vertices, "" if ceiling is None else f"{100 * ceiling:.1f}", cells)
 
 
 def _cell(r: Estimate | None, accuracy: Estimate | None) -> Cell:
@@ -133,22 +123,3 @@ def _mask(measured: Measured, roi: str) -> np.ndarray:
     return np.concatenate(
         [subject.rois[surface].get(roi, np.full(n, False)) for surface, n in subject.n_vertices.items()]
     )
-
-
-def blend_cells(path: Path) -> dict[tuple[str, str], Cell]:
-    """Scores of the last blend from its table, {(subject, ROI): scores}, all surfaces together; {} where there is none.
-
-    A table of another form counts as none.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        return {
-            (row["subject"], row["roi"]): Cell(
-                r=f"{float(row['mean_r']):.3f}", accuracy=f"{float(row['accuracy']):.1f}" if row["accuracy"] else ""
-            )
-            for row in rows
-            if row["method"] == BLEND and row["surface"] == ALL_SURFACES
-        }
-    except (OSError, KeyError, ValueError, TypeError):
-        return {}

@@ -78,7 +78,7 @@ def _numbers(scores: "Scores") -> dict[str, str]:
 def _shown(rows: "Sequence[Estimate]") -> "dict[str, list[Estimate]]":
     """{ROI: its models, best first}; of many rows, the best models of each ROI, and all of them over all vertices."""
     by_roi: dict[str, list[Estimate]] = {}
-    for one in rows:
+    for one in sorted(rows, key=lambda one: one.roi == "all"):  # which comes last
         by_roi.setdefault(one.roi, []).append(one)
     many = len(rows) > _MOST_ROWS
     order = {roi: sorted(of_roi, key=lambda one: -one.mean) for roi, of_roi in by_roi.items()}

@@ -10,7 +10,7 @@ from featcache.cache.store import Store
 from featcache.dataset.subject import Subject
 from heads.blend.models import Model
 
-BLOCK_BYTES = 400e6  # of the float32 rows of one model that are held at once
+BLOCK_BYTES = 150e6  # of the float32 rows of one model that are held at once
 _BATCH_ROWS = 512  # of whole rows that are read before the vertices are cut out
 
 

@@ -81,8 +81,10 @@ class Drawn:
 
     @property
     def deviations(self) -> np.ndarray:
-        """(n_draws,) how far draws are from their mean. It is above the score of the images as they are where that is
-        made of squares, as accuracy is: intervals would lie above the score.
+        """(n_draws,) how far draws are from their mean.
+
+        That is above the score of the images as they are where a score is made of squares, as accuracy is: weighted
+        images are as good as half as many, and noise has squares of its own.
         """
         return np.asarray(self.draws[1:] - self.draws[1:].mean())
 

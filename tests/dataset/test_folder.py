@@ -11,6 +11,7 @@ from featcache.dataset.folder import about_subject, check_name, is_folder, scan_
 from featcache.dataset.rois import FSAVERAGE_VERTICES
 from featcache.dataset.subject import ArrayImage, Images
 from featcache.errors import DataError
+from featcache.formats.volumes import Grid
 
 N_TRAIN, N_TEST = 6, 3
 TRAIN = Images(
@@ -27,6 +28,7 @@ RESPONSES = {
 CEILING = np.linspace(0, 1, 4, dtype=np.float32)
 ROIS = {"V1": np.array([True, False, True, False]), "none": np.zeros(4, bool)}
 POSITIONS = RNG.normal(size=(3, 3)).astype(np.float32)
+GRID = Grid((4, 5, 6), np.array([[-2, 0, 0.3, 10], [0, 1.8, 0, -20], [0.1, 0, 2.5, 5], [0, 0, 0, 1]]))
 FSAVERAGE = np.isin(np.arange(FSAVERAGE_VERTICES), [3, 7, 70_000, 163_841])
 COLUMNS = {"kind": [*"abcdef", "", "g", 'multi\nline, "q"']}
 
@@ -40,6 +42,7 @@ def write(root: Path, name: str = "subj01") -> None:
         writer.save("noise_ceiling", "V4", CEILING)
         writer.save("test_noise_ceiling", "V4", CEILING[::-1])
         writer.save("positions", "left (hemi) é", POSITIONS)
+        writer.grids["left (hemi) é"] = GRID
         writer.save("fsaverage", "V4", FSAVERAGE)
         writer.finish({"train": TRAIN, "test": TEST}, COLUMNS, {"made": "here"})
 
@@ -71,6 +74,8 @@ def test_a_subject_is_read_as_it_was_written(written):
     np.testing.assert_array_equal(subject.noise_ceiling["V4"], CEILING)
     np.testing.assert_array_equal(subject.test_noise_ceiling["V4"], CEILING[::-1])
     np.testing.assert_array_equal(subject.positions["left (hemi) é"], POSITIONS)
+    assert list(subject.grids) == ["left (hemi) é"] and subject.grids["left (hemi) é"].shape == GRID.shape
+    np.testing.assert_array_equal(subject.grids["left (hemi) é"].affine, GRID.affine)
     assert np.flatnonzero(subject.fsaverage["V4"]).tolist() == [3, 7, 70_000, 163_841]
     assert subject.fsaverage["left (hemi) é"] is None
     assert subject.noise_ceiling["left (hemi) é"] is None and list(subject.positions) == ["left (hemi) é"]

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 import cli
-from heads.blend.models import Model, find_models
+from heads.blend.models import Model
 from heads.page.measures import Measured, measure
+from heads.statistics.sources import Scored, find_scored
 from support.pages import Outline, Reported
 from support.shared import build_once
 
@@ -27,14 +28,20 @@ def reported(fitted: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def models(reported: Reported) -> list[Model]:
-    """Models of the first subject."""
-    return next(iter(find_models(reported.dataset.subjects, reported.work).values()))
+def scored(reported: Reported) -> list[Scored]:
+    """The blend and the models of the first subject."""
+    return next(iter(find_scored(reported.dataset.subjects, reported.work).values()))
 
 
 @pytest.fixture(scope="session")
-def measured(reported: Reported, models: list[Model]) -> Measured:
-    return measure(reported.dataset.subjects[0], models, n_draws=20)
+def measured(reported: Reported, scored: list[Scored]) -> Measured:
+    return measure(reported.dataset.subjects[0], scored, n_draws=20)
+
+
+@pytest.fixture(scope="session")
+def models(measured: Measured) -> list[Model]:
+    """Models of the first subject."""
+    return list(measured.models)
 
 
 @pytest.fixture

@@ -16,11 +16,13 @@ def estimate(roi: str, model: str, mean: float) -> Estimate:
 
 CHARTS = {
     "scores": lambda: charts.scores_chart(
-        [estimate(roi, model, 0.3) for roi in ("all", "V1<&") for model in "ab"], list("ab"), "mean r"
+        [estimate(roi, model, 0.3) for roi in ("all", "V1<&") for model in "ab"],
+        dict(zip("ab", charts.COLOURS, strict=False)),
+        "mean r",
     ),
     "ceiling": lambda: charts.ceiling_chart(np.linspace(-1, 1, 50), np.linspace(0, 1, 50)),
     "histogram": lambda: charts.histogram(np.linspace(-1, 1, 50), "r", "histogram"),
-    "shares": lambda: charts.shares_chart(["all", "V1"], np.array([[0.2, 0.8], [0.5, 0.5]])),
+    "shares": lambda: charts.shares_chart(["all", "V1"], np.array([[0.2, 0.8], [0.5, 0.5]]), charts.COLOURS[:2]),
     "pretrain": lambda: charts.learning_chart(
         {"fold 0": [((0.1, 0.3, 0.2), 2)], "fold 1": [((0.1,), None)]}, "pretrain"
     ),

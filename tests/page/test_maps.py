@@ -25,24 +25,29 @@ from heads.page.maps import (
 from heads.page.surface import load_mesh, on_mesh
 
 
-def test_scores_are_of_the_blend_where_it_is_known_of_all(measured):
+def without_blend(measured):
+    return replace(measured, r={name: r for name, r in measured.r.items() if name != "blend"})
+
+
+def test_scores_are_of_the_blend_where_there_is_one(measured):
     mesh, subject = load_mesh(), measured.subject
-    n = sum(subject.n_vertices.values())
-    (one,) = score_maps([measured], {subject.name: np.linspace(0, 0.5, n)}, mesh)
-    mapped = on_mesh(subject, np.linspace(0, 0.5, n))
-    known = ~np.isnan(mapped)
-    np.testing.assert_array_equal(one.values[known], mapped[known])
-    assert "the blend" in one.scale.label and 0.45 < one.scale.high <= 0.5
-    (other,) = score_maps([measured], {}, mesh)
-    np.testing.assert_allclose(other.values[known], on_mesh(subject, measured.r[measured.best])[known])
-    assert "best model" in other.scale.label
+    for one, name, said in ((measured, "blend", "the blend"), (without_blend(measured), "", "best model")):
+        (shown,) = score_maps([one], mesh)
+        r = one.r[name or one.best]
+        mapped = on_mesh(subject, r)
+        known = ~np.isnan(mapped)
+        np.testing.assert_array_equal(shown.values[known], mapped[known])
+        assert said in shown.scale.label and shown.scale.high == np.quantile(r, 0.99)
 
 
 def test_the_mean_over_subjects_is_over_those_with_the_vertex(measured):
     mesh, subject = load_mesh(), measured.subject
     n = sum(subject.n_vertices.values())
-    other = replace(measured, subject=replace(subject, name="other"))
-    mean, first, _ = score_maps([measured, other], {subject.name: np.full(n, 0.2), "other": np.full(n, 0.4)}, mesh)
+    ones = [
+        replace(measured, subject=replace(subject, name=name), r={"blend": np.full(n, r)})
+        for name, r in (("a", 0.2), ("b", 0.4))
+    ]
+    mean, first, _ = score_maps(ones, mesh)
     known = ~np.isnan(first.values)
     np.testing.assert_allclose(mean.values[known], 0.3)
     assert mean.subject == "mean of 2 subjects" and mean.scale == first.scale
@@ -71,7 +76,7 @@ def test_else_it_is_the_layer_of_most_weight(measured, reported):
 
 
 def test_the_leading_model_has_the_largest_part(measured):
-    names, subject = list(measured.r)[:3], measured.subject
+    names, subject = [model.name for model in measured.models][:3], measured.subject
     n = sum(subject.n_vertices.values())
     coefficients = np.zeros((3, n), np.float32)
     coefficients[np.arange(n - 1) % 3, np.arange(n - 1)] = -1  # the last vertex has none
@@ -89,6 +94,7 @@ def test_the_leading_model_has_the_largest_part(measured):
     np.testing.assert_array_equal(best[:-1][alive[:-1]], (np.arange(n - 1) % 3)[alive[:-1]])
     (one,) = model_maps([measured], blend, names[:2], load_mesh())
     assert one.scale.categories == (*names[:2], "others")
+    assert one.scale.css[0] == "rgb(59 130 196)"  # of the first model of the page, as everywhere
 
 
 def test_a_blend_of_other_models_or_vertices_leads_nowhere(measured, reported):
@@ -104,8 +110,8 @@ def test_the_viewer_has_every_map(measured):
     mesh = load_mesh()
     values = np.where(np.arange(20_484) < 10, np.arange(20_484) % 3.0, np.nan)
     shown = [
-        Map("a", "model", values, categories_scale(["x", "y", "z"], ordered=False)),
-        *score_maps([measured], {}, mesh),
+        Map("a", "model", values, categories_scale(["x", "y", "z"])),
+        *score_maps([measured], mesh),
     ]
     data = viewer_data(shown, mesh)
     first, second = json.loads(gzip.decompress(base64.b64decode(data["maps"])))
@@ -119,7 +125,7 @@ def test_the_viewer_has_every_map(measured):
 
 def test_pictures_and_groups(measured):
     mesh = load_mesh()
-    (one,) = score_maps([measured], {}, mesh)
+    (one,) = score_maps([measured], mesh)
     assert base64.b64decode(picture(one, mesh, 300))[8:12] == b"WEBP"
     assert [(name, len(maps)) for name, maps in by_subject([one, replace(one, subject="b"), one])] == [
         (measured.subject.name, 2),

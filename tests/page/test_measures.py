@@ -1,5 +1,7 @@
 """Numbers of one pass are those of a slow reference that holds everything at once."""
 
+import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +25,11 @@ def reference_image_r(subject, model):
 
 
 @pytest.mark.parametrize("n_bytes", [400e6, 30 * 4 * 7])  # all vertices at once, and 7 at a time
-def test_r_of_vertices_and_of_images(reported, models, n_bytes, monkeypatch):
+def test_r_of_vertices_and_of_images(reported, scored, models, n_bytes, monkeypatch):
     subject = reported.dataset.subjects[0]
     monkeypatch.setattr(measures, "blocks_of", lambda one: blocks.blocks_of(one, n_bytes))
-    found = measure(subject, models, n_draws=5)
-    assert set(found.r) == {model.name for model in models} and len(models) > 3
+    found = measure(subject, scored, n_draws=5)
+    assert set(found.r) == {"blend", *(model.name for model in models)} and len(models) > 3
     for model in models:
         predicted = np.concatenate([model.store.read(s, 0, model.store.n_train) for s in subject.surfaces], axis=1)
         responses = np.concatenate([subject.responses(s) for s in subject.surfaces], axis=1)
@@ -39,11 +41,24 @@ def test_r_of_vertices_and_of_images(reported, models, n_bytes, monkeypatch):
         np.testing.assert_allclose(found.image_r[model.name], reference_image_r(subject, model), atol=1e-5)
 
 
-def test_the_best_model_has_the_highest_mean_r(measured):
-    means = {name: r.mean() for name, r in measured.r.items()}
-    assert means[measured.best] == max(means.values())
+def test_the_best_is_the_blend_or_has_the_highest_mean_r(measured):
+    assert measured.blended and measured.best == "blend"
+    single = replace(measured, r={name: r for name, r in measured.r.items() if name != "blend"})
+    means = {name: r.mean() for name, r in single.r.items()}
+    assert not single.blended and means[single.best] == max(means.values())
     scores = measured.scores(measured.best)
     np.testing.assert_array_equal(np.concatenate([one.r for one in scores]), measured.r[measured.best])
+
+
+def test_the_blend_is_scored_out_of_fold(reported, measured):
+    """As the blend itself scored it, with weights learnt on other folds."""
+    with (reported.work / "submission" / "scores.csv").open() as file:
+        (row,) = [
+            row
+            for row in csv.DictReader(file)
+            if (row["method"], row["subject"], row["surface"], row["roi"]) == ("blend", "subj01", "both", "all")
+        ]
+    assert measured.r["blend"].mean() == pytest.approx(float(row["mean_r"]), abs=0.03)
 
 
 def test_vertices_without_a_ceiling_are_explainable_and_those_with_none_to_reach_are_not(reported):

@@ -12,10 +12,10 @@ import pytest
 
 from featcache.errors import ConfigError, StoreError
 from featcache.workdir import Workdir
-from heads.blend.models import find_models
 from heads.page import run as page_of
 from heads.page.run import MOST_BYTES, TITLES, write_report
 from heads.scores.by_roi import every_summary
+from heads.statistics.sources import find_scored
 from support.pages import Outline, Reported
 
 WITHOUT_TRAINING = [name for name in TITLES if name != "learning"]
@@ -24,21 +24,23 @@ WITHOUT_TRAINING = [name for name in TITLES if name != "learning"]
 def test_scores_are_those_of_the_metrics(reported: Reported, outline: Outline):
     from heads.page.measures import measure
 
-    models = find_models(reported.dataset.subjects, reported.work)
-    measured = [measure(subject, of_subject, 5) for subject, of_subject in models.items()]
-    names = [re.sub(r"^M\d+ ", "", item) for item in re.findall(r"M\d+ [^\n]+", outline.text)][: len(measured[0].r)]
-    assert set(names) == set(measured[0].r)
-    scores = {name: [score for one in measured for score in one.scores(name)] for name in names}
+    scored = find_scored(reported.dataset.subjects, reported.work)
+    measured = [measure(subject, of_subject, 5) for subject, of_subject in scored.items()]
+    names = [re.sub(r"^M\d+ ", "", item) for item in re.findall(r"M\d+ [^\n]+", outline.text)][
+        : len(measured[0].models)
+    ]
+    assert {*names, "blend"} == set(measured[0].r)
+    scores = {name: [score for one in measured for score in one.scores(name)] for name in [*names, "blend"]}
     means = [np.mean([score.r.mean() for score in scores[name]]) for name in names]
     assert means == sorted(means, reverse=True)
     header = next(row for row in outline.rows if row[0] == "ROI")
     body = outline.rows[outline.rows.index(header) + 1 :]
     for roi, label in (("all", "all vertices"), ("early", "early")):
         row = next(row for row in body if row[0] == label)
-        for column, name in enumerate(names):
+        for column, name in enumerate(["blend", *names]):
             found = every_summary(scores[name])
             (whole,) = [one for one in found if (one.subject, one.surface, one.roi) == ("all", "both", roi)]
-            cell = row[header.index("blend") + 1 + column]
+            cell = row[header.index("blend") + column]
             assert cell.startswith(f"{whole.mean_r:.3f} (") and f"{whole.accuracy:.1f} %" in cell
             assert row[1] == f"{whole.n_vertices:,}"
 

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +13,9 @@ from PIL import Image
 from featcache.dataset.importing.config import ImportConfig
 from featcache.dataset.importing.files import read_material
 from featcache.dataset.importing.run import import_files, import_into
+from featcache.dataset.open import open_imported
 from featcache.errors import DataError
+from featcache.formats.brain_maps import voxels_of
 from support.lab import N_IMAGES, N_TEST, N_VERTICES, Lab, import_one
 
 N = N_IMAGES + N_TEST
@@ -41,6 +44,21 @@ def repaint(path: Path) -> None:
     """Other pixels, at a later time."""
     Image.effect_noise((32, 32), 80).save(path)
     os.utime(path, (2e9, 2e9))
+
+
+def test_an_import_of_volumes_keeps_the_place_of_each_voxel(own, tmp_path):
+    mask = np.random.default_rng(0).uniform(size=(3, 4, 5)) < 0.5
+    affine = np.array([[-2, 0, 0.3, 10], [0, 1.8, 0, -20], [0.1, 0, 2.5, 5], [0, 0, 0, 1.0]])
+    betas = np.random.default_rng(1).normal(size=(*mask.shape, N)).astype(np.float32)
+    for name, values in (("betas", betas), ("mask", mask.astype(np.uint8))):
+        nibabel.save(nibabel.Nifti1Image(values, affine), own.folder / f"{name}.nii.gz")
+    files = {"volume": (str(own.folder / "betas.nii.gz"),), "mask": (str(own.folder / "mask.nii.gz"),)}
+    import_files(settings(own, responses=(), roi=(), **files), tmp_path / "work", workers=1)
+    (subject,) = open_imported(tmp_path / "work").subjects
+    ((surface, grid),) = subject.grids.items()
+    assert grid.shape == mask.shape
+    np.testing.assert_allclose(grid.affine, affine, atol=1e-5)
+    np.testing.assert_array_equal(voxels_of(subject.positions[surface], grid), np.argwhere(mask))
 
 
 def test_importing_twice_writes_nothing(own, tmp_path):
