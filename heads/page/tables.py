@@ -48,12 +48,7 @@ def all_estimates(measured: Sequence[Measured]) -> list[Estimate]:
     return estimates(with_totals(draws))
 
 
-def tables(
-    found: Sequence[Estimate],
-    measured: Sequence[Measured],
-    models: Sequence[str],
-    blend: Mapping[tuple[str, str], Cell],
-) -> list[Table]:
+def tables(found: Sequence[Estimate], measured: Sequence[Measured], models: Sequence[str]) -> list[Table]:
     """A table of all subjects together and one of each: all vertices first, then ROIs in the order of the dataset."""
     by_place: dict[tuple[str, str], dict[tuple[str, str], Estimate]] = {}
     for one in found:
@@ -67,9 +62,7 @@ def tables(
         Table(
             subject,
             [
-                _row(
-                    roi, by_place[subject, roi], models, ceilings.get((subject, roi)), blend.get((subject, roi)), blend
-                )
+                _row(roi, by_place[subject, roi], models, ceilings.get((subject, roi)))
                 for roi in rois
                 if (subject, roi) in by_place
             ],
