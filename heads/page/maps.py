@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from featcache.backbone.extent import WHOLE
+from featcache.config import POOLED
 from featcache.dataset.rois import FSAVERAGE5_VERTICES
 from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
@@ -141,8 +142,8 @@ def best_layers(measured: Measured, work: Path) -> tuple[list[str], np.ndarray] 
             groups.setdefault(key, {})[model.key.read[0]] = model
     single = max(groups.values(), key=len, default={})
     if len(single) > 1:
-        order = list(next(iter(single.values())).key.features["layers"])
-        names = sorted(single, key=lambda name: order.index(name) if name in order else len(order))
+        order = [name for name in next(iter(single.values())).key.features["layers"] if name != POOLED]
+        names = sorted(single, key=lambda name: order.index(name) if name in order else len(order))  # pooled is deepest
         r = np.stack([measured.r[single[name].name] for name in names])
         return names, np.where(r.max(0) > 0, r.argmax(0), -1)
     several = [model for model in measured.models if len(model.key.read) > 1]

@@ -55,7 +55,7 @@ def test_the_mean_over_subjects_is_over_those_with_the_vertex(measured):
 
 def test_the_best_layer_is_that_of_the_best_model_of_one_layer(measured, reported):
     names, best = best_layers(measured, reported.work)
-    assert names == ["pooled", "layer2", "layer4"]
+    assert names == ["layer2", "layer4", "pooled"]
     single = {
         m.key.read[0]: measured.r[m.name] for m in measured.models if m.key.read != ["pooled"] and len(m.key.read) == 1
     }

@@ -174,3 +174,13 @@ def test_a_blend_of_other_subjects_is_told_apart(reported: Reported, tmp_path: P
     weights["weights"] = {"nobody": {}}
     Workdir(work).blend_weights.write_text(json.dumps(weights))
     assert "rois" in write_report(reported.dataset, work).missing
+
+
+def test_eight_subjects_stay_within_the_limit(reported: Reported, tmp_path: Path, monkeypatch):
+    (subject, scored), *_ = find_scored(reported.dataset.subjects, reported.work).items()
+    subjects = tuple(replace(subject, name=f"subj{number:02d}") for number in range(1, 9))
+    monkeypatch.setattr(page_of, "find_scored", lambda *_: dict.fromkeys(subjects, scored))
+    page = write_report(replace(reported.dataset, subjects=subjects), reported.work, tmp_path / "page.html")
+    assert page.n_bytes <= MOST_BYTES == 5_000_000
+    html = page.path.read_text()
+    assert all(f"Score, {one.name}" in html and f"Scores of {one.name}" in html for one in subjects)
