@@ -15,6 +15,16 @@ class Workdir:
     root: Path
 
     @property
+    def journal(self) -> Path:
+        """Record of every command that wrote to the work folder: a JSON object a line."""
+        return self.root / "journal.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page that `report` writes."""
+        return self.root / "report.html"
+
+    @property
     def dataset(self) -> Path:
         """Folder of imported subjects, in the form of `featcache.dataset.folder`."""
         return self.root / "dataset"

@@ -49,6 +49,8 @@ def test_every_name_is_a_place_of_its_own_in_the_work_folder(tmp_path: Path):
         (WORK.compared_json("layers-a"), "compared/layers-a/shares.json"),
         (WORK.compared_picture("layers-a"), "compared/layers-a/shares.png"),
         (WORK.submission_zip, "submission.zip"),
+        (WORK.journal, "journal.jsonl"),
+        (WORK.report, "report.html"),
     ],
 )
 def test_names_stay_those_that_work_folders_have(place: Path, name: str):

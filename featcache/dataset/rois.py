@@ -11,6 +11,7 @@ from featcache.errors import DataError
 
 HEMISPHERES = ("lh", "rh")
 FSAVERAGE_VERTICES = 163_842  # of one hemisphere of the fsaverage surface
+FSAVERAGE5_VERTICES = 10_242  # of its coarser mesh fsaverage5, which are the first of fsaverage's
 
 # Known ROI classes in the order of reports. A dataset may have others, which follow in alphabetical order.
 CLASSES = ("prf-visualrois", "floc-bodies", "floc-faces", "floc-places", "floc-words", "streams")

@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from featcache.errors import DataError
-from featcache.formats.extra import needed
 from featcache.formats.files import reading, regular_file
 from featcache.formats.hdf5 import open_hdf5, open_mat
 from featcache.formats.lazy import KINDS, NUMERIC, Array, Place, chosen, in_memory, of_numpy
 from featcache.formats.tables import delimiter_of
+from featcache.machine.extra import needed
 
 
 def open_array(place: Place | Path | str) -> Array:

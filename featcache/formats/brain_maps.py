@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import DataError
-from featcache.formats.extra import needed
 from featcache.formats.volumes import Grid
+from featcache.machine.extra import needed
 from featcache.machine.files import whole_file
 
 _STRUCTURES = {"lh": "CortexLeft", "rh": "CortexRight"}  # GIFTI's names of hemispheres

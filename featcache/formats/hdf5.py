@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import DataError
-from featcache.formats.extra import needed
 from featcache.formats.lazy import NUMERIC, Array, Place, chosen, in_memory, of_numpy
+from featcache.machine.extra import needed
 
 MATLAB_NUMBERS = {f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)}
 MATLAB_NUMBERS |= {"double": 8, "single": 4, "logical": 1}

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from featcache.formats.arrays import is_npy, is_zarr, npy_header
-from featcache.formats.extra import needed
 from featcache.formats.files import reading, regular_file
 from featcache.formats.hdf5 import MATLAB_NUMBERS
 from featcache.formats.lazy import NUMERIC
+from featcache.machine.extra import needed
 
 
 def array_names(path: Path) -> list[str]:

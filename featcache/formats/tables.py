@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import DataError, some_of
-from featcache.formats.extra import needed
 from featcache.formats.files import reading, regular_file
 from featcache.formats.lazy import Place, in_memory
+from featcache.machine.extra import needed
 
 _DELIMITERS = ",;\t"
 _N_COLUMNS_SHOWN = 20

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import DataError
-from featcache.formats.extra import needed
 from featcache.formats.files import reading, regular_file
 from featcache.formats.lazy import Array, Joined, Slices
+from featcache.machine.extra import needed
 
 _SAME_PLACE = 1e-3  # mm by which the same voxel of two files may lie apart: affines are rounded in files
 _BLOCK = 32 * 2**20  # bytes of whole volumes, as float64, that are held at once

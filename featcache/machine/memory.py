@@ -4,6 +4,8 @@ import ctypes
 import functools
 import math
 import os
+import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +27,21 @@ def used_memory() -> int:
     with suppress(OSError, ValueError, LookupError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
+
+
+def forget_peak(path: Path = Path("/proc/self/clear_refs")) -> None:
+    """Have `peak_memory` count from now on, where the system can; elsewhere it counts from the start of the process."""
+    with suppress(OSError):
+        path.write_text("5")
+
+
+def peak_memory(path: Path = Path("/proc/self/status")) -> int:
+    """Most bytes of main memory that this process held since `forget_peak`."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = path.read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else 1024 * largest
 
 
 def _available(path: Path) -> int:

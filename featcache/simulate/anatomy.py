@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from featcache.dataset.rois import CLASSES, FSAVERAGE_VERTICES, HEMISPHERES
+from featcache.dataset.rois import CLASSES, FSAVERAGE5_VERTICES, FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.simulate.config import SimulateConfig, generator
 
 LEVELS = ("early", "mid", "late", "mixed")
@@ -95,13 +95,15 @@ def all_vertices(config: SimulateConfig, hemisphere: str) -> Vertices:
     side = HEMISPHERES.index(hemisphere)
     rng = generator(config.seed, "vertices", side)
     n_vertices = config.n_vertices[side]
-    index = np.sort(rng.choice(FSAVERAGE_VERTICES, n_vertices, replace=False))
+    index = rng.choice(FSAVERAGE_VERTICES, n_vertices, replace=False)
+    if n_vertices <= FSAVERAGE5_VERTICES:  # of few vertices, maps on the coarser mesh show all
+        index = generator(config.seed, "places", side).choice(FSAVERAGE5_VERTICES, n_vertices, replace=False)
     position = (rng.permutation(n_vertices) + 0.5) / n_vertices
     area = np.array([_leading_area(place) for place in position])
     level = np.array([level_of(name) for name in area])
     # A left hemisphere sees the right half of the image, and a right one the left half.
     x, y, size = _fields(rng, area, level, sign=1.0 if hemisphere == "lh" else -1.0)
-    return Vertices(index, position, area, level, x, y, size)
+    return Vertices(np.sort(index), position, area, level, x, y, size)
 
 
 def kept(config: SimulateConfig, subject: int, hemisphere: str) -> np.ndarray:

@@ -44,7 +44,7 @@ def plot_weights(path: Path, weights: Shares, subjects: Mapping[str, Subject]) -
         return
     from matplotlib import colormaps
 
-    rois, models, shares = _over_subjects(weights, subjects)
+    rois, models, shares = over_subjects(weights, subjects)
     order = np.argsort(-shares[0], kind="stable")
     named, rest = order[:_MOST], order[_MOST:]
     shared, short = split_names(models)
@@ -123,7 +123,7 @@ def plot_arms(path: Path, arms: Mapping[str, Mapping[str, float]]) -> None:
     figure.savefig(path)
 
 
-def _over_subjects(weights: Shares, subjects: Mapping[str, Subject]) -> tuple[list[str], list[str], np.ndarray]:
+def over_subjects(weights: Shares, subjects: Mapping[str, Subject]) -> tuple[list[str], list[str], np.ndarray]:
     """ROIs, models, and means over the vertices of all subjects, (n_rois, n_models)."""
     # the order of the score table: an ROI that is empty in one subject has its place by that subject all the same
     rois = dict.fromkeys(

@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ from heads.commands import (
     fitting,
     importing,
     predicting,
+    reporting,
     running,
     scoring,
     training,
@@ -92,6 +94,7 @@ COMMANDS = {
         "maps": fitting.maps,
         "compare": comparing.compare,
         "trainings": trainings.trainings,
+        "report": reporting.report,
     },
     "All at once": {"run": running.run},
 }
@@ -103,10 +106,11 @@ for group, commands in COMMANDS.items():
 def _do(job: Job) -> int:
     """Run a command and print the one line that it ends with, from one of its processes; its exit code."""
     from featcache.machine.progress import silenced
+    from heads.recipes.doing import do
 
     began = time.perf_counter()
     with silenced(job.quiet):
-        outcome = job.call()
+        outcome = do(job)
     if os.environ.get("RANK", "0") == "0":
         seconds = round(time.perf_counter() - began, 2)
         typer.echo(f"{outcome.message} ({seconds:.1f} s)")
@@ -137,7 +141,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
         asked = _parser()(args=given, standalone_mode=False)
-        code: int = _do(asked) if isinstance(asked, Job) else asked or 0
+        code: int = _do(replace(asked, line=given)) if isinstance(asked, Job) else asked or 0
         return _interrupted() if code == 130 else code  # typer may turn the interruption into its exit code
     except FeatcacheError as error:
         return _fail(str(error))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _PRESETS = {name: vars(blend_preset(name)) for name in BLEND_PRESETS}
 
 
-@command()
+@command(writes=False)
 def models(
     data: Data = DATA,
     work: Work = WORK,

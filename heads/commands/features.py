@@ -11,7 +11,7 @@ from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command,
 from heads.recipes.jobs import Job, Outcome
 
 
-@command()
+@command(writes=False)
 def layers(
     backbone: Annotated[str, typer.Argument(help="A network, as --backbone of 'extract' names it.")],
     size: Annotated[int | None, option_of(BackboneConfig, "size")] = BackboneConfig.size,

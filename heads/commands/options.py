@@ -133,6 +133,7 @@ def command(
     old: Mapping[str, str] | None = None,
     presets: Mapping[type, Mapping[str, Mapping[str, Any]]] | None = None,
     leave_out: Collection[str] = (),
+    writes: bool = True,
 ) -> Callable[[Callable[..., Job]], Callable[..., Job]]:
     """Decorator that gives a command the options of its settings, and those that every command has.
 
@@ -146,6 +147,7 @@ def command(
     presets : {settings class: {preset: {field: its value}}}; an option that is not given is None then, and help shows
         the values under all presets
     leave_out : fields that are no options of this command
+    writes : whether it changes the work folder, whose journal then has a record of it
     """
 
     def decorated(function: Callable[..., Job]) -> Callable[..., Job]:
@@ -166,7 +168,8 @@ def command(
             for name, parameter in (old or {}).items():
                 if (value := options.pop(f"old_{name}")) is not None:
                     options[parameter] = value
-            return replace(function(**options), as_json=as_json, quiet=quiet)
+            work = options.get("work") if writes else None
+            return replace(function(**options), as_json=as_json, quiet=quiet, work=work)
 
         described = cast(Any, run)
         described.__signature__ = signature.replace(parameters=sorted(parameters.values(), key=_panel))

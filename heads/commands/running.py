@@ -21,7 +21,7 @@ from heads.recipes.steps import Step, commands_of, described, read_recipe, ready
 _FOR_EVERY_STEP = ("data", "work", "noise_ceiling", "subject", "device", "backbone", "fold")
 
 
-@command()
+@command(writes=False)
 def run(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="TOML file that lists commands in order, such as recipes/demo.toml.")],

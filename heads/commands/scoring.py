@@ -39,7 +39,7 @@ def scores(
 
     def call() -> Outcome:
         subjects = open_data(data, noise_ceiling, work).select(subject)
-        from featcache.formats.extra import needed
+        from featcache.machine.extra import needed
         from heads.report.printing import print_table
         from heads.report.statistics import difference_table, interval_table, scores_as_json
         from heads.statistics.maps import write_maps

@@ -70,7 +70,7 @@ def simulate(
     return Job(config, call, is_done=data.is_dir)
 
 
-@command()
+@command(writes=False)
 def check(
     data: Data = DATA,
     work: Work = WORK,

@@ -1,6 +1,6 @@
 """What commands hand out: a job, which is a command line that was read and not yet run, and its outcome."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ class Job:
     as_json : whether the last line on stdout is to be the outcome as JSON
     quiet : whether progress on stderr is to be left out
     is_done : whether there is nothing to do, for a command that would not find out by itself
+    work : the work folder whose journal gets a record of the command; None: none is kept of it
+    line : the command line, as its words
     """
 
     config: Any
@@ -35,6 +37,8 @@ class Job:
     as_json: bool = False
     quiet: bool = False
     is_done: Callable[[], bool] = lambda: False
+    work: Path | None = None
+    line: Sequence[str] = ()
 
 
 def usage_fault(error: Exception) -> str | None:

@@ -6,13 +6,14 @@ import itertools
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 from typer.core import TyperGroup
 
 from featcache.errors import ConfigError, FeatcacheError
+from heads.recipes.doing import do
 from heads.recipes.jobs import Job, usage_fault
 
 
@@ -232,7 +233,8 @@ def ready(group: TyperGroup, step: Step) -> Ready:
     command = group.commands[step.command]
     try:
         context = command.make_context(step.command, list(step.arguments))
-        return Ready(step, command.invoke(context), dict(context.params))
+        job = replace(command.invoke(context), line=(step.command, *step.arguments))
+        return Ready(step, job, dict(context.params))
     except FeatcacheError as error:
         raise located(error, step) from error
     except Exception as error:
@@ -287,7 +289,7 @@ def run_steps(steps: Sequence[Ready], say: Callable[[str], None], advance: Calla
         say(name)
         began = time.perf_counter()
         try:
-            outcome = job.call()
+            outcome = do(job)
         except FeatcacheError as error:
             raise located(error, step) from error
         seconds = round(time.perf_counter() - began, 2)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featcache.formats.extra import needed
+from featcache.machine.extra import needed
 from featcache.machine.files import whole_file
 from heads.statistics.run import DIFFERENCES, P_VALUES, VertexScore
 

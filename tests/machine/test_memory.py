@@ -9,7 +9,7 @@ import pytest
 
 from featcache.errors import ConfigError
 from featcache.machine import memory
-from featcache.machine.memory import block_that_fits, free_memory, spare_memory
+from featcache.machine.memory import block_that_fits, forget_peak, free_memory, peak_memory, spare_memory
 
 
 @pytest.fixture
@@ -141,3 +141,16 @@ print(held - used_memory())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the call")
 def test_holes_in_kept_memory_go_back():
     assert 40_000_000 <= run(GIVEN_BACK) <= 60_000_000
+
+
+def test_peak_memory_is_that_since_it_was_forgotten(tmp_path):
+    forget_peak()
+    before = peak_memory()
+    block = bytearray(200_000_000)
+    block[::4096] = b"x" * len(block[::4096])
+    assert peak_memory() > before + 150e6
+    del block
+    if platform.system() == "Linux":
+        forget_peak()
+        assert peak_memory() < before + 100e6
+    assert peak_memory(tmp_path / "no_such_file") > 10e6  # other systems say it of the whole process

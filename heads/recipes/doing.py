@@ -1,0 +1,80 @@
+"""Jobs are done here, and each leaves a record in the journal of its work folder."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from featcache import __version__
+from featcache.machine.journal import append
+from featcache.machine.memory import forget_peak, peak_memory
+from featcache.workdir import Workdir
+from heads.recipes.jobs import Job, Outcome
+
+_LIBRARIES = ("torch", "timm", "numpy")
+INTERRUPTED = 130  # exit code
+
+
+def do(job: Job) -> Outcome:
+    """Run a command, and record it whether it succeeds or not. Of several processes, the first records."""
+    if job.work is None or os.environ.get("RANK", "0") != "0":
+        return job.call()
+    forget_peak()
+    began, clock = datetime.now(UTC), time.perf_counter()
+    outcome, code = None, 1
+    try:
+        outcome = job.call()
+        code = outcome.code
+        return outcome
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+        raise
+    finally:
+        if job.work.is_dir():  # a mistake in the options makes no work folder
+            wrote = _written(outcome.result) if outcome else []
+            append(Workdir(job.work).journal, _record(job, began, time.perf_counter() - clock, code, wrote))
+
+
+def _record(job: Job, began: datetime, seconds: float, code: int, wrote: list[str]) -> dict[str, Any]:
+    """What docs/formats.md says of a record."""
+    return {
+        "command": job.line[0] if job.line else "",
+        "arguments": list(job.line[1:]),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FEATCACHE_")},
+        "began": began.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 2),
+        "peak_memory": peak_memory(),
+        "exit": code,
+        "wrote": wrote,
+        "versions": _versions(),
+    } | _device(job)
+
+
+def _written(result: Mapping[str, Any]) -> list[str]:
+    """Names of the stores or checkpoints of an outcome, which end in the fingerprint of their key."""
+    return [Path(one["path"]).name for kind in ("stores", "checkpoints") for one in result.get(kind, ())]
+
+
+def _versions() -> dict[str, str]:
+    versions = {"featcache": __version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _device(job: Job) -> dict[str, Any]:
+    """Where a command computed; of a GPU, its name and the most of its memory that was taken."""
+    device = getattr(job.config, "device", None)
+    torch = sys.modules.get("torch")  # not loaded for the sake of a record
+    if device is None or torch is None:
+        return {} if device is None else {"device": device}
+    if device == "cpu" or not torch.cuda.is_available():
+        return {"device": "cpu"}
+    return {"device": torch.cuda.get_device_name(), "peak_device_memory": torch.cuda.max_memory_allocated()}
