@@ -66,7 +66,7 @@ class CompareConfig:
         "Heads",
         name="candidates",
     )
-    n_folds: int = option(5, "Number of folds of the training images.", "Data", name="folds")
+    n_folds: int = option(5, "Parts (folds) that the training images are divided into.", "Data", name="folds")
     fold_seed: int = option(
         0, "Seed of the folds. The same --folds and --fold-seed give the same folds in every command.", "Data"
     )
