@@ -73,6 +73,7 @@ def write_work(folder: Path, run: Callable[..., Any], data: Path) -> None:
     run("extract", *network, "--layers", "pooled,blocks.2,blocks.4", *where)
     for options in (("mnnpc",), ("smooth_l1", "--layers", "pooled", "--epochs", "1"), ("mse", "--layers", "blocks.4")):
         run("fit-heads", *where, "--loss", *options)
+    run("blend", *where, "--method", "uniform")
     shutil.copytree(folder / "work", folder / "other-work")
 
 
@@ -82,6 +83,7 @@ def names_of(lab: Lab) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     y = lab.responses(repeats=2)
     return {
+        "images": folder / "photos",
         "paths": [folder / "photos" / name for name in lab.names[:N_IMAGES] for _ in range(2)],
         "y": y,
         "mask": np.arange(N_VERTICES) < 5,
