@@ -198,5 +198,5 @@ def test_a_damaged_file_is_an_error_when_it_is_decoded(folder):
     (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:60])
     whole, damaged = pictures_of([folder / "b.PNG", folder / "a.png"])
     assert decoded(whole).size == SIZE
-    with pytest.raises(DataError, match="a.png: expected a whole PNG"):
+    with pytest.raises(DataError, match=r"a\.png: expected a whole PNG"):
         decoded(damaged)
