@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from featcache.dataset.images import image_endings, images_in, load_image, picture_count, to_rgb
 from featcache.dataset.subject import ArrayImage, ImageSource
-from featcache.errors import DataError
+from featcache.errors import DataError, first_line
 from featcache.formats.lazy import Place
 
 Picture = ImageSource | Image.Image | np.ndarray
@@ -19,6 +20,7 @@ _EXPECTED = (
     "float from 0 to 1"
 )
 _REMEDY = "convert them first"
+_READING = Lock()  # threads that read one image of Pillow share its file and the place in it
 
 
 def pictures_of(images: Any) -> list[Picture]:
@@ -61,7 +63,7 @@ def _on_disk(path: Path) -> Iterable[ImageSource]:
 
 
 def _in_array(images: np.ndarray | torch.Tensor) -> Iterable[np.ndarray]:
-    values = images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else images
+    values = _of_tensor(images) if isinstance(images, torch.Tensor) else images
     if values.ndim == 4:
         return [one for many in values for one in _in_array(many)]
     if values.ndim == 3 and values.shape[-1] not in (1, 3) and values.shape[0] in (1, 3):
@@ -72,6 +74,13 @@ def _in_array(images: np.ndarray | torch.Tensor) -> Iterable[np.ndarray]:
     if not whole or 0 in values.shape:
         raise DataError("images", expected=_EXPECTED, found=f"an array of shape {values.shape}", remedy=_REMEDY)
     return [_as_bytes(values)]
+
+
+def _of_tensor(images: torch.Tensor) -> np.ndarray:
+    images = images.detach().cpu()
+    few_bits = images.is_floating_point() and images.element_size() < 4  # of which NumPy does not know all
+    values: np.ndarray = (images.float() if few_bits else images).numpy()
+    return values
 
 
 def _as_bytes(values: np.ndarray) -> np.ndarray:
@@ -95,10 +104,12 @@ def decoded(picture: Picture) -> Image.Image:
 def as_rgb(image: Image.Image) -> Image.Image:
     """An image of Pillow as `load_image` gives it of its file. Raises DataError for pixels that are no integers."""
     try:
+        with _READING:
+            image.load()
         return to_rgb(image)
-    except (ValueError, OSError, SyntaxError) as error:
+    except (ValueError, OSError, SyntaxError, AssertionError) as error:  # the last of a file that was closed
         raise DataError(
-            "images", expected=_EXPECTED, found=f"one of mode {image.mode} ({error})", remedy=_REMEDY
+            "images", expected=_EXPECTED, found=f"one of mode {image.mode} ({first_line(error)})", remedy=_REMEDY
         ) from error
 
 

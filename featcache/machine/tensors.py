@@ -1,5 +1,6 @@
 """Tensors that may be larger than the memory: written to safetensors one after the other, and held in files."""
 
+import errno
 import json
 import math
 import os
@@ -17,11 +18,22 @@ _NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.complex64: "C64",
 }
+_NO_PROMISE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system that cannot promise room
 _ALIGNED = 8  # bytes; the header is filled up to a multiple
 _IN_MEMORY = 32 << 20  # bytes up to which `large_zeros` takes main memory
 _AT_ONCE = 64 << 20  # bytes that are copied at a time
@@ -62,8 +74,9 @@ def large_zeros(folder: Path | None, *shape: int) -> torch.Tensor:
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
             os.posix_fallocate(file.fileno(), 0, n_bytes)  # a disk that is full later would end the process by a signal
-        except OSError:
-            if os.fstatvfs(file.fileno()).f_bavail * os.fstatvfs(file.fileno()).f_frsize < n_bytes:
+        except OSError as error:
+            free = os.fstatvfs(file.fileno())
+            if error.errno not in _NO_PROMISE or free.f_bavail * free.f_frsize < n_bytes:
                 raise
-            file.truncate(n_bytes)  # a file system that cannot promise room
+            file.truncate(n_bytes)
         return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="r+", shape=shape))

@@ -75,14 +75,13 @@ def push(folder: Path, repository: str) -> str:
     Raises FeatcacheError for what the hub says against it.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         api = HfApi()
         url = str(api.create_repo(repository, exist_ok=True))
         api.upload_folder(repo_id=repository, folder_path=folder)
         return url
-    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
+    except Exception as error:  # the hub's own, and those of whichever library it speaks HTTP with
         raise FeatcacheError(
             "--push-to-hub",
             expected=f"to upload {folder} to {repository}",

@@ -31,7 +31,7 @@ from featcache.errors import FeatcacheError, StoreError, first_line
 from featcache.machine.files import replace_json, whole_folder
 from featcache.machine.progress import bar
 from featcache.machine.tensors import write_tensors
-from heads.blend.saved import load_blend, save_blend
+from heads.blend.saved import BLEND, load_blend, save_blend
 from heads.encoder.card import Card, card_text
 from heads.encoder.encoder import Encoder
 from heads.encoder.networks import load_network, renamed
@@ -41,7 +41,7 @@ from heads.modules.readout import HeadTensors, InFile
 FORMAT = 1
 DESCRIPTION, CARD = "encoder.json", "README.md"
 _BLEND, _SUBJECTS = "blend.safetensors", "subjects.safetensors"
-_SAFE = re.compile(r"[A-Za-z0-9_.+-]+(/[A-Za-z0-9_.+-]+)*")  # paths inside the folder
+_SAFE = re.compile(r"[\w .+()-]+(/[\w .+()-]+)*")  # paths inside the folder; a subject's name is part of some
 
 
 def export_encoder(parts: Parts, tensors: Tensors, folder: Path, card: Card) -> Path:
@@ -137,8 +137,8 @@ def load_encoder(folder: Path | str, *, network: BackboneConfig | None = None, d
     """
     folder = Path(folder)
     description = _read_description(folder)
-    _refuse_changed(folder, description["digests"])
     try:
+        _refuse_changed(folder, description["digests"])
         every = {name: FeaturePart.from_json(part) for name, part in description["features"].items()}
         features = {name: _renamed(part, network) for name, part in every.items()}
         rois, ceilings = _read_subjects(folder / _SUBJECTS)
@@ -155,9 +155,10 @@ def load_encoder(folder: Path | str, *, network: BackboneConfig | None = None, d
                 noise_ceiling={surface: ceilings.get((name, surface)) for surface in sizes},
                 blend=blend.get(name, {}),
             )
+            _refuse_strangers(subjects[name], features)
     except FeatcacheError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, SafetensorError) as error:
         raise _changed(folder, f"a description that cannot be read ({first_line(error)})") from error
     return Encoder(Parts(origin=folder, features=features, subjects=subjects), FolderTensors(folder), device)
 
@@ -228,6 +229,18 @@ def _inside(folder: Path, name: str) -> str:
 
 def _changed(folder: Path, found: str) -> StoreError:
     return StoreError(folder, expected="an encoder as it was exported", found=found, remedy="copy the folder again")
+
+
+def _refuse_strangers(part: SubjectPart, features: Mapping[str, FeaturePart]) -> None:
+    """Raise KeyError for models that read features or a blend that needs models that are not there."""
+    for model in part.models.values():
+        for name in model.features:
+            for array in model.arrays:
+                features[name].rows[array]
+        if not model.features or not model.arrays:
+            raise KeyError(f"what {model.name} reads")
+    for name in part.needed(BLEND):
+        part.models[name]
 
 
 def _read_subjects(

@@ -12,7 +12,7 @@ from zarr.codecs import Crc32cCodec
 
 from featcache.dataset.inputs import Picture, decoded, name_of
 from featcache.dataset.pictures import picture_id
-from featcache.errors import StoreError
+from featcache.errors import ConfigError, StoreError
 from featcache.machine.files import refuse_full_disk, whole_file, whole_folder
 from heads.encoder.encoder import Encoder, Responses
 
@@ -60,8 +60,10 @@ def write_predictions(
     table : CSV file of means over ROIs: a row for each image and subject, a column for each ROI
     advance : called with the number of images just predicted
 
-    Raises StoreError where `out` is there already, or the disk is too small.
+    Raises StoreError where `out` or `table` is there already, or the disk is too small.
     """
+    if table == out:
+        raise ConfigError("--out", expected="another name than that of the table", found=str(out), remedy="correct it")
     for path in [out, *([] if table is None else [table])]:
         if path.exists():
             raise StoreError(
@@ -75,7 +77,8 @@ def write_predictions(
     with whole_folder(out) as partial:
         group = zarr.open_group(partial, mode="w", zarr_format=3)
         group.attrs["featcache"] = _description(encoder, wanted, names)
-        arrays = _arrays(group, vertices, len(pictures))
+        n_vertices = {subject: encoder.surfaces(subject) for subject in vertices}
+        arrays = _arrays(group, vertices, n_vertices, len(pictures))
         done = 0
         for chunk in encoder.stream(pictures, vertices, model=wanted.model, batch_size=batch_size, workers=workers):
             n_images = _write_chunk(arrays, chunk, done)
@@ -104,7 +107,10 @@ def _description(encoder: Encoder, wanted: Wanted, names: Sequence[str]) -> dict
 
 
 def _arrays(
-    group: zarr.Group, vertices: Mapping[str, Mapping[str, np.ndarray]], n_images: int
+    group: zarr.Group,
+    vertices: Mapping[str, Mapping[str, np.ndarray]],
+    n_vertices: Mapping[str, Mapping[str, int]],
+    n_images: int,
 ) -> dict[tuple[str, str], Any]:
     arrays: dict[tuple[str, str], Any] = {}
     for subject, of_subject in vertices.items():
@@ -118,7 +124,7 @@ def _arrays(
                 compressors=[Crc32cCodec()],
                 fill_value=float("nan"),
             )
-            if not np.array_equal(numbers, np.arange(len(numbers))):
+            if len(numbers) < n_vertices[subject][surface]:
                 group.create_array(f"{subject}/{surface}.vertices", data=numbers.astype(np.int64))
     group.create_array("image_ids", shape=(n_images,), dtype="int64", chunks=(n_images,))
     return arrays

@@ -89,7 +89,7 @@ def parts_of_work(
             arrays = tuple(model.key.features.get("read") or stores[0].arrays)
             named = [_part(store, network) for store in stores]
             parts |= {name: part for name, part, _ in named}
-            checkpoints |= {name: checkpoint for name, _, checkpoint in named if checkpoint}
+            checkpoints |= {part.key.weights: checkpoint for _, part, checkpoint in named if checkpoint}
             described[model.name] = ModelPart(
                 name=model.name,
                 features=tuple(name for name, _, _ in named),
@@ -111,14 +111,14 @@ def parts_of_work(
 
 
 class WorkTensors:
-    """Tensors in a work folder. checkpoints : {features: name of the checkpoint that made them}"""
+    """Tensors in a work folder. checkpoints : {digest of the weights of a network: the checkpoint that has them}"""
 
     def __init__(self, work: Path, checkpoints: Mapping[str, str]) -> None:
         self._work, self._checkpoints = work, checkpoints
 
     def network(self, part: FeaturePart, device: str) -> TorchBackbone:
         """The network of some features, of its checkpoint or as its weights came. Raises FeatcacheError."""
-        name = self._checkpoints.get(part_name(part))
+        name = self._checkpoints.get(part.key.weights)
         if name is None:
             return load_network(part, part.weights, device)
         own, transform = "own" in part.key.transform, part.key.transform

@@ -49,3 +49,14 @@ def work(every_kind: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("FEATCACHE_DATA", str(tiny))
     monkeypatch.setenv("FEATCACHE_WORK", str(copy))
     return copy
+
+
+@pytest.fixture(scope="session")
+def exported(every_kind: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The blend of it as a folder to hand on, for reading."""
+
+    def build(folder: Path) -> None:
+        where = ("--data", str(tiny), "--work", str(every_kind))
+        assert cli.run(["export", str(folder / "encoder"), *where, "--quiet"]) == 0
+
+    return build_once(tmp_path_factory, "exported", build) / "encoder"

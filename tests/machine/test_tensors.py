@@ -1,0 +1,113 @@
+"""Tensors on the disk: the safetensors library reads what is written, and a full disk is an error and no signal."""
+
+import errno
+import os
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import load_file
+
+from featcache.machine import tensors
+from featcache.machine.tensors import large_zeros, write_tensors
+
+DTYPES = sorted(tensors._NAMES, key=str)
+
+
+def some_of(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Random bits of a type; of bool, random truths."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    torch.manual_seed(size)
+    high = 2 if dtype is torch.bool else 256
+    return torch.randint(0, high, (*shape[:-1], shape[-1] * size), dtype=torch.uint8).view(dtype)
+
+
+def same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    bits = [t.contiguous().flatten().view(torch.uint8) if t.numel() else t.flatten() for t in (found, expected)]
+    assert torch.equal(*bits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_library_reads_every_tensor_bit_for_bit(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(tensors, "_AT_ONCE", 7)  # not a multiple of any size
+    written = {
+        "matrix": some_of(dtype, 3, 5),
+        "number": some_of(dtype, 1)[0],
+        "nothing": some_of(dtype, 2, 3)[:, :0],
+        "turned": some_of(dtype, 4, 3).T,
+        "every other": some_of(dtype, 9)[::2],
+        "byte": torch.tensor(7, dtype=torch.uint8),  # what follows does not begin at a multiple of its size
+        "ü.%d": some_of(dtype, 2, 2),
+        "trained": torch.nn.Parameter(torch.ones(3)),
+    }
+    assert not written["turned"].is_contiguous() and not written["every other"].is_contiguous()
+    write_tensors(tmp_path / "new" / "a.safetensors", written, {"made of": "nothing", "ü": "'\"\n"})
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.safetensors"]
+    found = load_file(tmp_path / "new" / "a.safetensors")
+    assert found.keys() == written.keys()
+    for name, tensor in written.items():
+        same_bits(found[name], tensor.detach())
+    with safetensors.safe_open(tmp_path / "new" / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"made of": "nothing", "ü": "'\"\n"}
+
+
+def test_no_tensors_are_a_file_too(tmp_path):
+    write_tensors(tmp_path / "a.safetensors", {}, {"a": "b"})
+    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert not list(file.keys()) and file.metadata() == {"a": "b"}
+
+
+def test_an_error_midway_leaves_the_older_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"a": torch.arange(3)}, {})
+    before = path.read_bytes()
+    with pytest.raises(NotImplementedError):  # a tensor without numbers, behind one that is written
+        write_tensors(path, {"a": torch.arange(4), "b": torch.empty(2, device="meta")}, {})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_zeros_are_in_memory_up_to_a_size_and_above_it_in_a_file_without_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "_IN_MEMORY", 4 * 12)
+    folder = tmp_path / "scratch"
+    for here, shape in ((None, (5, 4)), (folder, (3, 4)), (folder, (0, 4)), (folder, ())):
+        same_bits(large_zeros(here, *shape), torch.zeros(shape))
+    assert not folder.exists()
+    room = []
+    honest = os.posix_fallocate
+    monkeypatch.setattr(os, "posix_fallocate", lambda *given: (room.append(given[1:]), honest(*given)))
+    large = large_zeros(folder, 5, 4)
+    assert room == [(0, 80)] and list(folder.iterdir()) == []
+    same_bits(large, torch.zeros(5, 4))
+    other = large_zeros(folder, 5, 4)
+    large += torch.arange(20).view(5, 4)
+    same_bits(large, torch.arange(20, dtype=torch.float32).view(5, 4))
+    same_bits(other, torch.zeros(5, 4))  # each has a file of its own
+    write_tensors(tmp_path / "a.safetensors", {"a": large}, {})
+    same_bits(load_file(tmp_path / "a.safetensors")["a"], large)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch, number):
+    """A quota may be used up on a disk that has room."""
+    monkeypatch.setattr(tensors, "_IN_MEMORY", 0)
+
+    def full(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        large_zeros(tmp_path, 5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_room_can_be_promised_the_free_room_decides(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "_IN_MEMORY", 0)
+
+    def unknown(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not here")
+
+    monkeypatch.setattr(os, "posix_fallocate", unknown)
+    same_bits(large_zeros(tmp_path, 5), torch.zeros(5))
+    with pytest.raises(OSError, match="not here"):
+        large_zeros(tmp_path, 1 << 45)
