@@ -35,13 +35,13 @@ def test_every_kind_of_model_predicts_test_images_as_it_did(every_kind, subjects
         for store in stores:
             model = store.facts["model"]
             encoder = encoder_of_work([subject], every_kind, model)
-            found = encoder.predict(list(subject.test.sources), model=model)
             expected = np.concatenate([store.read(surface, store.n_train) for surface in subject.surfaces], 1)
-            # what a core puts out is rounded to float16, where a last bit of the network may decide which way
-            close = {"atol": 5e-4 if " core " in model else 1e-5, "rtol": 1e-5, "err_msg": model}
-            np.testing.assert_allclose(found, expected, **close)
+            # in the batches of `extract`, for the last bits of a network depend on its batches
+            found = encoder.predict(list(subject.image_sources), model=model)[len(subject.train) :]
+            np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5, err_msg=model)
+            # maps, and what a core puts out, are rounded to float16, where a last bit may decide which way
             one = encoder.predict(subject.test.sources[2], model=model, batch_size=1)
-            np.testing.assert_allclose(one, expected[2:3], **close)
+            np.testing.assert_allclose(one, expected[2:3], atol=5e-4, rtol=1e-5, err_msg=model)
 
 
 def test_the_blend_is_the_rows_of_the_submission(every_kind, subjects, encoder):
@@ -52,7 +52,8 @@ def test_the_blend_is_the_rows_of_the_submission(every_kind, subjects, encoder):
         for surface in subject.surfaces:
             n_train = len(subject.train)
             expected = blend[subject.name][surface].apply(surface, stores, n_train, len(subject.image_ids))
-            found = encoder.predict(list(subject.test.sources), subject=subject.name, surface=surface)
+            pictures = list(subject.image_sources)
+            found = encoder.predict(pictures, subject=subject.name, surface=surface)[n_train:]
             np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
             folder = Workdir(every_kind).submission / subject.name
             submitted = np.load(folder / f"{surface}_pred_test.npy")

@@ -9,6 +9,7 @@ from featcache.cache.extract import feature_key
 from featcache.cache.sources import load_source
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig, fingerprint
 from featcache.dataset.algonauts import open_challenge
+from featcache.dataset.image_lists import ImageList
 
 CONFIG = BackboneConfig(name="test_resnet", weights="none", size=48)
 
@@ -17,8 +18,8 @@ def test_the_key_of_a_store_is_that_of_earlier_versions(tiny, tmp_path):
     """Field by field, as work folders have it; its fingerprint is the store's name."""
     subject = open_challenge(tiny).subjects[0]
     config = ExtractConfig(backbone=CONFIG, layers=LayerConfig(layers=("layer2", "pooled")), dtype="float32")
-    source = load_source(None, config, "cpu")
-    found = feature_key(source, config, subject, tmp_path).to_json()
+    source, images = load_source(None, config, "cpu"), ImageList.of(subject, tmp_path)
+    found = feature_key(source, config, images).to_json()
     images = {name: found[name] for name in ("images", "image_ids", "weights")}
     earlier = {
         "layers": ["pooled", "layer2"],
