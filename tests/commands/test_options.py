@@ -105,10 +105,8 @@ def test_an_option_of_one_name_means_one_thing():
     spatial = ("--rank", "--space", "--token-dropout", "--smoothness", "--sparsity")
     assert {name: len(meanings[name]) for name in (*shared, *spatial)} == {name: 1 for name in (*shared, *spatial)}
     assert len({text.partition(": ")[2] for text in meanings["--grid"]}) == 1
-    assert all(
-        text.startswith(("Training: Seed", "Blend: Seed", "Data: Seed", "Statistics: Seed"))
-        for text in meanings["--seed"]
-    )
+    seeds = ("Training: Seed", "Blend: Seed", "Data: Seed", "Statistics: Seed")
+    assert all(text.startswith(seeds) for text in meanings["--seed"])
     assert all("linear" in text and "spatial" in text for text in meanings["--head"])
 
 
