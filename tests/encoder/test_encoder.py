@@ -41,7 +41,8 @@ def test_every_kind_of_model_predicts_test_images_as_it_did(every_kind, subjects
             close = {"atol": 5e-4 if " core " in model else 1e-5, "rtol": 1e-5, "err_msg": model}
             np.testing.assert_allclose(found, expected, **close)
             one = encoder.predict(subject.test.sources[2], model=model, batch_size=1)
-            np.testing.assert_allclose(one, expected[2:3], **close)
+            # a batch of another size adds up in another order, which may move any layer by a last bit of float16
+            np.testing.assert_allclose(one, expected[2:3], **close | {"atol": 5e-4})
 
 
 def test_the_blend_is_the_rows_of_the_submission(every_kind, subjects, encoder):
