@@ -39,7 +39,7 @@ def test_every_kind_of_model_predicts_test_images_as_it_did(every_kind, subjects
             # in the batches of the extraction
             found = encoder.predict(list(subject.image_sources), model=model)[store.n_train :]
             np.testing.assert_allclose(found, expected, atol=1e-6, rtol=1e-5, err_msg=model)
-            # layers, and what a core puts out, are rounded to float16. A batch of another size adds up in another order,
+            # layers, and what a core puts out, are rounded to float16. A batch of another size adds up otherwise,
             # so that a last bit of the network may decide which way
             one = encoder.predict(subject.test.sources[2], model=model, batch_size=1)
             np.testing.assert_allclose(one, expected[2:3], atol=1e-3, rtol=1e-5, err_msg=model)
