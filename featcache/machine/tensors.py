@@ -74,6 +74,8 @@ def large_zeros(folder: Path | None, *shape: int) -> torch.Tensor:
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
             os.posix_fallocate(file.fileno(), 0, n_bytes)  # a disk that is full later would end the process by a signal
+        except AttributeError:  # not every system has it
+            file.truncate(n_bytes)
         except OSError as error:
             free = os.fstatvfs(file.fileno())
             if error.errno not in _NO_PROMISE or free.f_bavail * free.f_frsize < n_bytes:

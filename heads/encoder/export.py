@@ -7,11 +7,12 @@ from pathlib import Path
 from featcache import __version__
 from featcache.config import BackboneConfig
 from featcache.dataset.subject import Subject
-from featcache.errors import FeatcacheError, first_line
+from featcache.errors import ConfigError, FeatcacheError, first_line
+from featcache.machine.progress import say
 from heads.blend.saved import BLEND
 from heads.config import ScoresConfig
 from heads.encoder.card import Card, Score
-from heads.encoder.folder import export_encoder
+from heads.encoder.folder import export_encoder, refuse_full
 from heads.encoder.parts import Parts
 from heads.encoder.work import models_to_use, parts_of_work
 from heads.scores.metrics import ALL_SURFACES
@@ -38,6 +39,7 @@ def export_work(
     Raises StoreError or ConfigError where there is nothing to export, or the folder is not empty.
     """
     work, folder = Path(work), Path(folder)
+    refuse_full(folder)
     models, blend, names = models_to_use(subjects, work, model)
     parts, tensors = parts_of_work(models, work, blend, names, network)
     scores, measure = _scores(subjects, parts, work)
@@ -58,7 +60,11 @@ def _scores(subjects: Sequence[Subject], parts: Parts, work: Path) -> tuple[list
     names = [BLEND] if any(part.blend for part in parts.subjects.values()) else []
     names = names or [name for part in parts.subjects.values() for name in part.models]
     digits = ",".join(dict.fromkeys(name.rpartition(" ")[2] for name in names))
-    found = score_models(subjects, ScoresConfig(models=digits, permutations=0), work).estimates
+    try:
+        found = score_models(subjects, ScoresConfig(models=digits, permutations=0), work).estimates
+    except ConfigError as error:  # a blend of an earlier version, which cannot be scored out of fold
+        say(f"the card has no scores: {error}")
+        return [], ""
     measure = "accuracy" if any(one.measure == "accuracy" for one in found) else "r"
     scores = [
         Score(one.subject, one.roi, one.model, one.n_vertices, one.mean, one.low, one.high)

@@ -49,13 +49,7 @@ def export_encoder(parts: Parts, tensors: Tensors, folder: Path, card: Card) -> 
 
     Raises StoreError for a folder that is not empty, FeatcacheError for a network or heads that are not there.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StoreError(
-            folder,
-            expected="a folder that is new or empty",
-            found="one with files",
-            remedy="choose another or empty it",
-        )
+    refuse_full(folder)
     with whole_folder(folder) as partial:
         features = _write_networks(parts, tensors, partial)
         subjects = _write_heads(parts, tensors, partial)
@@ -74,6 +68,17 @@ def export_encoder(parts: Parts, tensors: Tensors, folder: Path, card: Card) -> 
         }
         replace_json(partial / DESCRIPTION, content | {"digest": fingerprint(content)})
     return folder
+
+
+def refuse_full(folder: Path) -> None:
+    """Raise StoreError for a folder that has files, or is none."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StoreError(
+            folder,
+            expected="a folder that is new or empty",
+            found="one with files" if folder.is_dir() else "a file",
+            remedy="choose another name",
+        )
 
 
 def _write_networks(parts: Parts, tensors: Tensors, folder: Path) -> dict[str, FeaturePart]:

@@ -36,12 +36,13 @@ def test_every_kind_of_model_predicts_test_images_as_it_did(every_kind, subjects
             model = store.facts["model"]
             encoder = encoder_of_work([subject], every_kind, model)
             expected = np.concatenate([store.read(surface, store.n_train) for surface in subject.surfaces], 1)
-            # in the batches of `extract`, for the last bits of a network depend on its batches
-            found = encoder.predict(list(subject.image_sources), model=model)[len(subject.train) :]
-            np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5, err_msg=model)
-            # maps, and what a core puts out, are rounded to float16, where a last bit may decide which way
+            # in the batches of the extraction
+            found = encoder.predict(list(subject.image_sources), model=model)[store.n_train :]
+            np.testing.assert_allclose(found, expected, atol=1e-6, rtol=1e-5, err_msg=model)
+            # layers, and what a core puts out, are rounded to float16. A batch of another size adds up otherwise,
+            # so that a last bit of the network may decide which way
             one = encoder.predict(subject.test.sources[2], model=model, batch_size=1)
-            np.testing.assert_allclose(one, expected[2:3], atol=5e-4, rtol=1e-5, err_msg=model)
+            np.testing.assert_allclose(one, expected[2:3], atol=1e-3, rtol=1e-5, err_msg=model)
 
 
 def test_the_blend_is_the_rows_of_the_submission(every_kind, subjects, encoder):
@@ -77,7 +78,7 @@ def test_each_network_runs_once_over_each_image(every_kind, subjects, monkeypatc
     # two frozen networks, one for each fold of stage 1, and for each fold and subject of stage 2
     assert len(passes) == 2 + 2 + 4 and set(passes.values()) == {len(subjects[0].test)}
     for subject in subjects:
-        alone = encoder.predict(list(subjects[0].test.sources), subject=subject.name)
+        alone = encoder.predict(list(subjects[0].test.sources), subject=subject.name, batch_size=2)
         np.testing.assert_allclose(np.concatenate(list(found[subject.name].values()), 1), alone, atol=1e-5)
 
 
@@ -85,7 +86,7 @@ def test_chunks_and_batches_change_nothing(encoder, subjects, monkeypatch):
     pictures, name = list(subjects[1].image_sources), subjects[1].name
     whole = encoder.predict(pictures, subject=name)
     monkeypatch.setattr("heads.encoder.encoder._LONGEST", 4)
-    np.testing.assert_allclose(encoder.predict(pictures, subject=name, batch_size=2), whole, atol=1e-4, rtol=1e-5)
+    np.testing.assert_allclose(encoder.predict(pictures, subject=name, batch_size=2), whole, atol=1e-3, rtol=1e-5)
 
 
 def test_pictures_of_every_kind_are_the_same_picture(encoder, subjects):
@@ -107,7 +108,7 @@ def test_pictures_of_every_kind_are_the_same_picture(encoder, subjects):
     for kind in kinds:
         np.testing.assert_array_equal(encoder.predict(kind, subject=name), expected)
     mixed = encoder.predict([image, str(path), pixels], subject=name)
-    np.testing.assert_allclose(mixed, np.repeat(expected, 3, 0), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(mixed, np.repeat(expected, 3, 0), atol=1e-3, rtol=1e-5)
 
 
 def test_a_folder_is_its_images_in_the_order_of_their_names(encoder, subjects):
