@@ -96,6 +96,7 @@ def blend(
         staging / files.saved_blend.name,
         {subject.name: blended.coefficients for subject, blended in blends.items()},
         {subject.name: blended.nested for subject, blended in blends.items()},
+        {subject.name: of_subject[0].key.responses for subject, of_subject in models.items()},
     )
     replace_json(staging / files.blend_weights.name, _description(models, config, by.key, blends, ensemble))
     on_test = {f"{name}, test images": scores for name, scores in ensemble.test.items()}

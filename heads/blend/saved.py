@@ -21,7 +21,7 @@ from heads.blend.weights import r_of
 T = TypeVar("T")
 
 BLEND = "blend"  # the name of the last blend among those of models
-_ORIGIN = "featcache blend"
+_ORIGIN, _RESPONSES = "featcache blend", "responses"
 _MINIMUM_SLOPE = 1e-3  # a vertex that no model explains keeps a trace of the blend instead of a constant
 
 
@@ -162,7 +162,12 @@ def _in_units(slope: np.ndarray, weights: np.ndarray, gathered: Gathered) -> tup
     return of_models, units.mean[:, -1] - np.einsum("vm,vm->v", of_models, units.mean[:, :-1])
 
 
-def save_blend(path: Path, blend: SavedBlend, nested: NestedBlend | None = None) -> None:
+def save_blend(
+    path: Path,
+    blend: SavedBlend,
+    nested: NestedBlend | None = None,
+    responses: Mapping[str, str] | None = None,
+) -> None:
     """Write safetensors: <subject>.<surface>.coefficients (n_models, n_vertices) and .intercept (n_vertices,), and the
     same out of fold, .nested (n_folds, n_models, n_vertices) and .nested_intercept (n_folds, n_vertices).
     """
@@ -176,7 +181,7 @@ def save_blend(path: Path, blend: SavedBlend, nested: NestedBlend | None = None)
                 out_of_fold = nested[subject][surface]
                 tensors[f"{subject}.{surface}.nested"] = out_of_fold.of_models
                 tensors[f"{subject}.{surface}.nested_intercept"] = out_of_fold.intercept
-    replace_bytes(path, save(tensors, {_ORIGIN: json.dumps(models)}))
+    replace_bytes(path, save(tensors, {_ORIGIN: json.dumps(models), _RESPONSES: json.dumps(dict(responses or {}))}))
 
 
 def load_blend(path: Path) -> SavedBlend:
@@ -199,8 +204,9 @@ def _load(
             blend: dict[str, dict[str, T]] = {}
             for name in sorted(file.keys()):
                 owner, _, tensor = name.rpartition(".")
-                subject, _, surface = owner.rpartition(".")
                 if tensor == kind:
+                    subject = max((one for one in models if owner.startswith(f"{one}.")), key=len)
+                    surface = owner.removeprefix(f"{subject}.")
                     values = file.get_tensor(name), file.get_tensor(f"{owner}.{intercept}")
                     blend.setdefault(subject, {})[surface] = make(tuple(models[subject]), *values)
             return blend
@@ -213,14 +219,28 @@ def _load(
         ) from error
 
 
+def _responses_of(path: Path) -> dict[str, str]:
+    """{subject: digest of the responses that a blend was learnt on}; {} in a blend of an earlier version."""
+    if not path.is_file():
+        return {}
+    with safe_open(path, "numpy") as file:
+        digests: dict[str, str] = json.loads((file.metadata() or {}).get(_RESPONSES, "{}"))
+        return digests
+
+
 def refuse_strangers(path: Path, blend: SavedBlend, models: SubjectModels) -> None:
-    """Raise StoreError where a blend lacks a subject, is of other vertices, or needs a model that is not there."""
+    """Raise StoreError where a blend lacks a subject, is of other responses or vertices, or needs a model that is not
+    there.
+    """
+    learnt_on = _responses_of(path)
 
     def refusal(expected: str, found: object, remedy: str = "run 'blend' on this tree") -> StoreError:
         return StoreError(path, expected=expected, found=found, remedy=remedy)
 
     for subject, of_subject in models.items():
         names = {model.name for model in of_subject}
+        if any(model.key.responses != learnt_on.get(subject.name, model.key.responses) for model in of_subject):
+            raise refusal(f"a blend of the responses of {subject.name}", "one of others", "run 'blend' again")
         for surface, n_vertices in subject.n_vertices.items():
             coefficients = blend.get(subject.name, {}).get(surface)
             if coefficients is None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from heads.compare.bands import Band
+from heads.features.rows import LayerRows
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.layers.axes import LANDMARKS, Basis, basis_of_features, basis_of_kernel, landmark_features
 from heads.solvers.layers.kernels import LayerKernels
@@ -111,7 +112,7 @@ def _columns(
     n_arrays = sum(len(part.names) for part in band.parts)
     totals: list[torch.Tensor] = []
     for part in band.parts:
-        rows = part.read(device, held)[source if part.backbone_trained else 0]
+        rows = LayerRows(part.stores[source if part.backbone_trained else 0], part.names, device, held)
         kernels = LayerKernels(rows, scale_rows, stack if landmarks is None else 0)
         for number, window in enumerate(windows):
             if landmarks is None:

@@ -26,7 +26,7 @@ from heads.modules.readout import HeadKind, SavedHeads
 Responses = dict[str, dict[str, np.ndarray]]  # {subject: {surface: (n_images, n_vertices) float32}}
 
 _NETWORK_SHARE, _ROW_SHARE = 0.25, 0.1  # of the free memory, for networks that stay loaded, and for rows of a chunk
-_LONGEST = 256  # images of a chunk, at most
+_LONGEST, _DECODED = 256, 64  # images of a chunk, at most; the second where their pixels are kept
 
 
 class Vertices(NamedTuple):
@@ -173,7 +173,7 @@ class Encoder:
             chunk = pictures[start : start + step]
             rows = self._rows(chunk, networks, start, batch_size, workers or usual_workers())
             yield {
-                name: self._of_subject(self._parts.subjects[name], choice, rows, wanted[name])
+                name: self._of_subject(self._parts.subjects[name], choice, rows, wanted[name], len(chunk))
                 for name, choice in chosen.items()
             }
 
@@ -212,7 +212,9 @@ class Encoder:
             for part in parts.values()
             for shape, dtype in part.rows.values()
         )
-        fitting = int(min(spare_memory(0) * _ROW_SHARE / max(n_bytes, 1), _LONGEST))
+        # where several networks read a chunk, its decoded pictures are in memory too
+        longest = _LONGEST if len(networks) < 2 else _DECODED
+        fitting = int(min(spare_memory(0) * _ROW_SHARE / max(n_bytes, 1), longest))
         return max(fitting // batch_size, 1) * batch_size
 
     def _rows(
@@ -265,7 +267,7 @@ class Encoder:
             read = self._parts.features[model.features[0]].rows
             shapes = {array: read[array][0] for array in model.arrays}
             rois = {surface: tuple(masks.values()) for surface, masks in part.rois.items()}
-            kind = HeadKind(name=model.head, precision=model.precision, rois=rois)
+            kind = HeadKind(name=model.head, precision=model.precision, rois=rois, surfaces=tuple(part.n_vertices))
             self._heads[part.name, model.name] = SavedHeads(self._tensors.heads(model), shapes, kind, self.device)
         return self._heads[part.name, model.name]
 
@@ -275,6 +277,7 @@ class Encoder:
         choice: str,
         rows: Mapping[str, Mapping[str, torch.Tensor]],
         wanted: Mapping[str, np.ndarray],
+        n_images: int,
     ) -> dict[str, np.ndarray]:
         """{surface: (n_images, n_wanted)} predictions of some vertices."""
         found: dict[str, np.ndarray] = {}
@@ -289,7 +292,6 @@ class Encoder:
                     return self._saved(part, model).predict(surface, read, span).numpy()
 
             if choice == BLEND:
-                n_images = len(next(iter(next(iter(rows.values())).values())))
                 values = part.blend[surface].at(span).of_predictions(predicted, n_images)
             else:
                 values = predicted(choice)

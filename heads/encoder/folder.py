@@ -114,7 +114,8 @@ def _write_heads(parts: Parts, tensors: Tensors, folder: Path) -> dict[str, Any]
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             tensors.copy_heads(model, folder / file)
             models.append(replace(model, file=file).to_json())
-        subjects[subject] = {"n_vertices": dict(part.n_vertices), "models": models}
+        rois = {surface: list(part.rois[surface]) for surface in part.n_vertices}
+        subjects[subject] = {"n_vertices": dict(part.n_vertices), "rois": rois, "models": models}
     return subjects
 
 
@@ -156,7 +157,7 @@ def load_encoder(folder: Path | str, *, network: BackboneConfig | None = None, d
                 name=name,
                 n_vertices=sizes,
                 models={model.name: model for model in models},
-                rois={surface: rois.get((name, surface), {}) for surface in sizes},
+                rois={s: {roi: rois[name, s][roi] for roi in part["rois"][s]} for s in sizes},
                 noise_ceiling={surface: ceilings.get((name, surface)) for surface in sizes},
                 blend=blend.get(name, {}),
             )

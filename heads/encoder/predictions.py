@@ -14,6 +14,7 @@ from featcache.dataset.inputs import Picture, decoded, name_of
 from featcache.dataset.pictures import picture_id
 from featcache.errors import ConfigError, StoreError
 from featcache.machine.files import refuse_full_disk, whole_file, whole_folder
+from featcache.machine.prefetch import prefetch
 from heads.encoder.encoder import Encoder, Responses
 
 FORMAT = 1
@@ -82,9 +83,9 @@ def write_predictions(
         done = 0
         for chunk in encoder.stream(pictures, vertices, model=wanted.model, batch_size=batch_size, workers=workers):
             n_images = _write_chunk(arrays, chunk, done)
-            group["image_ids"][done : done + n_images] = [  # type: ignore[index]
-                picture_id(decoded(picture)) for picture in pictures[done : done + n_images]
-            ]
+            group["image_ids"][done : done + n_images] = list(  # type: ignore[index]
+                prefetch(_id_of, pictures[done : done + n_images], 2 * workers, workers)
+            )
             if table is not None:
                 for subject, of_subject in chunk.items():
                     means.setdefault(subject, []).append(roi_means(encoder, subject, of_subject, vertices[subject]))
@@ -93,6 +94,10 @@ def write_predictions(
         if table is not None:
             ids = np.asarray(group["image_ids"][:])  # type: ignore[index]
             write_table(table, names, ids, {subject: _joined(parts) for subject, parts in means.items()})
+
+
+def _id_of(picture: Picture) -> int:
+    return picture_id(decoded(picture))
 
 
 def _description(encoder: Encoder, wanted: Wanted, names: Sequence[str]) -> dict[str, Any]:

@@ -135,10 +135,15 @@ def _predicted(
 
 
 _MOST_ROUNDING = 0.1  # of predictions by saved heads, as a share of their standard deviation over images
+_LEAST_SHARE = 0.01  # of the mean square of predictions that counts as their variance over images
 _LEAST_VARIANCE = 1e-8  # of predictions that are constant, as those of a vertex that never answers
 
 
 def agree(found: np.ndarray, fitted: np.ndarray) -> bool:
     """Whether predictions by saved heads are those of the solver, (n_images, n_vertices) both, but for rounding."""
-    allowed = _MOST_ROUNDING**2 * fitted.var(0).mean() + _LEAST_VARIANCE
+    if not fitted.size:
+        return True
+    # of one image, or of images that are alike, nothing varies
+    spread = max(float(fitted.var(0).mean()), _LEAST_SHARE * float(np.square(fitted).mean()))
+    allowed = _MOST_ROUNDING**2 * spread + _LEAST_VARIANCE
     return bool(np.square(found - fitted).mean() <= allowed)

@@ -35,6 +35,8 @@ from heads.solvers.base import Problem, Shared, Solver, Trainee
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.registry import build_solver
 
+_TEST_ROWS = 512  # test images whose features are in memory at a time
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -321,20 +323,24 @@ def _by_saved_heads(problem: Problem, kind: HeadKind, tensors: HeadTensors, surf
     heads = SavedHeads(tensors, shapes, kind, problem.device)
     if not problem.n_test or not problem.subject.n_vertices[surface] or heads.fault(surface):
         return None
-    rows = [rows_from(store, problem.features.names, problem.n_train) for store in problem.features.stores]
-    predictions: np.ndarray = heads.predict(surface, rows).numpy()
-    return predictions
+    n_images, parts = problem.n_train + problem.n_test, []
+    for start in range(problem.n_train, n_images, _TEST_ROWS):
+        stop = min(start + _TEST_ROWS, n_images)
+        rows = [rows_from(store, problem.features.names, start, stop) for store in problem.features.stores]
+        parts.append(heads.predict(surface, rows).numpy())
+    return np.concatenate(parts)
 
 
 def head_kind(key: PredictionKey, subject: Subject) -> HeadKind:
     """What has to be known of the heads of a prediction store besides their tensors."""
     rois = {surface: tuple(masks.values()) for surface, masks in subject.rois.items()}
-    return HeadKind(name=key.head, precision=str((key.settings or {}).get("precision", "float32")), rois=rois)
+    precision = str((key.settings or {}).get("precision", "float32"))
+    return HeadKind(name=key.head, precision=precision, rois=rois, surfaces=subject.surfaces)
 
 
-def rows_from(store: Store, names: Sequence[str], start: int) -> dict[str, torch.Tensor]:
-    """{array: (n, *shape) as stored} rows of some arrays of a feature store, from row `start` on."""
-    return {name: torch.from_numpy(store.read(name, start)) for name in names}
+def rows_from(store: Store, names: Sequence[str], start: int, stop: int | None = None) -> dict[str, torch.Tensor]:
+    """{array: (stop - start, *shape) as stored} rows of some arrays of a feature store; from `start` on by default."""
+    return {name: torch.from_numpy(store.read(name, start, stop)) for name in names}
 
 
 def chosen_on(fitted: Sequence[Fitted], work: Path | str) -> list[str]:

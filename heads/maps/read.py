@@ -97,7 +97,7 @@ def read_maps(model: Model, work: Path, extent: Extent = WHOLE) -> dict[str, Ver
 def _heads(model: Model, work: Path) -> Iterator[tuple[str, Tensors]]:
     """(surface, {part: tensor}) of each head, surface by surface and fold by fold. One at a time is in memory."""
     file = InFile(Workdir(work).head_weights(model.store.name), model.store.name)
-    for (surface, _), names in by_head(file.names()).items():
+    for (surface, _), names in by_head(file.names(), tuple(model.store.arrays)).items():
         yield surface, {part: file.read(name) for part, name in names.items()}
 
 

@@ -124,18 +124,22 @@ class InFile:
             raise self._unreadable(error) from error
 
 
-def parse(name: str) -> tuple[str, int | None, str]:
-    """'fold3.lh.part' -> ('lh', 3, 'part'), and 'lh.part' -> ('lh', None, 'part') of heads that all folds share."""
+def parse(name: str, surfaces: Sequence[str] = ()) -> tuple[str, int | None, str]:
+    """'fold3.lh.part' -> ('lh', 3, 'part'), and 'lh.part' -> ('lh', None, 'part') of heads that all folds share.
+
+    surfaces : names that there are; they may have dots
+    """
     fold = re.match(r"fold(\d+)\.", name)
-    surface, _, part = name.removeprefix(fold[0] if fold else "").partition(".")
-    return surface, int(fold[1]) if fold else None, part
+    rest = name.removeprefix(fold[0] if fold else "")
+    known = max((one for one in surfaces if rest.startswith(f"{one}.")), key=len, default=rest.partition(".")[0])
+    return known, int(fold[1]) if fold else None, rest.removeprefix(f"{known}.")
 
 
-def by_head(names: Iterable[str]) -> dict[tuple[str, int | None], dict[str, str]]:
+def by_head(names: Iterable[str], surfaces: Sequence[str] = ()) -> dict[tuple[str, int | None], dict[str, str]]:
     """{(surface, fold): {part: name}} of the tensors of heads, in the order of surfaces and folds."""
     heads: dict[tuple[str, int | None], dict[str, str]] = {}
     for name in names:
-        surface, fold, part = parse(name)
+        surface, fold, part = parse(name, surfaces)
         heads.setdefault((surface, fold), {})[part] = name
     return dict(sorted(heads.items(), key=lambda item: (item[0][0], -1 if item[0][1] is None else item[0][1])))
 
@@ -147,11 +151,13 @@ class HeadKind:
     name : of HEADS
     precision : 'bfloat16' where cores multiply in it
     rois : {surface: masks (n_vertices,)} of heads that have one for each ROI
+    surfaces : their names
     """
 
     name: str = "linear"
     precision: str = "float32"
     rois: Mapping[str, Sequence[np.ndarray]] | None = None
+    surfaces: Sequence[str] = ()
 
 
 class SavedHeads:
@@ -163,7 +169,7 @@ class SavedHeads:
 
     def __init__(self, tensors: HeadTensors, shapes: Shapes, kind: HeadKind, device: str = "cpu") -> None:
         self._tensors, self._shapes, self._kind, self._device = tensors, dict(shapes), kind, device
-        self._heads = by_head(tensors.names())
+        self._heads = by_head(tensors.names(), kind.surfaces)
         self._modules: dict[tuple[str, int | None], Callable[[Rows], torch.Tensor]] = {}
 
     @property
@@ -207,6 +213,13 @@ class SavedHeads:
         """
         self.refuse_fault(surface)
         folds = [key for key in self._heads if key[0] == surface]
+        if len(rows) not in (1, len(folds)):
+            raise StoreError(
+                f"{self._tensors.where}, {surface}",
+                expected=f"heads of {len(rows)} folds, as there are features",
+                found=f"those of {len(folds)}",
+                remedy="delete that file and run 'fit-heads' again",
+            )
         total: torch.Tensor | None = None
         for number, key in enumerate(folds):
             values = self._fold(key, rows[number if len(rows) > 1 else 0], vertices)
@@ -299,7 +312,8 @@ class SavedHeads:
         return front.to(self._device).eval()
 
     def _standardised(self, state: Mapping[str, torch.Tensor], surface: str) -> Callable[[Rows], torch.Tensor]:
-        n_vertices = self._tensors.shape(next(n for n in self._tensors.names() if parse(n)[::2] == (surface, SCALE)))[0]
+        scale = next(parts[SCALE] for (owner, _), parts in self._heads.items() if owner == surface)
+        n_vertices = self._tensors.shape(scale)[0]
         rois = (self._kind.rois or {}).get(surface, ())
         head = load(str(HEADS[self._kind.name].module))(len(state["mean"]), n_vertices, rois)
         module = Standardised(head, state["mean"], state["scale"])
