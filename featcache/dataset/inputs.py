@@ -47,7 +47,7 @@ def _flat(images: Any) -> Iterable[Picture]:
         return _in_array(images)
     if isinstance(images, (Sequence, Iterable)) and not isinstance(images, (bytes, dict)):
         return [picture for one in images for picture in _flat(one)]
-    raise DataError("images", expected=_EXPECTED, found=f"a {type(images).__name__}", remedy=_REMEDY)
+    raise DataError("images", expected=_EXPECTED, found=f"an object of type {type(images).__name__}", remedy=_REMEDY)
 
 
 def _on_disk(path: Path) -> Iterable[ImageSource]:

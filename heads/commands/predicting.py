@@ -1,11 +1,14 @@
 """predict and export: fitted heads, and the last blend -> predictions for any images, and an encoder to hand on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featcache.config import BackboneConfig, ExtractConfig
+from featcache.errors import ConfigError
 from featcache.workdir import WORK, data_folder
 from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, open_data, option_of
 from heads.recipes.jobs import Job, Outcome
@@ -55,6 +58,10 @@ def predict(
     network = BackboneConfig(name=name, weights=weights)
 
     def call() -> Outcome:
+        with options_named():
+            return predicted()
+
+    def predicted() -> Outcome:
         from featcache.config import usual_workers
         from featcache.dataset.inputs import pictures_of
         from featcache.dataset.subject import names_in
@@ -118,13 +125,25 @@ def export(
         from heads.encoder.export import export_work, push
 
         opened = open_data(data, noise_ceiling, work)
-        described = str(data_folder(data, work))
+        described = f"dataset '{data_folder(data, work).name}'"
         n_bytes = export_work(opened.select(subject), work, folder, model=model, network=network, data=described)
         url = push(folder, push_to_hub) if push_to_hub else None
         said = f"wrote {folder} ({n_bytes / 1e6:,.1f} MB)" + (f" and {url}" if url else "")
         return Outcome(said, {"folder": str(folder), "bytes": n_bytes, "url": url})
 
     return Job(None, call)
+
+
+@contextmanager
+def options_named() -> Iterator[None]:
+    """Name an option in a mistake about a model, a subject or an ROI, which has the name of Python's argument."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.where not in ("model", "subject", "surface", "roi"):
+            raise
+        where = f"--{error.where}"
+        raise ConfigError(where, expected=error.expected, found=error.found, remedy=error.remedy) from error
 
 
 def _of_work(

@@ -7,7 +7,7 @@ from heads.encoder.parts import Parts
 
 _HEADER = """---
 library_name: featcache
-tags: [neuroscience, fmri, encoding-model, vision]
+tags: [neuroscience, encoding-model, vision]
 license: other
 ---
 

@@ -201,7 +201,10 @@ class Encoder:
             "model",
             expected=f"one of {some_of(part.names)}" if part.names else f"a model of {part.name}",
             found="none" if name is None else f"{name!r}, which {part.name} has not" if not found else f"{len(found)}",
-            remedy="choose one by its name, or by the six digits that end it" if part.names else "fit heads, or blend",
+            remedy=("" if part.blend else "run 'blend', or ")
+            + "choose one by its name, or by the six digits that end it"
+            if part.names
+            else "fit heads, or blend",
         )
 
     def _chunk(self, networks: Mapping[str, Mapping[str, FeaturePart]], batch_size: int) -> int:

@@ -12,7 +12,8 @@ from featcache.cache.keys import FeatureFacts, FeatureKey
 from featcache.cache.store import Store, open_store
 from featcache.config import BackboneConfig, fingerprint
 from featcache.dataset.subject import Subject
-from featcache.errors import ConfigError, StoreError, some_of
+from featcache.errors import ConfigError, StoreError
+from featcache.machine.progress import say
 from featcache.workdir import Workdir
 from heads.blend.models import Model, choose_names, names_of, usable_models
 from heads.blend.saved import BLEND, SavedBlend, load_blend, refuse_strangers
@@ -52,22 +53,32 @@ def models_to_use(
 
     Raises StoreError or ConfigError where there is nothing to predict with.
     """
-    models = {subject: usable_models(subject, work) for subject in subjects}
-    without = [subject.name for subject, of_subject in models.items() if not of_subject]
-    if without:
-        raise StoreError(
-            Workdir(work).predictions,
-            expected=f"predictions of {', '.join(without)}",
-            found="none",
-            remedy="run 'extract' and 'fit-heads' first"
-            + (", or choose other subjects with --subject" if len(without) < len(models) else ""),
-        )
-    if model is not None and model != BLEND:
-        return models, {}, choose_names(names_of(models), model)
-    blend = _blend(models, work)
+    path = Workdir(work).saved_blend
+    blend = load_blend(path) if model in (None, BLEND) and path.is_file() else {}
     if model == BLEND and not blend:
-        raise StoreError(Workdir(work).saved_blend, expected="a blend", found="none", remedy="run 'blend' first")
-    return models, blend, None
+        raise StoreError(path, expected="a blend", found="none", remedy="run 'blend' first")
+    if blend:
+        subjects = _those("the last blend", subjects, [one for one in subjects if one.name in blend], path, "blend")
+    stored = {subject: usable_models(subject, work) for subject in subjects}
+    there = [subject for subject, of_subject in stored.items() if of_subject]
+    there = _those("predictions", subjects, there, Workdir(work).predictions, "extract' and 'fit-heads")
+    models = {subject: stored[subject] for subject in there}
+    if blend:
+        refuse_strangers(path, blend, models)
+        return models, {subject.name: blend[subject.name] for subject in models}, None
+    return models, {}, None if model is None else choose_names(names_of(models), model)
+
+
+def _those(
+    what: str, asked: Sequence[Subject], found: Sequence[Subject], where: Path, command: str
+) -> Sequence[Subject]:
+    """The subjects that have something; the others are named. Raises StoreError where none has."""
+    without = ", ".join(subject.name for subject in asked if subject not in found)
+    if not found:
+        raise StoreError(where, expected=f"{what} of {without}", found="none", remedy=f"run '{command}' first")
+    if without:
+        say(f"without {without}: not in {what}; run '{command}' for them, or leave them out with --subject")
+    return found
 
 
 def parts_of_work(
@@ -181,21 +192,3 @@ def _used(models: Sequence[Model], blend: Mapping[str, object], names: set[str] 
         return list(models)
     needed = {name for coefficients in blend.values() for name in coefficients.needed}  # type: ignore[attr-defined]
     return [model for model in models if model.name in needed]
-
-
-def _blend(models: Mapping[Subject, Sequence[Model]], work: Path) -> SavedBlend:
-    """The last blend; {} where there is none. Raises StoreError for one of other models or vertices."""
-    path = Workdir(work).saved_blend
-    if not path.is_file():
-        return {}
-    blend = load_blend(path)
-    without = [subject.name for subject in models if subject.name not in blend]
-    if without:
-        raise StoreError(
-            path,
-            expected=f"a blend of {', '.join(subject.name for subject in models)}",
-            found=f"one of {some_of(list(blend))}",
-            remedy="run 'blend' again, or choose subjects with --subject",
-        )
-    refuse_strangers(path, blend, {subject: list(of_subject) for subject, of_subject in models.items()})
-    return blend

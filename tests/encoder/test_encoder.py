@@ -137,8 +137,8 @@ def test_an_roi_is_its_columns(encoder, subjects):
     ("images", "found"),
     [
         ([], "none"),
-        (7, "a int"),
-        (b"bytes", "a bytes"),
+        (7, "type int"),
+        (b"bytes", "type bytes"),
         (np.zeros((4, 4, 5), np.uint8), r"shape \(4, 4, 5\)"),
         (np.full((4, 4, 3), 300.0), "300 to 300"),
         (np.full((4, 4, 3), np.nan), "nan"),

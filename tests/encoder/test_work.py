@@ -39,10 +39,30 @@ def test_a_folder_without_models_says_which_commands_make_them(subjects, tmp_pat
     )
 
 
-def test_a_subject_without_models_is_named(work, subjects):
+def test_a_subject_without_models_is_named(work, subjects, monkeypatch):
     remove(work, subjects[1])
-    refused(StoreError, "predictions of subj02; .*choose other subjects with --subject", subjects, work)
-    assert encoder_of_work(subjects[:1], work).subjects == ["subj01"]
+    said = []
+    monkeypatch.setattr("heads.encoder.work.say", said.append)
+    assert encoder_of_work(subjects, work).subjects == ["subj01"]
+    (line,) = said
+    assert line.startswith("without subj02: not in predictions; run 'extract' and 'fit-heads' for them")
+    refused(StoreError, "predictions of subj02; found none; run 'extract' and 'fit-heads' first", subjects[1:], work)
+
+
+def test_a_blend_of_some_subjects_predicts_these_and_names_the_others(work, subjects, monkeypatch):
+    assert cli.run(["blend", "--subject", "2", "--method", "uniform", "--quiet"]) == 0
+    said = []
+    monkeypatch.setattr("heads.encoder.work.say", said.append)
+    encoder = encoder_of_work(subjects, work)
+    assert encoder.subjects == ["subj02"] and encoder.models()[0] == "blend"
+    (line,) = said
+    assert line.startswith("without subj01: not in the last blend; run 'blend' for them")
+    refused(StoreError, "the last blend of subj01; found none; run 'blend' first", subjects[:1], work)
+
+
+def test_a_blend_of_other_responses_predicts_nothing(work, subjects, monkeypatch):
+    monkeypatch.setattr("heads.blend.saved._responses_of", lambda path: {"subj01": "those of another day"})
+    refused(StoreError, "a blend of the responses of subj01; found one of others; run 'blend' again", subjects, work)
 
 
 def test_without_a_blend_a_model_has_to_be_named(work, subjects):
