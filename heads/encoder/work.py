@@ -60,8 +60,8 @@ def models_to_use(
     if blend:
         subjects = _those("the last blend", subjects, [one for one in subjects if one.name in blend], path, "blend")
     stored = {subject: usable_models(subject, work) for subject in subjects}
-    there = [subject for subject, of_subject in stored.items() if of_subject]
-    there = _those("predictions", subjects, there, Workdir(work).predictions, "extract' and 'fit-heads")
+    some: Sequence[Subject] = [subject for subject, of_subject in stored.items() if of_subject]
+    there = _those("predictions", subjects, some, Workdir(work).predictions, "extract' and 'fit-heads")
     models = {subject: stored[subject] for subject in there}
     if blend:
         refuse_strangers(path, blend, models)
