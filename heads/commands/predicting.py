@@ -3,20 +3,40 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from featcache.config import BackboneConfig, ExtractConfig
+from featcache.config import BackboneConfig, ExtractConfig, usual_workers
 from featcache.errors import ConfigError
 from featcache.workdir import WORK, data_folder
 from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, open_data, option_of
 from heads.recipes.jobs import Job, Outcome
 
-if TYPE_CHECKING:
-    from heads.encoder.encoder import Encoder
+# Options of what is predicted with, which both commands have
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of a model, as 'models' lists it, or the six digits that end it; blend: the last blend.",
+        show_default="the last blend, or the only model",
+        rich_help_panel="Heads",
+    ),
+]
+Name = Annotated[str | None, option_of(BackboneConfig, "name")]
+Weights = Annotated[str | None, option_of(BackboneConfig, "weights")]
 
-_MODEL = "Name of a model, as 'models' lists it, or the six digits that end it; blend: the last blend."
+_OPTIONS = {"model": "--model", "--models": "--model", "subject": "--subject", "roi": "--roi"}
+
+
+@contextmanager
+def options_named() -> Iterator[None]:
+    """Name the option in a mistake that names an argument of Python's, or a pattern of models."""
+    try:
+        yield
+    except ConfigError as error:
+        if (option := _OPTIONS.get(error.where)) is None:
+            raise
+        raise ConfigError(option, expected=error.expected, found=error.found, remedy=error.remedy) from error
 
 
 @command()
@@ -34,9 +54,7 @@ def predict(
             "--table", help="Also write means over ROIs to a CSV file of the same name.", rich_help_panel="Output"
         ),
     ] = False,
-    model: Annotated[
-        str | None, typer.Option(help=_MODEL, show_default="the last blend, or the only model", rich_help_panel="Heads")
-    ] = None,
+    model: Model = None,
     roi: Annotated[
         str | None, typer.Option(help="Predict only the vertices of this ROI.", rich_help_panel="Heads")
     ] = None,
@@ -48,52 +66,37 @@ def predict(
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
-    name: Annotated[str | None, option_of(BackboneConfig, "name")] = None,
-    weights: Annotated[str | None, option_of(BackboneConfig, "weights")] = None,
+    name: Name = None,
+    weights: Weights = None,
     batch_size: Annotated[int, option_of(ExtractConfig, "batch_size")] = ExtractConfig.batch_size,
     workers: Annotated[int | None, option_of(ExtractConfig, "workers")] = None,
     device: Annotated[str, option_of(ExtractConfig, "device")] = ExtractConfig.device,
 ) -> Job:
     """Predict the responses to new images, with the last blend or one model."""
-    network = BackboneConfig(name=name, weights=weights)
+    network, csv = BackboneConfig(name=name, weights=weights), out.with_suffix(".csv") if table else None
 
+    @options_named()
     def call() -> Outcome:
-        with options_named():
-            return predicted()
-
-    def predicted() -> Outcome:
-        from featcache.config import usual_workers
         from featcache.dataset.inputs import pictures_of
         from featcache.dataset.subject import names_in
-        from featcache.machine.progress import bar
-        from heads.encoder.predictions import Wanted, write_predictions
+        from heads.encoder.folder import load_encoder
+        from heads.encoder.predictions import Wanted, refuse_existing, write_predictions
+        from heads.encoder.work import encoder_of_work
 
+        refuse_existing(out, csv)
         pictures = pictures_of(images)
-        if encoder is None:
-            made = _of_work(data, work, noise_ceiling, subject, model, network, device)
-        else:
-            from heads.encoder.folder import load_encoder
-
+        if encoder is not None:
             made = load_encoder(encoder, network=network, device=device)
+        else:
+            subjects = open_data(data, noise_ceiling, work).select(subject)
+            made = encoder_of_work(subjects, work, model, network, device)
         wanted = Wanted(subjects=names_in(subject, made.subjects), roi=roi, model=model)
-        csv = out.with_suffix(".csv") if table else None
-        chosen = {name: made.choice(name, model) for name in wanted.subjects}
-        with bar(f"predict by {', '.join(dict.fromkeys(chosen.values()))}", len(pictures), "images") as advance:
-            write_predictions(
-                made,
-                pictures,
-                wanted,
-                out,
-                table=csv,
-                batch_size=batch_size,
-                workers=workers or usual_workers(),
-                advance=advance,
-            )
-        written = f"{out}{f' and {csv}' if csv else ''}"
-        result = {"images": len(pictures), "models": chosen, "out": str(out), "table": str(csv) if csv else None}
-        return Outcome(
-            f"{len(pictures):,} images predicted by {', '.join(dict.fromkeys(chosen.values()))}: {written}", result
+        chosen = write_predictions(
+            made, pictures, wanted, out, table=csv, batch_size=batch_size, workers=workers or usual_workers()
         )
+        by, written = ", ".join(dict.fromkeys(chosen.values())), f"{out} and {csv}" if csv else str(out)
+        result = {"images": len(pictures), "models": chosen, "out": str(out), "table": str(csv) if csv else None}
+        return Outcome(f"{len(pictures):,} images predicted by {by}: {written}", result)
 
     return Job(None, call)
 
@@ -101,9 +104,7 @@ def predict(
 @command()
 def export(
     folder: Annotated[Path, typer.Argument(help="Folder to write; it must be new or empty.")],
-    model: Annotated[
-        str | None, typer.Option(help=_MODEL, show_default="the last blend, or the only model", rich_help_panel="Heads")
-    ] = None,
+    model: Model = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option(
@@ -115,47 +116,21 @@ def export(
     work: Work = WORK,
     noise_ceiling: Ceiling = None,
     subject: Subjects = "all",
-    name: Annotated[str | None, option_of(BackboneConfig, "name")] = None,
-    weights: Annotated[str | None, option_of(BackboneConfig, "weights")] = None,
+    name: Name = None,
+    weights: Weights = None,
 ) -> Job:
     """Write an encoder to one folder: networks, heads, blend, ROIs and a card, for whoever has featcache."""
     network = BackboneConfig(name=name, weights=weights)
 
+    @options_named()
     def call() -> Outcome:
         from heads.encoder.export import export_work, push
 
-        opened = open_data(data, noise_ceiling, work)
+        subjects = open_data(data, noise_ceiling, work).select(subject)
         described = f"dataset '{data_folder(data, work).name}'"
-        n_bytes = export_work(opened.select(subject), work, folder, model=model, network=network, data=described)
+        n_bytes = export_work(subjects, work, folder, model=model, network=network, data=described)
         url = push(folder, push_to_hub) if push_to_hub else None
         said = f"wrote {folder} ({n_bytes / 1e6:,.1f} MB)" + (f" and {url}" if url else "")
         return Outcome(said, {"folder": str(folder), "bytes": n_bytes, "url": url})
 
     return Job(None, call)
-
-
-@contextmanager
-def options_named() -> Iterator[None]:
-    """Name an option in a mistake about a model, a subject or an ROI, which has the name of Python's argument."""
-    try:
-        yield
-    except ConfigError as error:
-        if error.where not in ("model", "subject", "surface", "roi"):
-            raise
-        where = f"--{error.where}"
-        raise ConfigError(where, expected=error.expected, found=error.found, remedy=error.remedy) from error
-
-
-def _of_work(
-    data: Path | None,
-    work: Path,
-    noise_ceiling: Path | None,
-    subject: str,
-    model: str | None,
-    network: BackboneConfig,
-    device: str,
-) -> "Encoder":
-    from heads.encoder.work import encoder_of_work
-
-    subjects = open_data(data, noise_ceiling, work).select(subject)
-    return encoder_of_work(subjects, work, model, network, device)

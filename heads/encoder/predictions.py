@@ -1,7 +1,7 @@
 """Predictions of new images on the disk: a Zarr group for programs, and means over ROIs as a table for people."""
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from featcache.dataset.pictures import picture_id
 from featcache.errors import ConfigError, StoreError
 from featcache.machine.files import refuse_full_disk, whole_file, whole_folder
 from featcache.machine.prefetch import prefetch
+from featcache.machine.progress import bar
 from heads.encoder.encoder import Encoder, Responses
 
 FORMAT = 1
@@ -48,9 +49,8 @@ def write_predictions(
     table: Path | None = None,
     batch_size: int = 32,
     workers: int = 1,
-    advance: Callable[[int], None] = lambda n: None,
-) -> None:
-    """Write predictions to a Zarr group, whole or not at all.
+) -> dict[str, str]:
+    """Write predictions to a Zarr group, whole or not at all; returns {subject: what predicted it}.
 
     - `<subject>/<surface>` (n_images, n_vertices) float32, in the units of the training responses;
     - `<subject>/<surface>.vertices` (n_vertices,) int64, which vertices the columns are, if they are not all;
@@ -59,25 +59,20 @@ def write_predictions(
     The attribute `featcache` has the names of the images, the model and the subjects.
 
     table : CSV file of means over ROIs: a row for each image and subject, a column for each ROI
-    advance : called with the number of images just predicted
 
     Raises StoreError where `out` or `table` is there already, or the disk is too small.
     """
-    if table == out:
-        raise ConfigError("--out", expected="another name than that of the table", found=str(out), remedy="correct it")
-    for path in [out, *([] if table is None else [table])]:
-        if path.exists():
-            raise StoreError(
-                path, expected="a new file", found="one that exists", remedy="choose another, or delete it"
-            )
+    refuse_existing(out, table)
     vertices = wanted.vertices(encoder)
     n_columns = sum(len(numbers) for of_subject in vertices.values() for numbers in of_subject.values())
     refuse_full_disk(out.absolute().parent, 4 * n_columns * len(pictures))
     names = [name_of(picture, number) for number, picture in enumerate(pictures)]
+    chosen = {subject: encoder.choice(subject, wanted.model) for subject in wanted.subjects}
     means: dict[str, list[dict[str, np.ndarray]]] = {}
-    with whole_folder(out) as partial:
+    label = f"predict by {', '.join(dict.fromkeys(chosen.values()))}"
+    with whole_folder(out) as partial, bar(label, len(pictures), "images") as advance:
         group = zarr.open_group(partial, mode="w", zarr_format=3)
-        group.attrs["featcache"] = _description(encoder, wanted, names)
+        group.attrs["featcache"] = _description(wanted, chosen, names)
         n_vertices = {subject: encoder.surfaces(subject) for subject in vertices}
         arrays = _arrays(group, vertices, n_vertices, len(pictures))
         done = 0
@@ -94,17 +89,26 @@ def write_predictions(
         if table is not None:
             ids = np.asarray(group["image_ids"][:])  # type: ignore[index]
             write_table(table, names, ids, {subject: _joined(parts) for subject, parts in means.items()})
+    return chosen
+
+
+def refuse_existing(out: Path, table: Path | None) -> None:
+    """Raise StoreError for files that are there already, ConfigError where both are to have one name."""
+    if table == out:
+        raise ConfigError("--out", expected="another name than that of the table", found=str(out), remedy="correct it")
+    for path in (one for one in (out, table) if one is not None and one.exists()):
+        raise StoreError(path, expected="a new file", found="one that exists", remedy="choose another, or delete it")
 
 
 def _id_of(picture: Picture) -> int:
     return picture_id(decoded(picture))
 
 
-def _description(encoder: Encoder, wanted: Wanted, names: Sequence[str]) -> dict[str, Any]:
+def _description(wanted: Wanted, chosen: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "kind": "predictions of new images",
-        "model": {subject: encoder.choice(subject, wanted.model) for subject in wanted.subjects},
+        "model": dict(chosen),
         "subjects": list(wanted.subjects),
         "roi": wanted.roi,
         "images": list(names),

@@ -28,6 +28,7 @@ from heads.statistics.blocks import Block, Source, blocks_of
 MOST_VERTICES = 500  # of each ROI of a surface whose images are drawn; scores themselves are of all vertices
 MEASURES = ("r", "accuracy")
 ALL = "all"
+_RANGES = {"r": (-1.0, 1.0), "accuracy": (0.0, 100.0)}
 
 Measure = Literal["r", "accuracy"]
 Place = tuple[str, str, str]  # subject, surface, ROI: 'all', ALL_SURFACES and 'all' for all of each together
@@ -265,7 +266,9 @@ def _estimates(
     place: Place, measure: Measure, of_models: Mapping[str, Drawn], against: str, spread: float
 ) -> Iterator[Estimate]:
     for model, drawn in of_models.items():
-        ends = _interval(drawn.whole, drawn.deviations * spread)
+        low, high = _interval(drawn.whole, drawn.deviations * spread)
+        least, most = _RANGES[measure]  # a score that is far from certain must not be said to be beyond its range
+        ends = max(low, least), min(high, most)
         yield Estimate(*place, model, "", measure, drawn.n_vertices, drawn.whole, *ends)
     if (other := of_models.get(against)) is None:
         return

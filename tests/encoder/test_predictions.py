@@ -45,10 +45,9 @@ def pictures(subjects):
 
 def written(encoder, pictures, tmp_path, **wanted):
     out, table = tmp_path / "new" / "predicted.zarr", tmp_path / "means.csv"
-    done = []
     wanted = Wanted(**{"subjects": encoder.subjects} | wanted)
-    write_predictions(encoder, pictures, wanted, out, table=table, batch_size=2, advance=done.append)
-    assert sum(done) == len(pictures)
+    chosen = write_predictions(encoder, pictures, wanted, out, table=table, batch_size=2)
+    assert chosen == {subject: encoder.choice(subject, wanted.model) for subject in wanted.subjects}
     with table.open(newline="", encoding="utf-8") as file:
         return zarr.open_group(out, mode="r"), list(csv.DictReader(file))
 
@@ -141,12 +140,13 @@ def test_a_table_cannot_have_the_name_of_the_group(encoder, pictures, tmp_path):
 def test_an_interrupted_run_leaves_nothing(encoder, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr("heads.encoder.encoder._LONGEST", 2)
 
-    def interrupt(_):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     wanted, out, table = Wanted(subjects=encoder.subjects), tmp_path / "p.zarr", tmp_path / "p.csv"
-    with pytest.raises(KeyboardInterrupt):
-        write_predictions(encoder, pictures, wanted, out, table=table, batch_size=2, advance=interrupt)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("heads.encoder.predictions.roi_means", interrupt)  # once the first chunk is written
+        write_predictions(encoder, pictures, wanted, out, table=table, batch_size=2)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "no.png").write_bytes(b"none")
     with pytest.raises(FeatcacheError, match=r"no\.png"):
