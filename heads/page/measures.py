@@ -10,11 +10,10 @@ from heads.blend.models import Model
 from heads.blend.products import surface_blocks
 from heads.blend.saved import BLEND
 from heads.scores.metrics import VertexScores, pearson_r, r_from_sums
+from heads.scores.resampling import N_DRAWS
 from heads.statistics.blocks import Block, StoredModel, blocks_of
 from heads.statistics.intervals import Drawer, Draws
 from heads.statistics.sources import Scored
-
-N_DRAWS = 400  # of images, for an interval
 
 
 @dataclass(frozen=True)
