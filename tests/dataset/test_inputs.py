@@ -167,12 +167,12 @@ def closed(path) -> Image.Image:
 @pytest.mark.parametrize(
     ("make", "found"),
     [
-        (lambda _: None, "a NoneType"),
-        (lambda _: {"a": 1}, "a dict"),
-        (lambda _: [b"bytes"], "a bytes"),
+        (lambda _: None, "of type NoneType"),
+        (lambda _: {"a": 1}, "of type dict"),
+        (lambda _: [b"bytes"], "of type bytes"),
         (lambda _: [[], ()], "none"),
         (lambda _: np.zeros(4, np.uint8), r"shape \(4,\)"),
-        (lambda _: np.uint8(4), "a uint8"),
+        (lambda _: np.uint8(4), "of type uint8"),
         (lambda _: np.zeros((2, 3, 4, 5, 6), np.uint8), r"shape \(2, 3, 4, 5, 6\)"),
         (lambda _: np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\)"),
         (lambda _: np.zeros((2, 4, 4, 2), np.uint8), r"shape \(4, 4, 2\)"),
