@@ -12,8 +12,8 @@ demo: about-demo .venv/installed
 	$(BIN)/python cli.py run recipes/demo.toml --data $(DEMO)/challenge --work $(DEMO)
 
 about-demo:
-	@test -e .venv/installed || echo "First the installation into .venv, once: about 3 minutes and 6.3 GB of disk, most of it PyTorch."
-	@echo "Then the demo: about 4 minutes on two cores, longer beside other work, and 2.8 GB of disk in $(DEMO)."
+	@test -e .venv/installed || echo "First the installation into .venv, once: about 3 minutes and 7.2 GB of disk, most of it PyTorch."
+	@echo "Then the demo: about 4 minutes on two cores, longer beside other work, and 2.9 GB of disk in $(DEMO)."
 
 test: .venv/installed
 	$(PYTEST)
