@@ -12,6 +12,7 @@ from PIL import Image
 from featcache.dataset.images import image_endings, images_in, load_image, picture_count, to_rgb
 from featcache.dataset.subject import ArrayImage, ImageSource
 from featcache.errors import DataError, first_line
+from featcache.formats.arrays import array_endings
 from featcache.formats.lazy import Place
 
 Picture = ImageSource | Image.Image | np.ndarray
@@ -58,6 +59,13 @@ def _on_disk(path: Path) -> Iterable[ImageSource]:
         raise DataError(path, expected="an image or a folder of images", found="no such file", remedy="correct it")
     if not place.array and place.path.suffix.lower() in image_endings():
         return [path]
+    if place.path.suffix.lower() not in array_endings():
+        raise DataError(
+            path,
+            expected=f"an image, a folder of images, or a file of many with an ending of {', '.join(array_endings())}",
+            found=f"another, {place.path.suffix!r}",
+            remedy="convert it to PNG, or name another",
+        )
     n_pictures = picture_count(place.path, place.array)
     return [ArrayImage(place.path, place.array, row) for row in range(n_pictures)]
 

@@ -45,10 +45,15 @@ def _refuse_ending(path: Path, suffix: str) -> NoReturn:
     there = "a folder that is none" if os.path.isdir(path) else f"another, {suffix!r}"
     raise DataError(
         path,
-        expected=f"a Zarr store, or a file with one of the endings {', '.join(sorted(_OPENERS))}",
+        expected=f"a Zarr store, or a file with one of the endings {', '.join(array_endings())}",
         found=there if os.path.exists(path) else "no such file",
         remedy="name a file of one of these formats",
     )
+
+
+def array_endings() -> list[str]:
+    """Endings of the names of files that arrays are read from, in lower case and in order: ['.csv', '.h5', ...]."""
+    return sorted(_OPENERS)
 
 
 def is_zarr(path: Path) -> bool:

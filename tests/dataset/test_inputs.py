@@ -180,7 +180,7 @@ def closed(path) -> Image.Image:
         (lambda _: np.zeros((4, 4), bool), "no numbers"),
         (lambda _: np.full((4, 4), None), "no numbers"),
         (lambda _: torch.zeros(4, 4, 3, dtype=torch.complex64), "complex64"),
-        (lambda folder: folder / "notes.txt", "found another, '.txt'"),
+        (lambda folder: folder / "notes.txt", r"expected an image, a folder .*found another, '\.txt'"),
         (lambda folder: folder / "gone.png", "no such file"),
         (lambda folder: f"{folder}/gone.hdf5:a", "no such file"),
         (lambda folder: folder / "empty", "an empty folder"),
