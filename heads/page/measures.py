@@ -1,7 +1,7 @@
 """Numbers of one subject's models that the page shows, from one pass over their out-of-fold predictions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -78,52 +78,64 @@ def explainable(ceiling: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class _ImageSums:
-    """Sums over vertices, for each image, of predictions, responses, their squares and products."""
+class _Sums:
+    """Sums over vertices, for each image, of one model's predictions, their squares, and products with responses."""
 
-    n: int
     p: np.ndarray
     pp: np.ndarray
     py: np.ndarray
-    y: np.ndarray
-    yy: np.ndarray
 
     @classmethod
-    def none(cls, n_images: int) -> "_ImageSums":
-        return cls(0, *np.zeros((5, n_images)))
+    def none(cls, n_images: int) -> "_Sums":
+        return cls(*np.zeros((3, n_images)))
 
     def add(self, p: np.ndarray, y: np.ndarray) -> None:
-        self.n += p.shape[1]
         self.p += p.sum(1, dtype=np.float64)
-        self.y += y.sum(1, dtype=np.float64)
         self.pp += np.einsum("iv,iv->i", p, p)
-        self.yy += np.einsum("iv,iv->i", y, y)
         self.py += np.einsum("iv,iv->i", p, y)
 
-    def r(self) -> np.ndarray:
-        return r_from_sums(np.array(self.n), self.p, self.pp, self.py, self.y, self.yy)
 
-
-@dataclass
 class _Pass:
-    """What is gathered block by block."""
+    """What is gathered block by block. Responses of a block are prepared once for all models.
 
-    subject: Subject
-    r: dict[str, np.ndarray] = field(default_factory=dict)
-    spread: dict[str, np.ndarray] = field(default_factory=dict)
-    images: dict[str, _ImageSums] = field(default_factory=dict)
+    r, spread, image_r : as in `Measured`
+    """
 
-    def add(self, block: Block, place: slice, model: str, predictions: np.ndarray) -> None:
-        n = sum(self.subject.n_vertices.values())
+    def __init__(self, subject: Subject) -> None:
+        self._n_vertices, self._explainable = sum(subject.n_vertices.values()), explainable(ceiling_of(subject))
+        self.r: dict[str, np.ndarray] = {}
+        self.spread: dict[str, np.ndarray] = {}
+        self._images: dict[str, _Sums] = {}
+        self._n, self._responses = 0, _Sums.none(len(subject.train))
+
+    def start(self, block: Block, place: slice) -> None:
+        """Take the responses of the block that models are added of next. place : of its vertices among all"""
+        self._block, self._place = block, place
+        spread = block.responses.std(0)
+        counts = (spread > 0) & self._explainable[place]
+        # in units of the response, so that a vertex of large responses counts as any other; one that does not count is 0
+        self._unit = np.where(counts, 1 / np.where(counts, spread, 1), 0).astype(np.float32)
+        self._y = self._in_units(block.responses)
+        self._n += int(counts.sum())
+        self._responses.add(self._y, self._y)
+
+    def add(self, model: str, predictions: np.ndarray) -> None:
+        """Add one model's predictions of the block."""
         for values in (self.r, self.spread):
-            values.setdefault(model, np.zeros(n))
-        self.r[model][place] = pearson_r(predictions, block.responses)
-        self.spread[model][place] = predictions.std(0)
-        # in units of the response, so that a vertex of large responses counts as any other
-        scale = block.responses.std(0)
-        keep = np.flatnonzero((scale > 0) & explainable(ceiling_of(self.subject)[place]))
-        p, y = ((values[:, keep] - values[:, keep].mean(0)) / scale[keep] for values in (predictions, block.responses))
-        self.images.setdefault(model, _ImageSums.none(len(predictions))).add(p, y)
+            values.setdefault(model, np.zeros(self._n_vertices))
+        self.r[model][self._place] = pearson_r(predictions, self._block.responses)
+        self.spread[model][self._place] = predictions.std(0)
+        self._images.setdefault(model, _Sums.none(len(predictions))).add(self._in_units(predictions), self._y)
+
+    def _in_units(self, values: np.ndarray) -> np.ndarray:
+        scaled = values - values.mean(0)
+        scaled *= self._unit
+        return scaled
+
+    @property
+    def image_r(self) -> dict[str, np.ndarray]:
+        y, n = self._responses, np.array(self._n)
+        return {model: r_from_sums(n, p.p, p.pp, p.py, y.p, y.pp) for model, p in self._images.items()}
 
 
 def measure(subject: Subject, scored: Sequence[Scored], n_draws: int = N_DRAWS) -> Measured:
@@ -131,13 +143,13 @@ def measure(subject: Subject, scored: Sequence[Scored], n_draws: int = N_DRAWS) 
     sources = [one.source for one in scored]
     gathered, drawer, starts = _Pass(subject), Drawer(subject, n_draws), surface_blocks(subject)
     for block in blocks_of(subject):
-        drawer.start(block)
         start = starts[block.surface].start
         place = slice(start + block.vertices.start, start + block.vertices.stop)
+        drawer.start(block)
+        gathered.start(block, place)
         for source in sources:
             predictions = source.read(block.surface, block.vertices)
-            gathered.add(block, place, source.name, predictions)
+            gathered.add(source.name, predictions)
             drawer.add(source.name, predictions, gathered.r[source.name][place])
     models = [source.model for source in sources if isinstance(source, StoredModel)]
-    image_r = {model: sums.r() for model, sums in gathered.images.items()}
-    return Measured(subject, models, gathered.r, gathered.spread, image_r, drawer.draws())
+    return Measured(subject, models, gathered.r, gathered.spread, gathered.image_r, drawer.draws())
