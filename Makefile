@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxpro
 .PHONY: demo about-demo test quick coverage check bench docs clean
 
 demo: about-demo .venv/installed
-	$(BIN)/python cli.py run recipes/demo.toml --data $(DEMO)/challenge --work $(DEMO)
+	$(BIN)/python cli.py run recipes/demo.toml --data $(DEMO)/challenge --work $(DEMO) --open
 
 about-demo:
 	@test -e .venv/installed || echo "First the installation into .venv, once: about 3 minutes and 7.2 GB of disk, most of it PyTorch."
