@@ -42,7 +42,7 @@ def export_work(
     refuse_full(folder)
     models, blend, names = models_to_use(subjects, work, model)
     parts, tensors = parts_of_work(models, work, blend, names, network)
-    scores, measure = _scores(subjects, parts, work)
+    scores, measure = _scores([one for one in subjects if one.name in parts.subjects], parts, work)
     card = Card(
         parts=parts,
         data=data,

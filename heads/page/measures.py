@@ -113,7 +113,7 @@ class _Pass:
         self._block, self._place = block, place
         spread = block.responses.std(0)
         counts = (spread > 0) & self._explainable[place]
-        # in units of the response, so that a vertex of large responses counts as any other; one that does not count is 0
+        # in units of the response, so that a vertex of large responses counts as any other; 0 for one that does not
         self._unit = np.where(counts, 1 / np.where(counts, spread, 1), 0).astype(np.float32)
         self._y = self._in_units(block.responses)
         self._n += int(counts.sum())
@@ -128,9 +128,7 @@ class _Pass:
         self._images.setdefault(model, _Sums.none(len(predictions))).add(self._in_units(predictions), self._y)
 
     def _in_units(self, values: np.ndarray) -> np.ndarray:
-        scaled = values - values.mean(0)
-        scaled *= self._unit
-        return scaled
+        return np.asarray((values - values.mean(0)) * self._unit)
 
     @property
     def image_r(self) -> dict[str, np.ndarray]:

@@ -60,6 +60,15 @@ def test_a_blend_of_some_subjects_predicts_these_and_names_the_others(work, subj
     refused(StoreError, "the last blend of subj01; found none; run 'blend' first", subjects[:1], work)
 
 
+def test_the_card_is_of_the_subjects_that_are_exported(work, tmp_path, capfd):
+    assert cli.run(["blend", "--subject", "2", "--method", "uniform", "--quiet"]) == 0
+    capfd.readouterr()
+    assert cli.run(["export", str(tmp_path / "out")]) == 0
+    assert [line[:14] for line in capfd.readouterr().err.splitlines() if "subj01" in line] == ["without subj01"]
+    card = (tmp_path / "out/README.md").read_text()
+    assert "subj02" in card and "subj01" not in card
+
+
 def test_a_blend_of_other_responses_predicts_nothing(work, subjects, monkeypatch):
     monkeypatch.setattr("heads.blend.saved._responses_of", lambda path: {"subj01": "those of another day"})
     refused(StoreError, "a blend of the responses of subj01; found one of others; run 'blend' again", subjects, work)
