@@ -44,7 +44,7 @@ from heads.solvers.held_out import FoldPlan
 from heads.solvers.layers.axes import LANDMARKS
 from heads.solvers.layers.kernels import BLUR, FLOOR
 from heads.solvers.layers.priors import Prior
-from heads.solvers.memory import FEATURE_SHARE, STACK_SHARE
+from heads.solvers.memory import FEATURE_SHARE
 from heads.solvers.ridge import MAX_NUMBERS_AT_ONCE
 
 VERSION = 1  # raised where the same settings give other numbers
@@ -196,7 +196,7 @@ def _compute(task: _Task, config: CompareConfig, device: str, path: Path) -> Non
         + said(memory_at_start() + fixed + block * per_vertex)
     )
     free = spare_memory(config.max_memory)
-    spaces = spaces_of(task.bands, plan, windows, device, held=free * FEATURE_SHARE, stack=free * STACK_SHARE)
+    spaces = spaces_of(task.bands, plan, windows, device, held=free * FEATURE_SHARE)
     weights = image_weights(plan.image_ids, config.seed).astype(np.float32)
     draws = torch.from_numpy(np.concatenate([np.ones((1, plan.n_train), np.float32), weights])).to(device)
     groups = [(surface, roi) for surface in subject.surfaces for roi in (*subject.rois[surface], EVERYTHING)]

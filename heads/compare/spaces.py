@@ -77,12 +77,11 @@ def is_sampled(plan: FoldPlan) -> bool:
 
 
 def spaces_of(
-    bands: Sequence[Band], plan: FoldPlan, windows: Sequence[Prior], device: str, *, held: float, stack: float
+    bands: Sequence[Band], plan: FoldPlan, windows: Sequence[Prior], device: str, *, held: float
 ) -> list[Spaces]:
     """Kernels of the bands for each set of scales of a plan, from their stores, layer by layer.
 
     held : bytes of features of a store that may be kept in memory while it is read
-    stack : bytes of kernels of single places, of one store
     """
     made = []
     sources = {plan.scales(k): plan.source(k) for k in range(len(plan))}
@@ -91,7 +90,7 @@ def spaces_of(
         landmarks = np.sort(np.random.default_rng(0).permutation(scale_rows)[:LANDMARKS]) if is_sampled(plan) else None
         columns: dict[Prior, list[torch.Tensor]] = {window: [] for window in windows}
         for band in bands:
-            of_band = _columns(band, source, scale_rows, landmarks, windows, device, held, stack)
+            of_band = _columns(band, source, scale_rows, landmarks, windows, device, held)
             for window, part in zip(windows, of_band, strict=True):
                 columns[window].append(part[: plan.n_train, : n_columns(plan)].contiguous())
         made.append(Spaces(columns, landmarks))
@@ -106,21 +105,12 @@ def _columns(
     windows: Sequence[Prior],
     device: str,
     held: float,
-    stack: float,
 ) -> list[torch.Tensor]:
     """(n_images, n_columns) kernel of a band under each window; arrays have the same share."""
     n_arrays = sum(len(part.names) for part in band.parts)
     totals: list[torch.Tensor] = []
     for part in band.parts:
         rows = LayerRows(part.stores[source if part.backbone_trained else 0], part.names, device, held)
-        kernels = LayerKernels(rows, scale_rows, stack if landmarks is None else 0)
-        for number, window in enumerate(windows):
-            if landmarks is None:
-                columns = kernels.kernel(window) / n_arrays
-            else:
-                columns = kernels.across(window, landmarks) / n_arrays
-            if number < len(totals):
-                totals[number] += columns
-            else:
-                totals.append(columns)
+        of_part = LayerKernels(rows, scale_rows).under(windows, landmarks).div_(n_arrays)
+        totals = [*of_part] if not totals else [total.add_(more) for total, more in zip(totals, of_part, strict=True)]
     return totals

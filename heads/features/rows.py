@@ -1,6 +1,7 @@
 """Rows of a feature store as heads read them: from memory if they fit, else from the disk, chunk by chunk."""
 
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -68,6 +69,7 @@ class LayerRows:
         self.channels: dict[str, int] = {name: store.arrays[name].shape[-1] for name in arrays}
         self._held: dict[str, np.ndarray] = held or {}
         self._chunks: dict[tuple[str, int], np.ndarray] = {}
+        self._lock = threading.Lock()
         if held:
             self._n_images = len(held[arrays[0]])
             return
@@ -97,6 +99,11 @@ class LayerRows:
     def streamed(self) -> list[str]:
         """Arrays that are not in memory."""
         return [name for name in self.grids if name not in self._held]
+
+    @property
+    def streamed_rows(self) -> int:
+        """Images that are read together from the disk, of the array with most; 0 where all are in memory."""
+        return max((self._store.chunk_rows(name) for name in self.streamed), default=0)
 
     @property
     def held_bytes(self) -> int:
@@ -146,14 +153,15 @@ class LayerRows:
 
     def _chunk(self, name: str, number: int) -> np.ndarray:
         """One chunk of an array; the last few are kept, because batches are drawn from a few."""
-        if (name, number) not in self._chunks:
-            kept = [key for key in self._chunks if key[0] == name]
-            if len(kept) >= self._kept_chunks(name):
-                del self._chunks[kept[0]]
-            first = number * self._store.chunk_rows(name)
-            last = min(first + self._store.chunk_rows(name), len(self._store.image_ids))
-            self._chunks[name, number] = self._store.read(name, first, last)
-        return self._chunks[name, number]
+        with self._lock:  # threads may ask for rows side by side
+            if (name, number) not in self._chunks:
+                kept = [key for key in self._chunks if key[0] == name]
+                if len(kept) >= self._kept_chunks(name):
+                    del self._chunks[kept[0]]
+                first = number * self._store.chunk_rows(name)
+                last = min(first + self._store.chunk_rows(name), len(self._store.image_ids))
+                self._chunks[name, number] = self._store.read(name, first, last)
+            return self._chunks[name, number]
 
     def __getitem__(self, index: torch.Tensor | np.ndarray) -> dict[str, torch.Tensor]:
         return self.rows(np.asarray(index.cpu() if isinstance(index, torch.Tensor) else index))

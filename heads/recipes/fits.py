@@ -9,7 +9,7 @@ from featcache.machine.memory import free_memory
 from heads.config import HEADS, FitConfig
 from heads.modules.core import CORE, Core
 from heads.solvers.layers.priors import DEPTHS, prior_set
-from heads.solvers.layers.sizes import LayeredSizes, counted
+from heads.solvers.layers.sizes import LayeredSizes
 from heads.solvers.memory import FEATURE_SHARE, Sizes, blockwise_bytes, whole_bytes
 from heads.solvers.ridge import VERTEX_BLOCK
 
@@ -134,9 +134,7 @@ def _layered(sizes: FitSizes, depths: Sequence[float | None]) -> LayeredSizes:
     """The counts of a fit under priors, with what it may keep of the memory that is free now."""
     features, free = sizes.features, free_memory()
     stored = float(sum(row.n_bytes for row in features.rows.values())) * sizes.n_images * features.n_stores
-    return counted(
-        features.grids,
-        free,
+    return LayeredSizes(
         n_train=sizes.n_train,
         n_images=sizes.n_images,
         n_fit=(sizes.n_train - sizes.n_train // sizes.n_folds,) * sizes.n_held_out,

@@ -179,6 +179,22 @@ def ratios(stds: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [common / std for std in stds]
 
 
+def joined(parts: Sequence[Fits]) -> Fits:
+    """Fits of neighbouring vertices as one, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    folds = []
+    for of_fold in zip(*(part.folds for part in parts), strict=True):
+        held_out = [
+            Piece(pieces[0].rows, *(torch.cat(values, -1) for values in zip(*(p[1:] for p in pieces), strict=True)))
+            for pieces in zip(*(fold.held_out for fold in of_fold), strict=True)
+        ]
+        test, mean, std = (torch.cat(values, -1) for values in zip(*(fold[1:4] for fold in of_fold), strict=True))
+        folds.append(FoldFit(held_out, test, mean, std))
+    saved = {name: torch.cat([part.saved[name] for part in parts], -1) for name in parts[0].saved}
+    return parts[0]._replace(folds=folds, saved=saved)
+
+
 def mean_of_tests(folds: Sequence[FoldFit]) -> torch.Tensor:
     """(n_test, n_vertices) mean over folds, each brought to one mean and standard deviation first.
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from featcache.machine.device import resolve_dtype
-from featcache.machine.memory import spare_memory
 from featcache.machine.progress import bar
 from heads.config import FitConfig, RidgeConfig
 from heads.features.rows import LayerRows
@@ -27,8 +26,7 @@ from heads.solvers.held_out import FoldPlan, Split
 from heads.solvers.joint import JointHeads, JointTraining, Statistics, TraineeRows, build_joint
 from heads.solvers.layers.priors import prior_set
 from heads.solvers.layers.ridge import PENALTIES, LayeredRidge, scaled_kernels
-from heads.solvers.layers.sizes import VERTEX_BLOCK, counted
-from heads.solvers.memory import CACHE_SHARE, STACK_SHARE
+from heads.solvers.layers.sizes import VERTEX_BLOCK, LayeredSizes
 from heads.solvers.trained import predict
 
 _NEXT_MEMBER = 1_000_003  # between the seeds of two members, so that no usual --fold-seed gives another's
@@ -104,22 +102,19 @@ class CoreSolver:
 
     @cached_property
     def _ridge(self) -> LayeredRidge:
-        free = spare_memory(self._training.config.max_memory)
         outputs = [self._training.outputs(self._number, k) for k in range(len(self._plan))]
-        kernels = scaled_kernels(outputs, self._plan, free * STACK_SHARE)
+        kernels = scaled_kernels(outputs, self._plan)
         priors = prior_set(outputs[0].grids, (None,), self._plan.n_train)
-        return LayeredRidge(
-            kernels, self._plan, RidgeConfig(penalties=PENALTIES), priors, cache_bytes=free * CACHE_SHARE
-        )
+        subject = self._trainee.subject
+        responses = {name: subject.responses(name) for name in subject.surfaces}
+        return LayeredRidge(kernels, self._plan, RidgeConfig(penalties=PENALTIES), priors, responses)
 
     def memory(self, n_vertices: int) -> float:
         """Bytes of the closed form, from counts alone: they are asked for before the core is trained."""
         plan, rows, config = self._plan, self._trainee.rows[0], self._training.config
         height, width, n_channels = Core.shape(rows.shapes, config.core)
         grids, n_features = {CORE: (height, width)}, height * width * n_channels * config.core.members
-        counts = counted(
-            grids,
-            spare_memory(config.max_memory),
+        counts = LayeredSizes(
             n_train=plan.n_train,
             n_images=len(rows),
             n_fit=tuple(len(plan.outside(k)) for k in range(len(plan))),

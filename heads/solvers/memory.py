@@ -10,8 +10,8 @@ from heads.solvers.base import Problem
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.ridge import MAX_NUMBERS_AT_ONCE, VERTEX_BLOCK
 
-# shares of the free memory for features as stored, kernels of single places, and decompositions
-FEATURE_SHARE, STACK_SHARE, CACHE_SHARE = 0.2, 0.2, 0.3
+# share of the free memory for features as stored
+FEATURE_SHARE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,13 @@ import torch
 from heads.config import RidgeConfig
 from heads.modules.linear import LinearMap
 
+_FEW_VERTICES = 64
 _LOO_IMAGES = 1024  # up to here the exact error costs seconds
 # Eigenvalues below this share of the largest are rounding: products in float32, whose epsilon is 1.2e-7, leave null
 # eigenvalues of up to 1e-7 where images are repeated. Products in float64 leave 1e-14 with thousands of images.
 _NULL = {torch.float32: 5e-7, torch.float64: 1e-13}
+_ROUGH_NULL = 2e-6  # the same where the decomposition is in float32 too
+_RESOLVED = 3e-5  # of the largest eigenvalue, see resolved_penalty
 FULL = 0.99  # a fit with more than this share of the degrees of freedom leaves too little error to judge its penalty
 MAX_NUMBERS_AT_ONCE = 1 << 22  # in the predictions under penalties that are tried at once
 VERTEX_BLOCK = 2048  # vertices at a time, so that elementwise steps between two products stay in the processor's cache
@@ -105,11 +108,26 @@ def centre_kernel(across: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     return centred
 
 
-def eigh_of(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues and eigenvectors without the null space. In float64: float32 decompositions can fail on a GPU."""
-    values, vectors = torch.linalg.eigh(gram.double())
-    keep = values > _NULL[gram.dtype] * values.max().clamp_min(torch.finfo(torch.float32).tiny)
+def eigh_of(gram: torch.Tensor, *, precise: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues and eigenvectors without the null space.
+
+    precise : in float64 (docs/decisions/0010); else in the gram's own format, in half the time, on a CPU. On an
+        accelerator it is always in float64: float32 decompositions can fail there
+    """
+    precise = precise or gram.device.type != "cpu"
+    values, vectors = torch.linalg.eigh(gram.double() if precise else gram)
+    null = _NULL[gram.dtype] if precise else _ROUGH_NULL
+    keep = values > null * values.max().clamp_min(torch.finfo(torch.float32).tiny)
     return values[keep].to(gram.dtype), vectors[:, keep].to(gram.dtype)
+
+
+def resolved_penalty(values: torch.Tensor) -> float:
+    """Smallest penalty under which predictions by axes that were decomposed in float32 are right, to about 1e-3.
+
+    values : (rank,) eigenvalues. Their errors are some rounding errors of the largest; a penalty that is a thousand
+    times larger hides them.
+    """
+    return float(values.max()) * _RESOLVED if len(values) else 0.0
 
 
 def penalty_errors(
@@ -173,6 +191,46 @@ def _loo_errors(
         residuals = responses[:, None] - fitted.view(len(scores), len(shrinkages), -1)
         errors.append((residuals / divisors[:, :, None]).square().mean(0))
     return torch.cat(errors)
+
+
+def least_loo_errors(
+    values: torch.Tensor,
+    rotated: torch.Tensor,
+    penalties: torch.Tensor,
+    scores: torch.Tensor,
+    responses: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n_vertices,) least exact leave-one-out error of each vertex, and the number of its penalty.
+
+    Each vertex goes down from the penalty that generalised cross-validation prefers, until both neighbours are worse:
+    three or four products where there are nine penalties. The answer is that of all penalties, unless the error has
+    several valleys.
+
+    values, rotated : eigenvalues of X'X (rank,), and U'X'Y (rank, n_vertices)
+    penalties : (n_penalties,) ascending
+    scores, responses : XU (n_images, rank), and centred responses (n_images, n_vertices)
+    """
+    squares, n_vertices = sum_of_squares(responses), responses.shape[1]
+    offered = penalty_errors(values, len(scores), rotated, squares, penalties, None)
+    if n_vertices < _FEW_VERTICES:  # too few to be worth taking apart
+        errors = penalty_errors(values, len(scores), rotated, squares, penalties, (scores, responses))
+        least, which = errors.min(0)
+        return least, which
+    allowed = offered.isfinite().any(1)  # a penalty is judged for all vertices, or leaves too little error to judge it
+    shrinkage = values / (values + penalties[:, None])
+    errors = torch.full_like(offered, torch.inf)
+    which, numbers = offered.argmin(0), torch.arange(len(penalties), device=values.device)[:, None]
+    while True:
+        near = (numbers - which).abs() <= 1
+        wanted = near & errors.isinf() & allowed[:, None]
+        if not wanted.any():
+            return errors.gather(0, which[None])[0], which
+        for number in torch.nonzero(wanted.any(1))[:, 0].tolist():
+            some = torch.nonzero(wanted[number])[:, 0]
+            of_penalty = shrinkage[number : number + 1]
+            (found,) = _loo_errors(values, rotated[:, some], of_penalty, scores, responses[:, some])
+            errors[number, some] = found.clamp_max(torch.finfo(found.dtype).max).to(errors.dtype)
+        which = errors.argmin(0)
 
 
 def held_out_errors(

@@ -52,7 +52,7 @@ class SpatialTraining(JointTraining):
         for trainee, task in zip(self.trainees, tasks, strict=True):
             rows = trainee.fold_rows(k)
             number = trainee.plan.scales(k)
-            kernels = LayerKernels(rows, trainee.plan.scale_rows(number), 0)
+            kernels = LayerKernels(rows, trainee.plan.scale_rows(number))
             weights = flat_weights(kernels, self._basis(kernels, number, task.train_rows), task.responses, penalties)
             scales = {name: (variance + _EPS).sqrt() for name, (_, variance) in statistics.items()}
             maps.append({n: w.T.reshape(w.shape[1], rows.n_places(n), -1) * scales[n] for n, w in weights.items()})

@@ -28,7 +28,7 @@ def bands(tmp_path):
 
 def test_bands_of_any_size_have_the_same_share_and_parts_have_equal_ones(bands):
     plan = plan_of(N_TRAIN, 4)
-    made = spaces_of(bands, plan, WINDOWS, "cpu", held=1e9, stack=1e9)
+    made = spaces_of(bands, plan, WINDOWS, "cpu", held=1e9)
     assert len(made) == 2 and all(of_set.landmarks is None for of_set in made)
     for number, of_set in enumerate(made):
         rows = plan.scale_rows(number)
@@ -36,19 +36,19 @@ def test_bands_of_any_size_have_the_same_share_and_parts_have_equal_ones(bands):
             for kernel in of_set.columns[window]:
                 assert kernel.shape == (N_TRAIN, N_TRAIN)
                 assert float(kernel.diagonal()[rows].mean()) == pytest.approx(1, abs=1e-4)
-    near = spaces_of([Band("near", (bands[2].parts[0],))], plan, WINDOWS[:1], "cpu", held=0, stack=0)[0]
+    near = spaces_of([Band("near", (bands[2].parts[0],))], plan, WINDOWS[:1], "cpu", held=0)[0]
     first = made[0].columns[WINDOWS[0]]
     torch.testing.assert_close(first[2], (near.columns[WINDOWS[0]][0] + first[1]) / 2, atol=1e-4, rtol=1e-4)
 
 
 def test_landmarks_are_columns_of_images_that_no_fold_holds_out(bands, monkeypatch):
     plan = plan_of(N_TRAIN, 4)
-    whole = spaces_of(bands, plan, WINDOWS, "cpu", held=1e9, stack=1e9)
+    whole = spaces_of(bands, plan, WINDOWS, "cpu", held=1e9)
     assert not is_sampled(plan) and n_columns(plan) == N_TRAIN
     monkeypatch.setattr(module, "LANDMARKS", 30)
     assert is_sampled(plan) and n_columns(plan) == 30
     for number, (every, some) in enumerate(
-        zip(whole, spaces_of(bands, plan, WINDOWS, "cpu", held=0, stack=0), strict=True)
+        zip(whole, spaces_of(bands, plan, WINDOWS, "cpu", held=0), strict=True)
     ):
         assert len(some.landmarks) == 30 and np.isin(some.landmarks, plan.scale_rows(number)).all()
         for window in WINDOWS:

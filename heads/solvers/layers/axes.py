@@ -9,9 +9,11 @@ images, features and landmarks decides:
 
 Let C be the kernel of all images with the landmarks, and W W' the inverse of the kernel of the landmarks. Then C W are
 features whose inner products approximate the kernel (Williams and Seeger 2001, Advances in Neural Information
-Processing Systems 13).
+Processing Systems 13). W is the inverse of a Cholesky factor, of a kernel that a little is added to on its diagonal:
+much less than the smallest penalty, and more than rounding.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +21,9 @@ import torch
 
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import Prior
-from heads.solvers.ridge import centre_kernel, eigh_of
+from heads.solvers.ridge import centre_kernel, eigh_of, resolved_penalty
 
+_JITTER = 1e-5  # of the mean of the diagonal of the landmarks' kernel, added to it
 LANDMARKS = 2048  # number of landmark images, if both images and features are more (docs/decisions/0014)
 
 
@@ -33,6 +36,7 @@ class Basis:
     features : (n_images, n) of all images; folds may share them
     mean, axes : (n,) and (n, rank): scores on the axes are (features - mean) @ axes; None: features are the scores
     span : landmarks and their W, if the features come from landmarks
+    resolved : smallest penalty that the arithmetic of the decomposition allows; 0 in float64
     """
 
     rows: np.ndarray
@@ -41,6 +45,7 @@ class Basis:
     mean: torch.Tensor | None = None
     axes: torch.Tensor | None = None
     span: tuple[np.ndarray, torch.Tensor] | None = None
+    resolved: float = 0.0
 
     def scores(self, rows: np.ndarray) -> torch.Tensor:
         """(len(rows), rank) scores of any images."""
@@ -52,12 +57,26 @@ class Basis:
         cross = self.features[self.rows].T @ target  # the target is centred, so the features need not be
         return cross if self.axes is None else self.axes.T @ cross
 
+    def on_features(self, weights: torch.Tensor) -> torch.Tensor:
+        """(n, n_vertices) weights on the features, from weights on the axes, (rank, n_vertices)."""
+        return weights if self.axes is None else self.axes @ weights
+
     def predictions(self, weights: torch.Tensor) -> torch.Tensor:
-        """(n_images, n_vertices) predictions without intercept, from weights on the axes, (rank, n_vertices)."""
-        if self.axes is None or self.mean is None:
+        """(n_images, n_vertices) predictions without intercept. weights : (n, n_vertices) on the features"""
+        if self.mean is None:
             return self.features @ weights
-        feature_weights = self.axes @ weights
-        return torch.addmm(-(self.mean @ feature_weights), self.features, feature_weights)
+        return torch.addmm(-(self.mean @ weights), self.features, weights)
+
+    def spanned(self, weights: torch.Tensor) -> tuple[np.ndarray | None, torch.Tensor]:
+        """Image rows and dual weights with the same predictions, up to an intercept; None: the weights on features.
+
+        weights : (n, n_vertices) on the features
+        """
+        if self.axes is not None:
+            return None, weights
+        duals = self.features[self.rows] @ (weights / self.values[:, None])
+        # kernels are centred over these images, which axes of small eigenvalues are not exactly
+        return self.rows, duals - duals.mean(0)
 
     def dual(self, weights: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
         """(image rows, dual weights (n, n_vertices)) with the same predictions, up to an intercept.
@@ -66,7 +85,6 @@ class Basis:
         """
         if self.span is None or self.axes is None:
             duals = self.scores(self.rows) @ (weights / self.values[:, None])
-            # kernels are centred over these images, which axes of small eigenvalues are not exactly
             return self.rows, duals - duals.mean(0)
         landmarks, whitening = self.span
         return landmarks, whitening @ (self.axes @ weights)
@@ -85,11 +103,11 @@ class PriorView:
     values: torch.Tensor
     span: tuple[np.ndarray, torch.Tensor] | None = None
 
-    def basis(self, rows: np.ndarray) -> Basis:
-        """Axes of the images that a fold trains on."""
+    def basis(self, rows: np.ndarray, *, precise: bool = True) -> Basis:
+        """Axes of the images that a fold trains on. precise : see eigh_of"""
         if self.method == "images":
-            return basis_of_kernel(self.values, rows)
-        return basis_of_features(self.values, rows, self.span)
+            return basis_of_kernel(self.values, rows, precise=precise)
+        return basis_of_features(self.values, rows, self.span, precise=precise)
 
 
 def method_for(n_images: int, n_features: int) -> str:
@@ -99,41 +117,66 @@ def method_for(n_images: int, n_features: int) -> str:
     return "images" if n_features >= n_images else "features"
 
 
+def landmarks_of(kernels: LayerKernels) -> np.ndarray:
+    """Numbers of the landmark images, the same for every prior.
+
+    A held-out image must not be a landmark of its fold: landmarks are images that the scales are of.
+    """
+    return np.sort(np.random.default_rng(0).permutation(kernels.scale_rows)[:LANDMARKS])
+
+
 def view_under(prior: Prior, kernels: LayerKernels, method: str) -> PriorView:
     """Kernel or features of all images under a prior."""
-    if method == "landmarks":
-        # a held-out image must not be a landmark of its fold: landmarks are images that the scales are of
-        landmarks = np.sort(np.random.default_rng(0).permutation(kernels.scale_rows)[:LANDMARKS])
-        features, whitening = landmark_features(kernels.across(prior, landmarks), landmarks)
-        return PriorView(method, features, (landmarks, whitening))
-    return PriorView(method, kernels.kernel(prior) if method == "images" else kernels.features(prior))
+    return next(views_under([prior], kernels, method))
 
 
-def basis_of_kernel(kernel: torch.Tensor, rows: np.ndarray) -> Basis:
+def views_under(priors: Sequence[Prior], kernels: LayerKernels, method: str) -> Iterator[PriorView]:
+    """The same under several priors, in one pass over the rows."""
+    if method == "features":
+        yield from (PriorView(method, kernels.features(prior)) for prior in priors)
+    elif method == "images":
+        yield from (PriorView(method, kernel) for kernel in kernels.under(priors))
+    else:
+        landmarks = landmarks_of(kernels)
+        for across in kernels.under(priors, landmarks):
+            features, whitening = landmark_features(across, landmarks)
+            yield PriorView(method, across.copy_(features), (landmarks, whitening))  # one memory for both
+
+
+def basis_of_kernel(kernel: torch.Tensor, rows: np.ndarray, *, precise: bool = True) -> Basis:
     """Axes from a kernel (n_images, n_images), centred over the training images."""
-    index = torch.from_numpy(rows).to(kernel.device)
-    across = kernel[:, index]
-    centred = centre_kernel(across, across[index].mean(0))
-    values, vectors = eigh_of(centred[index])
-    scores = centred @ (vectors / values.sqrt())
+    others = np.setdiff1d(np.arange(len(kernel)), rows)
+    index, outside = (torch.from_numpy(some).to(kernel.device) for some in (rows, others))
+    own = kernel[index][:, index]
+    means = own.mean(0)
+    values, vectors = eigh_of(centre_kernel(own, means), precise=precise)
+    scores = kernel.new_empty(len(kernel), len(values))
+    scores[outside] = centre_kernel(kernel[outside][:, index], means) @ (vectors / values.sqrt())
     # the same number without the rounding of the kernel, which small eigenvalues would magnify in dual weights
     scores[index] = vectors * values.sqrt()
-    return Basis(rows, values, scores)
+    return Basis(rows, values, scores, resolved=0.0 if precise else resolved_penalty(values))
 
 
 def basis_of_features(
-    features: torch.Tensor, rows: np.ndarray, span: tuple[np.ndarray, torch.Tensor] | None = None
+    features: torch.Tensor,
+    rows: np.ndarray,
+    span: tuple[np.ndarray, torch.Tensor] | None = None,
+    *,
+    precise: bool = True,
 ) -> Basis:
     """Axes from features (n_images, n), which may come from landmarks."""
     train_features = features[rows]
     mean = train_features.mean(0)
     train_features -= mean
-    values, vectors = eigh_of(train_features.T @ train_features)
-    return Basis(rows, values, features, mean, vectors, span)
+    values, vectors = eigh_of(train_features.T @ train_features, precise=precise)
+    resolved = 0.0 if precise else resolved_penalty(values)
+    return Basis(rows, values, features, mean, vectors, span, resolved)
 
 
 def landmark_features(across: torch.Tensor, landmarks: np.ndarray | slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n_images, rank) features and W (n_landmarks, rank), from kernels of all images with the landmarks."""
-    values, vectors = eigh_of(across[landmarks])
-    whitening = vectors / values.sqrt()
+    """(n_images, n_landmarks) features and W (n_landmarks, n_landmarks), from kernels of all images with landmarks."""
+    kernel = across[landmarks].double()
+    kernel.diagonal().add_(_JITTER * kernel.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+    factor = torch.linalg.cholesky(kernel, upper=True)
+    whitening = torch.linalg.solve_triangular(factor, torch.eye(len(kernel)).to(kernel), upper=True).to(across.dtype)
     return across @ whitening, whitening

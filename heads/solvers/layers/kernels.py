@@ -7,120 +7,109 @@ layer has the same share of the kernel's trace, times the prior's share for its 
 places, so it takes one pass over the store, in blocks of images.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from featcache.machine.threads import side_by_side
 from heads.features.rows import LayerRows
 from heads.solvers.layers.priors import Prior, depths_of
 
-_MAX_DUAL_NUMBERS = 1 << 25  # in the dual weights of the places that are multiplied at once
+_MAX_DUAL_NUMBERS = 1 << 23  # in the dual weights of the places that are multiplied at once
+_PRODUCT_NUMBERS, _LEAST_ROWS = 1 << 23, 64  # in the inner products of single places at a time, and images at least
 _CONSTANT = 1e-12  # variance of a channel that counts as constant, as a share of its squared mean: rounding of float32
 FLOOR = 0.1  # least variance of a channel before it is scaled, as a share of the mean over its array's channels
 BLUR = 0.75  # standard deviation over places, in cells of a 7 x 7 grid (docs/decisions/0013)
-
-
-class _Statistics(NamedTuple):
-    """Statistics of the features of some images, {array: tensor}."""
-
-    means: dict[str, torch.Tensor]  # (n_places, n_channels)
-    stds: dict[str, torch.Tensor]  # (n_channels,)
-    traces: dict[str, torch.Tensor]  # (n_places,)
 
 
 class LayerKernels:
     """Kernels of one store's images under any prior.
 
     scale_rows : numbers of the images that means, scales and traces are of
-    stack_bytes : memory that kernels of single places may take; if they fit, each is computed once
+    whole : whether the prepared rows of all images are kept in memory, as kernels of all pairs of images need them
     """
 
-    def __init__(
-        self, rows: LayerRows, scale_rows: np.ndarray, stack_bytes: float, statistics: "_Statistics | None" = None
-    ) -> None:
+    def __init__(self, rows: LayerRows, scale_rows: np.ndarray, whole: bool = False) -> None:
         self.rows, self.scale_rows = rows, scale_rows
-        self._prepared: dict[str, torch.Tensor] = {}  # kept only with the stack, for few images
         self._depths = depths_of(list(rows.grids))
         self._blurs = {name: _blur_matrix(grid).to(rows.device) for name, grid in rows.grids.items()}
-        if statistics is None:
-            moments = {name: rows.mean_and_variance(name, scale_rows) for name in rows.grids}
-            self.means = {name: mean for name, (mean, _) in moments.items()}
-            self._stds = {name: _stds(*of_array) for name, of_array in moments.items()}
-            self._traces = {name: self._trace(name) for name in rows.grids}
-        else:
-            self.means, self._stds, self._traces = statistics
-        self._last: tuple[Prior, torch.Tensor] | None = None
-        self._stack_limit = stack_bytes
-        self._stack: torch.Tensor | None = self._place_kernels() if self.stack_bytes_of(len(rows)) > 0 else None
-
-    def stack_bytes_of(self, n_images: int) -> int:
-        """Bytes that kernels of single places take for so many images; 0 if above the limit."""
-        wanted = 4 * sum(map(self.rows.n_places, self.rows.grids)) * n_images**2
-        return wanted if wanted <= self._stack_limit else 0
-
-    @property
-    def stack_bytes(self) -> int:
-        """Bytes of the kernels of single places that are kept, and of the rows that they were computed from."""
-        return 0 if self._stack is None else 4 * sum(t.numel() for t in (self._stack, *self._prepared.values()))
+        moments = side_by_side(lambda name: rows.mean_and_variance(name, scale_rows), rows.grids, rows.device)
+        self.means = {name: mean for name, (mean, _) in zip(rows.grids, moments, strict=True)}
+        self._stds = {name: _stds(*of_array) for name, of_array in zip(rows.grids, moments, strict=True)}
+        self._last: tuple[np.ndarray, dict[str, torch.Tensor]] | None = None
+        self._whole: dict[str, torch.Tensor] | None = None
+        if whole:
+            self._whole = self._all_prepared(np.arange(len(rows)))
+        self._traces = dict(zip(rows.grids, side_by_side(self._trace, rows.grids, rows.device), strict=True))
 
     def kernel(self, prior: Prior) -> torch.Tensor:
         """(n_images, n_images) float32 kernel on the device under a prior; not centred over any fold."""
-        if self._stack is not None or 4 * len(self.rows.grids) * len(self.rows) ** 2 <= self._stack_limit:
-            kernel: torch.Tensor = torch.tensordot(self._layer_shares(prior), self._windowed(prior), 1)
-            return kernel
-        total = self._zeros()
-        for name, share in self.shares(prior).items():
-            self._add_array(total, name, share)
-        return total
+        return self.under([prior])[0]
 
-    def _zeros(self) -> torch.Tensor:
-        return torch.zeros(len(self.rows), len(self.rows), device=self.rows.device)
+    def under(
+        self, priors: Sequence[Prior], columns: np.ndarray | None = None, images: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """(n_priors, n_images, n_columns) float32 kernels of images with others, in one pass over the rows.
 
-    def _windowed(self, prior: Prior) -> torch.Tensor:
-        """(n_arrays, n_images, n_images) kernel of each array under the prior's window; kept, for the same window."""
-        window = replace(prior, depth=None)
-        if self._last is None or self._last[0] != window:
-            kernels = [self._zeros() for _ in self.rows.grids]
-            for kernel, (name, share) in zip(kernels, self.shares(window).items(), strict=True):
-                self._add_array(kernel, name, share)
-            self._last = (window, torch.stack(kernels))
+        columns, images : numbers of these images; None: all images
+
+        Inner products of single places are computed once, for a few images at a time, and weighed for every prior.
+        """
+        symmetric = columns is None and images is None
+        everyone = np.arange(len(self.rows))
+        columns, images = everyone if columns is None else columns, everyone if images is None else images
+        kernels = torch.zeros(len(priors), len(images), len(columns), device=self.rows.device)
+        by_prior, prepared = [self.shares(prior) for prior in priors], self._prepared(columns)
+        shares = {name: torch.stack([of_prior[name] for of_prior in by_prior]) for name in self.rows.grids}
+        step = self._step(len(columns))
+
+        def add_rows(start: int) -> None:
+            rows, first = slice(start, start + step), start if symmetric else 0
+            target = kernels[:, rows, first:]
+            for name, of_array in shares.items():
+                left = self._some_prepared(name, images[rows])
+                products = torch.bmm(left, prepared[name][:, first:].transpose(1, 2))
+                target += (of_array @ products.flatten(1)).view(target.shape)
+
+        starts = range(0, len(images), step)
+        side_by_side(add_rows, starts, self.rows.device)
+        for start in starts if symmetric else ():  # each pair of images was multiplied once
+            rows, others = slice(start, start + step), slice(start + step, None)
+            kernels[:, others, rows] = kernels[:, rows, others].transpose(1, 2)
+        return kernels
+
+    def _step(self, n_columns: int) -> int:
+        """Images at a time whose inner products of single places take a few tens of megabytes."""
+        widest = max(map(self.rows.n_places, self.rows.grids))
+        step = max(_PRODUCT_NUMBERS // (widest * max(n_columns, 1)), _LEAST_ROWS)
+        return max(step, self.rows.streamed_rows)  # a chunk on the disk is read as a whole
+
+    def _prepared(self, index: np.ndarray) -> dict[str, torch.Tensor]:
+        """{array: (n_places, len(index), n_channels)} prepared rows of some images; the last are kept."""
+        if self._whole is not None:
+            return self._whole if len(index) == len(self.rows) else self._all_prepared(index)
+        if self._last is None or not np.array_equal(self._last[0], index):
+            self._last = index, self._all_prepared(index)
         return self._last[1]
 
-    def _layer_shares(self, prior: Prior) -> torch.Tensor:
-        """(n_arrays,) share of each layer, by its depth."""
-        shares = [prior.layer(self._depths[name]) for name in self.rows.grids]
-        return torch.tensor(shares, dtype=torch.float32, device=self.rows.device)
+    def _all_prepared(self, index: np.ndarray) -> dict[str, torch.Tensor]:
+        made = side_by_side(lambda name: self._some_prepared(name, index), self.rows.grids, self.rows.device)
+        return dict(zip(self.rows.grids, made, strict=True))
+
+    def _some_prepared(self, name: str, index: np.ndarray) -> torch.Tensor:
+        """(n_places, len(index), n_channels) rows of an array, centred, scaled and blurred."""
+        if self._whole is not None:
+            whole = self._whole[name]
+            return whole[:, index[0] : index[-1] + 1] if _is_range(index) else whole[:, torch.from_numpy(index)]
+        return torch.cat([self._prepare(name, block) for block in self.rows.blocks(name, index)], 1)
 
     def features(self, prior: Prior) -> torch.Tensor:
         """(n_images, n_features) float32 features whose inner products are the kernel."""
-        shares = self.shares(prior)
-        return torch.cat(
-            [
-                torch.cat([(block * shares[name].sqrt()[:, None]).flatten(1) for _, block in self._blocks(name)])
-                for name in self.rows.grids
-            ],
-            1,
-        )
-
-    def across(self, prior: Prior, landmarks: np.ndarray) -> torch.Tensor:
-        """(n_images, len(landmarks)) float32 columns of the kernel."""
-        columns = torch.zeros(len(self.rows), len(landmarks), device=self.rows.device)
-        landmark_rows = self.rows.subset(landmarks)
-        for name, share in self.shares(prior).items():
-            if share.any():
-                scale = share.sqrt()[:, None]
-                landmark_features = (self._prepare(name, landmark_rows.read(name)) * scale).flatten(1)
-                for start, block in self._blocks(name):
-                    columns[start : start + len(block)] += (block * scale).flatten(1) @ landmark_features.T
-        return columns
-
-    def of_images(self, index: np.ndarray) -> "LayerKernels":
-        """Kernels of some images, with the same means, scales and traces."""
-        statistics = _Statistics(self.means, self._stds, self._traces)
-        return LayerKernels(self.rows.subset(index), self.scale_rows, self._stack_limit, statistics)
+        shares, prepared = self.shares(prior), self._prepared(np.arange(len(self.rows)))
+        scaled = [prepared[name] * shares[name].sqrt()[:, None, None] for name in self.rows.grids]
+        return torch.cat([array.transpose(0, 1).flatten(1) for array in scaled], 1)
 
     def shares(self, prior: Prior) -> dict[str, torch.Tensor]:
         """{array: (n_places,)} factor of each place's kernel."""
@@ -128,82 +117,71 @@ class LayerKernels:
         for name, grid in self.rows.grids.items():
             window = torch.as_tensor(prior.window(grid), dtype=torch.float32, device=self.rows.device)
             trace = (window * self._traces[name]).sum()
-            scale = prior.layer(self._depths[name]) * len(self.scale_rows) / trace if trace > 0 else 0.0
-            shares[name] = window * scale
+            scale = prior.layer(self._depths[name]) * len(self.scale_rows)
+            # as a tensor: its value is asked of an accelerator nowhere
+            shares[name] = torch.where(trace > 0, window * scale / trace, 0.0)
         return shares
 
-    def weights(self, priors: Sequence[Prior], duals: torch.Tensor) -> dict[str, torch.Tensor]:
+    def weights(self, priors: Sequence[Prior], images: np.ndarray, duals: torch.Tensor) -> dict[str, torch.Tensor]:
         """{array: (n_places * n_channels, n_vertices)} weights on the features as stored.
 
-        duals : (n_priors, n_images, n_vertices); predictions are the sum over priors of kernel @ dual, up to an
+        images : numbers of the images that dual weights are of
+        duals : (n_priors, len(images), n_vertices); predictions are the sum over priors of kernel @ dual, up to an
             intercept
         """
         # duals are mixed for each place by its shares first, so that features are multiplied once for all priors
-        shares = [self.shares(prior) for prior in priors]
-        return {name: self._array_weights(name, torch.stack([s[name] for s in shares]), duals) for name in self.means}
+        shares, prepared = [self.shares(prior) for prior in priors], self._prepared(images)
+        mixed = {name: torch.stack([of_prior[name] for of_prior in shares]) for name in self.means}
+        return {name: self._as_stored(name, _weighed(prepared[name], mixed[name].T, duals)) for name in self.means}
 
-    def _array_weights(self, name: str, shares: torch.Tensor, duals: torch.Tensor) -> torch.Tensor:
-        n_places, n_vertices = shares.shape[1], duals.shape[2]
-        total = torch.zeros(n_places, self.rows.channels[name], n_vertices, device=duals.device)
-        for start, block in self._blocks(name):
-            part = duals[:, start : start + len(block)]
-            n_at_once = max(_MAX_DUAL_NUMBERS // max(part[0].numel(), 1), 1)
-            for places in (slice(start, start + n_at_once) for start in range(0, n_places, n_at_once)):
-                mixed = torch.tensordot(shares[:, places].T, part, 1)  # (places, n_images, n_vertices)
-                total[places] += torch.bmm(block[:, places].permute(1, 2, 0), mixed)
-        blurred = (self._blurs[name].T @ total.flatten(1)).view_as(total)
+    def weights_of_features(self, prior: Prior, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same from weights on `features`, (n_features, n_vertices)."""
+        shapes = {name: (self.rows.n_places(name), self.rows.channels[name]) for name in self.means}
+        parts = dict(zip(shapes, weights.split([math.prod(shape) for shape in shapes.values()]), strict=True))
+        shares = self.shares(prior)
+        return {
+            name: self._as_stored(name, parts[name].view(*shapes[name], -1) * shares[name].sqrt()[:, None, None])
+            for name in self.means
+        }
+
+    def _as_stored(self, name: str, weights: torch.Tensor) -> torch.Tensor:
+        """Weights on stored rows from weights on prepared rows, (n_places, n_channels, n_vertices)."""
+        blurred = (self._blurs[name].T @ weights.flatten(1)).view_as(weights)
         return (blurred / self._stds[name][:, None]).flatten(0, 1)
 
-    def _add_array(self, total: torch.Tensor, name: str, share: torch.Tensor) -> None:
-        """Add the kernel of one array to the total. share : (n_places,)"""
-        if self._stack is not None:
-            sizes = list(map(self.rows.n_places, self.rows.grids))
-            kernels = self._stack.split(sizes)[list(self.rows.grids).index(name)]
-            total += torch.tensordot(share, kernels, 1)
-        elif share.any():
-            self._add_products(total, name, share.sqrt())
-
-    def _add_products(self, total: torch.Tensor, name: str, scale: torch.Tensor) -> None:
-        """Add inner products in blocks of images; the kernel is symmetric, so each pair of blocks is computed once."""
-        for start, left in self._blocks(name):
-            left = (left * scale[:, None]).flatten(1)
-            for other, right in self._blocks(name, start + len(left)):
-                product = left @ (right * scale[:, None]).flatten(1).T
-                total[start : start + len(left), other : other + len(right)] += product
-                if other != start:
-                    total[other : other + len(right), start : start + len(left)] += product.T
-
-    def _place_kernels(self) -> torch.Tensor:
-        """(places of all arrays, n_images, n_images) kernels of single places; keeps the prepared rows."""
-        n_places = sum(map(self.rows.n_places, self.rows.grids))
-        stack, first = torch.empty(n_places, len(self.rows), len(self.rows), device=self.rows.device), 0
-        for name in self.rows.grids:
-            self._prepared[name] = torch.cat([block for _, block in self._blocks(name)])
-            places = self._prepared[name].transpose(0, 1)
-            torch.bmm(places, places.transpose(1, 2), out=stack[first : first + len(places)])
-            first += len(places)
-        return stack
-
-    def _blocks(self, name: str, stop: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, (n, n_places, n_channels) prepared features) of each block of images."""
-        stop = len(self.rows) if stop is None else stop
-        if name in self._prepared:
-            yield 0, self._prepared[name][:stop]
-            return
-        step = self.rows.block_rows(name)
-        for start in range(0, stop, step):
-            yield start, self._prepare(name, self.rows.read(name, start, min(start + step, stop)))
-
     def _prepare(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of an array, centred, scaled and blurred."""
-        return self._blurs[name] @ ((rows - self.means[name]) / self._stds[name])
+        """Rows of an array, (n, n_places, n_channels), centred, scaled and blurred; places come first afterwards."""
+        by_place = rows.transpose(0, 1)
+        scaled = torch.addcmul(-self.means[name][:, None] / self._stds[name], by_place, 1 / self._stds[name])
+        return (self._blurs[name] @ scaled.flatten(1)).view_as(scaled) if len(scaled) > 1 else scaled
 
     def _trace(self, name: str) -> torch.Tensor:
         """(n_places,) sum of squares over the images of the scales and over channels."""
         total = torch.zeros(self.rows.n_places(name), device=self.rows.device)
-        for block in self.rows.blocks(name, self.scale_rows):
-            total += self._prepare(name, block).square().sum((0, 2))
+        step = self.rows.block_rows(name)
+        for start in range(0, len(self.scale_rows), step):
+            total += self._some_prepared(name, self.scale_rows[start : start + step]).square().sum((1, 2))
         return total
+
+
+def _is_range(index: np.ndarray) -> bool:
+    """Whether numbers follow one another."""
+    return len(index) > 0 and bool((np.diff(index) == 1).all())
+
+
+def _weighed(prepared: torch.Tensor, shares: torch.Tensor, duals: torch.Tensor) -> torch.Tensor:
+    """(n_places, n_channels, n_vertices) prepared rows times dual weights, weighed by place and summed over images.
+
+    prepared : (n_places, n_images, n_channels); shares : (n_places, n_priors)
+    duals : (n_priors, n_images, n_vertices)
+    """
+    n_places, n_images, n_channels = prepared.shape
+    weights = prepared.new_empty(n_places, n_channels, duals.shape[2])
+    n_at_once = max(_MAX_DUAL_NUMBERS // max(duals[0].numel(), 1), 1)
+    for places in (slice(start, start + n_at_once) for start in range(0, n_places, n_at_once)):
+        mixed = (shares[places] @ duals.flatten(1)).view(-1, n_images, duals.shape[2])
+        torch.bmm(prepared[places].transpose(1, 2), mixed, out=weights[places])
+    return weights
 
 
 def _stds(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:

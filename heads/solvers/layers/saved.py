@@ -1,14 +1,12 @@
 """Weights under priors on the features as stored, to be saved."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
+import numpy as np
 import torch
 
-from featcache.machine.tensors import large_zeros
 from heads.solvers.base import FoldFit, ratios
 from heads.solvers.held_out import FoldPlan
-from heads.solvers.layers import sizes
 from heads.solvers.layers.axes import Basis
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import Prior
@@ -19,65 +17,75 @@ class SavedWeights:
 
     kernels : for each set of scales
     folds : what each fold predicts
-    spool : folder for weights that are larger than the memory; None: all are in memory
     """
 
-    def __init__(
-        self,
-        kernels: Sequence[LayerKernels],
-        plan: FoldPlan,
-        folds: Sequence[FoldFit],
-        spool: Path | None = None,
-    ) -> None:
-        self._kernels, self._plan, self._folds, self._spool = kernels, plan, folds, spool
+    def __init__(self, kernels: Sequence[LayerKernels], plan: FoldPlan, folds: Sequence[FoldFit]) -> None:
+        self._kernels, self._plan, self._folds = kernels, plan, folds
         self._n_vertices = folds[0].test.shape[1]
         self._share = 1.0 if plan.backbone_trained else 1 / len(plan)  # of a fold in the heads that are saved
         stds = [fold.test_std for fold in folds]
         self._factors = [torch.ones_like(s) for s in stds] if plan.backbone_trained else ratios(stds)
-        self._pending: list[dict[Prior, torch.Tensor]] = [{} for _ in kernels]
-        self._heads: dict[tuple[str, str], torch.Tensor] = {}
+        self._pending: list[dict[Prior, _Pending]] = [{} for _ in kernels]
 
     def add(self, prior: Prior, k: int, basis: Basis, vertices: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add the weights of one prior. weights : (rank, len(vertices)) on the axes of fold k"""
-        scales = self._plan.scales(k)
-        pending = self._pending[scales]
+        """Add the weights of one prior. weights : (n, len(vertices)) on the features of the basis of fold k"""
+        pending = self._pending[self._plan.scales(k)]
+        rows, on_rows = basis.spanned(weights)
         if prior not in pending:
-            n_images = len(self._kernels[0].rows)
-            if 4 * n_images * self._n_vertices * len(pending) > sizes.PENDING_BYTES:
-                self._flush(scales)
-            pending = self._pending[scales]
-            pending[prior] = weights.new_zeros(n_images, self._n_vertices)
-        index, dual = basis.dual(weights)
-        rows = torch.as_tensor(index, device=vertices.device)[:, None]
-        pending[prior][rows, vertices] += dual * self._factors[k][vertices] * self._share
-
-    def _flush(self, scales: int) -> None:
-        """Multiply the pending dual weights with features and add the products to the heads."""
-        pending, self._pending[scales] = self._pending[scales], {}
-        if not pending:
-            return
-        kernels, duals = self._kernels[scales], torch.stack(list(pending.values()))
-        for start in range(0, self._n_vertices, sizes.VERTEX_BLOCK):
-            vertices = slice(start, start + sizes.VERTEX_BLOCK)
-            for name, values in kernels.weights(list(pending), duals[:, :, vertices]).items():
-                self._add(scales, f"{name}.weights", values, vertices)
-                # the mean prediction is the prediction of the mean features
-                self._add(scales, "intercept", -(kernels.means[name].flatten() @ values), vertices)
-
-    def _add(self, scales: int, part: str, values: torch.Tensor, vertices: slice = slice(None)) -> None:
-        prefixes = self._plan.prefixes
-        name = prefixes[scales if len(prefixes) > 1 else 0], part
-        if name not in self._heads:
-            self._heads[name] = large_zeros(self._spool, *values.shape[:-1], self._n_vertices)
-        self._heads[name][..., vertices] += values.cpu()
+            n_rows = len(self._kernels[0].rows) if basis.axes is None else len(on_rows)
+            pending[prior] = _Pending(basis, weights.new_zeros(n_rows, self._n_vertices))
+        factors = self._factors[k][vertices] * self._share
+        if rows is None:
+            pending[prior].weights.index_add_(1, vertices, on_rows * factors)
+        else:
+            index = torch.as_tensor(rows, device=vertices.device)[:, None]
+            pending[prior].weights[index, vertices] += on_rows * factors
 
     def tensors(self, predictions: Sequence[torch.Tensor]) -> dict[tuple[str, str], torch.Tensor]:
         """Weights and intercepts, {(prefix, part): tensor}. predictions : of all images by each fold's last choice"""
-        for scales in range(len(self._kernels)):
-            self._flush(scales)
+        heads: dict[tuple[str, str], torch.Tensor] = {}
+        for scales, kernels in enumerate(self._kernels):
+            prefix = self._prefix(scales)
+            for name, values in self._weights(scales).items():
+                _add(heads, (prefix, f"{name}.weights"), values)
+                # the mean prediction is the prediction of the mean features
+                _add(heads, (prefix, "intercept"), -(kernels.means[name].flatten() @ values))
         for k, (values, fold) in enumerate(zip(predictions, self._folds, strict=True)):
             scales = self._plan.scales(k)
             level = values[self._kernels[scales].scale_rows].mean(0)
             shift = fold.test_mean + (level - fold.test_mean) * self._factors[k]
-            self._add(scales, "intercept", shift * self._share)
-        return self._heads
+            _add(heads, (self._prefix(scales), "intercept"), shift * self._share)
+        return heads
+
+    def _prefix(self, scales: int) -> str:
+        prefixes = self._plan.prefixes
+        return prefixes[scales if len(prefixes) > 1 else 0]
+
+    def _weights(self, scales: int) -> dict[str, torch.Tensor]:
+        """{array: (n_places * n_channels, n_vertices)} sum over the priors of a set of scales."""
+        kernels, pending = self._kernels[scales], self._pending[scales]
+        first = next(iter(pending.values())).basis
+        if first.axes is not None and first.span is None:
+            total: dict[str, torch.Tensor] = {}
+            for prior, of_prior in pending.items():
+                for name, values in kernels.weights_of_features(prior, of_prior.weights).items():
+                    total[name] = total[name] + values if name in total else values
+            return total
+        images = np.arange(len(kernels.rows)) if first.span is None else first.span[0]
+        duals = [p.weights if p.basis.span is None else p.basis.span[1] @ p.weights for p in pending.values()]
+        return kernels.weights(list(pending), images, torch.stack(duals))
+
+
+class _Pending:
+    """Weights of one prior, summed over the folds that share its features.
+
+    basis : of any of these folds
+    weights : (n, n_vertices) on its features, or dual weights of all images
+    """
+
+    def __init__(self, basis: Basis, weights: torch.Tensor) -> None:
+        self.basis, self.weights = basis, weights
+
+
+def _add(heads: dict[tuple[str, str], torch.Tensor], name: tuple[str, str], values: torch.Tensor) -> None:
+    heads[name] = heads[name] + values if name in heads else values
