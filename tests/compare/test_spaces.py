@@ -47,9 +47,7 @@ def test_landmarks_are_columns_of_images_that_no_fold_holds_out(bands, monkeypat
     assert not is_sampled(plan) and n_columns(plan) == N_TRAIN
     monkeypatch.setattr(module, "LANDMARKS", 30)
     assert is_sampled(plan) and n_columns(plan) == 30
-    for number, (every, some) in enumerate(
-        zip(whole, spaces_of(bands, plan, WINDOWS, "cpu", held=0), strict=True)
-    ):
+    for number, (every, some) in enumerate(zip(whole, spaces_of(bands, plan, WINDOWS, "cpu", held=0), strict=True)):
         assert len(some.landmarks) == 30 and np.isin(some.landmarks, plan.scale_rows(number)).all()
         for window in WINDOWS:
             for kernel, columns in zip(every.columns[window], some.columns[window], strict=True):

@@ -135,9 +135,9 @@ def test_predictions_of_noise_have_an_r_of_zero_and_not_below(tmp_path):
     store = create_store(tmp_path, "f", {"x": 1}, np.arange(N_NOISE + 2), N_NOISE, rows, {})
     store.append({n: rng.normal(size=(N_NOISE + 2, *shape)).astype(np.float16) for n, shape in shapes.items()})
     plan = plan_of(rng.permutation(73_000)[:N_NOISE])
-    kernels = scaled_kernels([LayerRows(store, tuple(shapes), "cpu", np.inf)], plan, 1e9)
+    kernels = scaled_kernels([LayerRows(store, tuple(shapes), "cpu", np.inf)], plan)
     responses = torch.tensor(rng.normal(size=(N_NOISE, 1500)), dtype=torch.float32)
     priors = prior_set(kernels[0].rows.grids, (None, 0.0, 1.0))[::5]
-    solver = LayeredRidge(kernels, plan, RidgeConfig(), priors, cache_bytes=1e9)
+    solver = LayeredRidge(kernels, plan, RidgeConfig(), priors)
     raw, even = pooled_r(solver.fit(block_of(responses)), responses)
     assert abs(even) < 0.02 and raw < even - 0.05

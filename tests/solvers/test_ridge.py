@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from heads.config import RidgeConfig
-from heads.solvers.ridge import centre_kernel, eigenbasis, eigh_of, is_exact, squared_errors
+from heads.solvers.ridge import (
+    centre_kernel,
+    eigenbasis,
+    eigh_of,
+    is_exact,
+    least_loo_errors,
+    penalty_errors,
+    squared_errors,
+)
 from support.linear import (
     all_shapes,
     errors_of,
@@ -71,3 +79,21 @@ def test_squared_errors_are_those_of_the_formula():
         weights, intercept = slow_ridge(features[:20], responses[:20], [penalty] * 3)
         expected = np.square(responses[20:] - features[20:] @ weights - intercept).sum(0)
         np.testing.assert_allclose(of_vertices, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("n_vertices", [3, 200])
+def test_the_least_leave_one_out_error_is_found_without_trying_every_penalty(n_vertices):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(60, 40, generator=generator)
+    x = x - x.mean(0)
+    noise = torch.logspace(-2, 2, n_vertices)
+    y = x @ torch.randn(40, n_vertices, generator=generator) + noise * torch.randn(60, n_vertices, generator=generator)
+    y = y - y.mean(0)
+    basis = eigenbasis(x)
+    scores, penalties = basis.scores(x), basis.penalties([10.0**k for k in range(-4, 5)])
+    rotated = scores.T @ y
+    every = penalty_errors(basis.values, 60, rotated, y.square().sum(0), penalties, (scores, y))
+    least, which = least_loo_errors(basis.values, rotated, penalties, scores, y)
+    assert len(which.unique()) > 2  # vertices differ in what suits them
+    torch.testing.assert_close(least.double(), every.min(0).values.double(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(which, every.argmin(0))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import heads.features.rows
+import heads.solvers.layers.kernels
 from featcache.cache import store as store_module
 from featcache.cache.store import Row, create_store
 from heads.features.rows import LayerRows
@@ -15,7 +16,7 @@ N, N_TRAIN = 23, 17
 SHAPES = {"pooled": (6,), "low": (5, 4, 3), "mid": (3, 3, 4), "deep.cls": (7,), "deep": (2, 2, 7)}
 DEPTH = {"pooled": 1.0, "low": 0.0, "mid": 0.5, "deep.cls": 1.0, "deep": 1.0}
 PRIORS = [Prior(), Prior(0.1, 0.9, 0.2), Prior(0.5, 0.3, 0.35, 0.0), Prior(depth=0.5), Prior(0.7, 0.7, 0.2, 1.0)]
-WAYS = ("stack", "blocks", "small blocks", "streamed")
+WAYS = ("whole", "blocks", "small blocks", "streamed")
 
 
 @pytest.fixture
@@ -47,8 +48,10 @@ def kernels(request, store, monkeypatch):
 def made(store, way, monkeypatch, names=tuple(SHAPES)):
     if way in ("small blocks", "streamed"):
         monkeypatch.setattr(heads.features.rows, "BLOCK_BYTES", 4 * 60 * 5)  # 5 images of the largest layer
+        monkeypatch.setattr(heads.solvers.layers.kernels, "_PRODUCT_NUMBERS", 0)
+        monkeypatch.setattr(heads.solvers.layers.kernels, "_LEAST_ROWS", 5)
     rows = LayerRows(store, names, "cpu", 0 if way == "streamed" else np.inf)
-    return LayerKernels(rows, np.arange(N_TRAIN), 1e9 if way == "stack" else 0)
+    return LayerKernels(rows, np.arange(N_TRAIN), whole=way == "whole")
 
 
 def slow_features(values, prior, blur=BLUR):
@@ -91,7 +94,7 @@ def test_a_channel_that_hardly_varies_does_not_decide_what_an_image_is_like(tmp_
         values["pooled"][strange, 0] = value
         made = create_store(tmp_path / str(value), "f", {}, np.arange(N), N_TRAIN, {"pooled": n_channels}, {})
         made.append(values)
-        kernels = LayerKernels(LayerRows(made, ("pooled",), "cpu", np.inf), np.arange(N_TRAIN), 0)
+        kernels = LayerKernels(LayerRows(made, ("pooled",), "cpu", np.inf), np.arange(N_TRAIN))
         sizes.append(float(kernels.kernel(Prior())[strange, strange]))
     assert abs(sizes[1] / sizes[0] - 1) < 0.1, sizes  # without a floor, the second is a thousand times the first
 
@@ -128,7 +131,7 @@ def test_weights_on_stored_features_say_what_the_kernel_says(kernels, values, pr
     generator = torch.Generator().manual_seed(0)
     dual = torch.randn(N, 4, generator=generator)
     dual -= dual.mean(0)
-    weights = kernels.weights([prior], dual[None])
+    weights = kernels.weights([prior], np.arange(N), dual[None])
     assert list(weights) == list(SHAPES)
     stored = sum(values[n].astype(np.float64).reshape(N, -1) @ w.double().numpy() for n, w in weights.items())
     expected = slow_kernel(values, prior) @ dual.double().numpy()
@@ -141,7 +144,7 @@ def test_weights_on_stored_features_say_what_the_kernel_says(kernels, values, pr
 def test_a_channel_that_says_nothing_of_training_images_has_no_weight(kernels):
     dual = torch.randn(N, 2, generator=torch.Generator().manual_seed(0))
     dual[N_TRAIN:] = 0
-    weights = kernels.weights([Prior()], dual[None])
+    weights = kernels.weights([Prior()], np.arange(N), dual[None])
     assert weights["low"].reshape(20, 3, 2)[:, 1].abs().max() == 0
 
 
@@ -157,10 +160,10 @@ def test_all_ways_of_computing_agree(store, monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 def test_kernels_of_some_images_are_a_part_of_the_whole(store, monkeypatch, way):
     whole, index = made(store, way, monkeypatch), np.array([1, 2, 5, 11, 16])
-    some = whole.of_images(index)
-    for prior in PRIORS:
-        torch.testing.assert_close(some.kernel(prior), whole.kernel(prior)[index][:, index], rtol=1e-4, atol=1e-4)
-    assert len(whole.rows) == N
+    columns = np.array([0, 3, 4])
+    some = whole.under(PRIORS, columns, index)
+    for prior, kernel in zip(PRIORS, some, strict=True):
+        torch.testing.assert_close(kernel, whole.kernel(prior)[index][:, columns], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ N_TRAIN, N_TEST = 60, 7
 SHAPES = {"pooled": (6,), "low": (4, 4, 3)}
 
 
-@pytest.mark.parametrize("pending_bytes", [256 << 20, 1], ids=["at once", "piece by piece"])
-def test_saved_weights_are_the_test_predictions(tmp_path, monkeypatch, pending_bytes):
-    monkeypatch.setattr(heads.solvers.layers.sizes, "PENDING_BYTES", pending_bytes)
+@pytest.mark.parametrize("at_once", [1024, 2])
+def test_saved_weights_are_the_test_predictions(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(heads.solvers.layers.sizes, "AT_ONCE", at_once)  # vertices that one core fits
     rng = np.random.default_rng(0)
     spread = rng.uniform(0.2, 5, N_TRAIN + N_TEST)  # so that the halves of the folds have other scales
     values = {
@@ -30,11 +30,11 @@ def test_saved_weights_are_the_test_predictions(tmp_path, monkeypatch, pending_b
     store = create_store(tmp_path, "f", {"x": 1}, np.arange(N_TRAIN + N_TEST), N_TRAIN, rows, {})
     store.append(values)
     plan = plan_of(rng.permutation(73_000)[:N_TRAIN], 5)
-    kernels = scaled_kernels([LayerRows(store, tuple(SHAPES), "cpu", np.inf)], plan, 1e9)
+    kernels = scaled_kernels([LayerRows(store, tuple(SHAPES), "cpu", np.inf)], plan)
     assert len(kernels) == 2
     priors = [Prior(), Prior(0.3, 0.3, 0.5), Prior(0.7, 0.5, 0.35, 0.5)]
     config = RidgeConfig(penalties=(0.01, 1.0, 10.0))
-    solver = LayeredRidge(kernels, plan, config, priors, cache_bytes=1e9)
+    solver = LayeredRidge(kernels, plan, config, priors)
     flat = np.concatenate([one.reshape(len(one), -1) for one in values.values()], 1).astype(np.float64)
     y = torch.tensor(flat[:N_TRAIN, :5] + rng.normal(size=(N_TRAIN, 5)), dtype=torch.float32)
     fits = solver.fit(block_of(y))
