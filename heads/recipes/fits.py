@@ -143,5 +143,6 @@ def _layered(sizes: FitSizes, depths: Sequence[float | None]) -> LayeredSizes:
         n_features=features.n_features,
         n_priors=len(prior_set(features.grids, depths, sizes.n_train)),
         backbone_trained=features.backbone_trained,
+        n_responses=sum(sizes.n_vertices),
         held_bytes=min(stored, free * FEATURE_SHARE),
     )

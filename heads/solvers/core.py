@@ -123,6 +123,7 @@ class CoreSolver:
             n_features=n_features,
             n_priors=len(prior_set(grids, (None,), plan.n_train)),
             backbone_trained=True,
+            n_responses=sum(self._trainee.subject.n_vertices.values()),
             held_bytes=2.0 * len(rows) * n_features * len(plan),  # outputs of every fold, as float16
         )
         return counts.memory(n_vertices)

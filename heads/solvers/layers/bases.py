@@ -94,6 +94,7 @@ class FoldBases:
             n_features=rows.n_features,
             n_priors=len(self._priors),
             backbone_trained=plan.backbone_trained,
+            n_responses=sum(responses.shape[1] for responses in self._surfaces.values()),
             held_bytes=float(sum({id(kernels.rows): kernels.rows.held_bytes for kernels in self._kernels}.values())),
         )
 

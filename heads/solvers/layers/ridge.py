@@ -65,7 +65,7 @@ METHOD = {
     "sharpness": _SHARPNESS,
     "penalties": list(PENALTIES),
     "landmarks": LANDMARKS,
-    "search": [sizes.SEARCH_IMAGES, SEARCH_LANDMARKS, SEARCH_VERTICES, sizes.FINALISTS, sizes.FINALISTS_TOGETHER],
+    "search": [sizes.SEARCH_IMAGES, SEARCH_LANDMARKS, SEARCH_VERTICES, *sizes.FINALISTS.values()],
 }
 
 

@@ -7,12 +7,11 @@ from heads.solvers.layers.axes import LANDMARKS, method_for
 from heads.solvers.ridge import MAX_NUMBERS_AT_ONCE
 
 SEARCH_IMAGES = 1024  # images of the sample on which priors are compared, at most
-FINALISTS = 8  # priors that are computed exactly after that, for each surface and fold
-FINALISTS_TOGETHER = 12  # the same for all surfaces at once, where their axes are small
+# priors that are computed exactly after that, for each surface and fold; under landmarks products are much larger
+FINALISTS = {"images": 12, "features": 12, "landmarks": 8}
 VERTEX_BLOCK = 2048
 AT_ONCE = 1024  # vertices that one core fits at a time, at most
 _WEIGHTS_IN_MEMORY = 2e9  # of the weights of a surface; larger ones are held in files (featcache/machine/tensors.py)
-_TOGETHER_BYTES = 1e9  # of axes that are computed for all surfaces of a subject at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +22,7 @@ class LayeredSizes:
     n_choices : separately chosen heads of a fold, at most
     n_scales : sets of scales of features (see FoldPlan.scale_rows)
     held_bytes : of features that are kept in memory
+    n_responses : vertices of all surfaces, if they are known beforehand
     """
 
     n_train: int
@@ -34,6 +34,7 @@ class LayeredSizes:
     n_priors: int
     backbone_trained: bool
     held_bytes: float
+    n_responses: int = 0
 
     @property
     def method(self) -> str:
@@ -48,7 +49,15 @@ class LayeredSizes:
     @property
     def n_finalists(self) -> int:
         """Priors that are computed exactly for each fold, and for each surface unless they are chosen together."""
-        return FINALISTS_TOGETHER if self.together else FINALISTS
+        return FINALISTS[self.method]
+
+    @property
+    def together(self) -> bool:
+        """Whether priors are chosen for all surfaces at once, which then share their axes.
+
+        With fewer vertices than images, axes are what takes time. With more, each surface gets priors of its own.
+        """
+        return 0 < self.n_responses <= min(self.n_fit)
 
     @property
     def n_columns(self) -> int:
@@ -56,18 +65,9 @@ class LayeredSizes:
         return {"images": self.n_images, "features": 0, "landmarks": LANDMARKS}[self.method]
 
     @property
-    def together(self) -> bool:
-        """Whether priors are chosen for all surfaces of a subject at once, which then share their axes."""
-        return self._axes_bytes(FINALISTS_TOGETHER) <= _TOGETHER_BYTES
-
-    @property
     def axes_bytes(self) -> float:
-        """Bytes of axes, at most."""
-        return self._axes_bytes(self.n_finalists)
-
-    def _axes_bytes(self, n_finalists: int) -> float:
         """Bytes of the axes of each fold, and of the kernels or features that they come from, which folds may share."""
-        n_final = min(n_finalists * self.n_choices, self.n_priors)
+        n_final = min(self.n_finalists * self.n_choices, self.n_priors)
         shared = min(n_final * len(self.n_fit), self.n_priors * self.n_scales)
         n = self.n_images if self.method == "images" else min(LANDMARKS, self.n_features)
         of_folds = self.n_images * sum(self.n_fit) if self.method == "images" else n**2 * len(self.n_fit)

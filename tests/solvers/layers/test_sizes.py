@@ -7,7 +7,7 @@ import pytest
 
 from heads.solvers.layers import sizes
 from heads.solvers.layers.axes import LANDMARKS
-from heads.solvers.layers.sizes import FINALISTS, FINALISTS_TOGETHER, LayeredSizes
+from heads.solvers.layers.sizes import FINALISTS, LayeredSizes
 
 COUNTS = LayeredSizes(
     n_train=50,
@@ -27,22 +27,30 @@ def bytes_of(*shapes):
     return sum(np.empty(shape, np.float32).nbytes for shape in shapes)
 
 
+N_FINALISTS = FINALISTS["images"]
+
+
 def test_every_finalist_keeps_its_kernel_and_the_scores_of_all_images_on_as_many_axes_as_images():
-    assert COUNTS.method == "images" and COUNTS.together and COUNTS.n_finalists == FINALISTS_TOGETHER
-    kernels = 3 * FINALISTS_TOGETHER * bytes_of((60, 60))  # folds that share scales may choose different priors
-    scores = FINALISTS_TOGETHER * bytes_of(*((60, n_fit) for n_fit in COUNTS.n_fit))
+    assert COUNTS.method == "images"
+    kernels = 3 * N_FINALISTS * bytes_of((60, 60))  # folds that share scales may choose different priors
+    scores = N_FINALISTS * bytes_of(*((60, n_fit) for n_fit in COUNTS.n_fit))
     assert COUNTS.axes_bytes == kernels + scores
     few = replace(COUNTS, n_priors=3)
     assert few.axes_bytes == 6 * bytes_of((60, 60)) + 3 * bytes_of(*((60, n_fit) for n_fit in COUNTS.n_fit))
 
 
+@pytest.mark.parametrize(("n_responses", "together"), [(0, False), (40, True), (41, False)])
+def test_surfaces_share_priors_where_all_have_fewer_vertices_than_there_are_images_to_fit_to(n_responses, together):
+    assert replace(COUNTS, n_responses=n_responses).together == together
+
+
 def test_with_landmarks_folds_share_the_features_and_surfaces_have_priors_of_their_own():
     assert MANY.method == "landmarks" and MANY.searched and not MANY.together
     of_a_fold = bytes_of((LANDMARKS, LANDMARKS))
-    assert MANY.axes_bytes == FINALISTS * 5 * (bytes_of((10_000, LANDMARKS)) + of_a_fold)
+    assert MANY.axes_bytes == FINALISTS["landmarks"] * 5 * (bytes_of((10_000, LANDMARKS)) + of_a_fold)
 
 
-@pytest.mark.parametrize(("n_priors", "searched"), [(FINALISTS_TOGETHER + 1, True), (FINALISTS_TOGETHER, False)])
+@pytest.mark.parametrize(("n_priors", "searched"), [(N_FINALISTS + 1, True), (N_FINALISTS, False)])
 def test_priors_are_sought_if_there_are_more_than_are_computed_exactly(n_priors, searched):
     assert replace(COUNTS, n_priors=n_priors).searched == searched
 
