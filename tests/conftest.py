@@ -59,7 +59,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def pretended_cuda() -> "Iterator[PretendedDevice]":
-    """A CUDA device that is none, for the whole test; `support.pretended_device.pretended_cuda` is for a part of one."""
+    """A CUDA device that is none, for a whole test; `support.pretended_device.pretended_cuda` is for a part of one."""
     from support import pretended_device  # slow to import
 
     with pretended_device.pretended_cuda() as device:
