@@ -302,7 +302,10 @@ class Dispatch:
                 func(*args, **kwargs)
         if any(tensor.plain.shape != tensor.shape for tensor in wrappers.values()):
             raise NotImplementedError(f"the pretended device does not know how {func} changes a shape in place")
-        return _mapped(torch.Tensor, lambda t: wrappers[id(t)] if id(t) in wrappers else self.wrapped(t), results)
+        # a view of a tensor that is none of inference mode is none either
+        normal = torch.is_inference_mode_enabled() and not all(t.is_inference() for t in wrappers.values())
+        with torch.inference_mode(False) if normal else ExitStack():
+            return _mapped(torch.Tensor, lambda t: wrappers[id(t)] if id(t) in wrappers else self.wrapped(t), results)
 
     def _made(self, func: Any, args: Any, kwargs: dict[str, Any], wanted: torch.device | None) -> Any:
         """What is made of no tensor: on the device if it is asked for, or if an operation on the device makes it."""

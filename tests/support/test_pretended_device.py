@@ -266,6 +266,13 @@ def test_gradients_are_those_of_the_cpu_through_copies_and_recomputation(device:
     assert torch.equal(gradient("cuda"), gradient("cpu"))
 
 
+def test_weights_are_read_under_inference_mode(device: PretendedDevice) -> None:
+    model = network().to("cuda").eval()
+    with torch.inference_mode():
+        found = model(rows().cuda()) + model[2].bias.expand(2, -1)
+    assert torch.equal(found.plain, (model.cpu()(rows()) + model[2].bias).detach())
+
+
 def test_a_copy_of_a_network_is_its_own(device: PretendedDevice) -> None:
     model = network().to("cuda")
     copied = copy.deepcopy(model)
