@@ -128,6 +128,8 @@ def test_predictions_of_new_images_are_the_cpus(tiny, extracted, tmp_path, capfd
         import zarr
 
         group = zarr.open_group(out, mode="r")
-        both[device] = {name: np.asarray(array) for name, array in group.members(max_depth=None) if hasattr(array, "shape")}
+        both[device] = {
+            name: np.asarray(array) for name, array in group.members(max_depth=None) if hasattr(array, "shape")
+        }
     numbers = {name: values for name, values in both["cpu"].items() if values.dtype.kind == "f"}
     assert_same({name: both["cuda"][name] for name in numbers}, numbers, **CLOSE)
