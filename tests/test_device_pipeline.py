@@ -1,4 +1,4 @@
-"""Every stage on a pretended CUDA device: it runs, gives the CPU's numbers, and waits no more often than is said here."""
+"""Every stage runs on a pretended CUDA device, gives the CPU's numbers, and waits no more often than is said here."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from featcache.cache.store import list_stores
 from featcache.workdir import Workdir
 from support.commands import SMALL, run
-from support.pretended_device import PretendedDevice, pretended_cuda
+from support.pretended_device import pretended_cuda
 from support.shared import build_once
 
 LAYERS = ["--layers", "pooled,layer4", "--grid", "2"]

@@ -40,7 +40,7 @@ class SpatialTraining(JointTraining):
 
     def make(self, tasks: Sequence[Task], statistics: Statistics, k: int) -> "_Heads":
         shapes = self.trainees[0].fold_rows(k).shapes
-        heads = _Heads(shapes, self.subjects, self.config.spatial, SMALL).to(self._device)
+        heads = _Heads(shapes, self.subjects, self.config.spatial, SMALL).to(self.device)
         heads.standardise.fix(statistics)
         self._start(heads, tasks, statistics, k)
         return heads
