@@ -126,9 +126,10 @@ def spatial_bytes(
     trained = weights * (6 + n_choices + n_folds * n_choices)
     block = min(max(START_NUMBERS // n_features, 1), n_outputs)
     # weights of a block as they are multiplied, blurred, scaled and laid by vertex; dual weights and scores
-    start = block * (6.0 * n_features + 4.0 * n_images) + 8.0 * n_images * min(n_images, MAX_AXES)
+    start = block * (8.0 * n_features + 4.0 * n_images) + 8.0 * n_images * min(n_images, MAX_AXES)
     vectors = 3.0 * spatial.space * n_features * (2 if spatial.space else 0)
-    step = batch * (3.0 * n_features + 6.0 * n_outputs) + 4.0 * LARGEST + 8.0 * n_read * spatial.rank * n_places
+    contracted = min(LARGEST, n_read * spatial.rank * batch * n_places)
+    step = batch * (3.0 * n_features + 6.0 * n_outputs) + 4.0 * contracted + 8.0 * n_read * spatial.rank * n_places
     predicted = (2.0 * n_choices + 2.0) * n_images * n_surface
     return 1.2 * 4.0 * (n_responses + trained + max(start + vectors, step, predicted))
 
