@@ -52,6 +52,7 @@ from heads.solvers.base import Piece, Solver, comparable, mean_and_std
 from heads.solvers.held_out import FoldPlan
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import DEPTHS, Prior, prior_set
+from heads.solvers.layers.ridge import PENALTIES as OUR_PENALTIES
 from heads.solvers.layers.ridge import LayeredRidge, scaled_kernels
 from heads.solvers.ridge import eigh_of
 from heads.solvers.ridge_folds import RidgeFolds
@@ -152,9 +153,10 @@ def own_pooled(case: Case) -> np.ndarray:
 
 def own_layers(case: Case, priors: list[Prior]) -> np.ndarray:
     """As heads.fit.run does it."""
-    free = free_memory()
-    kernels = scaled_kernels([case.rows], plan_of(case), 0.2 * free)
-    return out_of_fold(LayeredRidge(kernels, plan_of(case), RidgeConfig(), priors, cache_bytes=0.3 * free), case)
+    kernels, subject = scaled_kernels([case.rows], plan_of(case)), case.subject
+    responses = {name: subject.responses(name) for name in subject.surfaces}
+    config = RidgeConfig(penalties=OUR_PENALTIES)
+    return out_of_fold(LayeredRidge(kernels, plan_of(case), config, priors, responses), case)
 
 
 def of_folds(case: Case, fit: Fit) -> np.ndarray:

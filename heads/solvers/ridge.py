@@ -33,6 +33,7 @@ _LOO_IMAGES = 1024  # up to here the exact error costs seconds
 _NULL = {torch.float32: 5e-7, torch.float64: 1e-13}
 _ROUGH_NULL = 2e-6  # the same where the decomposition is in float32 too
 _RESOLVED = 5e-5  # of the largest eigenvalue, see resolved_penalty
+_LARGE = 512  # rows of a matrix whose eigenvectors a CUDA device computes
 FULL = 0.99  # a fit with more than this share of the degrees of freedom leaves too little error to judge its penalty
 MAX_NUMBERS_AT_ONCE = 1 << 22  # in the predictions under penalties that are tried at once
 VERTEX_BLOCK = 2048  # vertices at a time, so that elementwise steps between two products stay in the processor's cache
@@ -109,16 +110,29 @@ def centre_kernel(across: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
 
 
 def eigh_of(gram: torch.Tensor, *, precise: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues and eigenvectors without the null space.
+    """Eigenvalues, ascending, and eigenvectors without the null space, on the device of the matrix (n, n).
 
-    precise : in float64 (docs/decisions/0010); else in the gram's own format, in half the time, on a CPU. On an
-        accelerator it is always in float64: float32 decompositions can fail there
+    precise : in float64 (docs/decisions/0010); else in the matrix's own format, in half the time, where a CPU computes
+        it. A GPU always takes float64: float32 decompositions can fail there
     """
-    precise = precise or gram.device.type != "cpu"
-    values, vectors = torch.linalg.eigh(gram.double() if precise else gram)
+    place = decomposed_on(gram)
+    precise = precise or place.type != "cpu"
+    values, vectors = torch.linalg.eigh((gram.double() if precise else gram).to(place))
     null = _NULL[gram.dtype] if precise else _ROUGH_NULL
-    keep = values > null * values.max().clamp_min(torch.finfo(torch.float32).tiny)
-    return values[keep].to(gram.dtype), vectors[:, keep].to(gram.dtype)
+    first = int(
+        (values <= null * values.max().clamp_min(torch.finfo(torch.float32).tiny)).sum()
+    )  # null ones come first
+    kept = values[first:], vectors[:, first:].contiguous()
+    return kept[0].to(gram), kept[1].to(gram)
+
+
+def decomposed_on(gram: torch.Tensor) -> torch.device:
+    """Where the eigenvectors of a matrix (n, n) are computed: on a CUDA device from `_LARGE` rows on, else on the CPU.
+
+    A device takes a large matrix apart faster, also where its float64 is slow, but a small one in many short steps. The
+    host waits for the result in either case. `_LARGE` is an estimate: no device has been measured.
+    """
+    return gram.device if len(gram) >= _LARGE else torch.device("cpu")
 
 
 def resolved_penalty(values: torch.Tensor) -> float:
@@ -154,7 +168,8 @@ def penalty_errors(
     else:
         errors = _loo_errors(values, rotated, shrinkage, *rows)
     errors[freedom > FULL] = torch.inf
-    errors[penalties.argmax()].clamp_max_(torch.finfo(errors.dtype).max)  # the largest penalty can always be chosen
+    largest = penalties.argmax()[None]  # which can always be chosen
+    errors.index_copy_(0, largest, errors.index_select(0, largest).clamp_max(torch.finfo(errors.dtype).max))
     return errors
 
 

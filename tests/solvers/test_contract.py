@@ -109,7 +109,8 @@ def test_no_image_has_a_say_in_the_head_that_predicts_it(made, solver):
     moved, fitter = made(move)
     after = fitter.fit(block_for(moved)).folds
     for ours, theirs in zip(piece, after[1].held_out[-1], strict=True):
-        assert np.array_equal(ours, theirs)
+        # kernels of several priors come from one product, whose last bits hang on which priors these are
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     assert np.array_equal(after[0].test, before[0].test) is not SOLVERS[solver].fits
 
 

@@ -43,20 +43,16 @@ class SurfaceBases:
     """Axes of a surface's finalists, for each fold.
 
     finalists : for each fold and each of its choices
-    bases : {(prior, k): axes}
+    of_fold : {prior: axes} for each fold, in the order of all priors, so that sums over them have equal bits whatever
+        the other choices of a fold are
     """
 
-    def __init__(self, finalists: Finalists, bases: Mapping[tuple[Prior, int], FinalBasis]) -> None:
-        self.of_fold: list[dict[Prior, FinalBasis]] = []
-        self._chosen: list[dict[Prior, list[bool]]] = []
-        for k, choices in enumerate(finalists):
-            union = dict.fromkeys(prior for choice in choices for prior in choice)
-            self.of_fold.append({prior: bases[prior, k] for prior in union})
-            self._chosen.append({prior: [prior in choice for choice in choices] for prior in union})
+    def __init__(self, finalists: Finalists, of_fold: Sequence[Mapping[Prior, FinalBasis]]) -> None:
+        self.of_fold, self._finalists = of_fold, finalists
 
     def left_out(self, k: int, prior: Prior) -> list[int]:
         """Numbers of the choices of a fold that this prior is no finalist of."""
-        return [choice for choice, chosen in enumerate(self._chosen[k][prior]) if not chosen]
+        return [number for number, chosen in enumerate(self._finalists[k]) if prior not in chosen]
 
 
 class FoldBases:
@@ -101,15 +97,15 @@ class FoldBases:
     def of_surface(self, block: Block) -> SurfaceBases:
         """Axes of the priors that explain the block's surface best."""
         finalists = self._finalists_of(block)
-        pairs = [
-            (prior, k)
-            for k, choices in enumerate(finalists)
-            for prior in dict.fromkeys(prior for choice in choices for prior in choice)
-        ]
+        chosen = [set().union(*choices) for choices in finalists]
+        pairs = [(prior, k) for k, of_fold in enumerate(chosen) for prior in self._priors if prior in of_fold]
         # those of another surface are dropped, so that memory does not grow
         self._bases = {pair: self._bases[pair] for pair in pairs if pair in self._bases}
         self._add([pair for pair in pairs if pair not in self._bases])
-        return SurfaceBases(finalists, self._bases)
+        by_fold: list[dict[Prior, FinalBasis]] = [{} for _ in finalists]
+        for prior, k in pairs:
+            by_fold[k][prior] = self._bases[prior, k]
+        return SurfaceBases(finalists, by_fold)
 
     def _finalists_of(self, block: Block) -> Finalists:
         """Finalists of a block's surface, or of all surfaces; of the block alone where no other response is known."""

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from featcache.machine.memory import memory_at_start, refuse_above, said, spare_memory
+from featcache.machine.device_memory import on_cuda, refuse_beyond, said_on
+from featcache.machine.memory import memory_at_start, spare_memory
 from featcache.machine.progress import say
 from featcache.machine.threads import side_by_side
 from heads.config import RidgeConfig
@@ -108,12 +109,13 @@ def build_layered(problem: Problem) -> "LayeredRidge":
     priors = prior_set(rows[0].grids, DEPTHS if len(features.names) > 1 else (None,), plan.n_train)
     ridge = replace(config.ridge, penalties=PENALTIES)
     solver = LayeredRidge(kernels, plan, ridge, priors, {name: subject.responses(name) for name in subject.surfaces})
-    peak = memory_at_start() + solver.memory(max(problem.n_vertices))
-    refuse_above(config.max_memory, peak)
+    peak = solver.memory(max(problem.n_vertices)) + (0 if on_cuda(problem.device) else memory_at_start())
+    refuse_beyond(problem.device, config.max_memory, peak)
     streamed = list(dict.fromkeys(name for of_store in rows for name in of_store.streamed))
     say(
         f"{subject.name}: {rows[0].n_features:,} features, {len(plan.outside(0)):,} images to fit to: "
-        f"{_METHOD_WORDS[solver.method]}, {len(priors)} priors to compare before the first vertex counts; {said(peak)}"
+        f"{_METHOD_WORDS[solver.method]}, {len(priors)} priors to compare before the first vertex counts; "
+        + said_on(problem.device, peak)
         + (f"; {', '.join(streamed)} read from the store block by block" if streamed else "")
     )
     return solver
@@ -218,13 +220,15 @@ class LayeredRidge:
         result = self._result(k, prior, final.basis, everyone, responses, target, rotated)
         if not final.basis.resolved:
             return [result]
-        finer = torch.nonzero((result.penalty < final.basis.resolved).any(0))[:, 0]
+        too_small = result.penalty < final.basis.resolved  # of each choice for itself
+        finer = torch.nonzero(too_small.any(0))[:, 0]
         if not len(finer):
             return [result]
         basis = final.precise()
         some = target[:, finer]
         again = self._result(k, prior, basis, finer, responses[:, finer], some, basis.rotated(some))
-        result.error[:, finer] = torch.inf  # in their place is `again`
+        again.error.masked_fill_(~too_small[:, finer], torch.inf)
+        result.error.masked_fill_(too_small, torch.inf)  # in their place is `again`
         return [result, again]
 
     def _result(
