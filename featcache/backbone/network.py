@@ -100,6 +100,9 @@ class TorchBackbone:
     code: Mapping[str, str] = field(default_factory=dict)
     memory_format: torch.memory_format = torch.channels_last
     fused: bool = False
+    _scales: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def pixel_dtype(self) -> str:
@@ -110,10 +113,18 @@ class TorchBackbone:
         """(n_images, 3, height, width) -> float32 as the weights expect them, on the device of the pixels."""
         if self.pixel_dtype == "float32":
             return pixels.to(memory_format=self.memory_format)
-        mean, std = (
-            torch.tensor(self.transform_settings[key], device=pixels.device)[:, None, None] for key in ("mean", "std")
-        )
+        mean, std = self._scale(pixels.device)
         return pixels.float().div_(255).sub_(mean).div_(std).to(memory_format=self.memory_format)
+
+    def _scale(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of each channel, (3, 1, 1), on a device: copied there once, for a copy makes it wait."""
+        if device not in self._scales:
+            with torch.inference_mode(False):  # training uses them too
+                mean, std = (
+                    torch.tensor(self.transform_settings[key], device=device)[:, None, None] for key in ("mean", "std")
+                )
+            self._scales[device] = mean, std
+        return self._scales[device]
 
     def transform(self, image: Image.Image) -> torch.Tensor:
         """One image as the network reads it, (3, height, width) float32."""

@@ -1,6 +1,6 @@
-"""Devices, and the number formats in which they multiply."""
+"""Devices, the number formats in which they multiply, and copies to and from them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -74,3 +74,40 @@ def matrix_products(products: str) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def pinned(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    """The tensor in page-locked memory where it is on its way to CUDA; the tensor itself for other devices.
+
+    CUDA copies from such memory while the host goes on. Locking pages takes time itself, so threads that read ahead
+    should do it.
+    """
+    leaves = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+    return tensor.pin_memory() if leaves and not tensor.is_pinned() else tensor
+
+
+def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    """The tensor on a device; the tensor itself where it is there already.
+
+    From page-locked memory to CUDA the host does not wait for the copy: what runs on the device afterwards does, and
+    torch keeps the memory until then. So a pinned tensor must not be written to again.
+    """
+    leaves = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+    return tensor.to(device, non_blocking=leaves and tensor.is_pinned())
+
+
+def to_host(tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+    """Start copies to main memory, and return the function that waits for them, once for all, and gives them.
+
+    Any thread may call that function. Tensors that are in main memory are given as they are.
+    """
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # torch makes their memory page-locked
+    if (device := next((tensor.device for tensor in tensors if tensor.device.type == "cuda"), None)) is None:
+        return lambda: copies
+    done = torch.cuda.current_stream(device).record_event()
+
+    def wait() -> list[torch.Tensor]:
+        done.synchronize()
+        return copies
+
+    return wait

@@ -8,6 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from featcache.machine.device import pinned, to_device
+from featcache.machine.device_memory import on_cuda
+
 _CHUNKS = 8  # of each streamed array that are in memory at once
 BLOCK_BYTES = 64 << 20
 
@@ -50,7 +53,8 @@ class _Memory:
 class LayerRows:
     """Some arrays of a feature store, as (n_images, n_places, n_channels) each; a vector has one place.
 
-    device : of the rows that are returned; rows are kept in main memory, as stored
+    device : of the rows that are returned; rows are kept in main memory, as stored, and on the device if
+        `keep_on_device` is called
     budget : bytes that may be kept; arrays that do not fit are read from the disk at every use
     held : {array: rows as stored} of some images, in place of those of the store
     """
@@ -68,6 +72,7 @@ class LayerRows:
         self.channels: dict[str, int] = {name: store.arrays[name].shape[-1] for name in arrays}
         self._held: dict[str, np.ndarray] = held or {}
         self._chunks: dict[tuple[str, int], np.ndarray] = {}
+        self._resident: dict[str, torch.Tensor] = {}  # on a device that is not the CPU, as stored
         if held:
             self._n_images = len(held[arrays[0]])
             return
@@ -109,6 +114,15 @@ class LayerRows:
         )
         return sum(map(self.n_bytes, self._held)) + chunks
 
+    def keep_on_device(self, budget: float) -> None:
+        """Keep arrays that are in memory on a CUDA device too, the smallest first, up to so many bytes.
+
+        Batches of them then need no copy, and the host does not wait for any.
+        """
+        for name in sorted(self._held, key=self.n_bytes) if on_cuda(self.device) else ():
+            if sum(map(self.n_bytes, self._resident)) + self.n_bytes(name) <= budget:
+                self._resident[name] = torch.from_numpy(self._held[name]).to(self.device)
+
     def n_places(self, name: str) -> int:
         return math.prod(self.grids[name])
 
@@ -119,13 +133,22 @@ class LayerRows:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """(stop - start, n_places, n_channels) float32 on the device."""
         stop = len(self) if stop is None else stop
+        if name in self._resident:
+            return self._shaped(name, self._resident[name][start:stop])
         held = self._held.get(name)
         rows = self._store.read(name, start, stop) if held is None else held[start:stop]
         return self._ready(name, rows)
 
-    def rows(self, index: np.ndarray) -> dict[str, torch.Tensor]:
+    def rows(self, index: np.ndarray | torch.Tensor) -> dict[str, torch.Tensor]:
         """{array: (len(index), ...) float32, with the axes of the store} of any images."""
-        return {name: torch.from_numpy(self._stored(name, index)).to(self.device).float() for name in self.grids}
+        found: dict[str, torch.Tensor] = {}
+        if self._resident:
+            where = self._sent(torch.as_tensor(index))
+            found = {name: rows[where].float() for name, rows in self._resident.items()}
+        if others := [name for name in self.grids if name not in self._resident]:
+            numbers = index.cpu().numpy() if isinstance(index, torch.Tensor) else index
+            found |= {name: self._sent(torch.from_numpy(self._stored(name, numbers))).float() for name in others}
+        return {name: found[name] for name in self.grids}
 
     def _stored(self, name: str, index: np.ndarray) -> np.ndarray:
         """Rows of any images, as stored."""
@@ -156,7 +179,7 @@ class LayerRows:
         return self._chunks[name, number]
 
     def __getitem__(self, index: torch.Tensor | np.ndarray) -> dict[str, torch.Tensor]:
-        return self.rows(np.asarray(index.cpu() if isinstance(index, torch.Tensor) else index))
+        return self.rows(index)
 
     def shuffled(self, index: torch.Tensor) -> torch.Tensor:
         """Rows in a random order by torch's seed; if arrays are read from the disk, from a few chunks at a time."""
@@ -172,7 +195,11 @@ class LayerRows:
         """Rows of any images, (n, n_places, n_channels) float32 on the device, in blocks of images."""
         step = self.block_rows(name)
         for start in range(0, len(index), step):
-            yield self._ready(name, self._stored(name, index[start : start + step]))
+            part = index[start : start + step]
+            if name in self._resident:
+                yield self._shaped(name, self._resident[name][self._sent(torch.from_numpy(part))])
+            else:
+                yield self._ready(name, self._stored(name, part))
 
     def mean_and_variance(self, name: str, index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """(n_places, n_channels) mean over some images; (n_channels,) variance about it, over images and places."""
@@ -194,8 +221,14 @@ class LayerRows:
         return LayerRows(self._store, tuple(self.grids), self.device, 0, held)
 
     def _ready(self, name: str, rows: np.ndarray) -> torch.Tensor:
-        shape = (len(rows), self.n_places(name), self.channels[name])
-        return torch.from_numpy(rows).reshape(shape).to(self.device).float()
+        return self._shaped(name, self._sent(torch.from_numpy(rows)))
+
+    def _shaped(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        return rows.reshape(len(rows), self.n_places(name), self.channels[name]).float()
+
+    def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device, without a wait for the copy."""
+        return to_device(pinned(tensor, self.device), self.device)
 
     def dense(self) -> torch.Tensor:
         """(n_images, n_features) float32, arrays side by side."""

@@ -114,15 +114,16 @@ class SpatialReadout(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_outputs))
 
     @torch.no_grad()
-    def start_from(self, weights: Mapping[str, torch.Tensor], bias: torch.Tensor) -> None:
+    def start_from(self, weights: Mapping[str, torch.Tensor], bias: torch.Tensor, outputs: slice = slice(None)) -> None:
         """Start from the products of places and channels that are closest to given weights, layer by layer.
 
-        weights : {array: (n_outputs, n_places, n_channels)} of standardised rows; bias : (n_outputs,)
+        weights : {array: (n, n_places, n_channels)} of standardised rows; bias : (n,)
+        outputs : which outputs these are; the others stay as they are
         """
-        self.mixture.zero_()
-        self.bias.copy_(bias)
+        self.mixture[outputs] = 0.0
+        self.bias[outputs] = bias
         for array, _, reader in self._readers():
-            reader.start_from(weights[array])
+            reader.start_from(weights[array], outputs)
 
     def forward(self, rows: Rows) -> torch.Tensor:
         rows = self.standardise(rows)
@@ -200,9 +201,9 @@ class _VectorReader(nn.Module):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return functional.linear(values, self.channels)
 
-    def start_from(self, weights: torch.Tensor) -> None:
-        """Start from weights (n_outputs, 1, n_features)."""
-        self.channels.copy_(weights[:, 0])
+    def start_from(self, weights: torch.Tensor, outputs: slice) -> None:
+        """Start some outputs from weights (n, 1, n_features)."""
+        self.channels[outputs] = weights[:, 0]
 
     def squares(self) -> torch.Tensor:
         """Squares of the weights, summed over features: (n_outputs, 1)."""
@@ -226,17 +227,17 @@ class _MapReader(nn.Module):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return _contract(values.flatten(1, 2), self.spatial / self.spatial.shape[2] ** 0.5, self.channels)
 
-    def start_from(self, weights: torch.Tensor) -> None:
-        """Start from the products closest to weights (n_outputs, n_places, n_channels), by singular values.
+    def start_from(self, weights: torch.Tensor, outputs: slice) -> None:
+        """Start some outputs from the products closest to weights (n, n_places, n_channels), by singular values.
 
         Weights of places have norm 1 afterwards.
         """
         rank, n_places = self.spatial.shape[1:]
         _, vectors = torch.linalg.eigh(weights @ weights.transpose(1, 2))  # the smaller side, ascending
         kept = min(rank, n_places)
-        self.spatial[:, :kept] = vectors[:, :, -kept:].transpose(1, 2)
-        self.channels[:, :kept] = n_places**0.5 * self.spatial[:, :kept] @ weights
-        self.channels[:, kept:] = 0.0
+        self.spatial[outputs, :kept] = vectors[:, :, -kept:].transpose(1, 2)
+        self.channels[outputs, :kept] = n_places**0.5 * self.spatial[outputs, :kept] @ weights
+        self.channels[outputs, kept:] = 0.0
 
     def squares(self) -> torch.Tensor:
         """Squares of the weights, summed over channels: (n_outputs, n_places)."""

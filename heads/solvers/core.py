@@ -61,7 +61,7 @@ class CoreTraining(JointTraining):
         return Split(outside[~np.isin(plan.image_ids[outside], self._tested)], [], parts)
 
     def make(self, tasks: Sequence[Task], statistics: Statistics, k: int) -> "_Heads":
-        heads = _Heads(self.trainees[0].fold_rows(k).shapes, self.subjects, self.config.core)
+        heads = _Heads(self.trainees[0].fold_rows(k).shapes, self.subjects, self.config.core).to(self._device)
         heads.standardise.fix(statistics)
         heads.standardise.in_bfloat16 = resolve_dtype("auto", self._device) == "bfloat16"  # half the time where it is
         return heads

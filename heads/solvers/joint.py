@@ -74,7 +74,7 @@ class JointTraining:
         return [trainee.subject for trainee in self.trainees]
 
     def make(self, tasks: Sequence[Task], statistics: Statistics, k: int) -> JointHeads:
-        """Heads with their first weights, on the CPU, for the k-th held-out fold. Torch's seed is set."""
+        """Heads with their first weights, on the device, for the k-th held-out fold. Torch's seed is set."""
         raise NotImplementedError
 
     def solver(self, number: int) -> Solver:
@@ -111,7 +111,7 @@ class JointTraining:
         self._refuse_leaks(tasks, k)
         statistics = self._statistics(k)
         torch.manual_seed(seed)
-        heads = self.make(tasks, statistics, k).to(self._device)
+        heads = self.make(tasks, statistics, k)
         trained: list[JointHeads] = train_head(heads, tasks, weighted_sum(self.config.terms), self.config.adamw)
         return trained
 

@@ -13,6 +13,8 @@ from heads.solvers.ridge import MAX_NUMBERS_AT_ONCE, VERTEX_BLOCK
 # shares of the free memory for features as stored, kernels of single places, and decompositions
 FEATURE_SHARE, STACK_SHARE, CACHE_SHARE = 0.2, 0.2, 0.3
 
+START_NUMBERS = 1 << 27  # weights on features from which spatial heads start, of as many vertices as that gives at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:

@@ -1,7 +1,7 @@
 """Spatial heads on cached layers, trained fold by fold: for one subject, or for several that share a response space."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import numpy as np
@@ -19,8 +19,11 @@ from heads.solvers.layers.axes import Basis, PriorView, method_for, view_under
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import Prior
 from heads.solvers.layers.ridge import flat_weights
+from heads.solvers.memory import START_NUMBERS
 
 _EPS = 1e-5  # of the standardisation, torch's own
+
+Weights = tuple[slice, dict[str, torch.Tensor]]  # some vertices, and {array: (n, n_places, n_channels)}
 
 
 def build(problem: Problem) -> Solver:
@@ -36,7 +39,8 @@ class SpatialTraining(JointTraining):
         self._flat: dict[tuple[int, int], PriorView] = {}
 
     def make(self, tasks: Sequence[Task], statistics: Statistics, k: int) -> "_Heads":
-        heads = _Heads(self.trainees[0].fold_rows(k).shapes, self.subjects, self.config.spatial, SMALL)
+        shapes = self.trainees[0].fold_rows(k).shapes
+        heads = _Heads(shapes, self.subjects, self.config.spatial, SMALL).to(self._device)
         heads.standardise.fix(statistics)
         self._start(heads, tasks, statistics, k)
         return heads
@@ -47,16 +51,23 @@ class SpatialTraining(JointTraining):
         Gradient descent from small random maps ends far below it (docs/decisions/0015). If the backbone was trained on
         these rows, their error cannot choose a penalty, and all vertices have the same one.
         """
+        weights = [
+            self._weights(trainee, task, statistics, k) for trainee, task in zip(self.trainees, tasks, strict=True)
+        ]
+        heads.start_from_weights(weights, [task.responses[task.train_rows].mean(0) for task in tasks])
+
+    def _weights(self, trainee: TraineeRows, task: Task, statistics: Statistics, k: int) -> Iterator[Weights]:
+        """The closed form of one subject, for some of its vertices at a time."""
         penalties = (1.0,) if self.plans[0].backbone_trained else self.config.ridge.penalties
-        maps = []
-        for trainee, task in zip(self.trainees, tasks, strict=True):
-            rows = trainee.fold_rows(k)
-            number = trainee.plan.scales(k)
-            kernels = LayerKernels(rows, trainee.plan.scale_rows(number), 0)
-            weights = flat_weights(kernels, self._basis(kernels, number, task.train_rows), task.responses, penalties)
-            scales = {name: (variance + _EPS).sqrt() for name, (_, variance) in statistics.items()}
-            maps.append({n: w.T.reshape(w.shape[1], rows.n_places(n), -1) * scales[n] for n, w in weights.items()})
-        heads.start_from_weights(maps, [task.responses[task.train_rows].mean(0) for task in tasks])
+        scales = {name: (variance + _EPS).sqrt() for name, (_, variance) in statistics.items()}
+        rows, number = trainee.fold_rows(k), trainee.plan.scales(k)
+        kernels = LayerKernels(rows, trainee.plan.scale_rows(number), 0)
+        basis = self._basis(kernels, number, task.train_rows)
+        n_vertices, step = task.responses.shape[1], max(START_NUMBERS // rows.n_features, 1)
+        for start in range(0, n_vertices, step):
+            vertices = slice(start, min(start + step, n_vertices))
+            weights = flat_weights(kernels, basis, task.responses[:, vertices], penalties)
+            yield vertices, {n: w.T.reshape(w.shape[1], rows.n_places(n), -1) * scales[n] for n, w in weights.items()}
 
     def _basis(self, kernels: LayerKernels, scales: int, train_rows: np.ndarray) -> Basis:
         """Axes under the flat prior; its kernel or features are computed once for folds that share their scales."""
@@ -71,29 +82,32 @@ class _Heads(JointHeads):
     """Spatial heads that start from linear weights."""
 
     @torch.no_grad()
-    def start_from_weights(self, weights: Sequence[dict[str, torch.Tensor]], means: Sequence[torch.Tensor]) -> None:
+    def start_from_weights(self, weights: Sequence[Iterable[Weights]], means: Sequence[torch.Tensor]) -> None:
         """Start from linear weights.
 
         The shared space starts from the leading singular vectors of all subjects' weights; each vertex starts from its
         coordinates there.
 
-        weights : {array: (n_vertices, n_places, n_channels)} of each subject
+        weights : of each subject, some vertices after the other
         means : (n_vertices,) mean responses of each subject
         """
         if self.space is None:
-            for head, maps, mean in zip(self.subjects, weights, means, strict=True):
-                cast(SpatialReadout, head).start_from(maps, mean)
+            for head, blocks, mean in zip(self.subjects, weights, means, strict=True):
+                for vertices, maps in blocks:
+                    cast(SpatialReadout, head).start_from(maps, mean[vertices], vertices)
             return
-        shapes = {name: values.shape[1:] for name, values in weights[0].items()}
-        flat = torch.cat([torch.cat([values.flatten(1) for values in maps.values()], 1) for maps in weights])
-        n_kept = min(self.space.n_outputs, *flat.shape)
-        left, sizes, right = torch.svd_lowrank(flat, n_kept, niter=4)
-        directions = flat.new_zeros(self.space.n_outputs, flat.shape[1])
-        directions[:n_kept] = right.T * sizes[:, None] / len(flat) ** 0.5
+        matrices = (
+            torch.cat([values.flatten(1) for values in maps.values()], 1) for blocks in weights for _, maps in blocks
+        )
+        left, sizes, right = leading_vectors(_gathered(matrices), self.space.n_outputs)
+        n_vertices, n_kept = left.shape
+        shapes = {name: (math.prod(shape[:-1]), shape[-1]) for name, shape in self.space.shapes.items()}
+        directions = right.new_zeros(self.space.n_outputs, len(right))
+        directions[:n_kept] = right.T * sizes[:, None] / n_vertices**0.5
         parts = directions.split([math.prod(shape) for shape in shapes.values()], 1)
         space_maps = {n: p.reshape(-1, *shape) for (n, shape), p in zip(shapes.items(), parts, strict=True)}
         self.space.start_from(space_maps, directions.new_zeros(len(directions)))
-        coordinates = (left * len(flat) ** 0.5).split([len(mean) for mean in means])
+        coordinates = (left * n_vertices**0.5).split([len(mean) for mean in means])
         for head, of_subject, mean in zip(self.subjects, coordinates, means, strict=True):
             linear = cast(nn.Linear, head)
             linear.weight.zero_()
@@ -102,3 +116,41 @@ class _Heads(JointHeads):
 
     def of_surface(self, subject: str, surface: str) -> dict[str, torch.Tensor]:
         return dict(spatial_head_of(self.saved(), self.names, subject, surface).state_dict())
+
+
+def leading_vectors(blocks: Iterable[torch.Tensor], n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The n leading left vectors, singular values and right vectors of a matrix, given in blocks of rows.
+
+    One block is in memory at a time: each is reduced to its own n leading vectors, which are then merged with those so
+    far. That is exact if the matrix has at most n singular values, up to the error of `torch.svd_lowrank`.
+
+    Source: Iwen and Ong 2016, A distributed and incremental SVD algorithm, https://doi.org/10.1137/16M1058467
+    """
+    whole: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    for block in blocks:
+        part = torch.svd_lowrank(block, min(n, *block.shape), niter=4)
+        whole = part if whole is None else _merged(whole, part, n)
+    assert whole is not None
+    return whole
+
+
+def _merged(
+    above: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    below: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    n: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    stacked = torch.cat([sizes[:, None] * right.T for _, sizes, right in (above, below)])
+    left, sizes, right = torch.linalg.svd(stacked, full_matrices=False)
+    of_above, of_below = left[:, :n].split([len(above[1]), len(below[1])])
+    return torch.cat([above[0] @ of_above, below[0] @ of_below]), sizes[:n], right[:n].T
+
+
+def _gathered(blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Blocks of rows, as many together as START_NUMBERS allows: small subjects are one matrix."""
+    held: list[torch.Tensor] = []
+    for block in blocks:
+        if held and sum(part.numel() for part in held) + block.numel() > START_NUMBERS:
+            yield torch.cat(held)
+            held.clear()
+        held.append(block)
+    yield torch.cat(held)

@@ -96,3 +96,18 @@ def test_a_backbone_stays_as_it_is_where_fusing_would_change_a_layer(monkeypatch
     monkeypatch.setattr("featcache.backbone.network.fuse_batch_norms", lambda model: other)
     backbone = load_backbone(BackboneConfig(name=SMALL, weights="none", size=64))
     assert backbone.optimised(backbone.taps(LayerConfig())) is backbone
+
+
+def test_mean_and_deviation_go_to_a_device_once_and_are_those_of_the_transform(monkeypatch):
+    backbone = load_backbone(BackboneConfig(name="test_resnet", weights="none", size=32))
+    pixels, made, tensor = torch.full((2, 3, 32, 32), 51, dtype=torch.uint8), [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, **more: made.append(more["device"]) or tensor(*args, **more))
+    for device in ("cpu", "meta", "cpu", "meta"):
+        with torch.inference_mode():
+            backbone.normalise(pixels.to(device))
+    assert [device.type for device in made] == ["cpu", "cpu", "meta", "meta"]  # the mean and the deviation
+    other = backbone.with_transform({**backbone.transform_settings, "mean": [0.2, 0.4, 0.6], "std": [0.1, 0.2, 0.4]})
+    torch.testing.assert_close(other.normalise(pixels)[1, :, 3, 5], tensor([0.0, -1.0, -1.0]))
+    weight = torch.nn.Parameter(torch.ones(()))
+    (backbone.normalise(pixels) * weight).sum().backward()  # after a use without gradients, with gradients
+    assert weight.grad == backbone.normalise(pixels).sum()

@@ -151,3 +151,49 @@ def test_moments_are_means_of_places_and_variances_about_them(store, values, mon
             mean, variance = rows.mean_and_variance(name, np.arange(15))
             np.testing.assert_allclose(mean, x.mean(0), rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(variance, x.var(0).mean(0), rtol=1e-5)
+
+
+def kept(store, budget):
+    """Rows in memory, as many of them on the device too as a budget allows."""
+    rows = LayerRows(store, tuple(SHAPES), "cuda", np.inf)
+    rows.keep_on_device(budget)
+    return rows
+
+
+@pytest.mark.parametrize("budget", [0, 400, np.inf], ids=["none", "some", "all"])
+def test_rows_on_a_device_are_those_of_memory(pretended_cuda, store, values, budget):
+    expected, index = LayerRows(store, tuple(SHAPES), "cpu", np.inf), np.array([3, 20, 3, 0])
+    rows = kept(store, budget)
+    for name in SHAPES:
+        assert torch.equal(rows.read(name, 2, 9).cpu(), expected.read(name, 2, 9))
+        assert torch.equal(
+            torch.cat(list(rows.blocks(name, index))).cpu(), torch.cat(list(expected.blocks(name, index)))
+        )
+        for asked in (index, torch.from_numpy(index), torch.from_numpy(index).cuda()):
+            assert torch.equal(rows[asked][name].cpu(), expected[index][name])
+    assert list(rows[index]) == list(SHAPES)
+
+
+@pytest.mark.parametrize("asked", [np.array([1, 5]), torch.tensor([1, 5])], ids=["array", "tensor"])
+def test_batches_of_rows_on_a_device_wait_for_nothing(pretended_cuda, store, asked):
+    rows = kept(store, np.inf)
+    sent = asked.cuda() if isinstance(asked, torch.Tensor) else asked
+    pretended_cuda.forget()
+    assert len(rows[sent]) == len(SHAPES)
+    assert pretended_cuda.waits == []
+
+
+def test_batches_of_rows_in_memory_wait_for_the_numbers_of_their_images_alone(pretended_cuda, store):
+    rows, index = kept(store, 0), torch.tensor([1, 5], device="cuda")
+    pretended_cuda.forget()
+    assert len(rows[index]) == len(SHAPES)
+    assert len(pretended_cuda.waits) == 1 and all(copy.pinned for copy in pretended_cuda.copies_in(way="to device"))
+
+
+@pytest.mark.parametrize("budget", [0, 200, 1000, 4000, 10**6])
+def test_what_is_kept_on_a_device_never_takes_more_than_the_budget(pretended_cuda, store, budget):
+    rows = LayerRows(store, tuple(SHAPES), "cuda", np.inf)
+    before = pretended_cuda.allocated
+    rows.keep_on_device(budget)
+    assert pretended_cuda.allocated - before <= budget
+    assert pretended_cuda.allocated - before == ALL or budget < ALL

@@ -10,8 +10,11 @@ from featcache.machine.device import (
     check_products,
     is_emulated,
     matrix_products,
+    pinned,
     resolve_device,
     resolve_dtype,
+    to_device,
+    to_host,
 )
 
 
@@ -74,3 +77,10 @@ def test_flags_are_read_where_linux_has_them(tmp_path):
     assert _cpu_flags(tmp_path / "cpuinfo") >= {"fpu", "avx512_bf16"}
     assert "none" not in _cpu_flags(tmp_path / "cpuinfo")
     assert _cpu_flags(tmp_path / "missing") == set()
+
+
+def test_tensors_that_stay_in_main_memory_are_not_copied():
+    tensor = torch.arange(6.0).reshape(2, 3)
+    assert pinned(tensor, "cpu") is tensor and to_device(tensor, "cpu") is tensor
+    first, second = to_host([tensor, tensor[1]])()
+    assert first is tensor and torch.equal(second, tensor[1]) and to_host([])() == []
