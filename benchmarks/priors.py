@@ -138,10 +138,10 @@ def compare(n_images: int, n_vertices: int, draws: tuple[int, ...], gradient_ste
     sizes = Sizes(images=n_images + n_images // 4, test_images=2, vertices=n_vertices)
     with tempfile.TemporaryDirectory() as folder:
         problem, data = problem_of(Path(folder), sizes)
-        mine = min(
-            (timed(lambda: ours(problem, data.held_out), data) for _ in range(2)), key=lambda run: run["seconds"]
-        )
+        runs = [timed(lambda: ours(problem, data.held_out), data) for _ in range(2)]
+        mine = min(runs, key=lambda run: run["seconds"])
     what = f"heads under priors, {n_images:,} x {sizes.n_features:,} -> {n_vertices:,}"
+    print(f"{what}: {mine}", flush=True)
     peers: dict[str, dict[str, dict[str, float]]] = {}
     for peer, setting, run in himalaya_runs(data, draws, gradient_steps):
         peers.setdefault(peer, {})[setting] = timed(run, data)
