@@ -1,4 +1,4 @@
-"""Every stage on a pretended CUDA device: it runs, gives the CPU's numbers, and waits no more often than is said here."""
+"""Every stage runs on a pretended CUDA device, gives the CPU's numbers, and waits no more often than is said here."""
 
 import shutil
 from pathlib import Path
@@ -10,11 +10,11 @@ from safetensors.numpy import load_file
 from featcache.cache.store import list_stores
 from featcache.workdir import Workdir
 from support.commands import SMALL, run
-from support.pretended_device import PretendedDevice, pretended_cuda
+from support.pretended_device import pretended_cuda
 from support.shared import build_once
 
 LAYERS = ["--layers", "pooled,layer4", "--grid", "2"]
-TRAINING = ["--subject", "1", "--folds", "2", "--epochs", "1", "--batch-size", "4", "--workers", "1", "--stop", "never"]
+TRAINING = ["--subject", "1", "--folds", "2", "--epochs", "1", "--batch-size", "8", "--workers", "1", "--stop", "never"]
 SHORT = ["--epochs", "2", "--batch-size", "8"]
 HEADS = {
     "ridge": ["--layers", "pooled", "--loss", "mse"],
@@ -133,3 +133,22 @@ def test_predictions_of_new_images_are_the_cpus(tiny, extracted, tmp_path, capfd
         }
     numbers = {name: values for name, values in both["cpu"].items() if values.dtype.kind == "f"}
     assert_same({name: both["cuda"][name] for name in numbers}, numbers, **CLOSE)
+
+
+# Waits for the device in the loop of heads, for each step and beside what an epoch and a fit need.
+PER_STEP = {"gradient": 1, "spatial": 1, "shared space": 1, "core": 1}
+
+
+@pytest.mark.parametrize(("heads", "waits"), PER_STEP.items())
+def test_a_step_of_heads_waits_no_more_often_than_is_said(tiny, extracted, tmp_path, capfd, heads, waits):
+    """Batches of 2 images in place of 8 are four times as many steps, in as many epochs."""
+    counts = []
+    for batch_size in ("8", "2"):
+        work = shutil.copytree(extracted, tmp_path / batch_size)
+        words = [*HEADS[heads][:-1], batch_size, "--device", "cuda"]
+        with pretended_cuda() as device:
+            run(capfd, *command("fit-heads", tiny, work, *words))
+        counts.append((len(device.waits), device))
+    n_epochs = 2 * {"core": 2 * 2}.get(heads, 5)  # epochs of all folds, and members
+    steps = n_epochs * (30 * 3 // 5 // 2 - 30 * 3 // 5 // 8)
+    assert (counts[1][0] - counts[0][0]) / steps <= waits, counts[1][1].by_place()

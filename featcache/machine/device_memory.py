@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from featcache.errors import ConfigError
-from featcache.machine.memory import free_memory, refuse_above, said, spare_memory
+from featcache.machine.memory import block_that_fits, free_memory, refuse_above, said, spare_memory
 from featcache.machine.progress import say, size_of
 
 T = TypeVar("T")
@@ -50,6 +50,20 @@ def refuse_beyond(device: str | torch.device, max_memory: float, peak: float) ->
     """
     if not on_cuda(device):
         refuse_above(max_memory, peak)
+
+
+def block_on(
+    device: str | torch.device, fixed: float, per_vertex: float, largest: int, max_memory: float, least: int = 64
+) -> int:
+    """Number of vertices to fit at a time, from `least` to `largest`, so that a fit stays within `spare_on`.
+
+    fixed, per_vertex : bytes of the device that the fit takes for any block, and for each vertex of a block
+
+    Raises ConfigError where --max-memory limits a CPU's process to less than the smallest block takes.
+    """
+    if not on_cuda(device):
+        return block_that_fits(fixed, per_vertex, largest, max_memory, least)
+    return int(min(max((spare_on(device, max_memory) - fixed) / per_vertex, least), largest))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

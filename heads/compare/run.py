@@ -18,15 +18,9 @@ from featcache.dataset.splits import Split
 from featcache.dataset.subject import Dataset, Subject
 from featcache.errors import ConfigError, StoreError
 from featcache.machine.device import resolve_device
+from featcache.machine.device_memory import block_on, on_cuda, said_on, spare_on
 from featcache.machine.files import replace_json, whole_file
-from featcache.machine.memory import (
-    block_that_fits,
-    give_back_memory,
-    keep_freed_memory,
-    memory_at_start,
-    said,
-    spare_memory,
-)
+from featcache.machine.memory import give_back_memory, keep_freed_memory, memory_at_start, spare_memory
 from featcache.machine.progress import bar, say
 from featcache.workdir import Workdir
 from heads.blend.plot import can_draw
@@ -189,14 +183,16 @@ def _compute(task: _Task, config: CompareConfig, device: str, path: Path) -> Non
     candidates = candidates_of(n_bands, config.n_candidates, windows, config.seed)
     fixed, per_vertex = needed_bytes(plan, n_bands, len(windows))
     n_vertices = sum(subject.n_vertices.values())
-    block = block_that_fits(fixed, per_vertex, n_vertices, config.max_memory)
+    block = block_on(device, fixed, per_vertex, n_vertices, config.max_memory)
     say(
         f"{subject.name}: {n_bands} bands, {len(candidates)} candidates, {len(plan.outside(0)):,} images to fit to"
         f"{', by kernels with landmark images' if is_sampled(plan) else ''}: {block:,} vertices at a time; "
-        + said(memory_at_start() + fixed + block * per_vertex)
+        + said_on(device, fixed + block * per_vertex + (0 if on_cuda(device) else memory_at_start()))
     )
-    free = spare_memory(config.max_memory)
-    spaces = spaces_of(task.bands, plan, windows, device, held=free * FEATURE_SHARE, stack=free * STACK_SHARE)
+    held = spare_memory(config.max_memory) * FEATURE_SHARE
+    spaces = spaces_of(
+        task.bands, plan, windows, device, held=held, stack=spare_on(device, config.max_memory) * STACK_SHARE
+    )
     weights = image_weights(plan.image_ids, config.seed).astype(np.float32)
     draws = torch.from_numpy(np.concatenate([np.ones((1, plan.n_train), np.float32), weights])).to(device)
     groups = [(surface, roi) for surface in subject.surfaces for roi in (*subject.rois[surface], EVERYTHING)]

@@ -17,6 +17,7 @@ from featcache.config import usual_workers
 from featcache.dataset.inputs import Picture, decoded, pictures_of
 from featcache.errors import ConfigError, DataError, some_of
 from featcache.machine.device import matrix_products, resolve_device
+from featcache.machine.device_memory import spare_on
 from featcache.machine.memory import spare_memory
 from featcache.machine.prefetch import prefetch
 from heads.blend.saved import BLEND
@@ -259,7 +260,7 @@ class Encoder:
         if identity in self._networks:
             self._networks.move_to_end(identity)
             return self._networks[identity]
-        limit = spare_memory(0) * _NETWORK_SHARE
+        limit = spare_on(self.device, 0) * _NETWORK_SHARE
         while self._networks and sum(map(_network_bytes, self._networks.values())) > limit:
             self._networks.popitem(last=False)
         self._networks[identity] = self._tensors.network(part, self.device)

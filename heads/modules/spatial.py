@@ -20,7 +20,7 @@ Rows = dict[str, torch.Tensor]  # {array: (n_images, n_features), or (n_images, 
 Shapes = Mapping[str, tuple[int, ...]]  # {array: shape of a row}
 
 _NOISE = 0.1  # standard deviation of the initial spatial maps, relative to the uniform map
-_LARGEST = 2**24  # numbers that a product of channels may keep for the backward pass; larger ones are recomputed
+LARGEST = 2**24  # numbers that a product of channels may keep for the backward pass; larger ones are recomputed
 
 
 class Standardise(nn.Module):
@@ -264,7 +264,7 @@ def _contract(values: torch.Tensor, spatial: torch.Tensor, channels: torch.Tenso
     at a time, and again in the backward pass.
     """
     n_outputs, rank = channels.shape[:2]
-    block = max(1, _LARGEST // (rank * values.shape[0] * values.shape[1]))
+    block = max(1, LARGEST // (rank * values.shape[0] * values.shape[1]))
     if n_outputs <= block:
         return _product(values, spatial, channels)
     parts = []

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from featcache.cache.store import Row
 from featcache.machine.memory import free_memory
-from heads.config import HEADS, FitConfig
+from heads.config import HEADS, FitConfig, SpatialConfig
 from heads.modules.core import CORE, Core
 from heads.solvers.layers.priors import DEPTHS, prior_set
 from heads.solvers.layers.sizes import LayeredSizes, counted
-from heads.solvers.memory import FEATURE_SHARE, Sizes, blockwise_bytes, whole_bytes
+from heads.solvers.memory import FEATURE_SHARE, Sizes, blockwise_bytes, spatial_bytes, whole_bytes
 from heads.solvers.ridge import VERTEX_BLOCK
 
 _CHOICES_OF_A_TRAINED_FOLD = 5  # four parts of the held-out images, and one head for test images
@@ -101,7 +101,24 @@ def fit_memory(sizes: FitSizes, config: FitConfig) -> float:
     if spec.blockwise and not features.backbone_trained:
         fixed, per_vertex = blockwise_bytes(flat)
         return fixed + per_vertex * min(VERTEX_BLOCK, max(sizes.n_vertices))
+    if spec.fits and isinstance(getattr(config, HEADS[config.head].settings or "", None), SpatialConfig):
+        return _of_spatial_heads(sizes, config)
     return whole_bytes(flat, HEADS[config.head].copies if spec.fits else 1)
+
+
+def _of_spatial_heads(sizes: FitSizes, config: FitConfig) -> float:
+    """Bytes of spatial heads of one subject."""
+    n_vertices, features = sum(sizes.n_vertices), sizes.features
+    return spatial_bytes(
+        {name: row.shape for name, row in features.rows.items()},
+        config,
+        n_outputs=n_vertices,
+        n_surface=max(sizes.n_vertices),
+        n_images=sizes.n_images,
+        n_responses=sizes.n_train * n_vertices,
+        n_folds=sizes.n_held_out,
+        n_choices=_CHOICES_OF_A_TRAINED_FOLD if features.backbone_trained else 1,
+    )
 
 
 def saved_bytes(sizes: FitSizes, config: FitConfig) -> float:

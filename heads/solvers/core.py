@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from featcache.machine.device import resolve_dtype
-from featcache.machine.memory import spare_memory
+from featcache.machine.device_memory import spare_on
 from featcache.machine.progress import bar
 from heads.config import FitConfig, RidgeConfig
 from heads.features.rows import LayerRows
@@ -61,9 +61,9 @@ class CoreTraining(JointTraining):
         return Split(outside[~np.isin(plan.image_ids[outside], self._tested)], [], parts)
 
     def make(self, tasks: Sequence[Task], statistics: Statistics, k: int) -> "_Heads":
-        heads = _Heads(self.trainees[0].fold_rows(k).shapes, self.subjects, self.config.core).to(self._device)
+        heads = _Heads(self.trainees[0].fold_rows(k).shapes, self.subjects, self.config.core).to(self.device)
         heads.standardise.fix(statistics)
-        heads.standardise.in_bfloat16 = resolve_dtype("auto", self._device) == "bfloat16"  # half the time where it is
+        heads.standardise.in_bfloat16 = resolve_dtype("auto", self.device) == "bfloat16"  # half the time where it is
         return heads
 
     def members(self, k: int) -> "list[_Heads]":
@@ -104,7 +104,7 @@ class CoreSolver:
 
     @cached_property
     def _ridge(self) -> LayeredRidge:
-        free = spare_memory(self._training.config.max_memory)
+        free = spare_on(self._training.device, self._training.config.max_memory)
         outputs = [self._training.outputs(self._number, k) for k in range(len(self._plan))]
         kernels = scaled_kernels(outputs, self._plan, free * STACK_SHARE)
         priors = prior_set(outputs[0].grids, (None,), self._plan.n_train)
@@ -119,7 +119,7 @@ class CoreSolver:
         grids, n_features = {CORE: (height, width)}, height * width * n_channels * config.core.members
         counts = counted(
             grids,
-            spare_memory(config.max_memory),
+            spare_on(self._training.device, config.max_memory),
             n_train=plan.n_train,
             n_images=len(rows),
             n_fit=tuple(len(plan.outside(k)) for k in range(len(plan))),

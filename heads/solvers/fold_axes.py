@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from featcache.machine.device import pinned, to_device
 from heads.solvers.base import Fits, FoldFit, Piece
 from heads.solvers.ridge import Eigenbasis, eigenbasis, eigenbasis_of_gram, sum_of_squares
 
@@ -23,12 +24,14 @@ class Fold(NamedTuple):
     """Axes and scores of one fold, which serve any responses.
 
     held_out, train_rows : row numbers, on the device of the features
+    rows : those that are held out, in main memory
     scores : of the held-out images, then of the test images, on the axes of the training images
     train_scores : of the training images, where they are needed
     """
 
     held_out: torch.Tensor
     train_rows: torch.Tensor
+    rows: np.ndarray
     basis: Eigenbasis
     scores: torch.Tensor
     train_scores: torch.Tensor | None
@@ -58,8 +61,9 @@ class FoldAxes:
     """
 
     def __init__(self, features: torch.Tensor, folds: np.ndarray, by_rows: Callable[[int], bool]) -> None:
-        fold_numbers = torch.from_numpy(folds).to(features.device)
-        held_out, train_rows = zip(*(_rows_of(fold_numbers, k) for k in range(int(folds.max()) + 1)), strict=True)
+        rows = [np.flatnonzero(folds == k) for k in range(int(folds.max()) + 1)]
+        held_out = [_sent(of_fold, features) for of_fold in rows]
+        train_rows = [_sent(np.flatnonzero(folds != k), features) for k in range(len(rows))]
         self._tall = min(map(len, train_rows)) > features.shape[1]
         self._parts = [_Part.centre(features[rows]) for rows in held_out] if self._tall else []
         bases = self._tall_bases(train_rows) if self._tall else (eigenbasis(features[rows]) for rows in train_rows)
@@ -67,6 +71,7 @@ class FoldAxes:
             Fold(
                 held_out[k],
                 train_rows[k],
+                rows[k],
                 basis,
                 basis.scores(torch.cat([features[held_out[k]], features[len(folds) :]])),
                 basis.train_scores(features[train_rows[k]]) if not self._tall or by_rows(basis.n_images) else None,
@@ -107,7 +112,7 @@ class FoldAxes:
             std = (fold.basis.values @ weights.square() / fold.basis.n_images).sqrt()
             # one product, because a separate product for few test images would be slow
             held_out, test = torch.addmm(mean, fold.scores, weights).tensor_split([len(fold.held_out)])
-            piece = Piece(fold.held_out.cpu().numpy(), held_out, mean, torch.where(std > 0, std, 1))
+            piece = Piece(fold.rows, held_out, mean, torch.where(std > 0, std, 1))
             fits.append(FoldFit([piece], test, piece.mean, piece.std))
             if save:
                 saved = saved or _Mean(len(self.folds), len(fold.basis.mean), mean)
@@ -156,9 +161,9 @@ def _by_row(fold: Fold, responses: torch.Tensor) -> Target:
     return Target(mean, sum_of_squares(rows), fold.train_scores.T @ rows, rows)
 
 
-def _rows_of(folds: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers of the rows that are held out with fold k, and of the others."""
-    return torch.nonzero(folds == k)[:, 0], torch.nonzero(folds != k)[:, 0]
+def _sent(rows: np.ndarray, features: torch.Tensor) -> torch.Tensor:
+    """Row numbers on the device of the features."""
+    return to_device(pinned(torch.from_numpy(rows), features.device), features.device)
 
 
 def _mean_and_offsets(parts: Sequence[_Part], k: int) -> tuple[torch.Tensor, torch.Tensor]:

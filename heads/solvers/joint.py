@@ -15,6 +15,7 @@ import torch
 
 from featcache.dataset.splits import refuse_leak
 from featcache.dataset.subject import Subject
+from featcache.machine.device_memory import spare_on
 from featcache.machine.memory import spare_memory
 from heads.config import FitConfig
 from heads.features.rows import LayerRows
@@ -23,7 +24,7 @@ from heads.scores.losses import weighted_sum
 from heads.solvers.base import Block, Fits, FoldFit, Problem, Solver, Trainee
 from heads.solvers.gradient import Task, fold_fit, train_head
 from heads.solvers.held_out import FoldPlan, Split, clean_parts
-from heads.solvers.memory import FEATURE_SHARE, Sizes, whole_bytes
+from heads.solvers.memory import FEATURE_SHARE, announce, spatial_bytes
 from heads.solvers.trained import predict
 
 Statistics = dict[str, tuple[torch.Tensor, torch.Tensor]]  # {array: (mean, variance) of each channel}
@@ -64,7 +65,7 @@ class JointTraining:
     """Trains the heads of some subjects, once for each fold, when predictions of the fold are first needed."""
 
     def __init__(self, trainees: Sequence[TraineeRows], config: FitConfig, device: str) -> None:
-        self.trainees, self.config, self._device = list(trainees), config, device
+        self.trainees, self.config, self.device = list(trainees), config, device
         self.plans = [trainee.plan for trainee in trainees]
         self._heads: dict[int, list[JointHeads]] = {}
 
@@ -76,6 +77,21 @@ class JointTraining:
     def make(self, tasks: Sequence[Task], statistics: Statistics, k: int) -> JointHeads:
         """Heads with their first weights, on the device, for the k-th held-out fold. Torch's seed is set."""
         raise NotImplementedError
+
+    def memory(self, n_vertices: int) -> float:
+        """Bytes that training and predicting take where they compute. n_vertices : of a surface, at most"""
+        subjects = self.subjects
+        n_outputs = sum(min(sum(s.n_vertices.values()), n_vertices * len(s.surfaces)) for s in subjects)
+        return spatial_bytes(
+            self.trainees[0].rows[0].shapes,
+            self.config,
+            n_outputs=max(n_outputs, n_vertices),
+            n_surface=n_vertices,
+            n_images=max(len(trainee.rows[0]) for trainee in self.trainees),
+            n_responses=sum(t.plan.n_train * sum(t.subject.n_vertices.values()) for t in self.trainees),
+            n_folds=len(self.plans[0]),
+            n_choices=max(map(self.plans[0].n_choices, range(len(self.plans[0])))),
+        )
 
     def solver(self, number: int) -> Solver:
         """The solver of one subject."""
@@ -121,7 +137,7 @@ class JointTraining:
         surfaces = [np.asarray(subject.responses(surface), dtype=np.float32) for surface in subject.surfaces]
         ceilings = [ceiling for ceiling in subject.noise_ceiling.values() if ceiling is not None]
         ceiling = np.concatenate(ceilings) if len(ceilings) == len(surfaces) else None
-        responses = torch.from_numpy(np.concatenate(surfaces, 1)).to(self._device)
+        responses = torch.from_numpy(np.concatenate(surfaces, 1)).to(self.device)
         return Task(self.trainees[number].fold_rows(k), responses, split.train_rows, split.choice_rows, ceiling)
 
     def _refuse_leaks(self, tasks: Sequence[Task], k: int) -> None:
@@ -162,10 +178,15 @@ def _training(problem: Problem, trainees: Sequence[Trainee], kind: Kind) -> Join
     n_stores = sum(len(trainee.features.stores) for trainee in trainees)
     budget = spare_memory(problem.config.max_memory) * FEATURE_SHARE / n_stores
     read = [TraineeRows(t.subject, t.features.read(problem.device, budget), t.plan) for t in trainees]
+    for rows in (rows for one in read for rows in one.rows):
+        rows.keep_on_device(spare_on(problem.device, 0) * FEATURE_SHARE / n_stores)
     training = kind(read, problem.config, problem.device)
     for number, trainee in enumerate(trainees):  # folds that are too small must raise before a store exists
         for k in range(len(trainee.plan)):
             training.split(number, k)
+    needed = training.solver(0).memory(max(max(trainee.subject.n_vertices.values()) for trainee in trainees))
+    method = f"by gradient, {len(trainees)} subjects together" if len(trainees) > 1 else "by gradient"
+    announce(problem, read[0].rows[0].n_features, needed, method)
     return training
 
 
@@ -178,9 +199,7 @@ class JointSolver:
         self._training, self._trainee, self._number = training, trainee, number
 
     def memory(self, n_vertices: int) -> float:
-        plan, n_features = self._trainee.plan, self._trainee.rows[0].n_features
-        n_images = plan.n_train + len(self._trainee.subject.test)
-        return whole_bytes(Sizes.of_matrix(plan, (n_images, n_features), n_vertices))
+        return self._training.memory(n_vertices)
 
     def fit(self, block: Block) -> Fits:
         """Predict one surface; `block.responses` only calibrate predictions, on the rows that were trained on."""

@@ -1,6 +1,7 @@
 """Solvers by name: the builder of each is in its own file, and `heads.config.SOLVERS` says which."""
 
-from featcache.machine.memory import memory_at_start, refuse_above
+from featcache.machine.device_memory import refuse_beyond
+from featcache.machine.memory import memory_at_start
 from heads.config.registry import load
 from heads.solvers.base import Problem, Solver
 
@@ -12,5 +13,6 @@ def build_solver(problem: Problem) -> Solver:
     """
     solver: Solver = load(problem.config.builder)(problem)
     if problem.config.max_memory:
-        refuse_above(problem.config.max_memory, memory_at_start() + solver.memory(max(problem.n_vertices)))
+        needed = memory_at_start() + solver.memory(max(problem.n_vertices))
+        refuse_beyond(problem.device, problem.config.max_memory, needed)
     return solver

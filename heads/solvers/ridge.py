@@ -30,6 +30,7 @@ _LOO_IMAGES = 1024  # up to here the exact error costs seconds
 # Eigenvalues below this share of the largest are rounding: products in float32, whose epsilon is 1.2e-7, leave null
 # eigenvalues of up to 1e-7 where images are repeated. Products in float64 leave 1e-14 with thousands of images.
 _NULL = {torch.float32: 5e-7, torch.float64: 1e-13}
+_LARGE = 512  # rows of a matrix whose eigenvectors a CUDA device computes
 FULL = 0.99  # a fit with more than this share of the degrees of freedom leaves too little error to judge its penalty
 MAX_NUMBERS_AT_ONCE = 1 << 22  # in the predictions under penalties that are tried at once
 VERTEX_BLOCK = 2048  # vertices at a time, so that elementwise steps between two products stay in the processor's cache
@@ -106,10 +107,25 @@ def centre_kernel(across: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
 
 
 def eigh_of(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues and eigenvectors without the null space. In float64: float32 decompositions can fail on a GPU."""
-    values, vectors = torch.linalg.eigh(gram.double())
-    keep = values > _NULL[gram.dtype] * values.max().clamp_min(torch.finfo(torch.float32).tiny)
-    return values[keep].to(gram.dtype), vectors[:, keep].to(gram.dtype)
+    """Eigenvalues, ascending, and eigenvectors without the null space, on the device of the matrix (n, n).
+
+    In float64: float32 decompositions can fail on a GPU (docs/decisions/0010).
+    """
+    place = decomposed_on(gram)
+    values, vectors = torch.linalg.eigh(gram.double().to(place))
+    least = _NULL[gram.dtype] * values.max().clamp_min(torch.finfo(torch.float32).tiny)
+    first = int((values <= least).sum())  # what is null comes first
+    kept = values[first:], vectors[:, first:].contiguous()
+    return kept[0].to(gram), kept[1].to(gram)
+
+
+def decomposed_on(gram: torch.Tensor) -> torch.device:
+    """Where the eigenvectors of a matrix (n, n) are computed: on a CUDA device from `_LARGE` rows on, else on the CPU.
+
+    A device takes a large matrix apart faster, also where its float64 is slow, but a small one in many short steps. The
+    host waits for the result in either case. `_LARGE` is an estimate: no device has been measured.
+    """
+    return gram.device if len(gram) >= _LARGE else torch.device("cpu")
 
 
 def penalty_errors(
@@ -134,7 +150,8 @@ def penalty_errors(
     else:
         errors = _loo_errors(values, rotated, shrinkage, *rows)
     errors[freedom > FULL] = torch.inf
-    errors[penalties.argmax()].clamp_max_(torch.finfo(errors.dtype).max)  # the largest penalty can always be chosen
+    largest = penalties.argmax()[None]  # which can always be chosen
+    errors.index_copy_(0, largest, errors.index_select(0, largest).clamp_max(torch.finfo(errors.dtype).max))
     return errors
 
 

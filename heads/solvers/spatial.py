@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial, reduce
+from itertools import chain
 from typing import cast
 
 import numpy as np
@@ -23,6 +25,9 @@ from heads.solvers.memory import START_NUMBERS
 
 _EPS = 1e-5  # of the standardisation, torch's own
 
+_SPARE = 32  # singular vectors of a block of rows that are kept beyond those that are wanted
+
+Vectors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # left vectors, singular values, right vectors
 Weights = tuple[slice, dict[str, torch.Tensor]]  # some vertices, and {array: (n, n_places, n_channels)}
 
 
@@ -40,7 +45,7 @@ class SpatialTraining(JointTraining):
 
     def make(self, tasks: Sequence[Task], statistics: Statistics, k: int) -> "_Heads":
         shapes = self.trainees[0].fold_rows(k).shapes
-        heads = _Heads(shapes, self.subjects, self.config.spatial, SMALL).to(self._device)
+        heads = _Heads(shapes, self.subjects, self.config.spatial, SMALL).to(self.device)
         heads.standardise.fix(statistics)
         self._start(heads, tasks, statistics, k)
         return heads
@@ -118,27 +123,26 @@ class _Heads(JointHeads):
         return dict(spatial_head_of(self.saved(), self.names, subject, surface).state_dict())
 
 
-def leading_vectors(blocks: Iterable[torch.Tensor], n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def leading_vectors(blocks: Iterable[torch.Tensor], n: int) -> Vectors:
     """The n leading left vectors, singular values and right vectors of a matrix, given in blocks of rows.
 
-    One block is in memory at a time: each is reduced to its own n leading vectors, which are then merged with those so
-    far. That is exact if the matrix has at most n singular values, up to the error of `torch.svd_lowrank`.
+    One block is in memory at a time: each is reduced to its own leading vectors, _SPARE more than n, which are merged
+    with those so far. That is exact for a matrix of no more singular values, up to the error of `torch.svd_lowrank`.
 
     Source: Iwen and Ong 2016, A distributed and incremental SVD algorithm, https://doi.org/10.1137/16M1058467
     """
-    whole: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    for block in blocks:
-        part = torch.svd_lowrank(block, min(n, *block.shape), niter=4)
-        whole = part if whole is None else _merged(whole, part, n)
-    assert whole is not None
-    return whole
+    rest = iter(blocks)
+    first, second = next(rest), next(rest, None)
+    if second is None:
+        return torch.svd_lowrank(first, min(n, *first.shape), niter=4)
+    wide = n + _SPARE
+    parts = (torch.svd_lowrank(block, min(wide, *block.shape), niter=4) for block in chain((first, second), rest))
+    left, sizes, right = reduce(partial(_merged, n=wide), parts)
+    return left[:, :n], sizes[:n], right[:, :n]
 
 
-def _merged(
-    above: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    below: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    n: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _merged(above: Vectors, below: Vectors, n: int) -> Vectors:
+    """The n leading vectors of two blocks of rows, from those of each."""
     stacked = torch.cat([sizes[:, None] * right.T for _, sizes, right in (above, below)])
     left, sizes, right = torch.linalg.svd(stacked, full_matrices=False)
     of_above, of_below = left[:, :n].split([len(above[1]), len(below[1])])

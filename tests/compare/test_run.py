@@ -68,7 +68,7 @@ def test_blocks_of_vertices_change_nothing(subject, work, monkeypatch):
     config = fc.CompareConfig(n_candidates=1)
     whole = compare([subject], config, work)
     whole.subjects["subj01"].unlink()
-    monkeypatch.setattr(module, "block_that_fits", lambda *_: 3)
+    monkeypatch.setattr(module, "block_on", lambda *_: 3)
     parts = compare([subject], config, work)
     for one, other in zip(whole.rows, parts.rows, strict=True):
         for (*_, a), (*_, b) in zip(one.variance.items(), other.variance.items(), strict=True):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from featcache.dataset.algonauts import open_challenge
+from featcache.errors import ConfigError
 from heads.fit.out_of_fold import block_of, predict_surface
 from heads.solvers.base import Fits, FoldFit, Piece
 from support.problems import responding
@@ -158,3 +159,58 @@ def test_a_surface_without_vertices_has_predictions_of_none(subject, tmp_path):
     solver = Recorded(len(subject.train), len(subject.test), 2)
     predictions, saved = predict_surface(solver, empty, "lh", lambda _: None)
     assert predictions.shape == (len(subject.image_ids), 0) and saved == {} and solver.blocks == []
+
+
+class Large(Recorded):
+    """A solver whose device has memory for `fitting` vertices at a time."""
+
+    fitting = 100
+
+    def fit(self, block):
+        if block.responses.shape[1] > self.fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        fits = super().fit(replace(block, responses=block.responses.cpu()))
+        moved = [
+            FoldFit(
+                [Piece(piece.rows, *(part.cuda() for part in piece[1:])) for piece in fold.held_out],
+                *(part.cuda() for part in fold[1:4]),
+            )
+            for fold in fits.folds
+        ]
+        return Fits(moved, {name: values.cuda() for name, values in fits.saved.items()})
+
+
+def test_blocks_that_a_device_does_not_hold_are_halved_and_nothing_is_lost(
+    pretended_cuda, subject, monkeypatch, said, tmp_path
+):
+    monkeypatch.setattr("heads.fit.out_of_fold._LEAST", 1)
+    n_train, n_test = len(subject.train), len(subject.test)
+    expected = predict_surface(Recorded(n_train, n_test, N_VERTICES), subject, "lh", lambda _: None)
+    advanced, solver = [], Large(n_train, n_test, N_VERTICES)
+    solver.fitting = 2
+    found = predict_surface(solver, subject, "lh", advanced.append, "cuda", spool=tmp_path)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    assert list(found[1]) == list(expected[1]) and sum(advanced) == N_VERTICES
+    assert all(torch.equal(found[1][name], values) for name, values in expected[1].items())
+    assert [line for line in said if "full" in line] == ["the device's memory is full: goes on with 2 vertices"]
+
+
+@pytest.mark.parametrize(("vertex_block", "tried"), [(N_VERTICES, 3), (None, N_VERTICES)], ids=["blocks", "whole"])
+def test_what_a_device_does_not_hold_in_any_way_is_one_line(
+    pretended_cuda, subject, monkeypatch, said, vertex_block, tried
+):
+    monkeypatch.setattr("heads.fit.out_of_fold._LEAST", 3)
+    solver = Large(len(subject.train), len(subject.test), vertex_block)
+    solver.fitting = 2
+    with pytest.raises(
+        ConfigError, match=f"enough memory for {tried} vertices; found CUDA out of memory.*--device cpu"
+    ):
+        predict_surface(solver, subject, "lh", lambda _: None, "cuda")
+
+
+def test_a_block_waits_for_the_device_once(pretended_cuda, subject):
+    solver = Large(len(subject.train), len(subject.test), 2)
+    predict_surface(solver, subject, "lh", lambda _: None, "cuda")
+    assert len(pretended_cuda.waits_in("heads/fit/out_of_fold.py")) + len(
+        [wait for wait in pretended_cuda.waits_in("featcache/machine/device.py") if wait.operation == "synchronize"]
+    ) == -(-N_VERTICES // 2)

@@ -27,7 +27,7 @@ def slow(readout, rows):
 @pytest.mark.parametrize("largest", [2**24, 7 * 20 * 2 * 3])
 def test_the_factors_are_one_linear_map_of_all_places_and_channels(monkeypatch, largest):
     """In one piece, and outputs apart; forward and back."""
-    monkeypatch.setattr(spatial, "_LARGEST", largest)
+    monkeypatch.setattr(spatial, "LARGEST", largest)
     readout = SpatialReadout(SHAPES, 11, rank=2, start=1.0, standardised=True)
     torch.nn.init.normal_(readout.mixture)
     rows = {array: values.requires_grad_() for array, values in some_rows(7).items()}

@@ -6,8 +6,16 @@ import pytest
 
 from featcache.dataset.algonauts import open_challenge
 from featcache.errors import ConfigError
-from heads.config import FitConfig
-from heads.solvers.memory import Sizes, announce_whole, blockwise_bytes, choose_block, whole_bytes
+from heads.config import FitConfig, SpatialConfig
+from heads.solvers.memory import (
+    Sizes,
+    announce_whole,
+    blockwise_bytes,
+    choose_block,
+    result_bytes,
+    spatial_bytes,
+    whole_bytes,
+)
 from heads.solvers.ridge import VERTEX_BLOCK
 from support.plans import plan_of
 from support.problems import N_VERTICES, VECTOR, features_of, planted_responses, problem_of, responding
@@ -107,3 +115,53 @@ def test_a_limit_that_nothing_fits_into_is_refused(problem, said, choose):
 def test_the_way_of_heads_that_see_all_vertices_is_said(problem, said):
     announce_whole(problem, 6, "by gradient")
     assert any("6 features, 30 images: by gradient; about" in line for line in said)
+
+
+def test_a_block_is_as_large_as_the_device_has_room_for(pretended_cuda, problem, said, monkeypatch):
+    """What is in main memory, and --max-memory, have no say in it."""
+    largest = Sizes(n_train=4000, n_test=100, n_features=500, n_vertices=(20_000,), n_folds=5)
+    monkeypatch.setattr("heads.solvers.memory.Sizes.of", lambda problem, n_features: largest)
+    fixed, per_vertex = blockwise_bytes(largest)
+    on_cuda = replace(problem, device="cuda", config=replace(problem.config, max_memory=1e-6))
+    for wanted in (100, 700, VERTEX_BLOCK, 10 * VERTEX_BLOCK):
+        room = fixed - result_bytes(largest) + (wanted + 0.5) * per_vertex
+        pretended_cuda.limit_memory(int(room / 0.9))
+        assert choose_block(on_cuda, 500) == min(wanted, VERTEX_BLOCK)
+        assert said[-1].endswith("of the device's memory")
+
+
+def test_a_device_too_small_for_the_smallest_block_is_tried_all_the_same(pretended_cuda, problem, said):
+    pretended_cuda.limit_memory(1000)
+    assert choose_block(replace(problem, device="cuda"), 6) == max(N_VERTICES.values())
+
+
+def test_results_are_in_main_memory_wherever_a_fit_computes():
+    assert 0 < result_bytes(SIZES) < blockwise_bytes(SIZES)[0]
+    assert result_bytes(SIZES) >= 4 * (SIZES.n_train + SIZES.n_test) * max(SIZES.n_vertices)
+
+
+SPATIAL = {
+    "n_outputs": 400,
+    "n_surface": 200,
+    "n_images": 1000,
+    "n_responses": 400_000,
+    "n_folds": 5,
+    "n_choices": 1,
+}
+
+
+@pytest.mark.parametrize("space", [0, 8])
+@pytest.mark.parametrize("name", SPATIAL)
+def test_spatial_heads_take_more_of_anything(name, space):
+    config = FitConfig(head="spatial", spatial=SpatialConfig(space=space))
+    few, more = (
+        spatial_bytes({"near": (7, 7, 60)}, config, **SPATIAL | {name: factor * SPATIAL[name]}) for factor in (1, 50)
+    )
+    assert more > few
+
+
+def test_spatial_heads_of_a_whole_subject_fit_into_a_large_device():
+    """39,548 vertices on three layers: weights on the features alone would be 5 GB, several times over."""
+    shapes = {"pooled": (2048,), "near": (7, 7, 300), "far": (7, 7, 300)}
+    counts = {"n_outputs": 39_548, "n_surface": 20_544, "n_images": 10_000, "n_responses": 9841 * 39_548}
+    assert spatial_bytes(shapes, FitConfig(head="spatial"), **counts, n_folds=5, n_choices=1) < 20e9

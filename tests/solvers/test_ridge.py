@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from heads.config import RidgeConfig
-from heads.solvers.ridge import centre_kernel, eigenbasis, eigh_of, is_exact, squared_errors
+from heads.solvers.ridge import (
+    centre_kernel,
+    decomposed_on,
+    eigenbasis,
+    eigh_of,
+    is_exact,
+    penalty_errors,
+    squared_errors,
+)
 from support.linear import (
     all_shapes,
     errors_of,
@@ -71,3 +79,32 @@ def test_squared_errors_are_those_of_the_formula():
         weights, intercept = slow_ridge(features[:20], responses[:20], [penalty] * 3)
         expected = np.square(responses[20:] - features[20:] @ weights - intercept).sum(0)
         np.testing.assert_allclose(of_vertices, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "where"), [(511, "cpu"), (512, "cuda")])
+def test_large_matrices_are_taken_apart_on_the_device_and_small_ones_beside_it(pretended_cuda, monkeypatch, n, where):
+    assert decomposed_on(torch.empty(n, n, device="cuda")).type == where
+    assert decomposed_on(torch.empty(n, n)).type == "cpu"
+
+
+@pytest.mark.parametrize("large", [1, 100], ids=["on the device", "beside it"])
+def test_axes_come_back_to_the_device_as_the_cpu_has_them(pretended_cuda, monkeypatch, large):
+    monkeypatch.setattr("heads.solvers.ridge._LARGE", large)
+    rows = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    gram = rows.T @ rows  # five of nine axes are null
+    found, expected = eigh_of(gram.cuda()), eigh_of(gram)
+    assert [part.is_cuda for part in found] == [True, True] and len(found[0]) == 4
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))
+    assert found[0].dtype == torch.float32
+
+
+def test_a_fit_waits_for_nothing_but_its_penalties_once_axes_are_there(pretended_cuda):
+    """With the axes given, a host that ran ahead would have every step of a fit waiting for the device."""
+    rng = torch.Generator().manual_seed(0)
+    values, rotated = torch.rand(6, generator=rng) + 1, torch.randn(6, 5, generator=rng)
+    squares, offered = rotated.square().sum(0) + 1, torch.tensor([0.1, 1.0, 10.0])
+    arguments = [tensor.cuda() for tensor in (values, rotated, squares, offered)]
+    pretended_cuda.forget()
+    errors = penalty_errors(arguments[0], 9, *arguments[1:], None)
+    assert pretended_cuda.waits == []
+    assert torch.equal(errors.cpu(), penalty_errors(values, 9, rotated, squares, offered, None))

@@ -26,7 +26,7 @@ from heads.modules.spatial import SpatialReadout
 from heads.scores.losses import LOSSES
 from heads.scores.metrics import pearson_r
 from heads.solvers.gradient import Task, train_head
-from heads.solvers.spatial import SpatialTraining
+from heads.solvers.spatial import SpatialTraining, leading_vectors
 from heads.solvers.trained import predict
 from support.layered import (
     N_FOLDS,
@@ -114,6 +114,58 @@ def watched(monkeypatch):
         lambda head, tasks, *settings: trainings.append(tasks) or honest(head, tasks, *settings),
     )
     return trainings
+
+
+# --- large surfaces, and devices
+
+
+@pytest.mark.parametrize("space", [0, 3], ids=["separate", "shared"])
+def test_vertices_that_start_in_blocks_start_as_all_together(tmp_path, monkeypatch, space):
+    """Of vertices that are linear in three numbers, which a space of three has room for."""
+    (trainee, _) = joint(tmp_path, 0, n_many=150, noise=0.0)
+    config = config_of(replace(FEW, epochs=1, learning_rate=0.0), rank=2, space=space)
+    rows = trainee.rows[0].rows(np.arange(20))
+    whole = training_of([trainee], config).heads(0)[0](rows)
+    monkeypatch.setattr("heads.solvers.spatial.START_NUMBERS", 5 * trainee.rows[0].n_features)  # five of 24 vertices
+    parts = training_of([trainee], config).heads(0)[0](rows)
+    assert pearson_r(parts.detach(), whole.detach()).min() > (0.99 if space else 0.99999)
+
+
+@pytest.mark.parametrize("n_blocks", [1, 2, 5])
+def test_leading_vectors_of_blocks_are_those_of_the_matrix(n_blocks):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(60, 4, generator=generator) @ torch.randn(4, 30, generator=generator)
+    left, sizes, right = leading_vectors(matrix.tensor_split(n_blocks), 4)
+    torch.testing.assert_close(left * sizes @ right.T, matrix, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sizes, torch.linalg.svdvals(matrix)[:4], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(left.T @ left, torch.eye(4), rtol=1e-4, atol=1e-4)
+
+
+def on_device(trainee):
+    """The trainee with rows that are asked for on a device."""
+    rows = [LayerRows(one._store, tuple(one.grids), "cuda", np.inf) for one in trainee.rows]
+    for one in rows:
+        one.keep_on_device(np.inf)
+    return replace(trainee, rows=rows)
+
+
+@pytest.mark.parametrize("space", [0, 3], ids=["separate", "shared"])
+def test_memory_of_a_device_is_less_than_what_is_said_and_more_than_a_quarter_of_it(pretended_cuda, trainee, space):
+    before = pretended_cuda.allocated
+    config = config_of(FEW, rank=4, space=space)
+    training = SpatialTraining([on_device(trainee)], config, "cuda")
+    for k in range(N_FOLDS):
+        training.heads(k)
+    said = training.solver(0).memory(max(N_VERTICES.values()))
+    assert said / 4 < pretended_cuda.peak - before < said
+
+
+def test_a_step_of_training_waits_for_the_rows_of_no_image(pretended_cuda, trainee):
+    training = SpatialTraining([on_device(trainee)], config_of(FEW), "cuda")
+    pretended_cuda.forget()
+    training.heads(0)
+    assert pretended_cuda.waits_in("heads/features") == []
+    assert pretended_cuda.waits_in("heads/modules/by_subject.py") == []
 
 
 # --- one subject
