@@ -42,7 +42,7 @@ from featcache.dataset.algonauts import response_files
 from featcache.dataset.open import open_dataset
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Images, Subject
-from featcache.machine.memory import free_memory, keep_freed_memory
+from featcache.machine.memory import keep_freed_memory
 from heads.config import RidgeConfig
 from heads.features.rows import LayerRows
 from heads.features.sets import feature_sets
@@ -275,7 +275,7 @@ def plain_kernels(case: Case) -> torch.Tensor:
 def prior_kernels(case: Case, priors: list[Prior], arrays: tuple[str, ...] = ()) -> torch.Tensor:
     """(n_priors, n_train, n_train) of the blurred features, as our heads see them."""
     n_train = len(case.folds)
-    kernels = LayerKernels(case.reading(*arrays) if arrays else case.rows, np.arange(n_train), 0.2 * free_memory())
+    kernels = LayerKernels(case.reading(*arrays) if arrays else case.rows, np.arange(n_train))
     return torch.stack([kernels.kernel(prior)[:n_train, :n_train] for prior in priors])
 
 

@@ -24,6 +24,8 @@ HERE = Path(__file__).resolve().parent
 BENCHMARKS = {
     "exact_heads": "Closed-form heads",
     "peers": "Closed-form heads and their peers",
+    "priors": "Heads under priors and himalaya",
+    "full_size": "A subject of full size",
     "variants": "Many losses",
     "gradient": "Heads trained by gradient",
     "extract": "Extraction",

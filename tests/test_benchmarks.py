@@ -15,6 +15,8 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = {
     "exact_heads": ["--vertices", "300"],
     "peers": ["--images", "60"],
+    "priors": ["--few", "30", "--vertices", "8"],
+    "full_size": ["--images", "60", "--vertices", "8"],
     "variants": ["--images", "100", "--features", "20", "--vertices", "60"],
     "gradient": ["--images", "160", "--vertices", "50"],
     "extract": ["--images", "10", "--batch-size", "5"],

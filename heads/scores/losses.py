@@ -279,11 +279,12 @@ def _unit_columns(values: Tensor) -> tuple[Tensor, Tensor]:
     # The mean of a constant column may have a rounding error; minus its first row, the column is exactly 0.
     centred = values - first
     centred -= centred.mean(0)
-    # divided by the largest value, squares neither overflow nor vanish
-    scale = torch.linalg.vector_norm(centred, torch.inf, dim=0)
+    # Divided by the largest value, squares neither overflow nor vanish. Torch's own norms down the columns of a matrix
+    # take 20 times as long on a CPU as the same written with reductions.
+    scale = centred.abs().amax(0)
     limits = torch.finfo(values.dtype)
     constant = scale <= first.abs() * limits.eps + limits.tiny  # False for NaN, which must show up in the loss
     centred /= torch.where(constant, torch.inf, scale)
-    norm = centred.norm(dim=0)
+    norm = centred.square().sum(0).sqrt()
     centred /= torch.where(constant, 1, norm)
     return centred, torch.where(constant, torch.inf, norm * scale)

@@ -18,6 +18,7 @@ from heads.scores.losses import LOSSES, weighted_sum
 from heads.scores.metrics import accuracy_from_r, pearson_r
 from heads.solvers.gradient import GradientSolver, Task, calibrate, calibration, train_head
 from support.plans import assert_same_fits, block_of, out_of_fold, plan_of
+from support.pretended_device import pretended_cuda
 
 FEW = AdamWConfig(learning_rate=1e-2, weight_decay=0.01, epochs=4, batch_size=32)  # where only sameness is asked
 QUICK = AdamWConfig(learning_rate=1e-2, weight_decay=0.01, epochs=25, batch_size=32)
@@ -225,6 +226,21 @@ def test_weights_decay_and_intercepts_do_not():
     train_head(head, [Task(features, responses, np.arange(150), [np.arange(150, 200)], None)], LOSSES["mse"], config)
     assert head.layer.weight.abs().max() < 0.2
     torch.testing.assert_close(head.layer.bias.detach(), torch.full((2,), 3.0), atol=0.3, rtol=0)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES])
+def test_a_step_does_not_wait_for_the_device(loss):
+    """The host waits for what an epoch scores, however many steps the epoch has."""
+    torch.manual_seed(0)
+    features, responses, ceiling = torch.randn(60, 5), torch.randn(60, 4), np.linspace(0, 1, 4)
+    waits = []
+    for batch_size in (40, 4):
+        with pretended_cuda() as device:
+            task = Task(features.to("cuda"), responses.to("cuda"), np.arange(40), [np.arange(40, 60)], ceiling)
+            config = AdamWConfig(epochs=2, batch_size=batch_size)
+            train_head(LinearHead(5, 4).to("cuda"), [task], LOSSES[loss], config)
+            waits.append(len(device.waits))
+    assert waits[0] == waits[1] > 0
 
 
 def test_rows_outside_are_not_touched():
