@@ -119,7 +119,6 @@ def test_both_stages_of_training_and_their_heads_are_the_cpus(tiny, tmp_path, ca
                     run(capfd, *step, "--device", device)
             else:
                 run(capfd, *step, "--device", device)
-        run(capfd, *command("blend", tiny, work, "--subject", "1"))
         both[device] = rows_of(Workdir(work).features) | {
             f"prediction {name}": rows for name, rows in rows_of(Workdir(work).predictions).items()
         }

@@ -124,8 +124,8 @@ class _Heads(JointHeads):
 def leading_vectors(blocks: Iterable[torch.Tensor], n: int) -> Vectors:
     """The n leading left vectors, singular values and right vectors of a matrix, given in blocks of rows.
 
-    One block is in memory at a time: each is reduced to its own leading vectors, SPARE_VECTORS more than n, which are merged
-    with those so far. That is exact for a matrix of no more singular values, up to the error of `torch.svd_lowrank`.
+    One block is in memory at a time: each is reduced to its own leading vectors, SPARE_VECTORS more than n, which are
+    merged with those so far. That is exact for a matrix of no more singular values, up to what `torch.svd_lowrank` is.
 
     Source: Iwen and Ong 2016, A distributed and incremental SVD algorithm, https://doi.org/10.1137/16M1058467
     """
