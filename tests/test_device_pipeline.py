@@ -1,12 +1,14 @@
-"""Every stage runs on a pretended CUDA device, gives the CPU's numbers, and waits no more often than is said here."""
+"""Every stage runs on a pretended CUDA device and gives the CPU's numbers."""
 
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from safetensors.numpy import load_file
 
+import cli
 from featcache.cache.store import list_stores
 from featcache.workdir import Workdir
 from support.commands import SMALL, run
@@ -14,7 +16,22 @@ from support.pretended_device import pretended_cuda
 from support.shared import build_once
 
 LAYERS = ["--layers", "pooled,layer4", "--grid", "2"]
-TRAINING = ["--subject", "1", "--folds", "2", "--epochs", "1", "--batch-size", "8", "--workers", "1", "--stop", "never"]
+TRAINING = [
+    "--subject",
+    "1",
+    "--folds",
+    "2",
+    "--fold",
+    "0",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "8",
+    "--workers",
+    "1",
+    "--stop",
+    "never",
+]
 SHORT = ["--epochs", "2", "--batch-size", "8"]
 HEADS = {
     "ridge": ["--layers", "pooled", "--loss", "mse"],
@@ -44,8 +61,6 @@ def extracted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work folder with features of a frozen backbone, extracted on the CPU."""
 
     def extract(folder: Path) -> None:
-        import cli
-
         settings = ["--backbone", "test_resnet", "--weights", "none", "--size", "48", "--device", "cpu"]
         assert cli.run([*command("extract", tiny, folder / "work", *LAYERS, "--subject", "1"), *settings]) == 0
 
@@ -104,7 +119,6 @@ def test_both_stages_of_training_and_their_heads_are_the_cpus(tiny, tmp_path, ca
                     run(capfd, *step, "--device", device)
             else:
                 run(capfd, *step, "--device", device)
-        run(capfd, *command("blend", tiny, work, "--subject", "1"))
         both[device] = rows_of(Workdir(work).features) | {
             f"prediction {name}": rows for name, rows in rows_of(Workdir(work).predictions).items()
         }
@@ -125,30 +139,9 @@ def test_predictions_of_new_images_are_the_cpus(tiny, extracted, tmp_path, capfd
                 run(capfd, *words, "--device", device)
         else:
             run(capfd, *words, "--device", device)
-        import zarr
-
         group = zarr.open_group(out, mode="r")
         both[device] = {
             name: np.asarray(array) for name, array in group.members(max_depth=None) if hasattr(array, "shape")
         }
     numbers = {name: values for name, values in both["cpu"].items() if values.dtype.kind == "f"}
     assert_same({name: both["cuda"][name] for name in numbers}, numbers, **CLOSE)
-
-
-# Waits for the device in the loop of heads, for each step and beside what an epoch and a fit need.
-PER_STEP = {"gradient": 1, "spatial": 1, "shared space": 1, "core": 1}
-
-
-@pytest.mark.parametrize(("heads", "waits"), PER_STEP.items())
-def test_a_step_of_heads_waits_no_more_often_than_is_said(tiny, extracted, tmp_path, capfd, heads, waits):
-    """Batches of 2 images in place of 8 are four times as many steps, in as many epochs."""
-    counts = []
-    for batch_size in ("8", "2"):
-        work = shutil.copytree(extracted, tmp_path / batch_size)
-        words = [*HEADS[heads][:-1], batch_size, "--device", "cuda"]
-        with pretended_cuda() as device:
-            run(capfd, *command("fit-heads", tiny, work, *words))
-        counts.append((len(device.waits), device))
-    n_epochs = 2 * {"core": 2 * 2}.get(heads, 5)  # epochs of all folds, and members
-    steps = n_epochs * (30 * 3 // 5 // 2 - 30 * 3 // 5 // 8)
-    assert (counts[1][0] - counts[0][0]) / steps <= waits, counts[1][1].by_place()

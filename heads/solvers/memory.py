@@ -21,6 +21,7 @@ from heads.solvers.ridge import MAX_NUMBERS_AT_ONCE, VERTEX_BLOCK
 FEATURE_SHARE = 0.2
 
 MAX_AXES = 2048  # of a fit under the flat prior: heads.solvers.layers.axes has landmarks beyond
+SPARE_VECTORS = 32  # singular vectors of a block of vertices that are kept beyond those of the shared space
 START_NUMBERS = 1 << 27  # weights on features from which spatial heads start, of as many vertices as that gives at once
 
 
@@ -127,7 +128,8 @@ def spatial_bytes(
     block = min(max(START_NUMBERS // n_features, 1), n_outputs)
     # weights of a block as they are multiplied, blurred, scaled and laid by vertex; dual weights and scores
     start = block * (8.0 * n_features + 4.0 * n_images) + 8.0 * n_images * min(n_images, MAX_AXES)
-    vectors = 3.0 * spatial.space * n_features * (2 if spatial.space else 0)
+    # blocks that wait to be one matrix, and singular vectors
+    vectors = n_features * (3.0 * block + 6.0 * (spatial.space + SPARE_VECTORS)) if spatial.space else 0.0
     contracted = min(LARGEST, n_read * spatial.rank * batch * n_places)
     step = batch * (3.0 * n_features + 6.0 * n_outputs) + 4.0 * contracted + 8.0 * n_read * spatial.rank * n_places
     predicted = (2.0 * n_choices + 2.0) * n_images * n_surface

@@ -21,11 +21,9 @@ from heads.solvers.layers.axes import Basis, PriorView, method_for, view_under
 from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import Prior
 from heads.solvers.layers.ridge import flat_weights
-from heads.solvers.memory import START_NUMBERS
+from heads.solvers.memory import SPARE_VECTORS, START_NUMBERS
 
 _EPS = 1e-5  # of the standardisation, torch's own
-
-_SPARE = 32  # singular vectors of a block of rows that are kept beyond those that are wanted
 
 Vectors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # left vectors, singular values, right vectors
 Weights = tuple[slice, dict[str, torch.Tensor]]  # some vertices, and {array: (n, n_places, n_channels)}
@@ -126,8 +124,8 @@ class _Heads(JointHeads):
 def leading_vectors(blocks: Iterable[torch.Tensor], n: int) -> Vectors:
     """The n leading left vectors, singular values and right vectors of a matrix, given in blocks of rows.
 
-    One block is in memory at a time: each is reduced to its own leading vectors, _SPARE more than n, which are merged
-    with those so far. That is exact for a matrix of no more singular values, up to the error of `torch.svd_lowrank`.
+    One block is in memory at a time: each is reduced to its own leading vectors, SPARE_VECTORS more than n, which are
+    merged with those so far. That is exact for a matrix of no more singular values, up to what `torch.svd_lowrank` is.
 
     Source: Iwen and Ong 2016, A distributed and incremental SVD algorithm, https://doi.org/10.1137/16M1058467
     """
@@ -135,7 +133,7 @@ def leading_vectors(blocks: Iterable[torch.Tensor], n: int) -> Vectors:
     first, second = next(rest), next(rest, None)
     if second is None:
         return torch.svd_lowrank(first, min(n, *first.shape), niter=4)
-    wide = n + _SPARE
+    wide = n + SPARE_VECTORS
     parts = (torch.svd_lowrank(block, min(wide, *block.shape), niter=4) for block in chain((first, second), rest))
     left, sizes, right = reduce(partial(_merged, n=wide), parts)
     return left[:, :n], sizes[:n], right[:, :n]

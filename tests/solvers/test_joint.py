@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from featcache.errors import LeakError
-from heads.config import AdamWConfig, FitConfig, SpatialConfig
+from heads.config import AdamWConfig, CoreConfig, FitConfig, SpatialConfig
+from heads.features.rows import LayerRows
+from heads.solvers.core import CoreTraining
 from heads.solvers.spatial import SpatialTraining
 from support.layered import N_FOLDS, joint
 from support.plans import block_of
@@ -78,3 +80,30 @@ def test_no_subject_is_trained_on_what_another_chooses_by(tmp_path, monkeypatch)
     trained = [own[task.train_rows] for own, task in zip(ids, seen, strict=False)]
     chosen = [own[task.choice_rows[0]] for own, task in zip(ids, seen, strict=False)]
     assert not seen or not np.intersect1d(np.concatenate(trained), np.concatenate(chosen)).size
+
+
+KINDS = {
+    "spatial": (SpatialTraining, CONFIG),
+    "separate": (SpatialTraining, replace(CONFIG, spatial=replace(CONFIG.spatial, space=0))),
+    "core": (CoreTraining, replace(CONFIG, head="core", core=CoreConfig(members=1, hidden=8, channels=4, blocks=1))),
+}
+
+
+@pytest.mark.parametrize(("kind", "config"), KINDS.values(), ids=KINDS)
+def test_a_step_of_training_waits_for_nothing(tmp_path, pretended_cuda, kind, config):
+    """As many waits with batches of 32 images as with batches of 8, which are four times as many steps."""
+    trainees = [replace(one, rows=[on_device(rows) for rows in one.rows]) for one in joint(tmp_path, 0, n_many=120)]
+    waits = []
+    for batch_size in (32, 8):
+        training = kind(trainees, replace(config, adamw=replace(config.adamw, batch_size=batch_size)), "cuda")
+        pretended_cuda.forget()
+        training.train(0, 0)
+        waits.append(len(pretended_cuda.waits))
+    assert waits[0] == waits[1], pretended_cuda.by_place()
+
+
+def on_device(rows):
+    """The rows as they are asked for on a device that holds them all."""
+    moved = LayerRows(rows._store, tuple(rows.grids), "cuda", np.inf)
+    moved.keep_on_device(np.inf)
+    return moved
