@@ -1,7 +1,7 @@
 """Losses that heads and backbones are trained with: pure functions of predictions and responses.
 
 Every loss is ``loss(predictions, responses, noise_ceiling=None) -> 0-d tensor``, so that one loop can train with any of
-them; those that do not use the ceiling only check it.
+them; those that do not use the ceiling only check it. A ceiling on an accelerator is checked by `ceiling_on`, once.
 """
 
 from __future__ import annotations
@@ -183,9 +183,37 @@ def _checked(
     return predictions.to(dtype), responses.to(dtype), noise_ceiling
 
 
+def ceiling_on(noise_ceiling: Matrix, n_vertices: int, device: torch.device | str) -> Tensor:
+    """A noise ceiling, (n_vertices,), on the device that computes losses, checked once for all of them.
+
+    Raises
+    ------
+    FeatcacheError : another shape, or a value outside [0, 1]
+    """
+    noise_ceiling = torch.as_tensor(noise_ceiling)
+    _refuse_shape(noise_ceiling, n_vertices)
+    if not bool(_is_fraction(noise_ceiling).all()):
+        raise FeatcacheError(
+            "the noise ceiling",
+            expected="fractions of variance in [0, 1]",
+            found=f"values from {noise_ceiling.min():.4g} to {noise_ceiling.max():.4g}",
+            remedy="divide percent by 100",
+        )
+    return noise_ceiling.to(device)
+
+
 def _checked_ceiling(noise_ceiling: Matrix, predictions: Tensor) -> Tensor:
-    noise_ceiling = torch.as_tensor(noise_ceiling, device=predictions.device)
-    n_vertices = predictions.shape[1]
+    """The ceiling as `ceiling_on` checks it. One that is on an accelerator has NaN where it is no fraction.
+
+    An error would have to wait for the accelerator at every step; NaN shows up in the loss.
+    """
+    if isinstance(noise_ceiling, Tensor) and noise_ceiling.device.type != "cpu":
+        _refuse_shape(noise_ceiling, predictions.shape[1])
+        return torch.where(_is_fraction(noise_ceiling), noise_ceiling, torch.nan)
+    return ceiling_on(noise_ceiling, predictions.shape[1], predictions.device)
+
+
+def _refuse_shape(noise_ceiling: Tensor, n_vertices: int) -> None:
     if noise_ceiling.shape != (n_vertices,):
         raise FeatcacheError(
             "the noise ceiling",
@@ -193,14 +221,10 @@ def _checked_ceiling(noise_ceiling: Matrix, predictions: Tensor) -> Tensor:
             found=tuple(noise_ceiling.shape),
             remedy="pass one value per vertex",
         )
-    if not bool(((noise_ceiling >= 0) & (noise_ceiling <= 1)).all()):  # in this form NaN is refused too
-        raise FeatcacheError(
-            "the noise ceiling",
-            expected="fractions of variance in [0, 1]",
-            found=f"values from {noise_ceiling.min():.4g} to {noise_ceiling.max():.4g}",
-            remedy="divide percent by 100",
-        )
-    return noise_ceiling
+
+
+def _is_fraction(values: Tensor) -> Tensor:
+    return (values >= 0) & (values <= 1)  # False for NaN
 
 
 def _distance_over_images(predictions: Tensor, responses: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from heads.config import HEADS, AdamWConfig, FitConfig
 from heads.config.registry import load
 from heads.modules.linear import LinearMap
 from heads.modules.readout import Standardised
-from heads.scores.losses import Loss, weighted_sum
+from heads.scores.losses import Loss, ceiling_on, weighted_sum
 from heads.scores.metrics import accuracy_from_r, pearson_r
 from heads.solvers.base import Block, Fits, FoldFit, Problem, mean_and_std, piece_of
 from heads.solvers.held_out import FoldPlan, Split
@@ -143,7 +143,8 @@ def train_head(head: Any, tasks: Sequence[Task], loss: Loss, config: AdamWConfig
     loss : of the head's predictions; of a head that has a method `unaveraged`, of what this gives
     """
     ceilings = [
-        None if t.noise_ceiling is None else torch.as_tensor(t.noise_ceiling, device=t.responses.device) for t in tasks
+        None if t.noise_ceiling is None else ceiling_on(t.noise_ceiling, t.responses.shape[1], t.responses.device)
+        for t in tasks
     ]
     decayed, undecayed = [p for p in head.parameters() if p.ndim > 1], [p for p in head.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]

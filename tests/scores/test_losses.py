@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr
 
 from featcache.errors import ConfigError, FeatcacheError
-from heads.scores.losses import LOSSES, weighted_sum
+from heads.scores.losses import LOSSES, ceiling_on, weighted_sum
 
 all_losses = pytest.mark.parametrize("name", LOSSES)
 correlation_losses = pytest.mark.parametrize("name", ["pearson", "mnnpc"])
@@ -189,6 +189,17 @@ def test_ceiling_that_is_no_fraction_is_refused(name, bad):
     ceiling[4] = bad
     with pytest.raises(FeatcacheError, match=r"fractions of variance in \[0, 1\].*divide percent by 100"):
         LOSSES[name](predictions, responses, ceiling)
+
+
+@pytest.mark.parametrize("bad", [1.01, -0.1, np.nan])
+def test_a_ceiling_is_checked_before_it_goes_to_the_device_of_losses(bad):
+    ceiling = np.array([0, 0.3, 1], dtype=np.float32)
+    np.testing.assert_array_equal(ceiling_on(ceiling, 3, "cpu"), ceiling)
+    with pytest.raises(FeatcacheError, match=r"expected \(4,\); found \(3,\)"):
+        ceiling_on(ceiling, 4, "cpu")
+    ceiling[1] = bad
+    with pytest.raises(FeatcacheError, match=r"fractions of variance in \[0, 1\]"):
+        ceiling_on(ceiling, 3, "cpu")
 
 
 @all_losses
