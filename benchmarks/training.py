@@ -102,7 +102,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
 
 
 def responses_of(images: Images, pairs: np.ndarray) -> torch.Tensor:
-    return torch.cat([target.responses for target in images.targets(pairs)], 1)
+    return torch.cat([target.responses for target in images.responses(pairs).targets()], 1)
 
 
 def bare_epoch(encoder: Encoder, batches: list[tuple[torch.Tensor, torch.Tensor]], config: TrainConfig) -> None:

@@ -2,24 +2,39 @@
 
 from datetime import timedelta
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from featcache.errors import ConfigError
 
-_MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names
+_MIXED = {"float32": "no", "tf32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """The precision that a setting means on 'cpu' or 'cuda'. Raises ConfigError for one that the device lacks.
+
+    'auto' is float32 on a CPU. On CUDA it is bfloat16, or float16 where the device computes no bfloat16; weights, their
+    gradients and the optimiser are float32 in all of them.
+    """
+    if device == "cpu":
+        if precision in ("tf32", "float16"):
+            raise ConfigError(
+                f"--precision {precision}", expected="a CUDA device", found="the CPU", remedy="use bfloat16 or float32"
+            )
+        return "float32" if precision == "auto" else precision
+    if precision != "auto":
+        return precision
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def make_accelerator(precision: str, device: str, idle_weights: bool = False) -> Accelerator:
-    """The accelerator of this process. Raises ConfigError for float16 on a CPU.
+    """The accelerator of this process.
 
+    precision : as `resolve_precision` gives it
     idle_weights : whether a step may leave weights without a gradient, for which processes then do not wait
     """
-    if precision == "float16" and device == "cpu":
-        raise ConfigError(
-            "--precision float16", expected="a CUDA device", found="the CPU", remedy="use bfloat16 or float32"
-        )
     AcceleratorState._reset_state()  # it is one for the whole process, and refuses another precision in a later run
     # the others wait while one of them decodes every image, or fits the heads to start from
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))

@@ -64,18 +64,24 @@ class _Channels(nn.modules.batchnorm._BatchNorm):
 
     def __init__(self, n_channels: int) -> None:
         super().__init__(n_channels, affine=False)
+        self._begun = False  # whether it is known that there are statistics: a device is asked for that once
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        if self.training and (self.momentum or not self.num_batches_tracked):
+        if self.training and (self.momentum or not self._has_begun()):
             self._update(values)
         scale = (self.running_var + self.eps).rsqrt()
         return torch.addcmul(-self.running_mean * scale, values, scale)
+
+    def _has_begun(self) -> bool:
+        self._begun = self._begun or bool(self.num_batches_tracked)
+        return self._begun
 
     @torch.no_grad()
     def _update(self, values: torch.Tensor) -> None:
         variance, mean = torch.var_mean(values.flatten(0, -2), 0, correction=0)
         self.num_batches_tracked += 1
-        share = max(self.momentum or 0.0, 1 / int(self.num_batches_tracked))  # the first batches count equally
+        # the first batches count equally
+        share = (1 / self.num_batches_tracked.to(mean.dtype)).clamp(min=self.momentum or 0.0)
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(variance, share)
 

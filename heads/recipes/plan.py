@@ -27,6 +27,7 @@ from featcache.machine.device import resolve_device, resolve_dtype
 from featcache.machine.memory import memory_at_start
 from featcache.simulate import SimulateConfig
 from featcache.workdir import WORK, Workdir, data_folder
+from heads.backbones.accelerator import resolve_precision
 from heads.blend.products import N_FOLDS, bytes_of
 from heads.config import BlendConfig, FitConfig, StageConfig
 from heads.features.sets import matches, models_of, stage_words, title_of, without_digits
@@ -232,7 +233,7 @@ class _Work:
             return 0.0, 0.0
         self.trainings.append(training)
         backbone, train = training.backbone, config.train
-        network = outline(backbone, train.tapped, train.precision)
+        network = outline(backbone, train.tapped, resolve_precision(train.precision, resolve_device(config.device)))
         for counts in subjects:
             key = counts.name, backbone.label, backbone.size, backbone.resolved_fit
             self.pixels[key] = float(counts.n_images * network.pixels)
