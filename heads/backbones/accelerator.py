@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from featcache.errors import ConfigError
@@ -35,7 +35,9 @@ def make_accelerator(precision: str, device: str, idle_weights: bool = False) ->
     precision : as `resolve_precision` gives it
     idle_weights : whether a step may leave weights without a gradient, for which processes then do not wait
     """
-    AcceleratorState._reset_state()  # it is one for the whole process, and refuses another precision in a later run
+    # it is one for the whole process: it refuses another precision in a later run, and keeps the device of the first
+    other_device = PartialState._shared_state != {} and PartialState().device.type != device
+    AcceleratorState._reset_state(reset_partial_state=other_device)
     # the others wait while one of them decodes every image, or fits the heads to start from
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
     exchange = DistributedDataParallelKwargs(find_unused_parameters=idle_weights)
