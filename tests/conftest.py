@@ -224,6 +224,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "featcache.cache.pixels",
         "featcache.cache.sources",
         "featcache.backbone.checkpoint",
+        "featcache.machine.device_memory",
         "heads.backbones.stages",
         "heads.features.sets",
     )
