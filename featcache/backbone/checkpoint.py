@@ -22,18 +22,19 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from featcache.backbone.keys import CheckpointFacts, CheckpointKey
 from featcache.backbone.network import TorchBackbone, load_backbone
 from featcache.config import BackboneConfig, fingerprint
-from featcache.dataset.digests import file_digest
+from featcache.dataset.digests import file_digest, new_digest
 from featcache.dataset.image_lists import SubjectDigests
 from featcache.dataset.splits import refuse_leak
 from featcache.dataset.subject import Subject, listed
 from featcache.errors import CheckpointError, first_line
 from featcache.machine.files import replace_json
 from featcache.machine.progress import say
+from featcache.machine.tensors import write_tensors
 from featcache.workdir import Workdir
 
 FORMAT = 1
@@ -259,15 +260,14 @@ def save_weights(
 
     Raises CheckpointError where they cannot be written, and leaves nothing of them.
     """
-    origin = {_ORIGIN: folder.parent.name}
+    digests = {name: new_digest() for name in ("backbone", "heads")}
 
     def write(folder: Path) -> None:
-        for name, tensors in (("backbone", backbone), ("heads", heads)):
-            whole = {key: value.cpu().contiguous() for key, value in tensors.items()}
-            save_file(whole, folder / f"{name}.safetensors", origin)
+        for (name, digest), tensors in zip(digests.items(), (backbone, heads), strict=True):
+            write_tensors(folder / f"{name}.safetensors", tensors, {_ORIGIN: folder.parent.name}, digest)
 
     _write(folder, write)
-    return {f"{folder.name}/{path.name}": file_digest(path) for path in sorted(folder.iterdir())}
+    return {f"{folder.name}/{name}.safetensors": digest.hexdigest() for name, digest in digests.items()}
 
 
 def refuse_trained(weights: str, option: str) -> None:

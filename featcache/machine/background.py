@@ -23,8 +23,9 @@ class Background(Generic[T]):
         if self._pool is not None:
             self._last = self._pool.submit(call)
             return
-        self._last = Future()
-        self._last.set_result(call())
+        done: Future[T] = Future()
+        done.set_result(call())
+        self._last = done
 
     def wait(self) -> T | None:
         """Result of the last function, once it has ended; None before the first. Raises what it raised, once."""

@@ -47,7 +47,7 @@ class HeldOut:
         overall = summarize(scores)[-1]
         return overall.mean_r if overall.accuracy is None else overall.accuracy / 100
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, encoder: Encoder, number: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Predictions of one subject's images, {surface: (len(rows), n_vertices)}, by the encoder in evaluation."""
         encoder.eval()

@@ -4,16 +4,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from torchvision.transforms import v2
 
 from featcache.backbone.network import Backbone
 from featcache.machine.device import pinned, to_device
-from featcache.machine.progress import say
+from featcache.machine.device_memory import halving
 from heads.backbones.batches import Images, Responses, Steps
 from heads.backbones.encoder import encoder_loss
 from heads.backbones.learner import Learner, norms
@@ -62,7 +62,7 @@ class Gradients:
         self._learner, self._accelerator, self._model = learner, learner.accelerator, learner.model
         self._backbone, self._images, self._config, self._steps = backbone, images, config, steps
         self._augment = augmentation() if config.augment else None
-        self._parts, self._statistics = 1, Statistics(self._model)  # of a batch, where all of it does not fit
+        self._at_a_time, self._statistics = steps.batch, Statistics(self._model)
         device = learner.device
         self._surfaces = {key: surface.to(device) for key, surface in learner.encoder.heads.surfaces.items()}
         self._ceilings = {
@@ -93,40 +93,27 @@ class Gradients:
         same in every process, and may be infinite or NaN.
         """
         self._statistics.keep()
-        while (computed := self._computed(groups, number)) is None:
-            self._halve()
-        return computed
-
-    def _computed(self, groups: Sequence[Group], number: int) -> torch.Tensor | None:
-        """What `compute` returns; None where memory ran out and smaller parts may fit."""
-        try:
-            return self._compute(groups, number)
-        except RuntimeError as error:  # not held any longer than this block: it holds what the pass kept
-            if not (should_reduce_batch_size(error) and self._can_halve()):
-                raise
-            return None
-
-    def _can_halve(self) -> bool:
-        # processes would wait for each other's parts; a batch norm needs two images
-        return self._accelerator.num_processes == 1 and self._steps.batch // (2 * self._parts) >= 2
-
-    def _halve(self) -> None:
-        """Let the device take half as many images at a time, and forget what the pass that failed has left."""
-        self._learner.optimiser.zero_grad()
-        self._statistics.restore()
-        clear_device_cache(garbage_collection=True)
-        self._parts *= 2
         training = any(norm.training for norm in norms(self._model))
-        say(
-            f"--batch-size {self._steps.batch} does not fit into memory: goes on with {self._parts} parts of each "
-            f"batch, the same steps and loss{'; batch norms see one part at a time' if training else ''}"
+        values, self._at_a_time = halving(
+            partial(self._compute, groups, number),
+            self._at_a_time,
+            device=self._learner.device,
+            things=f"images at a time{', batch norms too' if training else ''}, for the same steps and loss",
+            remedy="choose a smaller --batch-size and a larger --accumulate, a smaller --size or another --backbone",
+            # processes would wait for each other's parts; a batch norm needs two images
+            least=2 if self._accelerator.num_processes == 1 else self._steps.batch,
         )
+        return values
 
-    def _compute(self, groups: Sequence[Group], number: int) -> torch.Tensor:
+    def _compute(self, groups: Sequence[Group], number: int, at_a_time: int) -> torch.Tensor:
+        """What `compute` returns, by passes over parts of about so many images."""
         accelerator, config = self._accelerator, self._config
+        if at_a_time < self._at_a_time:  # a pass that failed has changed them
+            self._statistics.restore()
         torch.manual_seed(step_seed(config.seed, number, accelerator.process_index))
         self._learner.optimiser.zero_grad()
-        backward = self._backward_gathered if self._steps.group or self._parts > 1 else self._backward
+        in_parts = self._steps.group or at_a_time < self._steps.batch
+        backward = partial(self._backward_gathered, at_a_time) if in_parts else self._backward
         losses = [backward(self._on_device(group), len(groups), group is groups[-1]) for group in groups]
         loss = accelerator.reduce(torch.stack(losses).mean(), "mean") + self._add_penalty()
         norm = accelerator.clip_grad_norm_(self._model.parameters(), config.clip_norm or math.inf)
@@ -154,7 +141,7 @@ class Gradients:
             self._accelerator.backward(loss / n_groups)
         return loss.detach()
 
-    def _backward_gathered(self, group: Group, n_groups: int, last: bool) -> torch.Tensor:
+    def _backward_gathered(self, at_a_time: int, group: Group, n_groups: int, last: bool) -> torch.Tensor:
         """Loss over all batches of a group and all devices, with the graph of one part of a batch in memory at a time.
 
         Outputs are gathered first, the loss is differentiated with respect to them, and each batch runs again to
@@ -163,7 +150,7 @@ class Gradients:
 
         Source: Gao et al. 2021, https://arxiv.org/abs/2101.06983
         """
-        batches = [part for batch in group.batches for part in self._parts_of(batch)]
+        batches = [part for batch in group.batches for part in _parts_of(batch, at_a_time)]
         random_states, parts = [], []
         with torch.no_grad(), still_statistics(self._model):
             for images, subjects in batches:
@@ -182,11 +169,6 @@ class Gradients:
             with self._synchronised(last and k == len(batches) - 1):
                 self._accelerator.backward(self._model(images, subjects), gradient=slope)
         return loss.detach()
-
-    def _parts_of(self, batch: Batch) -> list[Batch]:
-        """A batch cut into the parts that fit into memory."""
-        images, subjects = (values.tensor_split(self._parts) for values in batch)
-        return list(zip(images, subjects, strict=True))
 
     @contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
@@ -211,6 +193,12 @@ class Gradients:
             if gradient is not None:
                 weight.grad = gradient if weight.grad is None else weight.grad + gradient
         return penalty.detach()
+
+
+def _parts_of(batch: Batch, at_a_time: int) -> list[Batch]:
+    """A batch cut into equal parts of so many images, or a few more."""
+    n_parts = max(len(batch[0]) // at_a_time, 1)
+    return list(zip(*(values.tensor_split(n_parts) for values in batch), strict=True))
 
 
 def augmentation() -> Callable[[torch.Tensor], torch.Tensor]:

@@ -3,7 +3,11 @@
 from dataclasses import replace
 
 import pytest
+import torch
+
+from featcache.errors import FeatcacheError
 from heads.backbones import loop
+from heads.backbones.step import Gradients
 from support.training import QUICK, assert_close, train, weights
 
 PLAIN = replace(QUICK, precision="float32", epochs=2)
@@ -38,3 +42,56 @@ def test_a_training_on_a_device_has_the_cpus_numbers_and_waits_for_it_once_in_an
     assert len(first) <= len(second) + 2
     to_device = [copy for copy in copies if copy.way == "to device"]
     assert to_device and all(copy.pinned and not copy.blocking for copy in to_device)
+
+
+@pytest.mark.parametrize("name", ["heads of ROIs", "gathered"])
+def test_where_memory_is_full_a_step_takes_fewer_images_at_a_time_and_has_the_same_loss(
+    tiny, tmp_path, pretended_cuda, monkeypatch, capfd, name
+):
+    """Running statistics are those of passes that succeeded: here they are trained, and only count smaller parts."""
+    stage, subject, settings = STAGES[name]
+    settings = replace(settings, freeze_norm=True, ema=0.0)
+    expected = train(tiny, tmp_path / "whole", settings, subject, stage=stage, device="cuda")
+    honest, calls = Gradients._backward_gathered if settings.correlation_batch else Gradients._backward, []
+
+    def full(self, *arguments):
+        """The second step has no memory for its gradient."""
+        calls.append(1)
+        values = honest(self, *arguments)
+        if len(calls) == 2:
+            pretended_cuda.refuse_memory(0)
+            torch.empty(8, device="cuda")
+        return values
+
+    monkeypatch.setattr(Gradients, honest.__name__, full)
+    halved = train(tiny, tmp_path / "halved", settings, subject, stage=stage, device="cuda")
+    assert "the device's memory is full: goes on with 2 images at a time, for the same steps" in capfd.readouterr().err
+    assert_close(weights(halved), weights(expected), atol=2e-4, rtol=1e-2)
+
+
+def test_statistics_of_a_pass_that_failed_are_forgotten(tiny, tmp_path, pretended_cuda, monkeypatch):
+    honest, seen = Gradients._compute, []
+
+    def full(self, groups, number, at_a_time):
+        seen.append([buffer.cpu().clone() for buffer in self._model.buffers()])
+        honest(self, groups, number, at_a_time)
+        if at_a_time == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        seen.append([buffer.cpu().clone() for buffer in self._model.buffers()])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Gradients, "_compute", full)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, tmp_path, PLAIN, device="cuda")
+    first, _, after = seen
+    tracked = {int(b) - int(a) for a, b in zip(first, after, strict=True) if a.dtype == torch.int64 and a.ndim == 0}
+    assert tracked == {4}  # two parts of one batch, each passed twice, and nothing of the pass that failed
+
+
+def test_a_network_that_is_too_large_for_two_images_is_one_line(tiny, tmp_path, pretended_cuda, monkeypatch):
+    def full(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(Gradients, "_compute", full)
+    with pytest.raises(FeatcacheError, match=r"expected enough memory for 2 images at a time.*smaller --batch-size"):
+        train(tiny, tmp_path, PLAIN, device="cuda")
