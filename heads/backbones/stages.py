@@ -30,6 +30,7 @@ from featcache.backbone.checkpoint import (
 )
 from featcache.backbone.keys import BackboneKey, CheckpointFacts, CheckpointKey, Split
 from featcache.backbone.network import Backbone
+from featcache.backbone.outline import outline
 from featcache.cache.pixels import cache_pixels
 from featcache.config import OWN_WEIGHTS, BackboneConfig, is_own_code
 from featcache.dataset.digests import subject_digests
@@ -49,6 +50,7 @@ from heads.backbones.batches import Images, plan_steps, split_rows
 from heads.backbones.encoder import Encoder
 from heads.backbones.heads import FirstWeights, build_heads, has_roi_heads, start_heads
 from heads.backbones.loop import EncoderTraining
+from heads.backbones.memory import device_memory, say_memory
 from heads.backbones.starts import Start, Starts
 from heads.config import StageConfig
 from heads.config.losses import SAME
@@ -142,12 +144,21 @@ def _train_fold(
     if accelerator.is_main_process and (note := start_heads(heads, first, config)):
         say(f"{checkpoint.facts.label}: {note}")
     encoder = Encoder(backbone.model, heads, taps, config.compile).requires_grad_(True)
+    if device == "cuda":
+        _say_memory(encoder, start, checkpoint.facts.label, device, config)
     run = EncoderTraining(encoder, start.backbone, images, config.train, accelerator, checkpoint, config.save_every)
     with only_writer(checkpoint.path) if accelerator.is_main_process else nullcontext():
         trained = run.train()
     del run, encoder, backbone, first
     gc.collect()  # mixed precision leaves cycles, which would keep this network in memory beside the next one
     return Trained(trained, True, time.perf_counter() - began)
+
+
+def _say_memory(encoder: Encoder, start: Start, label: str, device: str, config: StageConfig) -> None:
+    network = outline(start.settings, config.train.tapped, config.train.precision)
+    trained = sum(weights.numel() * weights.element_size() for weights in encoder.parameters())
+    n_outputs = sum(len(one.vertex) for one in encoder.heads.surfaces.values()) / len(encoder.heads.names)
+    say_memory(label, device, device_memory(network, trained, n_outputs, config.train))
 
 
 def _checkpoint(

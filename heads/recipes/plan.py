@@ -7,7 +7,7 @@ says what is left out, and how near the figures came).
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from featcache.machine.memory import memory_at_start
 from featcache.simulate import SimulateConfig
 from featcache.workdir import WORK, Workdir, data_folder
 from heads.backbones.accelerator import resolve_precision
+from heads.backbones.memory import device_memory
 from heads.blend.products import N_FOLDS, bytes_of
 from heads.config import BlendConfig, FitConfig, StageConfig
 from heads.features.sets import matches, models_of, stage_words, title_of, without_digits
@@ -41,11 +42,13 @@ class Estimate:
 
     memory : main memory of the process at its peak
     disk : files that the step adds
+    device : memory of a CUDA device at its peak; None on a CPU as well
     """
 
     step: Step
     memory: float | None = None
     disk: float | None = None
+    device: float | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ class _Training:
         return len(self.held_out) * (1 if self.config.stage == "pretrain" else len(subjects))
 
 
-Bytes = tuple[float | None, float | None]  # of memory and of disk
+Bytes = tuple[float | None, ...]  # of memory, of disk and, on CUDA, of the device's memory
 
 
 @dataclass
@@ -233,17 +236,22 @@ class _Work:
             return 0.0, 0.0
         self.trainings.append(training)
         backbone, train = training.backbone, config.train
-        network = outline(backbone, train.tapped, resolve_precision(train.precision, resolve_device(config.device)))
+        device = resolve_device(config.device)
+        train = replace(train, precision=resolve_precision(train.precision, device))
+        network = outline(backbone, train.tapped, train.precision)
         for counts in subjects:
             key = counts.name, backbone.label, backbone.size, backbone.resolved_fit
             self.pixels[key] = float(counts.n_images * network.pixels)
         # stage 1 has heads of one surface after the other, stage 2 also those of ROIs
         n_outputs = max(counts.n_all_vertices for counts in subjects) * (1 if config.stage == "pretrain" else 2)
-        heads = 4.0 * network.n_features * n_outputs
+        trained = network.weights + 4.0 * network.n_features * n_outputs
+        disk = training.n_networks(subjects) * trained + self._new_pixels(config)
+        if device == "cuda":
+            # the start, and the copies of weights and state that are written
+            memory = network.weights + (4 + bool(train.ema)) * trained
+            return memory_at_start() + memory, disk, device_memory(network, trained, n_outputs, train)
         # the start, the network, its gradient and both moments; what layers keep for the way back
-        memory = 5 * (network.weights + heads) + train.batch_size * network.kept
-        disk = training.n_networks(subjects) * (network.weights + heads)
-        return memory_at_start() + memory, disk + self._new_pixels(config)
+        return memory_at_start() + 5 * trained + train.batch_size * network.kept, disk
 
     def _start(self, config: StageConfig) -> BackboneConfig:
         """The network that is trained: that of the stage before, if stage 2 follows it."""
