@@ -223,6 +223,12 @@ class ExtractConfig:
     # none: the backbone as its weights come | auto: the work folder's checkpoints of it, if any (the command's
     # default) | a checkpoint's folder
     checkpoint: str = "none"
+    prune: bool = option(
+        False,
+        "Remove the backbone of each checkpoint of stage 2 once its features are cached. Its heads stay. Then neither "
+        "other layers nor new images can be read with it.",
+        "Backbone",
+    )
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)

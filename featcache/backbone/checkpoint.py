@@ -126,6 +126,13 @@ class Checkpoint:
                 remedy="run it again",
             )
         path = self.path / folder / f"{name}.safetensors"
+        if name == "backbone" and self.facts.pruned:
+            raise CheckpointError(
+                self.path,
+                expected="the backbone that was trained",
+                found="that 'extract --prune' removed it",
+                remedy="delete the folder and train it again",
+            )
         if not path.is_file():
             raise _damaged(self.path, f"{path.name} is missing")
         written = self.facts.digests.get(f"{folder}/{path.name}")
@@ -253,6 +260,17 @@ def prune(checkpoint: Checkpoint) -> None:
             shutil.rmtree(folder)
 
 
+def prune_backbone(checkpoint: Checkpoint) -> None:
+    """Remove the backbone of a finished checkpoint of stage 2; its heads and its description stay, which says so.
+
+    Nothing is done to checkpoints of stage 1, from which stage 2 starts.
+    """
+    if checkpoint.key.stage != "finetune" or not checkpoint.finished:
+        return
+    record(replace(checkpoint, facts=replace(checkpoint.facts, pruned=True)))
+    (checkpoint.path / str(checkpoint.facts.weights) / "backbone.safetensors").unlink(missing_ok=True)
+
+
 def save_weights(
     folder: Path, backbone: Mapping[str, torch.Tensor], heads: Mapping[str, torch.Tensor]
 ) -> dict[str, str]:
@@ -329,12 +347,16 @@ def _damaged(path: Path, why: str) -> CheckpointError:
 
 
 def usable(subject: Subject, checkpoints: list[Checkpoint], digests: SubjectDigests) -> list[Checkpoint]:
-    """Finished checkpoints that were trained on this subject as it is now; the others are named and left out."""
+    """Finished checkpoints that were trained on this subject as it is now; the others are named and left out.
+
+    Those without their backbone are among the others.
+    """
     kept = []
     for checkpoint in checkpoints:
         if not checkpoint.concerns(subject):
             continue
         why = "" if checkpoint.finished else "its training is not finished; run the same command again"
+        why = "its features were cached, and then its backbone was removed" if checkpoint.facts.pruned else why
         if fault := checkpoint.tree_fault({subject.name: digests}):
             expected, found = fault
             why = f"expected {expected}; found {found}"

@@ -13,6 +13,7 @@ import numpy as np
 import timm
 import torch
 
+from featcache.backbone.checkpoint import prune_backbone
 from featcache.backbone.extent import TIMM_SETTINGS, fit_of
 from featcache.backbone.network import Backbone
 from featcache.backbone.taps import Taps
@@ -68,6 +69,8 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path | str
             _announce(source, [subject for _, its_subjects in choices for subject in its_subjects], work)
         with matrix_products(config.dtype):
             done += [_extract_subject(subject, source, config, work) for subject in served]
+        if config.prune and checkpoint is not None:
+            prune_backbone(checkpoint)
     return done
 
 

@@ -296,6 +296,8 @@ class _Work:
                 self.features[counts.name][key] = features
                 rows = sum(stored_bytes(row, counts.n_images) for row in features.rows.values())
                 disk += features.n_stores * rows
+        if config.prune and training is not None and training.config.stage == "finetune":
+            disk -= network.weights * training.n_networks([c for c in subjects if c.name in training.subjects])
         memory = 2.0 * network.weights + config.batch_size * (network.widest + 5 * network.pixels)
         return memory, disk
 

@@ -1,12 +1,14 @@
 """Training on a CUDA device: the CPU's numbers, few waits, and memory that runs out."""
 
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 
+from featcache.backbone.checkpoint import list_checkpoints
 from featcache.errors import FeatcacheError
-from heads.backbones import loop
+from heads.backbones import loop, step
 from heads.backbones.step import Gradients
 from support.training import QUICK, assert_close, train, weights
 
@@ -95,3 +97,59 @@ def test_a_network_that_is_too_large_for_two_images_is_one_line(tiny, tmp_path, 
     monkeypatch.setattr(Gradients, "_compute", full)
     with pytest.raises(FeatcacheError, match=r"expected enough memory for 2 images at a time.*smaller --batch-size"):
         train(tiny, tmp_path, PLAIN, device="cuda")
+
+
+def test_a_step_that_diverges_on_a_device_is_named_before_anything_is_saved(
+    tiny, tmp_path, pretended_cuda, monkeypatch
+):
+    """The device may take the rest of the epoch before it is noticed."""
+    honest, calls = step.encoder_loss, []
+
+    def diverging(*arguments):
+        calls.append(1)
+        loss = honest(*arguments)
+        return loss * torch.nan if len(calls) == 6 else loss
+
+    monkeypatch.setattr(step, "encoder_loss", diverging)
+    with pytest.raises(FeatcacheError, match=r"found nan at epoch 2, step 2 of 4; epoch 1 is kept"):
+        train(tiny, tmp_path, PLAIN, device="cuda")
+    (checkpoint,) = list_checkpoints(tmp_path)
+    assert len(checkpoint.facts.scores) == 1 and checkpoint.facts.state == "state-001-000000"
+    assert all(tensor.isfinite().all() for tensor in weights(checkpoint).values())
+    assert checkpoint.backbone().digest  # the files are what was written
+    monkeypatch.setattr(step, "encoder_loss", honest)
+    again, whole = (train(tiny, tmp_path / name, PLAIN, device="cuda") for name in ("", "whole"))
+    assert_close(weights(again), weights(whole), atol=0, rtol=0)
+
+
+def test_files_are_of_the_step_at_which_they_were_saved_though_training_goes_on(
+    tiny, tmp_path, pretended_cuda, monkeypatch
+):
+    """A writer that is slow has copies of its own."""
+    settings, epoch_begins = replace(PLAIN, stop="never", epochs=2), threading.Event()
+    honest_write, honest_epoch = loop.save_state, loop.EncoderTraining.run_epoch
+
+    def late(folder, state):
+        assert epoch_begins.wait(60)
+        honest_write(folder, state)
+
+    def begun(self, epoch, first=0):
+        if epoch:
+            honest_step = self._step
+            self._step = lambda *arguments: (honest_step(*arguments), epoch_begins.set())
+        honest_epoch(self, epoch, first)
+        raise_at_end(epoch)
+
+    def raise_at_end(epoch):
+        if epoch:
+            raise KeyboardInterrupt
+
+    expected = train(tiny, tmp_path / "whole", settings, device="cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_state", late)
+        patch.setattr(loop.EncoderTraining, "run_epoch", begun)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny, tmp_path / "parts", settings, device="cuda")
+    (checkpoint,) = list_checkpoints(tmp_path / "parts")
+    assert checkpoint.facts.state == "state-001-000000" and not checkpoint.finished
+    assert_close(weights(train(tiny, tmp_path / "parts", settings, device="cuda")), weights(expected), atol=0, rtol=0)
