@@ -229,5 +229,6 @@ def test_a_plan_of_a_training_on_a_device_is_of_what_the_device_then_holds(plann
 def test_backbones_that_extract_removes_are_taken_off_the_disk_of_a_plan(planned):
     kept, total, _ = planned(TRAIN + EXTRACT.format("pooled") + "prune = false\n")
     pruned, less, _ = planned(TRAIN + EXTRACT.format("pooled") + "prune = true\n")
-    weights = outline(BackboneConfig(name="test_resnet", weights="none", size=32), LayerConfig(layers=("pooled",))).weights
+    backbone = BackboneConfig(name="test_resnet", weights="none", size=32)
+    weights = outline(backbone, LayerConfig(layers=("pooled",))).weights
     assert kept[1]["disk"] - pruned[1]["disk"] == total["disk"] - less["disk"] == weights
