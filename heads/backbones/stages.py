@@ -50,7 +50,7 @@ from heads.backbones.batches import Images, plan_steps, split_rows
 from heads.backbones.encoder import Encoder
 from heads.backbones.heads import FirstWeights, build_heads, has_roi_heads, start_heads
 from heads.backbones.loop import EncoderTraining
-from heads.backbones.memory import device_memory, say_memory
+from heads.backbones.memory import device_memory, refused_where_full, say_memory
 from heads.backbones.starts import Start, Starts
 from heads.config import StageConfig
 from heads.config.losses import SAME
@@ -95,7 +95,7 @@ def train_stage(
     folds = range(config.n_folds) if config.fold is None else [config.fold]
     splits = [Split(fold=fold, n_folds=config.n_folds, seed=config.fold_seed, by=by.key) for fold in folds]
     starts = Starts(config, work)
-    with matrix_products(precision):
+    with matrix_products(precision), refused_where_full(device):
         return [_train_fold(group, split, by, config, starts, device, work) for group in groups for split in splits]
 
 

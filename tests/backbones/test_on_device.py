@@ -9,6 +9,7 @@ import torch
 from featcache.backbone.checkpoint import list_checkpoints
 from featcache.errors import FeatcacheError
 from heads.backbones import loop, step
+from heads.backbones.learner import Learner
 from heads.backbones.step import Gradients
 from support.training import QUICK, assert_close, train, weights
 
@@ -97,6 +98,27 @@ def test_a_network_that_is_too_large_for_two_images_is_one_line(tiny, tmp_path, 
     monkeypatch.setattr(Gradients, "_compute", full)
     with pytest.raises(FeatcacheError, match=r"expected enough memory for 2 images at a time.*smaller --batch-size"):
         train(tiny, tmp_path, PLAIN, device="cuda")
+
+
+def test_memory_that_is_full_where_no_smaller_batch_helps_is_one_line_and_costs_nothing(
+    tiny, tmp_path, pretended_cuda, monkeypatch
+):
+    honest = Learner.update
+
+    def full(self, number):
+        if number == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore about it.")
+        honest(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "update", full)
+        with pytest.raises(
+            FeatcacheError, match=r"enough memory for the weights.*Tried to allocate 2 GiB\.; "
+        ) as raised:
+            train(tiny, tmp_path, PLAIN, device="cuda")
+    assert "\n" not in str(raised.value)
+    again, whole = (train(tiny, tmp_path / name, PLAIN, device="cuda") for name in ("", "whole"))
+    assert_close(weights(again), weights(whole), atol=0, rtol=0)
 
 
 def test_a_step_that_diverges_on_a_device_is_named_before_anything_is_saved(
