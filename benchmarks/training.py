@@ -95,23 +95,23 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     epochs = {name: training.run_epoch for name, training in trainings.items()}
     epochs["bare"] = lambda number: bare_epoch(encoder, ready, config)
     seconds: dict[str, list[float]] = {name: [] for name in epochs}
+    computing: dict[str, list[float]] = {name: [] for name in epochs}  # seconds of this process's threads
     for number in range(options.rounds + 1):
         for name, epoch in epochs.items():
-            began = time.perf_counter()
+            began, computed = time.perf_counter(), time.process_time()
             epoch(number)
             seconds[name].append(time.perf_counter() - began)
+            computing[name].append(time.process_time() - computed)
     first = {name: taken.pop(0) for name, taken in seconds.items()}  # slower: a network's first pass over such a batch
     speed = {name: n_images / float(np.median(taken)) for name, taken in seconds.items()}
-    compiling = {
-        "of compiled": round(speed["compiled"] / speed["ours"], 3),
-        "seconds to compile": round(first["compiled"] - first["ours"], 1),
-    }
+    busy = {name: round(float(np.median(taken[1:])), 2) for name, taken in computing.items()}
     return {
         "backbone": f"{options.backbone}@{options.size}, batch {config.batch_size}, {torch.get_num_threads()} threads",
         "images a second": {name: round(value, 1) for name, value in speed.items()},
         "ratio": round(speed["ours"] / speed["bare"], 3),
         "ratios of rounds": [round(b / o, 3) for o, b in zip(seconds["ours"], seconds["bare"], strict=True)],
-        **(compiling if options.compile else {}),
+        "processor seconds of an epoch": busy,
+        "seconds of the first epoch": {name: round(taken, 1) for name, taken in first.items()},
         "peak memory, GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),  # Linux counts in KiB
     }
 

@@ -62,10 +62,10 @@ class EncoderTraining:
         self._learner = Learner(encoder, config, accelerator, self._per_epoch)
         self._gradients = Gradients(self._learner, backbone, images, config, self._steps)
         self._held_out = HeldOut(images, backbone, config.batch_size, accelerator)
-        accelerated = accelerator.device.type != "cpu"
-        self._read_every = READ_EVERY if accelerated else 1
+        self._accelerated = accelerator.device.type != "cpu"
+        self._read_every = READ_EVERY if self._accelerated else 1
         self._unread: list[tuple[int, torch.Tensor]] = []  # number of a step, its loss and its gradient's norm
-        self._writing: Background[Checkpoint] = Background(accelerated)
+        self._writing: Background[Checkpoint] = Background(self._accelerated)
 
     def train(self) -> Checkpoint:
         """Train until the last epoch, or until the score has stopped rising; returns the finished checkpoint."""
@@ -132,7 +132,8 @@ class EncoderTraining:
         if main:
             weights = (scored.backbone.state_dict(), scored.heads.saved()) if "weights" in facts else None
             whole = None if position is None else {"epoch": position[0], "step": position[1], **learner.state()}
-            self._writing.start(partial(_write, self._checkpoint, _in_main_memory((weights, whole))))
+            copied = _in_main_memory((weights, whole), own=self._accelerated)
+            self._writing.start(partial(_write, self._checkpoint, copied))
         self._accelerator.wait_for_everyone()
 
     def _wait_for_files(self) -> None:
@@ -184,11 +185,14 @@ def is_enough(scores: Sequence[float], config: TrainConfig) -> bool:
     return stopped or len(scores) == config.epochs
 
 
-def _in_main_memory(tree: Any) -> Callable[[], Any]:
-    """Start copies of all tensors in nested dicts, and return the function that gives the same with the copies."""
+def _in_main_memory(tree: Any, own: bool) -> Callable[[], Any]:
+    """Start copies of a device's tensors in nested dicts, and return the function that gives the same with the copies.
+
+    own : whether tensors that are in main memory are copied too, because training goes on
+    """
     leaves, structure = tree_flatten(tree)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    copies = to_host(tensors)
+    copies = to_host([one.clone() if own and one.device.type == "cpu" else one for one in tensors])
 
     def copied() -> Any:
         there = iter(copies())
