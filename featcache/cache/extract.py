@@ -6,6 +6,7 @@ Rows that another store has of the same images are taken from there (see `featca
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from featcache.backbone.extent import TIMM_SETTINGS, fit_of
 from featcache.backbone.network import Backbone
 from featcache.backbone.taps import Taps
+from featcache.cache.forward import BeyondFloat16Error, Rows, as_stored, start_rows
 from featcache.cache.keys import FeatureFacts, FeatureKey
 from featcache.cache.known_rows import KnownRows, LostRowsError, find_known
 from featcache.cache.pixels import find_pixels
@@ -25,14 +27,17 @@ from featcache.config import ExtractConfig
 from featcache.dataset.image_lists import ImageList
 from featcache.dataset.images import load_image
 from featcache.dataset.subject import ImageSource, Subject, listed
-from featcache.machine.device import check_products, is_emulated, matrix_products, resolve_device, resolve_dtype
+from featcache.errors import BackboneError
+from featcache.machine.device import check_products, is_emulated, matrix_products, pinned, resolve_device, resolve_dtype
 from featcache.machine.files import refuse_full_disk
 from featcache.machine.memory import keep_freed_memory
-from featcache.machine.prefetch import prefetch
+from featcache.machine.prefetch import afterwards, prefetch
 from featcache.machine.progress import bar, say, size_of
 from featcache.workdir import Workdir
 
 _AHEAD = 2  # batches, at least, that are decoded before the model asks for them
+_READERS = 4  # threads, at most, that read decoded images
+_BEHIND = 8  # batches, at most, that are computed before the rows of earlier ones are written
 
 
 @dataclass(frozen=True)
@@ -204,10 +209,6 @@ def _facts(subject: Subject, source: Source, config: ExtractConfig) -> FeatureFa
     return replace(facts, checkpoint=source.checkpoint.name, seen_ids=tuple(seen_ids))
 
 
-class BeyondFloat16Error(Exception):
-    """A layer has values that float16 cannot hold."""
-
-
 Reader = Callable[[Sequence[Sequence[int]]], Iterable[torch.Tensor]]  # (len(batch), 3, height, width) for each batch
 
 
@@ -255,91 +256,98 @@ def _fill_arrays(
 
     computed : rows of images that were computed; those of this run are added
     """
-    layers, stop = tuple(store.arrays), len(store.image_ids)
-    span = max(store.chunk_rows(layer) for layer in layers)  # a multiple of the others: all are powers of two
+    stop = len(store.image_ids)
+    span = max(map(store.chunk_rows, store.arrays))  # a multiple of the others: all are powers of two
     spans = [range(first, min(first + span, stop)) for first in range(min(store.committed.values()), stop, span)]
     batches = [_batches(known.missing(rows), config.batch_size) for rows in spans]
     pixels = iter(images([batch for of_span in batches for batch in of_span]))
-    for rows, of_span in zip(spans, batches, strict=True):
-        values: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
-        for batch in of_span:
-            for layer, of_batch in _forward(source, next(pixels), store, config.dtype).items():
-                values[layer].append(of_batch)
-            computed.update(batch)
-            advance(len(batch))
+    with afterwards(_BEHIND) as then:
+        for rows, of_span in zip(spans, batches, strict=True):
+            part = _Part(store, known, rows)
+            for batch in of_span:
+                then(partial(part.take, _forward(source, next(pixels), store, config.dtype)))
+                computed.update(batch)
+                advance(len(batch))
+            then(part.write)
+            advance(len(rows) - sum(map(len, of_span)))
+
+
+class _Part:
+    """The rows of one commit: taken as they come from the device, then written and committed."""
+
+    def __init__(self, store: Store, known: KnownRows, rows: range) -> None:
+        self._store, self._known, self._rows = store, known, rows
+        self._values: dict[str, list[np.ndarray]] = {layer: [] for layer in store.arrays}
+
+    def take(self, arrive: Callable[[], Rows]) -> None:
+        """Wait for the rows of a batch. Raises BeyondFloat16Error."""
+        for layer, of_batch in arrive().items():
+            self._values[layer].append(of_batch.numpy())
+
+    def write(self) -> None:
+        """Write and commit all rows. Raises BeyondFloat16Error or LostRowsError for what is known, StoreError."""
         # an array that is written again is behind the others, which have these rows already
-        behind = [layer for layer, n in store.committed.items() if n == rows.start]
+        behind = [layer for layer, n in self._store.committed.items() if n == self._rows.start]
         for layer in behind:
-            whole = torch.cat(values[layer]).numpy() if of_span else None
-            known.write(store, layer, rows, whole, _cast)
-        store.commit(dict.fromkeys(behind, rows.stop))
-        advance(len(rows) - sum(map(len, of_span)))
+            whole = np.concatenate(self._values[layer]) if self._values[layer] else None
+            self._known.write(self._store, layer, self._rows, whole, as_stored)
+        self._store.commit(dict.fromkeys(behind, self._rows.stop))
 
 
 def _batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:
     return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
 
-def _cast(values: np.ndarray, layer: str, dtype: str) -> np.ndarray:
-    """Rows of another store as this one keeps them. Raises BeyondFloat16Error."""
-    return _stored(layer, torch.from_numpy(values), dtype).numpy()
-
-
-def _forward(source: Source, pixels: torch.Tensor, store: Store, dtype: str) -> dict[str, torch.Tensor]:
-    """{array: rows on the CPU, as they are stored}. Raises BeyondFloat16Error."""
+def _forward(source: Source, pixels: torch.Tensor, store: Store, dtype: str) -> Callable[[], Rows]:
+    """Start a pass; the function that gives {array: rows in main memory, as they are stored}."""
     dtypes = {layer: str(array.dtype) for layer, array in store.arrays.items()}
-    return rows_of(source.backbone, pixels, [(source.taps, dtypes)], dtype, source.device)[0]
-
-
-def rows_of(
-    backbone: Backbone,
-    pixels: torch.Tensor,
-    wanted: Sequence[tuple[Taps, Mapping[str, str]]],
-    dtype: str,
-    device: str,
-) -> list[dict[str, torch.Tensor]]:
-    """{array: rows on the CPU, as stores have them} of each of some taps, in one pass of the network.
-
-    pixels : (n_images, 3, height, width) as `backbone.pixels` gives them
-    wanted : taps, and {array: type} of their rows as stored
-    dtype : precision of the network
-
-    Raises BeyondFloat16Error for values that float16 cannot hold.
-    """
-    precision = getattr(torch, dtype, torch.float32)  # TF32 is no type, but how CUDA multiplies float32
-    with torch.inference_mode(), torch.autocast(device, precision, enabled=precision != torch.float32):
-        images, (taps, *more) = backbone.normalise(pixels.to(device)), [taps for taps, _ in wanted]
-        together = backbone.read_together(images, [taps, *more]) if more else [backbone.read(images, taps)]
-        return [
-            {layer: _stored(layer, values, dtypes[layer]).cpu() for layer, values in rows.items()}
-            for rows, (_, dtypes) in zip(together, wanted, strict=True)
-        ]
-
-
-def _stored(layer: str, values: torch.Tensor, dtype: str) -> torch.Tensor:
-    stored = values.to(getattr(torch, dtype))
-    if dtype == "float16" and not stored.isfinite().all() and values.isfinite().all():
-        raise BeyondFloat16Error(layer)
-    return stored
+    arrive = start_rows(source.backbone, pixels, [(source.taps, dtypes)], dtype, source.device)
+    return lambda: arrive()[0]
 
 
 def _reader(subject: Subject, backbone: Backbone, config: ExtractConfig, work: Path) -> Reader:
     """What gives the pixels of each batch: the cache of pixels, if it is whole, or the image files."""
-    if (pixels := find_pixels(subject, backbone, work)) is not None:
-        return lambda batches: (pixels.read(batch) for batch in batches)
-    return lambda batches: _decoded(batches, subject.image_sources, backbone, config)
+    device = resolve_device(config.device)
+    if (cached := find_pixels(subject, backbone, work)) is not None:
+        threads = min(config.workers, _READERS)
+        return lambda batches: prefetch(lambda batch: pinned(cached.read(batch), device), batches, 2 * threads, threads)
+    return lambda batches: _decoded(batches, subject.image_sources, backbone, config, device)
 
 
 def _decoded(
-    batches: Sequence[Sequence[int]], sources: Sequence[ImageSource], backbone: Backbone, config: ExtractConfig
+    batches: Sequence[Sequence[int]],
+    sources: Sequence[ImageSource],
+    backbone: Backbone,
+    config: ExtractConfig,
+    device: str,
 ) -> Iterator[torch.Tensor]:
     """The pixels of each batch in turn, decoded by threads while the model runs.
 
-    Pillow lets go of the interpreter while it decodes and resizes, so threads run side by side, and nothing is copied
-    between processes. Only a few batches are ever in memory.
+    Pillow lets go of the interpreter while it decodes and resizes, so threads run side by side, each into its place in
+    the batch, and nothing is copied between processes. Only a few batches are ever in memory.
     """
     depth = _AHEAD * config.batch_size + 2 * config.workers
-    rows = (row for batch in batches for row in batch)
-    images = prefetch(lambda row: backbone.pixels(load_image(sources[row])), rows, depth, config.workers)
+    shape, dtype = backbone.transform_settings["input_size"], getattr(torch, backbone.pixel_dtype)
+
+    def places() -> Iterator[tuple[torch.Tensor, int, int]]:
+        for batch in batches:
+            empty = torch.empty(len(batch), *shape, dtype=dtype, memory_format=torch.channels_last)
+            pixels = pinned(empty, device)
+            yield from ((pixels, place, row) for place, row in enumerate(batch))
+
+    def decode(where: tuple[torch.Tensor, int, int]) -> torch.Tensor:
+        pixels, place, row = where
+        image = backbone.pixels(load_image(sources[row]))
+        if image.shape != pixels.shape[1:]:  # which would be spread over the place of the image
+            raise BackboneError(
+                backbone.name,
+                expected=f"a transform that gives {tuple(shape)} of every image",
+                found=f"{tuple(image.shape)} of {sources[row]}",
+                remedy="correct the transform",
+            )
+        pixels[place] = image
+        return pixels
+
+    images = prefetch(decode, places(), depth, config.workers)
     for batch in batches:
-        yield torch.stack([next(images) for _ in batch])
+        yield [next(images) for _ in batch][-1]

@@ -228,7 +228,9 @@ def test_an_image_that_cannot_be_decoded_keeps_what_was_committed(tree, tmp_path
 
 def test_features_that_are_not_finite_are_refused_by_name(tiny, tmp_path, monkeypatch):
     honest = extract_module._forward
-    monkeypatch.setattr(extract_module, "_forward", lambda *a: {k: v * torch.nan for k, v in honest(*a).items()})
+    monkeypatch.setattr(
+        extract_module, "_forward", lambda *a: lambda: {k: v * torch.nan for k, v in honest(*a)().items()}
+    )
     with pytest.raises(StoreError, match="found NaN or infinity in pooled"):
         run(tiny, tmp_path)
 
