@@ -214,7 +214,8 @@ class ExtractConfig:
     layers: LayerConfig = field(default_factory=LayerConfig)
     dtype: str = option(
         "auto",
-        f"Precision of the network: {', '.join(DTYPES)}. auto: bfloat16 on a CPU with units for it, else float32.",
+        f"Precision of the network: {', '.join(DTYPES)}. auto: bfloat16 on a device with units for it, "
+        "else float16 on CUDA and float32 on a CPU.",
         "Machine",
     )
     batch_size: int = option(32, "Images in one pass of the network.", "Machine")

@@ -28,7 +28,14 @@ from featcache.dataset.image_lists import ImageList
 from featcache.dataset.images import load_image
 from featcache.dataset.subject import ImageSource, Subject, listed
 from featcache.errors import BackboneError
-from featcache.machine.device import check_products, is_emulated, matrix_products, pinned, resolve_device, resolve_dtype
+from featcache.machine.device import (
+    check_products,
+    is_emulated,
+    matrix_products,
+    network_dtype,
+    pinned,
+    resolve_device,
+)
 from featcache.machine.files import refuse_full_disk
 from featcache.machine.memory import keep_freed_memory
 from featcache.machine.prefetch import afterwards, prefetch
@@ -77,11 +84,13 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path | str
 
 
 def _resolve_dtype(dtype: str, device: str) -> str:
-    """The precision that is meant, said to the user where it was not named or will be slow."""
-    resolved = resolve_dtype(dtype, device)
+    """The precision that is meant, said to the user where it was not named, is less than it seems, or will be slow."""
+    resolved = network_dtype(dtype, device)
     if resolved != dtype:
-        way_out = ", which this CPU multiplies; or --dtype float32" if resolved == "bfloat16" else ""
+        way_out = f", which this {device.upper()} multiplies; or --dtype float32" if resolved != "float32" else ""
         say(f"arithmetic in {resolved}{way_out}")
+    if resolved == "tf32":
+        say("--dtype tf32: float32, of which products and convolutions read 10 bits behind the point")
     if is_emulated(resolved, device):
         say(f"--dtype {resolved}: no units for it were found on this CPU; expect it to be slow, or use --dtype auto")
     return resolved

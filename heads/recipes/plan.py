@@ -23,7 +23,7 @@ from featcache.dataset.open import open_dataset, scan_dataset
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.subject import Subject, names_in
 from featcache.errors import ConfigError, FeatcacheError
-from featcache.machine.device import resolve_device, resolve_dtype
+from featcache.machine.device import network_dtype, resolve_device
 from featcache.machine.memory import memory_at_start
 from featcache.simulate import SimulateConfig
 from featcache.workdir import WORK, Workdir, data_folder
@@ -277,7 +277,7 @@ class _Work:
         self, config: ExtractConfig, training: _Training | None, subjects: Sequence[Counts]
     ) -> tuple[float, float]:
         backbone = config.backbone if training is None else config.backbone.applied_to(training.backbone)
-        dtype = resolve_dtype(config.dtype, resolve_device(config.device))
+        dtype = network_dtype(config.dtype, resolve_device(config.device))
         network = outline(backbone, config.layers, dtype)
         features = _features(network, backbone, training)
         key = (backbone, config.layers, dtype, training)
