@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from heads.blend.plot import plot_weights
 from heads.solvers.layers import priors
 from support.lab import Lab, build_lab
 from support.shared import build_once
+
+if TYPE_CHECKING:
+    from support.pretended_device import PretendedDevice
 
 TINY = SimulateConfig(
     n_subjects=2,
@@ -51,6 +55,15 @@ def pytest_collection_finish() -> None:
     """Training collects garbage after every fold, which is slow where it looks through all that was imported."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def pretended_cuda() -> "Iterator[PretendedDevice]":
+    """A CUDA device that is none, for a whole test; `support.pretended_device.pretended_cuda` is for a part of one."""
+    from support import pretended_device  # slow to import
+
+    with pretended_device.pretended_cuda() as device:
+        yield device
 
 
 NETWORK = ("--backbone", "test_resnet", "--weights", "none", "--size", "48")
