@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 CUDA = torch.device("cuda", 0)
 _ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +76,7 @@ class DeviceTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        dispatch = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DeviceTensor)).dispatch
+        dispatch = next(t for t in _tensors((args, kwargs)) if isinstance(t, DeviceTensor)).dispatch
         return dispatch.run(func, args, kwargs or {})
 
     # torch moves a module by exchanging such a tensor for its parameter, so that optimisers keep theirs
@@ -219,7 +219,7 @@ class Dispatch:
         """The engine of backward passes, with Python's requests answered inside, where torch has left the mode."""
 
         def run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-            on_device = any(isinstance(leaf, DeviceTensor) for leaf in tree_leaves(outputs))
+            on_device = _is_on_device(outputs)
             with _Requests(self), self.composing() if on_device else ExitStack():
                 return engine(outputs, *args, **kwargs)
 
@@ -268,7 +268,7 @@ class Dispatch:
     def run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Compute one operation. Raises RuntimeError where a CUDA device would."""
         name = func._schema.name.removeprefix("aten::")
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = list(_tensors((args, kwargs)))
         on_device = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
         wanted = kwargs.get("device")
         if not on_device and not tensors:
@@ -295,24 +295,27 @@ class Dispatch:
             wrappers[id(tensor.plain)] = tensor
             return tensor.plain
 
-        args, kwargs = tree_map_only(DeviceTensor, plain_of, (args, kwargs))
-        results = func(*args, **kwargs)
+        plain_args, plain_kwargs = _mapped(DeviceTensor, plain_of, (args, kwargs))
+        results = func(*plain_args, **plain_kwargs)
+        if torch.Tag.inplace_view in func.tags:  # the shape of the tensor itself changes too
+            with no_dispatch():
+                func(*args, **kwargs)
         if any(tensor.plain.shape != tensor.shape for tensor in wrappers.values()):
             raise NotImplementedError(f"the pretended device does not know how {func} changes a shape in place")
-        return tree_map_only(torch.Tensor, lambda t: wrappers[id(t)] if id(t) in wrappers else self.wrapped(t), results)
+        return _mapped(torch.Tensor, lambda t: wrappers[id(t)] if id(t) in wrappers else self.wrapped(t), results)
 
     def _made(self, func: Any, args: Any, kwargs: dict[str, Any], wanted: torch.device | None) -> Any:
         """What is made of no tensor: on the device if it is asked for, or if an operation on the device makes it."""
         if (wanted is not None and wanted.type == "cuda") or self._thread.composing:
             kwargs = kwargs | {"device": torch.device("cpu")} if wanted is not None else kwargs
-            return tree_map_only(torch.Tensor, self.wrapped, func(*args, **kwargs))
+            return _mapped(torch.Tensor, self.wrapped, func(*args, **kwargs))
         return func(*args, **kwargs)
 
     def _requested(self, func: Any, args: Any, kwargs: dict[str, Any], name: str) -> Any:
         """What is made on the device of tensors in main memory: a copy, or something of the same shape."""
         if name == "_to_copy":
             return self.upload(args[0], bool(kwargs.get("non_blocking")), kwargs.get("dtype"))
-        return tree_map_only(torch.Tensor, self.wrapped, func(*args, **kwargs | {"device": torch.device("cpu")}))
+        return _mapped(torch.Tensor, self.wrapped, func(*args, **kwargs | {"device": torch.device("cpu")}))
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         if isinstance(target, DeviceTensor):
@@ -382,7 +385,7 @@ class _Requests(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        on_device = any(isinstance(leaf, DeviceTensor) for leaf in tree_leaves((args, kwargs)))
+        on_device = _is_on_device((args, kwargs))
         first = args[0] if args else None
         name = getattr(func, "__name__", "")
         if isinstance(first, DeviceTensor) and name in vars(DeviceTensor) and func is getattr(torch.Tensor, name, None):
@@ -432,6 +435,36 @@ class _Requests(TorchFunctionMode):
         requires_grad = kwargs.pop("requires_grad", False)
         made = func(*args, **kwargs | {"device": "cpu"})
         return self._dispatch.upload(made, False).requires_grad_(requires_grad)
+
+
+# torch's own walks through trees of values take most of the time of a small operation
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in lists, tuples and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _mapped(kind: type, function: Callable[[Any], Any], value: Any) -> Any:
+    """The value with the function's result in place of every tensor of a kind."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, list | tuple):
+        parts = [_mapped(kind, function, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, dict):
+        return {key: _mapped(kind, function, part) for key, part in value.items()}
+    return value
+
+
+def _is_on_device(value: Any) -> bool:
+    return any(isinstance(tensor, DeviceTensor) for tensor in _tensors(value))
 
 
 def _become(tensor: torch.Tensor, value: torch.Tensor) -> bool:
