@@ -188,12 +188,13 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> TorchBackbone:
     model = network.model.eval().requires_grad_(False).to(memory_format=network.memory_format)
     settings = settings_of(network, config)
     reader = reader_of(network, config, settings["input_size"])  # before the digest: lazy weights are made here
+    digest = weights_digest(model)  # before the network moves: every tensor would come back from the device
     return TorchBackbone(
         config.label,
         model.to(device),
         _pixels_of(network, settings),
         {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
-        weights_digest(model),
+        digest,
         network.origin,
         reader,
         network.code,

@@ -3,6 +3,7 @@
 Rows that another store has of the same images are taken from there (see `featcache.cache.known_rows`).
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from featcache.config import ExtractConfig
 from featcache.dataset.image_lists import ImageList
 from featcache.dataset.images import load_image
 from featcache.dataset.subject import ImageSource, Subject, listed
-from featcache.errors import BackboneError
+from featcache.errors import BackboneError, ConfigError
 from featcache.machine.device import (
     check_products,
     is_emulated,
@@ -76,10 +77,11 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path | str
     done: list[Extracted] = []
     for number, (checkpoint, served) in enumerate(choices):
         source = load_source(checkpoint, config, device)
+        fitting = _fitting(source, config)
         if number == 0:  # the others have rows of the same size, unless their backbones differ
             _announce(source, [subject for _, its_subjects in choices for subject in its_subjects], work)
         with matrix_products(config.dtype):
-            done += [_extract_subject(subject, source, config, work) for subject in served]
+            done += [_extract_subject(subject, source, fitting, work) for subject in served]
     return done
 
 
@@ -94,6 +96,46 @@ def _resolve_dtype(dtype: str, device: str) -> str:
     if is_emulated(resolved, device):
         say(f"--dtype {resolved}: no units for it were found on this CPU; expect it to be slow, or use --dtype auto")
     return resolved
+
+
+def _fitting(source: Source, config: ExtractConfig) -> ExtractConfig:
+    """The settings with the largest batch that the device's memory holds, halved from what was asked for; said."""
+    if source.device == "cpu":
+        return config
+    backbone, dtypes = source.backbone, {name: row.dtype for name, row in source.rows.items()}
+    gc.collect()  # the network before its batch norms were fused
+    n_before, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+    while True:
+        try:
+            torch.cuda.reset_peak_memory_stats()
+            shape, dtype = backbone.transform_settings["input_size"], getattr(torch, backbone.pixel_dtype)
+            pixels = torch.zeros(config.batch_size, *shape, dtype=dtype, device=source.device)
+            start_rows(backbone, pixels, [(source.taps, dtypes)], config.dtype, source.device)
+        except torch.OutOfMemoryError:
+            pass  # what it took is free once this block has ended
+        else:
+            taken = torch.cuda.max_memory_allocated() - n_before
+            batch = f"a batch of {config.batch_size} images takes {size_of(taken)} on the device"
+            say(f"{source.label}: {size_of(n_before)} of weights, {batch}, where {size_of(free)} are free")
+            return config
+        config = _halved(config, source)
+
+
+def _halved(config: ExtractConfig, source: Source) -> ExtractConfig:
+    """Settings with half the batch, said. Raises ConfigError where the device's memory is too small for one image."""
+    torch.cuda.empty_cache()
+    if config.batch_size == 1:
+        raise ConfigError(
+            "--batch-size 1",
+            expected=f"memory of the device for an image of {source.backbone.transform_settings['input_size'][-1]} px",
+            found=f"too little, of which {size_of(torch.cuda.mem_get_info()[0])} are free",
+            remedy="end what else runs on the device, or use a smaller --size or --device cpu",
+        )
+    smaller = replace(config, batch_size=config.batch_size // 2)
+    say(
+        f"{source.label}: the device's memory is too small for {config.batch_size} images; {smaller.batch_size} a batch"
+    )
+    return smaller
 
 
 def _announce(source: Source, subjects: Sequence[Subject], work: Path) -> None:
@@ -172,7 +214,7 @@ def _explain(key: FeatureKey, known: KnownRows, done: int, work: Path) -> None:
         n_missing = len(known.missing(range(done, n_images)))
         found = f"{n_images - done - n_missing} of {n_images - done} images are in {listed(known.sources)}"
         say(f"{key.subject}: {found}; {n_missing} to compute")
-    elif not done:
+    if not done and key.subject not in known.subjects:
         _explain_new(key, Workdir(work).features)
 
 
@@ -232,21 +274,45 @@ def _fill(
     """Compute or take, and commit the rows that are missing; returns how many images were computed.
 
     A layer that float16 cannot hold is written again as float32, from its first row: what is stored must not depend on
-    where a run was interrupted. A known row that turns out to be damaged is computed.
+    where a run was interrupted. A known row that turns out to be damaged is computed. Where the memory of the device is
+    too small for a batch, batches are half as large from the last commit on.
     """
     computed: set[int] = set()
+    shown = _Shown(min(store.committed.values()), advance)
     while True:
         try:
-            _fill_arrays(store, images, source, config, known.held_as(store), advance, computed)
+            shown.set(min(store.committed.values()))
+            _fill_arrays(store, images, source, config, known.held_as(store), shown.add, computed)
             return len(computed)
+        except torch.OutOfMemoryError:
+            pass  # what it took is free once this block has ended
         except BeyondFloat16Error as overflow:
             layer = str(overflow)
             say(f"{store.name}: {layer} has values beyond float16; it is stored as float32, from its first row")
             store.widen(layer)
             store = open_store(store.path)
+            continue
         except LostRowsError as lost:
             say(f"{lost.why.where} has {lost.why.found}; its rows are computed")
             known = lost.known
+            continue
+        config = _halved(config, source)
+
+
+class _Shown:
+    """Number of images that a bar shows as done."""
+
+    def __init__(self, n_done: int, advance: Callable[[int], None]) -> None:
+        self._n_done, self._advance = n_done, advance
+
+    def add(self, n: int) -> None:
+        """Show `n` more."""
+        self._n_done += n
+        self._advance(n)
+
+    def set(self, n_done: int) -> None:
+        """Show so many: fewer than before, where some are computed again."""
+        self.add(n_done - self._n_done)
 
 
 def _fill_arrays(

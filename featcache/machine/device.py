@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from featcache.errors import ConfigError
+from featcache.errors import ConfigError, first_line
 
 
 def resolve_device(device: str) -> str:
@@ -45,7 +45,7 @@ def network_dtype(dtype: str, device: str) -> str:
 def _multiplies_bfloat16(device: str) -> bool:
     if device == "cpu":
         return not is_emulated("bfloat16", device)
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 # Flags by which Linux names a processor's units for these formats, on x86 and on Arm
@@ -71,6 +71,20 @@ def check_products(option: str, products: str, device: str) -> None:
         raise ConfigError(
             f"--{option} tf32", expected="a CUDA device", found=resolve_device(device), remedy="use float32"
         )
+
+
+@contextmanager
+def refused_memory(what: str) -> Iterator[None]:
+    """Raise ConfigError where the device's memory is too small for something, such as 'the network'."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "--device cuda",
+            expected=f"memory of the device for {what}",
+            found=first_line(error),
+            remedy="end what else runs on the device, use less of it, or use --device cpu",
+        ) from error
 
 
 @contextmanager
