@@ -21,7 +21,7 @@ from featcache.backbone.taps import Taps
 from featcache.cache.forward import BeyondFloat16Error, Rows, as_stored, start_rows
 from featcache.cache.keys import FeatureFacts, FeatureKey
 from featcache.cache.known_rows import KnownRows, LostRowsError, find_known
-from featcache.cache.pixels import find_pixels
+from featcache.cache.pixels import cache_pixels, find_pixels
 from featcache.cache.sources import Source, choose_checkpoints, load_source
 from featcache.cache.store import Store, create_store, list_stores, nearest, open_store, store_path
 from featcache.config import ExtractConfig
@@ -188,7 +188,7 @@ def _extract_subject(subject: Subject, source: Source, config: ExtractConfig, wo
     else:
         known = find_known(Workdir(work).features, key.to_json(), images)
         _explain(key, known, done, work)
-        reader = _reader(subject, source.backbone, config, work)
+        reader = _reader(subject, source.backbone, config, work, len(known.missing(range(done, n_images))))
         with bar(f"{subject.name} {source.label}", n_images, "images", done) as advance, store.writing():
             n_new = _fill(store, reader, source, config, known, advance)
     return Extracted(subject.name, store.path, n_images, n_new, time.perf_counter() - began)
@@ -380,13 +380,19 @@ def _forward(source: Source, pixels: torch.Tensor, store: Store, dtype: str) -> 
     return lambda: arrive()[0]
 
 
-def _reader(subject: Subject, backbone: Backbone, config: ExtractConfig, work: Path) -> Reader:
-    """What gives the pixels of each batch: the cache of pixels, if it is whole, or the image files."""
+def _reader(subject: Subject, backbone: Backbone, config: ExtractConfig, work: Path, n_missing: int) -> Reader:
+    """What gives the pixels of each batch: the cache of pixels, if it is whole or to be made, or the image files.
+
+    n_missing : images to read; for a few, no cache is made of all
+    """
     device = resolve_device(config.device)
-    if (cached := find_pixels(subject, backbone, work)) is not None:
-        threads = min(config.workers, _READERS)
-        return lambda batches: prefetch(lambda batch: pinned(cached.read(batch), device), batches, 2 * threads, threads)
-    return lambda batches: _decoded(batches, subject.image_sources, backbone, config, device)
+    cached = find_pixels(subject, backbone, work)
+    if cached is None and config.image_cache and 2 * n_missing >= len(subject.image_ids):
+        (cached,) = cache_pixels([subject], backbone, work, config.image_cache, config.workers)
+    if cached is None:
+        return lambda batches: _decoded(batches, subject.image_sources, backbone, config, device)
+    read, threads = cached.read, min(config.workers, _READERS)
+    return lambda batches: prefetch(lambda batch: pinned(read(batch), device), batches, 2 * threads, threads)
 
 
 def _decoded(

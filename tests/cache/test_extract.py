@@ -24,6 +24,7 @@ from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, DataError, StoreError
 from featcache.workdir import Workdir
+from support.images import add_test_image
 
 BACKBONE = BackboneConfig(name="test_resnet", weights="none", size=48)
 CONFIG = ExtractConfig(backbone=BACKBONE, batch_size=3, workers=2)
@@ -285,6 +286,31 @@ def test_cached_pixels_give_the_bits_that_image_files_give(tree, tmp_path, monke
     found = run(tree, tmp_path / "cached", config)
     assert [a.tobytes() for a in rows(found)] == [b.tobytes() for b in rows(expected)]
     assert [r.path.name for r in found] == [r.path.name for r in expected]
+
+
+def test_images_are_decoded_into_the_cache_once_where_it_is_asked_for(tiny, tmp_path, monkeypatch):
+    """A second run, of other layers, decodes none."""
+    other = replace(CONFIG, layers=LayerConfig(layers=("layer2",)))
+    expected = [run(tiny, tmp_path / "files", config) for config in (CONFIG, other)]
+    found = [run(tiny, tmp_path / "cached", replace(CONFIG, image_cache=0.1))]
+    assert len(list(Workdir(tmp_path / "cached").pixels.glob("*.npy"))) == 2
+    monkeypatch.setattr("featcache.cache.extract.load_image", lambda path: pytest.fail(f"decoded {path}"))
+    found.append(run(tiny, tmp_path / "cached", other))
+    assert [everything(results) for results in found] == [everything(results) for results in expected]
+
+
+def test_no_cache_is_made_for_the_few_images_that_are_not_known(tree, tmp_path):
+    run(tree, tmp_path)
+    add_test_image(tree)
+    results = run(tree, tmp_path, replace(CONFIG, image_cache=0.1))
+    assert [result.n_new for result in results] == [1, 0] and not Workdir(tmp_path).pixels.exists()
+
+
+def test_an_image_cache_that_is_too_small_is_refused(tiny, tmp_path):
+    with pytest.raises(StoreError, match="to fit into --image-cache 1e-07 GB"):
+        run(tiny, tmp_path, replace(CONFIG, image_cache=1e-7))
+    with pytest.raises(ConfigError, match="--image-cache: expected 0 or more"):
+        replace(CONFIG, image_cache=-1.0)
 
 
 def test_cached_pixels_of_another_size_are_left_alone(tiny, tmp_path):
