@@ -222,11 +222,16 @@ class ExtractConfig:
     workers: int = option(usual_workers, "Threads that decode images.", "Machine")
     image_cache: float = option(
         0.0,
-        "Disk space that decoded images may take, in 10^9 bytes; other backbones of the same size then read them at the "
-        "speed of memory. 0: none are kept. Those that are there are read in either case.",
+        "Disk space that decoded images may take, in 10^9 bytes; other backbones of the same size then read them "
+        "at the speed of memory. 0: none are kept. Those that are there are read in either case.",
         "Machine",
     )
     device: str = option("auto", f"Where to compute: {', '.join(DEVICES)}.", "Machine")
+    compile: bool = option(
+        False,
+        "Have torch compile the network, which takes a minute or more; worth it for many images on a GPU.",
+        "Machine",
+    )
     # none: the backbone as its weights come | auto: the work folder's checkpoints of it, if any (the command's
     # default) | a checkpoint's folder
     checkpoint: str = "none"

@@ -224,6 +224,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "featcache.cache.pixels",
         "featcache.cache.sources",
         "featcache.backbone.checkpoint",
+        "featcache.backbone.network",
         "heads.backbones.stages",
         "heads.features.sets",
     )

@@ -77,10 +77,11 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path | str
     done: list[Extracted] = []
     for number, (checkpoint, served) in enumerate(choices):
         source = load_source(checkpoint, config, device)
-        fitting = _fitting(source, config)
         if number == 0:  # the others have rows of the same size, unless their backbones differ
             _announce(source, [subject for _, its_subjects in choices for subject in its_subjects], work)
         with matrix_products(config.dtype):
+            fitting = _fitting(source, config)
+            source = _compiled(source, fitting)
             done += [_extract_subject(subject, source, fitting, work) for subject in served]
     return done
 
@@ -119,6 +120,12 @@ def _fitting(source: Source, config: ExtractConfig) -> ExtractConfig:
             say(f"{source.label}: {size_of(n_before)} of weights, {batch}, where {size_of(free)} are free")
             return config
         config = _halved(config, source)
+
+
+def _compiled(source: Source, config: ExtractConfig) -> Source:
+    if not config.compile:
+        return source
+    return replace(source, backbone=source.backbone.compiled(source.taps, config.batch_size, config.dtype))
 
 
 def _halved(config: ExtractConfig, source: Source) -> ExtractConfig:
@@ -253,6 +260,8 @@ def _facts(subject: Subject, source: Source, config: ExtractConfig) -> FeatureFa
         origin=source.backbone.origin,
         torch=torch.__version__,
         device=torch.cuda.get_device_name() if cuda else "cpu",
+        batch_size=config.batch_size,
+        compiled=source.backbone.is_compiled or None,
     )
     if source.checkpoint is None:
         return replace(facts, network=config.backbone.resolved_name, weights=config.backbone.resolved_weights)
@@ -297,6 +306,7 @@ def _fill(
             known = lost.known
             continue
         config = _halved(config, source)
+        source = _compiled(source, config)
 
 
 class _Shown:

@@ -340,6 +340,19 @@ def test_a_run_interrupted_on_files_goes_on_with_cached_pixels_bit_equal(tiny, t
     assert [a.tobytes() for a in rows(again)] == [b.tobytes() for b in whole]
 
 
+def test_a_compiled_network_gives_the_same_rows_and_is_a_fact_and_no_setting(tiny, tmp_path, monkeypatch):
+    """What makes machine code is left out: it takes a minute."""
+    honest = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: honest(function, backend="eager", **options))
+    expected = run(tiny, tmp_path / "plain")
+    found = run(tiny, tmp_path / "compiled", replace(CONFIG, compile=True))
+    for one, other, store in zip(rows(found), rows(expected), stores(found), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+        assert store.facts["compiled"] and store.facts["batch_size"] == 3
+    assert [r.path.name for r in found] == [r.path.name for r in expected]
+    assert [r.n_new for r in run(tiny, tmp_path / "compiled")] == [0, 0]
+
+
 # --- layers
 
 
