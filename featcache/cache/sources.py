@@ -13,6 +13,7 @@ from featcache.config import ExtractConfig
 from featcache.dataset.image_lists import SubjectDigests
 from featcache.dataset.subject import Subject
 from featcache.errors import CheckpointError
+from featcache.machine.device import refused_memory
 from featcache.machine.progress import say
 from featcache.workdir import Workdir
 
@@ -114,10 +115,11 @@ def load_source(checkpoint: Checkpoint | None, config: ExtractConfig, device: st
 
     Raises BackboneError, CheckpointError or ConfigError for what cannot be loaded or read.
     """
-    backbone = _load(checkpoint, config, device)
-    taps = backbone.taps(config.layers)
-    backbone = backbone.optimised(taps)
-    return Source(backbone, checkpoint, taps, stored_rows(backbone.shapes(taps)), device)
+    with refused_memory("the network"):
+        backbone = _load(checkpoint, config, device)
+        taps = backbone.taps(config.layers)
+        backbone = backbone.optimised(taps)
+        return Source(backbone, checkpoint, taps, stored_rows(backbone.shapes(taps)), device)
 
 
 def _load(checkpoint: Checkpoint | None, config: ExtractConfig, device: str) -> Backbone:

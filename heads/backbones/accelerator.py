@@ -2,12 +2,12 @@
 
 from datetime import timedelta
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from featcache.errors import ConfigError
+from featcache.machine.device import network_dtype
 
 _MIXED = {"float32": "no", "tf32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names
 
@@ -24,9 +24,7 @@ def resolve_precision(precision: str, device: str) -> str:
                 f"--precision {precision}", expected="a CUDA device", found="the CPU", remedy="use bfloat16 or float32"
             )
         return "float32" if precision == "auto" else precision
-    if precision != "auto":
-        return precision
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return network_dtype(precision, device)
 
 
 def make_accelerator(precision: str, device: str, idle_weights: bool = False) -> Accelerator:

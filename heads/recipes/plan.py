@@ -23,7 +23,7 @@ from featcache.dataset.open import open_dataset, scan_dataset
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.subject import Subject, names_in
 from featcache.errors import ConfigError, FeatcacheError
-from featcache.machine.device import resolve_device, resolve_dtype
+from featcache.machine.device import network_dtype, resolve_device
 from featcache.machine.memory import memory_at_start
 from featcache.simulate import SimulateConfig
 from featcache.workdir import WORK, Workdir, data_folder
@@ -240,8 +240,7 @@ class _Work:
         train = replace(train, precision=resolve_precision(train.precision, device))
         network = outline(backbone, train.tapped, train.precision)
         for counts in subjects:
-            key = counts.name, backbone.label, backbone.size, backbone.resolved_fit
-            self.pixels[key] = float(counts.n_images * network.pixels)
+            self._decode(counts, backbone, network)
         # stage 1 has heads of one surface after the other, stage 2 also those of ROIs
         n_outputs = max(counts.n_all_vertices for counts in subjects) * (1 if config.stage == "pretrain" else 2)
         trained = network.weights + 4.0 * network.n_features * n_outputs
@@ -264,7 +263,11 @@ class _Work:
         start = before[-1] if follows else config.backbone
         return config.backbone.applied_to(start)
 
-    def _new_pixels(self, config: StageConfig) -> float:
+    def _decode(self, counts: Counts, backbone: BackboneConfig, network: Outline) -> None:
+        key = counts.name, backbone.label, backbone.size, backbone.resolved_fit
+        self.pixels[key] = float(counts.n_images * network.pixels)
+
+    def _new_pixels(self, config: StageConfig | ExtractConfig) -> float:
         """Bytes of decoded images that are not counted yet; a full folder is cleared for others."""
         before, now = self.decoded, min(sum(self.pixels.values()), config.image_cache * 1e9)
         self.decoded = max(before, now)
@@ -286,20 +289,22 @@ class _Work:
         self, config: ExtractConfig, training: _Training | None, subjects: Sequence[Counts]
     ) -> tuple[float, float]:
         backbone = config.backbone if training is None else config.backbone.applied_to(training.backbone)
-        dtype = resolve_dtype(config.dtype, resolve_device(config.device))
+        dtype = network_dtype(config.dtype, resolve_device(config.device))
         network = outline(backbone, config.layers, dtype)
         features = _features(network, backbone, training)
         key = (backbone, config.layers, dtype, training)
         disk = 0.0
         for counts in subjects:
             if (training is None or counts.name in training.subjects) and key not in self.features[counts.name]:
+                if config.image_cache:
+                    self._decode(counts, backbone, network)
                 self.features[counts.name][key] = features
                 rows = sum(stored_bytes(row, counts.n_images) for row in features.rows.values())
                 disk += features.n_stores * rows
         if config.prune and training is not None and training.config.stage == "finetune":
             disk -= network.weights * training.n_networks([c for c in subjects if c.name in training.subjects])
         memory = 2.0 * network.weights + config.batch_size * (network.widest + 5 * network.pixels)
-        return memory, disk
+        return memory, disk + (self._new_pixels(config) if config.image_cache else 0.0)
 
     def _add(self, config: MadeConfig, subjects: Sequence[Counts]) -> Bytes:
         made = read_made(config.features, config.ids)
