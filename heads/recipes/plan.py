@@ -241,10 +241,12 @@ class _Work:
         network = outline(backbone, train.tapped, train.precision)
         for counts in subjects:
             self._decode(counts, backbone, network)
-        # stage 1 has heads of one surface after the other, stage 2 also those of ROIs
-        n_outputs = max(counts.n_all_vertices for counts in subjects) * (1 if config.stage == "pretrain" else 2)
+        n_vertices = max(counts.n_all_vertices for counts in subjects)
+        n_outputs = n_vertices * (1 if config.stage == "pretrain" else 2)  # stage 2 also has heads of ROIs
         trained = network.weights + 4.0 * network.n_features * n_outputs
-        disk = training.n_networks(subjects) * trained + self._new_pixels(config)
+        # of all heads of a vertex, their mean is written
+        written = network.weights + 4.0 * network.n_features * n_vertices
+        disk = training.n_networks(subjects) * written + self._new_pixels(config)
         if device == "cuda":
             # the start, and the copies of weights and state that are written
             memory = network.weights + (4 + bool(train.ema)) * trained
