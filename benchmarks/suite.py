@@ -30,6 +30,7 @@ BENCHMARKS = {
     "gradient": "Heads trained by gradient",
     "extract": "Extraction",
     "store_read": "Reading the cache",
+    "listing": "Listing many stores",
     "metric": "Metric",
     "blend": "Blend",
     "stacking": "Blend weights and scikit-learn",

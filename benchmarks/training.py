@@ -1,12 +1,15 @@
 """Training speed: an epoch of stage 2, from the pixel cache, against a bare loop over ready tensors.
 
     python benchmarks/training.py [--backbone tf_efficientnet_lite0] [--images 256] [--size 112] [--rounds 3]
+        [--compile]
 
 The bare loop has every image as a normalised float32 tensor and every response in memory, and does nothing but forward,
-backward and step, on the same network in the same process. Rounds alternate; the ratio is of the medians.
+backward and step, on the same network in the same process. Rounds alternate; the ratio is of the medians. With
+--compile a copy of the network takes part whose backbone is compiled; its first epoch is longer by what that costs.
 """
 
 import argparse
+import copy
 import json
 import resource
 import tempfile
@@ -42,6 +45,7 @@ def main() -> None:
     parser.add_argument("--vertices", type=int, nargs=2, default=(475, 514))
     parser.add_argument("--size", type=int, default=112)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +67,9 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     images = Images(subjects, cache_pixels(subjects, backbone, folder, 10, 2), SPLIT)
     network: Any = backbone.model
     taps = backbone.taps(LayerConfig(layers=(POOLED,)))
-    encoder = Encoder(network, OneSubject(network.num_features, subjects[0], 0.1), taps).requires_grad_(True)
+    heads = OneSubject(network.num_features, subjects[0], 0.1)
+    encoder = Encoder(network, heads, taps).requires_grad_(True)
+    compiled = Encoder(copy.deepcopy(network), copy.deepcopy(heads), taps, compiled=True).requires_grad_(True)
     config = TrainConfig(epochs=2 * options.rounds + 1)
     key = CheckpointKey(
         stage="finetune",
@@ -76,33 +82,42 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
         settings={},
     )
     checkpoint = Checkpoint(folder, key, CheckpointFacts(label=options.backbone, origin="random weights"))
-    training = EncoderTraining(encoder, backbone, images, config, make_accelerator("float32", "cpu"), checkpoint)
+    trainings = {
+        name: EncoderTraining(one, backbone, images, config, make_accelerator("float32", "cpu"), checkpoint)
+        for name, one in {"ours": encoder, "compiled": compiled}.items()
+        if name == "ours" or options.compile
+    }
     n_images = len(images) // config.batch_size * config.batch_size
     ready = [
         (backbone.normalise(images.read(pairs)), responses_of(images, pairs))
         for pairs in images.epoch(0, 0, config.batch_size)
     ]
-    seconds: dict[str, list[float]] = {"ours": [], "bare": []}
+    epochs = {name: training.run_epoch for name, training in trainings.items()}
+    epochs["bare"] = lambda number: bare_epoch(encoder, ready, config)
+    seconds: dict[str, list[float]] = {name: [] for name in epochs}
+    computing: dict[str, list[float]] = {name: [] for name in epochs}  # seconds of this process's threads
     for number in range(options.rounds + 1):
-        began = time.perf_counter()
-        training.run_epoch(number)
-        between = time.perf_counter()
-        bare_epoch(encoder, ready, config)
-        if number:  # the first pass of a network over a size of batch is slower
-            seconds["ours"].append(between - began)
-            seconds["bare"].append(time.perf_counter() - between)
+        for name, epoch in epochs.items():
+            began, computed = time.perf_counter(), time.process_time()
+            epoch(number)
+            seconds[name].append(time.perf_counter() - began)
+            computing[name].append(time.process_time() - computed)
+    first = {name: taken.pop(0) for name, taken in seconds.items()}  # slower: a network's first pass over such a batch
     speed = {name: n_images / float(np.median(taken)) for name, taken in seconds.items()}
+    busy = {name: round(float(np.median(taken[1:])), 2) for name, taken in computing.items()}
     return {
         "backbone": f"{options.backbone}@{options.size}, batch {config.batch_size}, {torch.get_num_threads()} threads",
         "images a second": {name: round(value, 1) for name, value in speed.items()},
         "ratio": round(speed["ours"] / speed["bare"], 3),
         "ratios of rounds": [round(b / o, 3) for o, b in zip(seconds["ours"], seconds["bare"], strict=True)],
+        "processor seconds of an epoch": busy,
+        "seconds of the first epoch": {name: round(taken, 1) for name, taken in first.items()},
         "peak memory, GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),  # Linux counts in KiB
     }
 
 
 def responses_of(images: Images, pairs: np.ndarray) -> torch.Tensor:
-    return torch.cat([target.responses for target in images.targets(pairs)], 1)
+    return torch.cat([target.responses for target in images.responses(pairs).targets()], 1)
 
 
 def bare_epoch(encoder: Encoder, batches: list[tuple[torch.Tensor, torch.Tensor]], config: TrainConfig) -> None:

@@ -208,27 +208,46 @@ class LayerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """How images become rows of features. Batch size, workers and device do not decide what the rows are."""
+    """How images become rows of features. Of the machine's settings, only the precision decides what the rows are."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     layers: LayerConfig = field(default_factory=LayerConfig)
     dtype: str = option(
         "auto",
-        f"Precision of the network: {', '.join(DTYPES)}. auto: bfloat16 on a CPU with units for it, else float32.",
+        f"Precision of the network: {', '.join(DTYPES)}. auto: bfloat16 on a device with units for it, "
+        "else float16 on CUDA and float32 on a CPU.",
         "Machine",
     )
     batch_size: int = option(32, "Images in one pass of the network.", "Machine")
     workers: int = option(usual_workers, "Threads that decode images.", "Machine")
+    image_cache: float = option(
+        0.0,
+        "Disk space that decoded images may take, in 10^9 bytes; other backbones of the same size then read them "
+        "at the speed of memory. 0: none are kept. Those that are there are read in either case.",
+        "Machine",
+    )
     device: str = option("auto", f"Where to compute: {', '.join(DEVICES)}.", "Machine")
+    compile: bool = option(
+        False,
+        "Have torch compile the network, which takes a minute or more; worth it for many images on a GPU.",
+        "Machine",
+    )
     # none: the backbone as its weights come | auto: the work folder's checkpoints of it, if any (the command's
     # default) | a checkpoint's folder
     checkpoint: str = "none"
+    prune: bool = option(
+        False,
+        "Remove the backbone of each checkpoint of stage 2 once its features are cached. Its heads stay. Then neither "
+        "other layers nor new images can be read with it.",
+        "Backbone",
+    )
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)
         one_of("device", self.device, DEVICES)
         at_least("batch-size", self.batch_size, 1)
         at_least("workers", self.workers, 1)
+        at_least("image-cache", self.image_cache, 0)
 
 
 def fingerprint(key: Mapping[str, Any]) -> str:

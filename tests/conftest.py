@@ -225,6 +225,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "featcache.cache.sources",
         "featcache.backbone.checkpoint",
         "featcache.machine.device_memory",
+        "featcache.backbone.network",
         "heads.backbones.stages",
         "heads.features.sets",
     )

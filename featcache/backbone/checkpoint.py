@@ -22,18 +22,19 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from featcache.backbone.keys import CheckpointFacts, CheckpointKey
 from featcache.backbone.network import TorchBackbone, load_backbone
 from featcache.config import BackboneConfig, fingerprint
-from featcache.dataset.digests import file_digest
+from featcache.dataset.digests import file_digest, new_digest
 from featcache.dataset.image_lists import SubjectDigests
 from featcache.dataset.splits import refuse_leak
 from featcache.dataset.subject import Subject, listed
 from featcache.errors import CheckpointError, first_line
 from featcache.machine.files import replace_json
 from featcache.machine.progress import say
+from featcache.machine.tensors import write_tensors
 from featcache.workdir import Workdir
 
 FORMAT = 1
@@ -125,6 +126,13 @@ class Checkpoint:
                 remedy="run it again",
             )
         path = self.path / folder / f"{name}.safetensors"
+        if name == "backbone" and self.facts.pruned:
+            raise CheckpointError(
+                self.path,
+                expected="the backbone that was trained",
+                found="that 'extract --prune' removed it",
+                remedy="delete the folder and train it again",
+            )
         if not path.is_file():
             raise _damaged(self.path, f"{path.name} is missing")
         written = self.facts.digests.get(f"{folder}/{path.name}")
@@ -252,6 +260,17 @@ def prune(checkpoint: Checkpoint) -> None:
             shutil.rmtree(folder)
 
 
+def prune_backbone(checkpoint: Checkpoint) -> None:
+    """Remove the backbone of a finished checkpoint of stage 2; its heads and its description stay, which says so.
+
+    Nothing is done to checkpoints of stage 1, from which stage 2 starts.
+    """
+    if checkpoint.key.stage != "finetune" or not checkpoint.finished:
+        return
+    record(replace(checkpoint, facts=replace(checkpoint.facts, pruned=True)))
+    (checkpoint.path / str(checkpoint.facts.weights) / "backbone.safetensors").unlink(missing_ok=True)
+
+
 def save_weights(
     folder: Path, backbone: Mapping[str, torch.Tensor], heads: Mapping[str, torch.Tensor]
 ) -> dict[str, str]:
@@ -259,15 +278,14 @@ def save_weights(
 
     Raises CheckpointError where they cannot be written, and leaves nothing of them.
     """
-    origin = {_ORIGIN: folder.parent.name}
+    digests = {name: new_digest() for name in ("backbone", "heads")}
 
     def write(folder: Path) -> None:
-        for name, tensors in (("backbone", backbone), ("heads", heads)):
-            whole = {key: value.cpu().contiguous() for key, value in tensors.items()}
-            save_file(whole, folder / f"{name}.safetensors", origin)
+        for (name, digest), tensors in zip(digests.items(), (backbone, heads), strict=True):
+            write_tensors(folder / f"{name}.safetensors", tensors, {_ORIGIN: folder.parent.name}, digest)
 
     _write(folder, write)
-    return {f"{folder.name}/{path.name}": file_digest(path) for path in sorted(folder.iterdir())}
+    return {f"{folder.name}/{name}.safetensors": digest.hexdigest() for name, digest in digests.items()}
 
 
 def refuse_trained(weights: str, option: str) -> None:
@@ -329,12 +347,16 @@ def _damaged(path: Path, why: str) -> CheckpointError:
 
 
 def usable(subject: Subject, checkpoints: list[Checkpoint], digests: SubjectDigests) -> list[Checkpoint]:
-    """Finished checkpoints that were trained on this subject as it is now; the others are named and left out."""
+    """Finished checkpoints that were trained on this subject as it is now; the others are named and left out.
+
+    Those without their backbone are among the others.
+    """
     kept = []
     for checkpoint in checkpoints:
         if not checkpoint.concerns(subject):
             continue
         why = "" if checkpoint.finished else "its training is not finished; run the same command again"
+        why = "its features were cached, and then its backbone was removed" if checkpoint.facts.pruned else why
         if fault := checkpoint.tree_fault({subject.name: digests}):
             expected, found = fault
             why = f"expected {expected}; found {found}"

@@ -155,6 +155,7 @@ class CheckpointFacts:
     score: float | None = None  # of that epoch
     state: str | None = None  # folder that an interrupted run goes on from
     network: str | None = None  # what --backbone calls a network that is not timm's, a file by its whole path
+    pruned: bool | None = None  # whether the backbone was removed after its features were cached
     other: Mapping[str, Any] = field(default_factory=dict)  # what another version wrote besides
 
     @classmethod
@@ -177,4 +178,4 @@ class CheckpointFacts:
 _FACT_NAMES = tuple(one.name for one in fields(CheckpointFacts) if one.name != "other")
 
 
-_UNKNOWN_AT_FIRST = ("versions", "taps", "digests", "weights", "epoch", "score", "network")
+_UNKNOWN_AT_FIRST = ("versions", "taps", "digests", "weights", "epoch", "score", "network", "pruned")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, Self
 
 import torch
@@ -18,8 +19,12 @@ from featcache.backbone.taps import TIMM, Reader, Taps, choose_taps, map_shapes,
 from featcache.backbone.weights import weights_digest
 from featcache.config import DEFAULT_FIT, BackboneConfig, LayerConfig
 from featcache.errors import BackboneError, first_line
+from featcache.machine.progress import say
 
 _ROUNDING = 1e-4  # relative difference, of a layer, that sums in another order may leave in float32
+_AS_FAR = 1.5  # times as far from float32 as in the same precision without compiling, at most
+
+Run = Callable[[nn.Module, torch.Tensor, Sequence[Taps]], list[dict[str, torch.Tensor]]]
 
 
 class Backbone(Protocol):
@@ -44,6 +49,10 @@ class Backbone(Protocol):
     @property
     def fused(self) -> bool:
         """Whether its rows differ by rounding from those of the network as it was loaded; see `optimised`."""
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether torch compiled it, which changes its rows by rounding as another size of batch does."""
 
     @property
     def transform_settings(self) -> Mapping[str, Any]:
@@ -75,6 +84,9 @@ class Backbone(Protocol):
     def optimised(self, taps: Taps) -> "Backbone":
         """The same backbone, made faster, if every layer stays the same to rounding; else the backbone itself."""
 
+    def compiled(self, taps: Taps, batch_size: int, dtype: str) -> "Backbone":
+        """The same backbone, compiled for batches of one size and a precision, or the backbone itself; said."""
+
 
 @dataclass(frozen=True)
 class TorchBackbone:
@@ -88,6 +100,7 @@ class TorchBackbone:
     reader : how its layers are read
     code : what decides the rows besides timm, weights and transform, {name: version or digest}
     fused : whether batch norms are part of the convolutions before them; the digest is of the weights as they were
+    run : reads some taps of the module for a batch of images
     """
 
     name: str
@@ -100,6 +113,7 @@ class TorchBackbone:
     code: Mapping[str, str] = field(default_factory=dict)
     memory_format: torch.memory_format = torch.channels_last
     fused: bool = False
+    run: Run = read_together
     _scales: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -108,6 +122,11 @@ class TorchBackbone:
     def pixel_dtype(self) -> str:
         """Type of the pixels: uint8, or float32 of the network's own transform."""
         return pixel_dtype(self.transform_settings)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether torch compiled it; see `compiled`."""
+        return self.run is not read_together
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """(n_images, 3, height, width) -> float32 as the weights expect them, on the device of the pixels."""
@@ -132,11 +151,11 @@ class TorchBackbone:
 
     def read(self, images: torch.Tensor, taps: Taps) -> dict[str, torch.Tensor]:
         """{array: rows} for (n_images, 3, height, width) images; see `Taps.read`."""
-        return taps.read(self.model, images.to(memory_format=self.memory_format))
+        return self.read_together(images, [taps])[0]
 
     def read_together(self, images: torch.Tensor, taps: Sequence[Taps]) -> list[dict[str, torch.Tensor]]:
         """The same for several taps, in one pass of the network."""
-        return read_together(self.model, images.to(memory_format=self.memory_format), taps)
+        return self.run(self.model, images.to(memory_format=self.memory_format), taps)
 
     def with_transform(self, settings: Mapping[str, Any]) -> Self:
         """The same network behind timm's transform with these settings, as `transform_settings` has them."""
@@ -173,12 +192,57 @@ class TorchBackbone:
             same = all((before - after).norm() <= _ROUNDING * before.norm() for before, after in pairs)
         return replace(self, model=model, fused=True) if same else self
 
+    def compiled(self, taps: Taps, batch_size: int, dtype: str) -> Self:
+        """The backbone whose passes torch compiled for batches of one size, or the backbone itself; said.
+
+        dtype : precision of the network
+
+        Shorter batches are filled up, so that there is one shape to compile, and the bits of a row do not depend on
+        where a run was interrupted. On random images no layer may be farther from float32 than by the rounding of the
+        precision without compiling.
+        """
+        precision, kind = getattr(torch, dtype, torch.float32), self._device.type
+        bare = replace(self, run=read_together)
+        run = replace(self, run=partial(_run_filled, torch.compile(read_together, dynamic=False), batch_size))
+        try:
+            with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+                images = torch.randn(batch_size, *self.transform_settings["input_size"]).to(self._device)
+                exact = bare.read(images, taps)
+                with torch.autocast(kind, precision, enabled=precision != torch.float32):
+                    plain, fast = bare.read(images, taps), run.read(images, taps)
+            worst = max(_times_as_far(fast[name], plain[name], values) for name, values in exact.items())
+        except Exception as error:  # a compiler is missing, or cannot read the network, or memory ends
+            say(f"{self.name}: not compiled: {first_line(error)[:120]}")
+            return bare
+        if worst > _AS_FAR:
+            say(f"{self.name}: not compiled: a layer would be {worst:.1f} times as far from float32 as without")
+            return bare
+        return run
+
     @property
     def _device(self) -> torch.device:
         return device_of(self.model)
 
     def _takes_its_size(self) -> AbstractContextManager[None]:
         return refused_size(self.name, self.transform_settings["input_size"][-1])
+
+
+def _run_filled(
+    run: Run, batch_size: int, model: nn.Module, images: torch.Tensor, taps: Sequence[Taps]
+) -> list[dict[str, torch.Tensor]]:
+    """Rows of a batch that is filled up with zeros to its full size, and cut off again."""
+    n_images = len(images)
+    if n_images < batch_size:
+        filled = images.new_zeros(batch_size, *images.shape[1:]).to(memory_format=torch.channels_last)
+        filled[:n_images] = images
+        images = filled
+    return [{name: rows[:n_images] for name, rows in each.items()} for each in run(model, images, taps)]
+
+
+def _times_as_far(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> float:
+    """How many times as far from `exact` as `plain` some rows are, to the rounding of sums in float32."""
+    distances = [(rows.float() - exact).norm() / exact.norm() for rows in (found, plain)]
+    return float(distances[0] / distances[1].clamp(min=_ROUNDING))
 
 
 def load_backbone(config: BackboneConfig, device: str = "cpu") -> TorchBackbone:
@@ -188,12 +252,13 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> TorchBackbone:
     model = network.model.eval().requires_grad_(False).to(memory_format=network.memory_format)
     settings = settings_of(network, config)
     reader = reader_of(network, config, settings["input_size"])  # before the digest: lazy weights are made here
+    digest = weights_digest(model)  # before the network moves: every tensor would come back from the device
     return TorchBackbone(
         config.label,
         model.to(device),
         _pixels_of(network, settings),
         {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
-        weights_digest(model),
+        digest,
         network.origin,
         reader,
         network.code,

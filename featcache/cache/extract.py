@@ -3,9 +3,11 @@
 Rows that another store has of the same images are taken from there (see `featcache.cache.known_rows`).
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,38 @@ import numpy as np
 import timm
 import torch
 
+from featcache.backbone.checkpoint import prune_backbone
 from featcache.backbone.extent import TIMM_SETTINGS, fit_of
 from featcache.backbone.network import Backbone
 from featcache.backbone.taps import Taps
+from featcache.cache.forward import BeyondFloat16Error, Rows, as_stored, start_rows
 from featcache.cache.keys import FeatureFacts, FeatureKey
 from featcache.cache.known_rows import KnownRows, LostRowsError, find_known
-from featcache.cache.pixels import find_pixels
+from featcache.cache.pixels import cache_pixels, find_pixels
 from featcache.cache.sources import Source, choose_checkpoints, load_source
 from featcache.cache.store import Store, create_store, list_stores, nearest, open_store, store_path
 from featcache.config import ExtractConfig
 from featcache.dataset.image_lists import ImageList
 from featcache.dataset.images import load_image
 from featcache.dataset.subject import ImageSource, Subject, listed
-from featcache.machine.device import check_products, is_emulated, matrix_products, resolve_device, resolve_dtype
+from featcache.errors import BackboneError, ConfigError
+from featcache.machine.device import (
+    check_products,
+    is_emulated,
+    matrix_products,
+    network_dtype,
+    pinned,
+    resolve_device,
+)
 from featcache.machine.files import refuse_full_disk
 from featcache.machine.memory import keep_freed_memory
-from featcache.machine.prefetch import prefetch
+from featcache.machine.prefetch import afterwards, prefetch
 from featcache.machine.progress import bar, say, size_of
 from featcache.workdir import Workdir
 
 _AHEAD = 2  # batches, at least, that are decoded before the model asks for them
+_READERS = 4  # threads, at most, that read decoded images
+_BEHIND = 8  # batches, at most, that are computed before the rows of earlier ones are written
 
 
 @dataclass(frozen=True)
@@ -67,19 +81,71 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path | str
         if number == 0:  # the others have rows of the same size, unless their backbones differ
             _announce(source, [subject for _, its_subjects in choices for subject in its_subjects], work)
         with matrix_products(config.dtype):
-            done += [_extract_subject(subject, source, config, work) for subject in served]
+            fitting = _fitting(source, config)
+            source = _compiled(source, fitting)
+            done += [_extract_subject(subject, source, fitting, work) for subject in served]
+        if config.prune and checkpoint is not None:
+            prune_backbone(checkpoint)
     return done
 
 
 def _resolve_dtype(dtype: str, device: str) -> str:
-    """The precision that is meant, said to the user where it was not named or will be slow."""
-    resolved = resolve_dtype(dtype, device)
+    """The precision that is meant, said to the user where it was not named, is less than it seems, or will be slow."""
+    resolved = network_dtype(dtype, device)
     if resolved != dtype:
-        way_out = ", which this CPU multiplies; or --dtype float32" if resolved == "bfloat16" else ""
+        way_out = f", which this {device.upper()} multiplies; or --dtype float32" if resolved != "float32" else ""
         say(f"arithmetic in {resolved}{way_out}")
+    if resolved == "tf32":
+        say("--dtype tf32: float32, of which products and convolutions read 10 bits behind the point")
     if is_emulated(resolved, device):
         say(f"--dtype {resolved}: no units for it were found on this CPU; expect it to be slow, or use --dtype auto")
     return resolved
+
+
+def _fitting(source: Source, config: ExtractConfig) -> ExtractConfig:
+    """The settings with the largest batch that the device's memory holds, halved from what was asked for; said."""
+    if source.device == "cpu":
+        return config
+    backbone, dtypes = source.backbone, {name: row.dtype for name, row in source.rows.items()}
+    gc.collect()  # the network before its batch norms were fused
+    n_before, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+    while True:
+        try:
+            torch.cuda.reset_peak_memory_stats()
+            shape, dtype = backbone.transform_settings["input_size"], getattr(torch, backbone.pixel_dtype)
+            pixels = torch.zeros(config.batch_size, *shape, dtype=dtype, device=source.device)
+            start_rows(backbone, pixels, [(source.taps, dtypes)], config.dtype, source.device)
+        except torch.OutOfMemoryError:
+            pass  # what it took is free once this block has ended
+        else:
+            taken = torch.cuda.max_memory_allocated() - n_before
+            batch = f"a batch of {config.batch_size} images takes {size_of(taken)} on the device"
+            say(f"{source.label}: {size_of(n_before)} of weights, {batch}, where {size_of(free)} are free")
+            return config
+        config = _halved(config, source)
+
+
+def _compiled(source: Source, config: ExtractConfig) -> Source:
+    if not config.compile:
+        return source
+    return replace(source, backbone=source.backbone.compiled(source.taps, config.batch_size, config.dtype))
+
+
+def _halved(config: ExtractConfig, source: Source) -> ExtractConfig:
+    """Settings with half the batch, said. Raises ConfigError where the device's memory is too small for one image."""
+    torch.cuda.empty_cache()
+    if config.batch_size == 1:
+        raise ConfigError(
+            "--batch-size 1",
+            expected=f"memory of the device for an image of {source.backbone.transform_settings['input_size'][-1]} px",
+            found=f"too little, of which {size_of(torch.cuda.mem_get_info()[0])} are free",
+            remedy="end what else runs on the device, or use a smaller --size or --device cpu",
+        )
+    smaller = replace(config, batch_size=config.batch_size // 2)
+    say(
+        f"{source.label}: the device's memory is too small for {config.batch_size} images; {smaller.batch_size} a batch"
+    )
+    return smaller
 
 
 def _announce(source: Source, subjects: Sequence[Subject], work: Path) -> None:
@@ -132,7 +198,7 @@ def _extract_subject(subject: Subject, source: Source, config: ExtractConfig, wo
     else:
         known = find_known(Workdir(work).features, key.to_json(), images)
         _explain(key, known, done, work)
-        reader = _reader(subject, source.backbone, config, work)
+        reader = _reader(subject, source.backbone, config, work, len(known.missing(range(done, n_images))))
         with bar(f"{subject.name} {source.label}", n_images, "images", done) as advance, store.writing():
             n_new = _fill(store, reader, source, config, known, advance)
     return Extracted(subject.name, store.path, n_images, n_new, time.perf_counter() - began)
@@ -158,7 +224,7 @@ def _explain(key: FeatureKey, known: KnownRows, done: int, work: Path) -> None:
         n_missing = len(known.missing(range(done, n_images)))
         found = f"{n_images - done - n_missing} of {n_images - done} images are in {listed(known.sources)}"
         say(f"{key.subject}: {found}; {n_missing} to compute")
-    elif not done:
+    if not done and key.subject not in known.subjects:
         _explain_new(key, Workdir(work).features)
 
 
@@ -197,15 +263,13 @@ def _facts(subject: Subject, source: Source, config: ExtractConfig) -> FeatureFa
         origin=source.backbone.origin,
         torch=torch.__version__,
         device=torch.cuda.get_device_name() if cuda else "cpu",
+        batch_size=config.batch_size,
+        compiled=source.backbone.is_compiled or None,
     )
     if source.checkpoint is None:
         return replace(facts, network=config.backbone.resolved_name, weights=config.backbone.resolved_weights)
     seen_ids = np.intersect1d(source.checkpoint.seen_ids, subject.image_ids).tolist()
     return replace(facts, checkpoint=source.checkpoint.name, seen_ids=tuple(seen_ids))
-
-
-class BeyondFloat16Error(Exception):
-    """A layer has values that float16 cannot hold."""
 
 
 Reader = Callable[[Sequence[Sequence[int]]], Iterable[torch.Tensor]]  # (len(batch), 3, height, width) for each batch
@@ -222,21 +286,46 @@ def _fill(
     """Compute or take, and commit the rows that are missing; returns how many images were computed.
 
     A layer that float16 cannot hold is written again as float32, from its first row: what is stored must not depend on
-    where a run was interrupted. A known row that turns out to be damaged is computed.
+    where a run was interrupted. A known row that turns out to be damaged is computed. Where the memory of the device is
+    too small for a batch, batches are half as large from the last commit on.
     """
     computed: set[int] = set()
+    shown = _Shown(min(store.committed.values()), advance)
     while True:
         try:
-            _fill_arrays(store, images, source, config, known.held_as(store), advance, computed)
+            shown.set(min(store.committed.values()))
+            _fill_arrays(store, images, source, config, known.held_as(store), shown.add, computed)
             return len(computed)
+        except torch.OutOfMemoryError:
+            pass  # what it took is free once this block has ended
         except BeyondFloat16Error as overflow:
             layer = str(overflow)
             say(f"{store.name}: {layer} has values beyond float16; it is stored as float32, from its first row")
             store.widen(layer)
             store = open_store(store.path)
+            continue
         except LostRowsError as lost:
             say(f"{lost.why.where} has {lost.why.found}; its rows are computed")
             known = lost.known
+            continue
+        config = _halved(config, source)
+        source = _compiled(source, config)
+
+
+class _Shown:
+    """Number of images that a bar shows as done."""
+
+    def __init__(self, n_done: int, advance: Callable[[int], None]) -> None:
+        self._n_done, self._advance = n_done, advance
+
+    def add(self, n: int) -> None:
+        """Show `n` more."""
+        self._n_done += n
+        self._advance(n)
+
+    def set(self, n_done: int) -> None:
+        """Show so many: fewer than before, where some are computed again."""
+        self.add(n_done - self._n_done)
 
 
 def _fill_arrays(
@@ -255,91 +344,104 @@ def _fill_arrays(
 
     computed : rows of images that were computed; those of this run are added
     """
-    layers, stop = tuple(store.arrays), len(store.image_ids)
-    span = max(store.chunk_rows(layer) for layer in layers)  # a multiple of the others: all are powers of two
+    stop = len(store.image_ids)
+    span = max(map(store.chunk_rows, store.arrays))  # a multiple of the others: all are powers of two
     spans = [range(first, min(first + span, stop)) for first in range(min(store.committed.values()), stop, span)]
     batches = [_batches(known.missing(rows), config.batch_size) for rows in spans]
     pixels = iter(images([batch for of_span in batches for batch in of_span]))
-    for rows, of_span in zip(spans, batches, strict=True):
-        values: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
-        for batch in of_span:
-            for layer, of_batch in _forward(source, next(pixels), store, config.dtype).items():
-                values[layer].append(of_batch)
-            computed.update(batch)
-            advance(len(batch))
+    with afterwards(_BEHIND) as then:
+        for rows, of_span in zip(spans, batches, strict=True):
+            part = _Part(store, known, rows)
+            for batch in of_span:
+                then(partial(part.take, _forward(source, next(pixels), store, config.dtype)))
+                computed.update(batch)
+                advance(len(batch))
+            then(part.write)
+            advance(len(rows) - sum(map(len, of_span)))
+
+
+class _Part:
+    """The rows of one commit: taken as they come from the device, then written and committed."""
+
+    def __init__(self, store: Store, known: KnownRows, rows: range) -> None:
+        self._store, self._known, self._rows = store, known, rows
+        self._values: dict[str, list[np.ndarray]] = {layer: [] for layer in store.arrays}
+
+    def take(self, arrive: Callable[[], Rows]) -> None:
+        """Wait for the rows of a batch. Raises BeyondFloat16Error."""
+        for layer, of_batch in arrive().items():
+            self._values[layer].append(of_batch.numpy())
+
+    def write(self) -> None:
+        """Write and commit all rows. Raises BeyondFloat16Error or LostRowsError for what is known, StoreError."""
         # an array that is written again is behind the others, which have these rows already
-        behind = [layer for layer, n in store.committed.items() if n == rows.start]
+        behind = [layer for layer, n in self._store.committed.items() if n == self._rows.start]
         for layer in behind:
-            whole = torch.cat(values[layer]).numpy() if of_span else None
-            known.write(store, layer, rows, whole, _cast)
-        store.commit(dict.fromkeys(behind, rows.stop))
-        advance(len(rows) - sum(map(len, of_span)))
+            whole = np.concatenate(self._values[layer]) if self._values[layer] else None
+            self._known.write(self._store, layer, self._rows, whole, as_stored)
+        self._store.commit(dict.fromkeys(behind, self._rows.stop))
 
 
 def _batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:
     return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
 
-def _cast(values: np.ndarray, layer: str, dtype: str) -> np.ndarray:
-    """Rows of another store as this one keeps them. Raises BeyondFloat16Error."""
-    return _stored(layer, torch.from_numpy(values), dtype).numpy()
-
-
-def _forward(source: Source, pixels: torch.Tensor, store: Store, dtype: str) -> dict[str, torch.Tensor]:
-    """{array: rows on the CPU, as they are stored}. Raises BeyondFloat16Error."""
+def _forward(source: Source, pixels: torch.Tensor, store: Store, dtype: str) -> Callable[[], Rows]:
+    """Start a pass; the function that gives {array: rows in main memory, as they are stored}."""
     dtypes = {layer: str(array.dtype) for layer, array in store.arrays.items()}
-    return rows_of(source.backbone, pixels, [(source.taps, dtypes)], dtype, source.device)[0]
+    arrive = start_rows(source.backbone, pixels, [(source.taps, dtypes)], dtype, source.device)
+    return lambda: arrive()[0]
 
 
-def rows_of(
-    backbone: Backbone,
-    pixels: torch.Tensor,
-    wanted: Sequence[tuple[Taps, Mapping[str, str]]],
-    dtype: str,
-    device: str,
-) -> list[dict[str, torch.Tensor]]:
-    """{array: rows on the CPU, as stores have them} of each of some taps, in one pass of the network.
+def _reader(subject: Subject, backbone: Backbone, config: ExtractConfig, work: Path, n_missing: int) -> Reader:
+    """What gives the pixels of each batch: the cache of pixels, if it is whole or to be made, or the image files.
 
-    pixels : (n_images, 3, height, width) as `backbone.pixels` gives them
-    wanted : taps, and {array: type} of their rows as stored
-    dtype : precision of the network
-
-    Raises BeyondFloat16Error for values that float16 cannot hold.
+    n_missing : images to read; for a few, no cache is made of all
     """
-    precision = getattr(torch, dtype, torch.float32)  # TF32 is no type, but how CUDA multiplies float32
-    with torch.inference_mode(), torch.autocast(device, precision, enabled=precision != torch.float32):
-        images, (taps, *more) = backbone.normalise(pixels.to(device)), [taps for taps, _ in wanted]
-        together = backbone.read_together(images, [taps, *more]) if more else [backbone.read(images, taps)]
-        return [
-            {layer: _stored(layer, values, dtypes[layer]).cpu() for layer, values in rows.items()}
-            for rows, (_, dtypes) in zip(together, wanted, strict=True)
-        ]
-
-
-def _stored(layer: str, values: torch.Tensor, dtype: str) -> torch.Tensor:
-    stored = values.to(getattr(torch, dtype))
-    if dtype == "float16" and not stored.isfinite().all() and values.isfinite().all():
-        raise BeyondFloat16Error(layer)
-    return stored
-
-
-def _reader(subject: Subject, backbone: Backbone, config: ExtractConfig, work: Path) -> Reader:
-    """What gives the pixels of each batch: the cache of pixels, if it is whole, or the image files."""
-    if (pixels := find_pixels(subject, backbone, work)) is not None:
-        return lambda batches: (pixels.read(batch) for batch in batches)
-    return lambda batches: _decoded(batches, subject.image_sources, backbone, config)
+    device = resolve_device(config.device)
+    cached = find_pixels(subject, backbone, work)
+    if cached is None and config.image_cache and 2 * n_missing >= len(subject.image_ids):
+        (cached,) = cache_pixels([subject], backbone, work, config.image_cache, config.workers)
+    if cached is None:
+        return lambda batches: _decoded(batches, subject.image_sources, backbone, config, device)
+    read, threads = cached.read, min(config.workers, _READERS)
+    return lambda batches: prefetch(lambda batch: pinned(read(batch), device), batches, 2 * threads, threads)
 
 
 def _decoded(
-    batches: Sequence[Sequence[int]], sources: Sequence[ImageSource], backbone: Backbone, config: ExtractConfig
+    batches: Sequence[Sequence[int]],
+    sources: Sequence[ImageSource],
+    backbone: Backbone,
+    config: ExtractConfig,
+    device: str,
 ) -> Iterator[torch.Tensor]:
     """The pixels of each batch in turn, decoded by threads while the model runs.
 
-    Pillow lets go of the interpreter while it decodes and resizes, so threads run side by side, and nothing is copied
-    between processes. Only a few batches are ever in memory.
+    Pillow lets go of the interpreter while it decodes and resizes, so threads run side by side, each into its place in
+    the batch, and nothing is copied between processes. Only a few batches are ever in memory.
     """
     depth = _AHEAD * config.batch_size + 2 * config.workers
-    rows = (row for batch in batches for row in batch)
-    images = prefetch(lambda row: backbone.pixels(load_image(sources[row])), rows, depth, config.workers)
+    shape, dtype = backbone.transform_settings["input_size"], getattr(torch, backbone.pixel_dtype)
+
+    def places() -> Iterator[tuple[torch.Tensor, int, int]]:
+        for batch in batches:
+            empty = torch.empty(len(batch), *shape, dtype=dtype, memory_format=torch.channels_last)
+            pixels = pinned(empty, device)
+            yield from ((pixels, place, row) for place, row in enumerate(batch))
+
+    def decode(where: tuple[torch.Tensor, int, int]) -> torch.Tensor:
+        pixels, place, row = where
+        image = backbone.pixels(load_image(sources[row]))
+        if image.shape != pixels.shape[1:]:  # which would be spread over the place of the image
+            raise BackboneError(
+                backbone.name,
+                expected=f"a transform that gives {tuple(shape)} of every image",
+                found=f"{tuple(image.shape)} of {sources[row]}",
+                remedy="correct the transform",
+            )
+        pixels[place] = image
+        return pixels
+
+    images = prefetch(decode, places(), depth, config.workers)
     for batch in batches:
-        yield torch.stack([next(images) for _ in batch])
+        yield [next(images) for _ in batch][-1]

@@ -171,6 +171,8 @@ class FeatureFacts:
 
     origin : where the weights came from, in words
     torch, device : version of torch, and the processor that computed the rows
+    batch_size : images in one pass, as the first run had it; sums inside a network depend on it in the last bits
+    compiled : whether torch compiled the network, on which rows depend as on the batch size
     checkpoint : name of the checkpoint that the backbone was trained in; None for one as its weights came
     seen_ids : ids of the store's images that the backbone was trained on; None for one as its weights came
     network, weights : what --backbone and --weights called a backbone as its weights came
@@ -179,6 +181,8 @@ class FeatureFacts:
     origin: str | None = None
     torch: str | None = None
     device: str | None = None
+    batch_size: int | None = None
+    compiled: bool | None = None
     checkpoint: str | None = None
     seen_ids: tuple[int, ...] | None = None
     network: str | None = None
@@ -192,6 +196,8 @@ class FeatureFacts:
             origin=mapping.get("origin"),
             torch=mapping.get("torch"),
             device=mapping.get("device"),
+            batch_size=mapping.get("batch_size"),
+            compiled=mapping.get("compiled"),
             checkpoint=mapping.get("checkpoint"),
             seen_ids=None if seen_ids is None else tuple(seen_ids),
             network=mapping.get("network"),
@@ -204,6 +210,8 @@ class FeatureFacts:
             "origin": self.origin,
             "torch": self.torch,
             "device": self.device,
+            "batch_size": self.batch_size,
+            "compiled": self.compiled,
             "checkpoint": self.checkpoint,
             "seen_ids": None if self.seen_ids is None else list(self.seen_ids),
             "network": self.network,

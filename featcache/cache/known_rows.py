@@ -1,7 +1,8 @@
 """Rows that other stores have of the same images: taken from there and not computed again.
 
 Keys of stores change with every image that is added, but a row depends on its own image alone. So the row of an image
-is looked for, by the image's content, in stores whose keys differ in the images and in nothing else. A chunk whose rows
+is looked for, by the image's content, in stores whose keys differ in the images and the subject and in nothing else: an
+image that several subjects saw is computed once. A chunk whose rows
 are all in their places in another store is linked, because no chunk is ever written twice; it takes no room then. Other
 rows are copied. Checksums are compared as in every reading.
 """
@@ -65,7 +66,16 @@ class KnownRows:
     @property
     def sources(self) -> list[str]:
         """Names of the stores that rows are taken from."""
-        return [store.name for number, store in enumerate(self.stores) if number in self.numbers]
+        return [store.name for store in self._used]
+
+    @property
+    def subjects(self) -> set[str]:
+        """Names of the subjects whose stores rows are taken from."""
+        return {store.key["subject"] for store in self._used}
+
+    @property
+    def _used(self) -> list[Store]:
+        return [store for number, store in enumerate(self.stores) if number in self.numbers]
 
     def missing(self, rows: range) -> list[int]:
         """The rows among some that are not known."""
@@ -143,15 +153,17 @@ Cast = Callable[[np.ndarray, str, str], np.ndarray]
 
 
 def find_known(folder: Path, key: Mapping[str, Any], images: ImageList) -> KnownRows:
-    """The rows of these images in the stores of a folder whose keys differ in the images and in nothing else.
+    """The rows of these images in the stores of a folder whose keys differ in images and subject and in nothing else.
 
     key : of the features of these images
     """
     found = []
     for store in list_stores(folder):
-        theirs = {**store.key, **images.key}  # what its key would be with these images
+        theirs = {**store.key, "subject": images.subject, **images.key}  # what its key would be with these images
         if fingerprint(theirs) != fingerprint(key) or fingerprint(store.key) == fingerprint(key):
             continue
-        if (earlier := images.earlier(store.key, store.image_ids, store.n_train)) is not None:
+        if (
+            earlier := replace(images, subject=store.key["subject"]).earlier(store.key, store.image_ids, store.n_train)
+        ) is not None:
             found.append((store, images.rows_in(earlier, min(store.committed.values()))))
     return KnownRows.of(found, len(images.ids))

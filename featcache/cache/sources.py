@@ -13,6 +13,7 @@ from featcache.config import ExtractConfig
 from featcache.dataset.image_lists import SubjectDigests
 from featcache.dataset.subject import Subject
 from featcache.errors import CheckpointError
+from featcache.machine.device import refused_memory
 from featcache.machine.progress import say
 from featcache.workdir import Workdir
 
@@ -69,16 +70,22 @@ def choose_checkpoints(
         _refuse_other_backbone(checkpoint, config)
         checkpoint.refuse_other_tree({subject.name: SubjectDigests.of(subject, work) for subject in subjects})
         return [(checkpoint, list(subjects))]
-    return _all_checkpoints(subjects, config, work) or [(None, list(subjects))]
+    chosen = _all_checkpoints(subjects, config, work)
+    # where backbones were trained, and removed once their features were cached, there is nothing to do
+    pruned = [one for one in list_checkpoints(work) if _admits(one, config) and one.facts.pruned]
+    done = any(one.concerns(subject) for one in pruned for subject in subjects)
+    return chosen if chosen or done else [(None, list(subjects))]
+
+
+def _admits(checkpoint: Checkpoint, config: ExtractConfig) -> bool:
+    return config.backbone.admits(checkpoint.key.backbone.name)
 
 
 def _all_checkpoints(
     subjects: Sequence[Subject], config: ExtractConfig, work: Path
 ) -> list[tuple[Checkpoint | None, list[Subject]]]:
     """Every checkpoint of the backbone that serves a subject; a subject that none serves is named and left out."""
-    checkpoints = [
-        checkpoint for checkpoint in list_checkpoints(work) if config.backbone.admits(checkpoint.key.backbone.name)
-    ]
+    checkpoints = [checkpoint for checkpoint in list_checkpoints(work) if _admits(checkpoint, config)]
     served: dict[str, tuple[Checkpoint | None, list[Subject]]] = {}
     for subject in subjects if checkpoints else ():
         for checkpoint in usable(subject, checkpoints, SubjectDigests.of(subject, work)):
@@ -94,12 +101,11 @@ def _all_checkpoints(
 
 
 def _refuse_other_backbone(checkpoint: Checkpoint, config: ExtractConfig) -> None:
-    trained = checkpoint.key.backbone.name
-    if not config.backbone.admits(trained):
+    if not _admits(checkpoint, config):
         raise CheckpointError(
             checkpoint.path,
             expected=f"a checkpoint of {config.backbone.name}",
-            found=f"one of {trained}",
+            found=f"one of {checkpoint.key.backbone.name}",
             remedy=f"name --backbone {checkpoint.network}, or another checkpoint",
         )
 
@@ -109,10 +115,11 @@ def load_source(checkpoint: Checkpoint | None, config: ExtractConfig, device: st
 
     Raises BackboneError, CheckpointError or ConfigError for what cannot be loaded or read.
     """
-    backbone = _load(checkpoint, config, device)
-    taps = backbone.taps(config.layers)
-    backbone = backbone.optimised(taps)
-    return Source(backbone, checkpoint, taps, stored_rows(backbone.shapes(taps)), device)
+    with refused_memory("the network"):
+        backbone = _load(checkpoint, config, device)
+        taps = backbone.taps(config.layers)
+        backbone = backbone.optimised(taps)
+        return Source(backbone, checkpoint, taps, stored_rows(backbone.shapes(taps)), device)
 
 
 def _load(checkpoint: Checkpoint | None, config: ExtractConfig, device: str) -> Backbone:

@@ -11,8 +11,9 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from featcache.machine.files import only_writer, refuse_full_disk, replace_json
 FORMAT = 1
 _CHUNK_BYTES = 16 << 20  # largest chunk: large enough to be read at the speed of the disk
 _CHUNK_ROWS = 256  # most rows of a chunk: what an interruption can cost, in images
-_COMMITTED = "committed.json"
+_COMMITTED, _DESCRIPTION = "committed.json", "zarr.json"
+_UNINDEXED = 32  # stores, at most, whose descriptions are read rather than put into the index
 
 
 @dataclass(frozen=True)
@@ -44,22 +46,69 @@ class Row:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-@dataclass(frozen=True)
+class _Arrays(Mapping[str, "zarr.Array[Any]"]):
+    """The arrays of a store, each opened where it is first asked for. Raises StoreError for a damaged one."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self._path, self._opened = path, dict[str, "zarr.Array[Any] | None"].fromkeys(names)
+
+    def __getitem__(self, name: str) -> "zarr.Array[Any]":
+        array = self._opened[name]
+        if array is None:
+            try:
+                array = zarr.open_array(self._path / name, mode="r+", zarr_format=3)
+            except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+                raise _damaged(self._path, f"the description of {name} cannot be read ({error})") from error
+            self._opened[name] = array
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._opened)
+
+    def __len__(self) -> int:
+        return len(self._opened)
+
+
+@dataclass(frozen=True, eq=False)
 class Store:
     """An open store.
 
-    key : what decided the rows, as JSON has it; its fingerprint is in the store's name
-    image_ids : (n_rows,) int64; the first n_train rows are training images, the others test images
-    facts : what else the writer wrote down, as JSON has it (origin of the weights, versions, scores)
-    arrays : {layer or surface: (n_rows, ...) Zarr array}
+    description : as the store has it, or without 'image_ids' and 'facts', which are then read where they are asked for
     """
 
     path: Path
-    key: Mapping[str, Any]
-    image_ids: np.ndarray
-    n_train: int
-    facts: Mapping[str, Any]
-    arrays: "Mapping[str, zarr.Array[Any]]"
+    description: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """What decided the rows, as JSON has it; its fingerprint is in the store's name."""
+        key: Mapping[str, Any] = self.description["recipe"]
+        return key
+
+    @property
+    def n_train(self) -> int:
+        """Number of rows of training images, which come first; the others are of test images."""
+        return int(self.description["n_train"])
+
+    @cached_property
+    def image_ids(self) -> np.ndarray:
+        """Id of the image of each row, (n_rows,) int64."""
+        return np.array(self._whole["image_ids"], dtype=np.int64)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What else the writer wrote down, as JSON has it: origin of the weights, versions, scores."""
+        facts: Mapping[str, Any] = self._whole["facts"]
+        return facts
+
+    @cached_property
+    def arrays(self) -> "Mapping[str, zarr.Array[Any]]":
+        """{layer or surface: (n_rows, ...) Zarr array}"""
+        return _Arrays(self.path, self.description["arrays"])
+
+    @cached_property
+    def _whole(self) -> Mapping[str, Any]:
+        return self.description if "image_ids" in self.description else open_store(self.path).description
 
     @property
     def name(self) -> str:
@@ -248,10 +297,9 @@ def _chunk_rows(n_columns: int) -> int:
 
 
 def open_store(path: Path) -> Store:
-    """Open a store. Raises StoreError if it is damaged or of another format."""
+    """Open a store; its arrays are opened as they are used. Raises StoreError if it is damaged or of another format."""
     try:
-        group = zarr.open_group(path, mode="r+", zarr_format=3)
-        description: Any = group.attrs["featcache"]
+        description = json.loads((path / _DESCRIPTION).read_bytes())["attributes"]["featcache"]
         if description["format"] != FORMAT:
             raise StoreError(
                 path,
@@ -259,15 +307,10 @@ def open_store(path: Path) -> Store:
                 found=description["format"],
                 remedy="delete it and run the command that writes it again, or choose another --work",
             )
-        return Store(
-            path,
-            description["recipe"],
-            np.array(description["image_ids"], dtype=np.int64),
-            description["n_train"],
-            description["facts"],
-            {name: zarr.open_array(path / name, mode="r+", zarr_format=3) for name in description["arrays"]},
-        )
-    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        store = Store(path, description)
+        _ = store.key, store.n_train, store.facts, store.image_ids, store.arrays
+        return store
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"its description cannot be read ({error})") from error
 
 
@@ -277,8 +320,47 @@ def store_path(folder: Path, label: str, key: Mapping[str, Any]) -> Path:
 
 
 def list_stores(folder: Path) -> list[Store]:
-    """Every store in a folder, in the order of their names; hidden folders are stores that were never finished."""
-    return [open_store(path) for path in sorted(folder.glob("[!.]*")) if path.is_dir()]
+    """Every store in a folder, in the order of their names; hidden folders are stores that were never finished.
+
+    Of stores that did not change, descriptions are in an index beside the folder. Without it they are read once more.
+    Raises StoreError for a damaged one.
+    """
+    index, known = folder.with_suffix(".index.json"), _read_index(folder)
+    stores: list[Store] = []
+    entries: dict[str, list[Any]] = {}
+    for path in sorted(folder.glob("[!.]*")):
+        if (stamp := _stamp(path)) is None and not path.is_dir():
+            continue
+        entry = known.get(path.name)
+        if stamp is not None and entry and entry[0] == stamp:
+            stores.append(Store(path, entry[1]))
+        else:
+            stores.append(open_store(path))
+            left_out = ("image_ids", "facts")  # which may be long
+            entry = [stamp, {name: value for name, value in stores[-1].description.items() if name not in left_out}]
+        entries[path.name] = entry
+    if sum(known.get(name) is not entry for name, entry in entries.items()) > _UNINDEXED:
+        with suppress(OSError):  # a folder that cannot be written to has no index
+            replace_json(index, entries)
+    return stores
+
+
+def _read_index(folder: Path) -> dict[str, list[Any]]:
+    """{name of a store: [stamp, what the index has of its description]}; none where there is no index."""
+    try:
+        index = json.loads(folder.with_suffix(".index.json").read_bytes())
+        return index if isinstance(index, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Time and size of a store's description, which change with it; None where there is none."""
+    try:
+        status = os.stat(path / _DESCRIPTION)
+        return [status.st_mtime_ns, status.st_size]
+    except OSError:
+        return None
 
 
 def nearest(key: Mapping[str, Any], stores: Sequence[Store]) -> tuple[Store, dict[str, tuple[Any, Any]]] | None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from os import stat_result
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.config import fingerprint
+from featcache.config import fingerprint, usual_workers
 from featcache.dataset.images import array_row
 from featcache.dataset.subject import ArrayImage, ImageSource, Subject
 from featcache.machine.files import replace_json
@@ -89,17 +90,21 @@ class DigestIndex:
 
     def digests(self, sources: Iterable[ImageSource]) -> list[str]:
         """Digest of the content of each of some files and rows of arrays."""
-        times = FileTimes()
-        entries = [(source_key(source), self._entry(source, times)) for source in sources]
-        if any(self._known.get(name) != entry for name, entry in entries):
-            self._known |= dict(entries)
+        times, entries = FileTimes(), dict[str, list[Any]]()
+        named = [(source_key(source), source) for source in sources]
+        new: dict[str, ImageSource] = {}
+        for name, source in named:
+            now, known = list(times.of(source)), self._known.get(name)
+            entries[name] = known if known and known[:2] == now else now
+            if entries[name] is now:
+                new[name] = source
+        if new:
+            with ThreadPoolExecutor(usual_workers()) as pool:  # Python lets them read and hash side by side
+                for name, digest in zip(new, pool.map(content_digest, new.values()), strict=True):
+                    entries[name].append(digest)
+            self._known |= entries
             replace_json(self.path, self._known)
-        return [content for _, (_, _, content) in entries]
-
-    def _entry(self, source: ImageSource, times: "FileTimes") -> list[Any]:
-        now = list(times.of(source))
-        known = self._known.get(source_key(source))
-        return known if known and known[:2] == now else [*now, content_digest(source)]
+        return [entries[name][2] for name, _ in named]
 
 
 class FileTimes:
@@ -131,7 +136,12 @@ def content_digest(source: ImageSource) -> str:
     return file_digest(source)
 
 
+def new_digest() -> blake2b:
+    """A digest that has taken in nothing; of a file's bytes it becomes its `file_digest`."""
+    return blake2b(digest_size=16)
+
+
 def file_digest(path: Path) -> str:
     """Digest of one file's content, 32 hexadecimal digits."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
+        return hashlib.file_digest(file, new_digest).hexdigest()

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,8 +41,19 @@ _IN_MEMORY = 32 << 20  # bytes up to which `large_zeros` takes main memory
 _AT_ONCE = 64 << 20  # bytes that are copied at a time
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+class Digest(Protocol):
+    """What hashlib's digests have in common."""
+
+    def update(self, data: Any, /) -> None:
+        """Take in the next bytes."""
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], digest: Digest | None = None
+) -> None:
     """Write a safetensors file, whole or not at all.
+
+    digest : takes in the bytes of the file as they are written, so that nobody has to read it again
 
     The library's own writer makes a copy of all tensors first. This one copies `_AT_ONCE` bytes at a time, so that
     tensors held in files by `large_zeros` need no memory.
@@ -55,11 +68,18 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNED)
     with whole_file(path) as partial, partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
-            for start in range(0, numbers.numel(), _AT_ONCE):
-                file.write(numbers[start : start + _AT_ONCE].numpy().data)
+        header_bytes: list[bytes | memoryview] = [len(text).to_bytes(8, "little") + text]
+        for content in chain(header_bytes, chain.from_iterable(map(_pieces, tensors.values()))):
+            file.write(content)
+            if digest is not None:
+                digest.update(content)
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[bytes | memoryview]:
+    """The bytes of a tensor, `_AT_ONCE` at a time."""
+    numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
+    for start in range(0, numbers.numel(), _AT_ONCE):
+        yield numbers[start : start + _AT_ONCE].numpy().data
 
 
 def large_zeros(folder: Path | None, *shape: int) -> torch.Tensor:

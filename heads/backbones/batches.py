@@ -1,7 +1,7 @@
 """Images and responses of several subjects, in batches that mix them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from featcache.dataset.splits import BY_ID
 from featcache.dataset.splits import Split as ImageSplit
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError
+from featcache.machine.device import pinned, to_device
 from heads.config import TrainConfig
 
 
@@ -19,7 +20,7 @@ from heads.config import TrainConfig
 class Targets:
     """Responses of one subject's surface to its images in a batch.
 
-    rows : (n,) int64, images of the batch that are this subject's
+    rows : (n,) int64, images of the batch that are this subject's, in rising order
     responses : (n, n_vertices) float32
     """
 
@@ -27,6 +28,39 @@ class Targets:
     surface: str
     rows: torch.Tensor
     responses: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Responses of all subjects' surfaces to the images of a batch, side by side: two copies bring them to a device.
+
+    keys : (subject, surface) of each part
+    shapes : (n_images, n_vertices) of each part
+    rows : int64, `Targets.rows` of all parts
+    values : float32, the responses of all parts
+    """
+
+    keys: tuple[tuple[str, str], ...]
+    shapes: tuple[tuple[int, int], ...]
+    rows: torch.Tensor
+    values: torch.Tensor
+
+    def pinned(self, device: str) -> "Responses":
+        """The same, from where it can be copied to this device without waiting."""
+        return replace(self, rows=pinned(self.rows, device), values=pinned(self.values, device))
+
+    def to(self, device: str) -> "Responses":
+        """The same on a device."""
+        return replace(self, rows=to_device(self.rows, device), values=to_device(self.values, device))
+
+    def targets(self) -> list[Targets]:
+        """The parts, as views."""
+        rows = self.rows.split([n for n, _ in self.shapes])
+        values = self.values.split([n * n_vertices for n, n_vertices in self.shapes])
+        return [
+            Targets(*key, own_rows, own_values.view(shape))
+            for key, shape, own_rows, own_values in zip(self.keys, self.shapes, rows, values, strict=True)
+        ]
 
 
 class Images:
@@ -103,19 +137,22 @@ class Images:
             pixels[of_subject] = self._pixels[number].array[pairs[of_subject, 1]]
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
-    def targets(self, pairs: np.ndarray) -> list[Targets]:
+    def responses(self, pairs: np.ndarray) -> Responses:
         """Responses to some images, for each subject and each of its surfaces that has vertices."""
-        return [
-            self._target(number, surface, pairs)
+        parts = [
+            (number, surface, n_vertices, np.flatnonzero(pairs[:, 0] == number))
             for number in np.unique(pairs[:, 0])
             for surface, n_vertices in self.subjects[number].n_vertices.items()
             if n_vertices
         ]
-
-    def _target(self, number: int, surface: str, pairs: np.ndarray) -> Targets:
-        rows = np.flatnonzero(pairs[:, 0] == number)
-        responses = np.ascontiguousarray(self._responses[number][surface][pairs[rows, 1]], dtype=np.float32)
-        return Targets(self.subjects[number].name, surface, torch.from_numpy(rows), torch.from_numpy(responses))
+        shapes = tuple((len(rows), n_vertices) for _, _, n_vertices, rows in parts)
+        values, end = np.empty(sum(n * n_vertices for n, n_vertices in shapes), dtype=np.float32), 0
+        for (number, surface, _, rows), shape in zip(parts, shapes, strict=True):
+            start, end = end, end + shape[0] * shape[1]
+            values[start:end].reshape(shape)[:] = self._responses[number][surface][pairs[rows, 1]]
+        keys = tuple((self.subjects[number].name, surface) for number, surface, *_ in parts)
+        rows = np.concatenate([np.empty(0, dtype=np.int64), *(rows for *_, rows in parts)])
+        return Responses(keys, shapes, torch.from_numpy(rows), torch.from_numpy(values))
 
 
 def split_rows(

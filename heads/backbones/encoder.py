@@ -9,7 +9,6 @@ from featcache.backbone.taps import Taps
 from heads.backbones.batches import Targets
 from heads.config.losses import LOSS_SPECS
 from heads.modules.by_subject import SubjectHeads, Surfaces
-from heads.modules.outputs import Compared
 from heads.scores.losses import LOSSES
 
 Terms = Sequence[tuple[float, str]]  # weights and names of the losses in a sum
@@ -19,14 +18,19 @@ _WHOLE, _ROIS = slice(0, 1), slice(1, None)  # which of a surface's heads are th
 
 
 class Encoder(nn.Module):
-    """Images, (n_images, 3, height, width), and numbers of their subjects, (n_images,), -> (n_images, n_outputs)."""
+    """Images, (n_images, 3, height, width), and numbers of their subjects, (n_images,), -> (n_images, n_outputs).
 
-    def __init__(self, backbone: nn.Module, heads: SubjectHeads, taps: Taps) -> None:
+    compiled : whether the backbone is compiled, for training alone: scoring has batches of other sizes
+    """
+
+    def __init__(self, backbone: nn.Module, heads: SubjectHeads, taps: Taps, compiled: bool = False) -> None:
         super().__init__()
         self.backbone, self.heads, self._taps = backbone, heads, taps
+        self._read_in_training = torch.compile(taps.read) if compiled else taps.read
 
     def forward(self, images: torch.Tensor, subjects: torch.Tensor) -> torch.Tensor:
-        outputs: torch.Tensor = self.heads(self._taps.read(self.backbone, images), subjects)
+        read = self._read_in_training if self.training else self._taps.read
+        outputs: torch.Tensor = self.heads(read(self.backbone, images), subjects)
         return outputs
 
 
@@ -52,7 +56,12 @@ def encoder_loss(
     outputs : (n_images, n_outputs)
     roi_terms : the same for heads of ROIs; None: as `terms`
     """
-    heads = [_compared(outputs, t, surfaces, ceilings) for t in targets]
+    of_subject = _by_subject(outputs, targets)
+    heads = [
+        surfaces[key].compared(of_subject[t.subject], t.responses, ceilings[key])
+        for t in targets
+        for key in [(t.subject, t.surface)]
+    ]
     total = outputs.new_zeros(())
     for which, weight, name in [*((_WHOLE, *term) for term in terms), *((_ROIS, *term) for term in roi_terms or terms)]:
         counted = [k for k, t in enumerate(targets) if len(t.rows) > 1 or not LOSS_SPECS[name].correlation]
@@ -64,7 +73,12 @@ def encoder_loss(
     return total if targets and total.requires_grad else total + 0 * outputs.sum()
 
 
-def _compared(outputs: torch.Tensor, target: Targets, surfaces: Surfaces, ceilings: Ceilings) -> list[Compared]:
-    """What the loss of each head of a surface compares."""
-    key = target.subject, target.surface
-    return surfaces[key].compared(outputs[target.rows.to(outputs.device)], target.responses, ceilings[key])
+def _by_subject(outputs: torch.Tensor, targets: Sequence[Targets]) -> dict[str, torch.Tensor]:
+    """The outputs of each subject's images, all copied at once: the gradient of a copy is as large as all outputs."""
+    rows = {target.subject: target.rows for target in targets}
+    if len(rows) == 1 and len(targets[0].rows) == len(outputs):
+        return {targets[0].subject: outputs}
+    if not rows:
+        return {}
+    parts = outputs[torch.cat(list(rows.values()))].split([len(own) for own in rows.values()])
+    return dict(zip(rows, parts, strict=True))

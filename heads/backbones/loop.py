@@ -4,17 +4,21 @@ Every step draws from random numbers that its own number seeds, and batches depe
 goes on from a saved state takes the same steps as one that was never interrupted.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from featcache.backbone.checkpoint import Checkpoint, load_state, record, save_state, save_weights
 from featcache.backbone.network import Backbone
 from featcache.errors import CheckpointError
+from featcache.machine.background import Background
+from featcache.machine.device import to_host
 from featcache.machine.prefetch import prefetch
 from featcache.machine.progress import bar, say
 from heads.backbones.batches import Images, plan_steps
@@ -25,10 +29,13 @@ from heads.backbones.step import Gradients, Group
 from heads.config import TrainConfig
 
 _PREFETCHED = 2  # steps whose images and responses are read before they are asked for
+READ_EVERY = 16  # steps on an accelerator after which their losses are read: reading waits for it
 
 
 class EncoderTraining:
     """One run: a fold of one stage. `train` returns its finished checkpoint.
+
+    On an accelerator, files are written beside the training, from copies in main memory.
 
     Parameters
     ----------
@@ -55,14 +62,22 @@ class EncoderTraining:
         self._learner = Learner(encoder, config, accelerator, self._per_epoch)
         self._gradients = Gradients(self._learner, backbone, images, config, self._steps)
         self._held_out = HeldOut(images, backbone, config.batch_size, accelerator)
+        self._accelerated = accelerator.device.type != "cpu"
+        self._read_every = READ_EVERY if self._accelerated else 1
+        self._unread: list[tuple[int, torch.Tensor]] = []  # number of a step, its loss and its gradient's norm
+        self._writing: Background[Checkpoint] = Background(self._accelerated)
 
     def train(self) -> Checkpoint:
         """Train until the last epoch, or until the score has stopped rising; returns the finished checkpoint."""
         epoch, step = self._resume()
-        while not self._checkpoint.finished:
-            self.run_epoch(epoch, step)
-            epoch, step = epoch + 1, 0
-            self._end_epoch(epoch, self._score())
+        try:
+            while not self._checkpoint.finished:
+                self.run_epoch(epoch, step)
+                epoch, step = epoch + 1, 0
+                self._end_epoch(epoch, self._score())
+        finally:
+            self._wait_for_files()
+        self._accelerator.wait_for_everyone()
         self._accelerator.free_memory()
         return self._checkpoint
 
@@ -78,14 +93,14 @@ class EncoderTraining:
                 advance(self._steps.images)
                 last = step == len(plan) - 1
                 if self._save_every and (number + 1) % self._save_every == 0 and not last:
-                    self._record(state=self._save_state(epoch, step + 1))
+                    self._save((epoch, step + 1))
+        self._refuse_divergence()
 
     def _step(self, groups: Sequence[Group], number: int) -> None:
         """Change the weights once; steps are numbered from 0 over all epochs."""
-        loss, norm = self._gradients.compute(groups, number)
-        self._refuse_divergence("loss", loss, number)
-        if self._accelerator.scaler is None:  # a scaler skips a step without a finite gradient, and scales down
-            self._refuse_divergence("gradient", norm, number)
+        self._unread.append((number, self._gradients.compute(groups, number)))
+        if len(self._unread) >= self._read_every:
+            self._refuse_divergence()
         self._learner.update(number)
 
     def _score(self) -> float:
@@ -98,26 +113,32 @@ class EncoderTraining:
         enough = is_enough(scores, self._config)
         kept = {}
         if self._config.stop == "never" or score >= max(scores):
-            kept = self._save_weights(epoch) | {"epoch": epoch, "score": score}
-        state = None if enough else self._save_state(epoch, 0)
-        self._record(**kept, scores=scores, state=state, finished=enough)
+            kept = {"weights": f"epoch-{epoch:03d}", "epoch": epoch, "score": score}
+        self._save(None if enough else (epoch, 0), **kept, scores=scores, finished=enough)
         mark = " (chosen on)" if self._config.stop == "fold" else ""
         say(f"{label}: epoch {epoch} scores {score:.4f} on fold {self._checkpoint.fold}{mark}")
 
-    def _save_weights(self, epoch: int) -> dict[str, Any]:
-        """Write what the epoch ended with; returns what the checkpoint then knows of its files."""
-        folder, encoder = f"epoch-{epoch:03d}", self._learner.scored
-        if not self._accelerator.is_main_process:
-            return {"weights": folder}
-        digests = save_weights(self._checkpoint.path / folder, encoder.backbone.state_dict(), encoder.heads.saved())
-        return {"weights": folder, "digests": digests}
+    def _save(self, position: tuple[int, int] | None, **facts: Any) -> None:
+        """Write what a later run goes on from, and describe the checkpoint anew, with these facts.
 
-    def _save_state(self, epoch: int, step: int) -> str:
-        """Write what a later run goes on from, at a step of an epoch, both from 0; returns the name of its folder."""
-        folder = f"state-{epoch:03d}-{step:06d}"
-        if self._accelerator.is_main_process:
-            save_state(self._checkpoint.path / folder, {"epoch": epoch, "step": step, **self._learner.state()})
-        return folder
+        position : epoch and step, both from 0, that the run has come to; None: it is finished
+        facts : with `weights`, the name of a folder, the weights of now are written there
+        """
+        self._refuse_divergence()
+        self._wait_for_files()
+        learner, scored, main = self._learner, self._learner.scored, self._accelerator.is_main_process
+        state = None if position is None else f"state-{position[0]:03d}-{position[1]:06d}"
+        self._checkpoint = replace(self._checkpoint, facts=replace(self._checkpoint.facts, **facts, state=state))
+        if main:
+            weights = (scored.backbone.state_dict(), scored.heads.saved()) if "weights" in facts else None
+            whole = None if position is None else {"epoch": position[0], "step": position[1], **learner.state()}
+            copied = _in_main_memory((weights, whole), own=self._accelerated)
+            self._writing.start(partial(_write, self._checkpoint, copied))
+        self._accelerator.wait_for_everyone()
+
+    def _wait_for_files(self) -> None:
+        """Wait until what was saved last is on the disk, and know what was written."""
+        self._checkpoint = self._writing.wait() or self._checkpoint
 
     def _resume(self) -> tuple[int, int]:
         """Load the state that an earlier run left, if any; returns the epoch and its step to go on from."""
@@ -129,20 +150,27 @@ class EncoderTraining:
         say(f"{facts.label}: goes on after epoch {state['epoch']}, step {state['step']}")
         return state["epoch"], state["step"]
 
-    def _record(self, **facts: Any) -> None:
-        """Describe the checkpoint anew, with these facts; the files that it names must be there."""
-        self._checkpoint = replace(self._checkpoint, facts=replace(self._checkpoint.facts, **facts))
-        if self._accelerator.is_main_process:
-            record(self._checkpoint)
-        self._accelerator.wait_for_everyone()
+    def _refuse_divergence(self) -> None:
+        """Raise CheckpointError for the first step since the last call whose loss or gradient is not finite.
 
-    def _refuse_divergence(self, what: str, value: float, number: int) -> None:
-        if math.isfinite(value):
+        It is called before anything is saved. An accelerator may have taken more steps by then; they are forgotten.
+        """
+        unread, self._unread = self._unread, []
+        if not unread:
             return
+        values = torch.stack([one for _, one in unread]).tolist()
+        # a scaler skips a step without a finite gradient, and scales down
+        names = ("loss", "gradient")[: 1 if self._accelerator.scaler is not None else 2]
+        for (number, _), of_step in zip(unread, values, strict=True):
+            for name, value in zip(names, of_step, strict=False):
+                if not np.isfinite(value):
+                    raise self._diverged(name, value, number)
+
+    def _diverged(self, what: str, value: float, number: int) -> CheckpointError:
         facts, path = self._checkpoint.facts, self._checkpoint.path
         kept = f"epoch {facts.epoch} is kept in {path}" if facts.weights else "none was saved"
         epoch, step = divmod(number, self._per_epoch)
-        raise CheckpointError(
+        return CheckpointError(
             facts.label,
             expected=f"a finite {what}",
             found=f"{value} at epoch {epoch + 1}, step {step + 1} of {self._per_epoch}",
@@ -155,3 +183,34 @@ def is_enough(scores: Sequence[float], config: TrainConfig) -> bool:
     waited = len(scores) - 1 - int(np.argmax(scores))
     stopped = config.stop == "fold" and waited >= config.patience
     return stopped or len(scores) == config.epochs
+
+
+def _in_main_memory(tree: Any, own: bool) -> Callable[[], Any]:
+    """Start copies of a device's tensors in nested dicts, and return the function that gives the same with the copies.
+
+    own : whether tensors that are in main memory are copied too, because training goes on
+    """
+    leaves, structure = tree_flatten(tree)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    copies = to_host([one.clone() if own and one.device.type == "cpu" else one for one in tensors])
+
+    def copied() -> Any:
+        there = iter(copies())
+        return tree_unflatten([next(there) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure)
+
+    return copied
+
+
+def _write(checkpoint: Checkpoint, copied: Callable[[], Any]) -> Checkpoint:
+    """Write the weights and the state that a checkpoint names, then its description; returns it with their digests.
+
+    copied : gives (backbone's and heads' tensors, state); None of either: there is none to write
+    """
+    weights, state = copied()
+    if weights is not None:
+        digests = save_weights(checkpoint.path / str(checkpoint.facts.weights), *weights)
+        checkpoint = replace(checkpoint, facts=replace(checkpoint.facts, digests=digests))
+    if state is not None:
+        save_state(checkpoint.path / str(checkpoint.facts.state), state)
+    record(checkpoint)
+    return checkpoint

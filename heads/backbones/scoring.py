@@ -1,6 +1,7 @@
 """Score of an encoder on the fold that is held out from it."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,9 +9,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from featcache.backbone.network import Backbone
+from featcache.machine.device import pinned, to_device, to_host
+from featcache.machine.prefetch import prefetch
 from heads.backbones.batches import Images, pairs_of
 from heads.backbones.encoder import Encoder
 from heads.scores.metrics import VertexScores, pearson_r, summarize
+
+_PREFETCHED = 2  # batches whose images are read before they are asked for
 
 
 @dataclass(frozen=True)
@@ -42,17 +47,22 @@ class HeldOut:
         overall = summarize(scores)[-1]
         return overall.mean_r if overall.accuracy is None else overall.accuracy / 100
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, encoder: Encoder, number: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Predictions of one subject's images, {surface: (len(rows), n_vertices)}, by the encoder in evaluation."""
         encoder.eval()
         device, subject = self.accelerator.device, self.images.subjects[number]
         heads = {surface: encoder.heads.surfaces[subject.name, surface].to(device) for surface in subject.surfaces}
-        predicted = {surface: [np.empty((0, n), dtype=np.float32)] for surface, n in subject.n_vertices.items()}
-        for start in range(0, len(rows), self.batch_size):
-            pairs = pairs_of(number, rows[start : start + self.batch_size])
-            images = self.backbone.normalise(self.images.read(pairs).to(device))
-            outputs = encoder(images, torch.full((len(pairs),), number, device=device))
+        predicted = {surface: [torch.empty(0, n, device=device)] for surface, n in subject.n_vertices.items()}
+        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        for pixels in prefetch(partial(self._read, number), batches, _PREFETCHED):
+            images = self.backbone.normalise(to_device(pixels, device))
+            with self.accelerator.autocast():  # of a mean of the weights, too, which accelerate did not prepare
+                outputs = encoder(images, torch.full((len(pixels),), number)).float()
             for surface, surface_outputs in heads.items():
-                predicted[surface].append(surface_outputs.mean(outputs).float().cpu().numpy())
-        return {surface: np.concatenate(parts) for surface, parts in predicted.items()}
+                predicted[surface].append(surface_outputs.mean(outputs))
+        whole = to_host([torch.cat(parts) for parts in predicted.values()])  # one wait for all
+        return {surface: values.numpy() for surface, values in zip(predicted, whole(), strict=True)}
+
+    def _read(self, number: int, rows: np.ndarray) -> torch.Tensor:
+        return pinned(self.images.read(pairs_of(number, rows)), self.accelerator.device)

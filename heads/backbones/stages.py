@@ -30,6 +30,7 @@ from featcache.backbone.checkpoint import (
 )
 from featcache.backbone.keys import BackboneKey, CheckpointFacts, CheckpointKey, Split
 from featcache.backbone.network import Backbone
+from featcache.backbone.outline import outline
 from featcache.cache.pixels import cache_pixels
 from featcache.config import OWN_WEIGHTS, BackboneConfig, is_own_code
 from featcache.dataset.digests import subject_digests
@@ -40,15 +41,16 @@ from featcache.dataset.splits import Split as ImageSplit
 from featcache.dataset.splits import check_folds, refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError
-from featcache.machine.device import resolve_device
+from featcache.machine.device import matrix_products, resolve_device
 from featcache.machine.files import only_writer
 from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import say
-from heads.backbones.accelerator import make_accelerator
+from heads.backbones.accelerator import make_accelerator, resolve_precision
 from heads.backbones.batches import Images, plan_steps, split_rows
 from heads.backbones.encoder import Encoder
 from heads.backbones.heads import FirstWeights, build_heads, has_roi_heads, start_heads
 from heads.backbones.loop import EncoderTraining
+from heads.backbones.memory import device_memory, refused_where_full, say_memory
 from heads.backbones.starts import Start, Starts
 from heads.config import StageConfig
 from heads.config.losses import SAME
@@ -79,6 +81,8 @@ def train_stage(
     """
     work = Path(work)
     device = resolve_device(config.device)
+    precision = resolve_precision(config.train.precision, device)
+    config = replace(config, train=replace(config.train, precision=precision))
     if device == "cpu":
         keep_freed_memory()
     _refuse_missing_rois(subjects, config)
@@ -91,7 +95,8 @@ def train_stage(
     folds = range(config.n_folds) if config.fold is None else [config.fold]
     splits = [Split(fold=fold, n_folds=config.n_folds, seed=config.fold_seed, by=by.key) for fold in folds]
     starts = Starts(config, work)
-    return [_train_fold(group, split, by, config, starts, device, work) for group in groups for split in splits]
+    with matrix_products(precision), refused_where_full(device):
+        return [_train_fold(group, split, by, config, starts, device, work) for group in groups for split in splits]
 
 
 def _refuse_missing_rois(subjects: Sequence[Subject], config: StageConfig) -> None:
@@ -138,13 +143,22 @@ def _train_fold(
     first = FirstWeights(start.checkpoint, backbone, images)
     if accelerator.is_main_process and (note := start_heads(heads, first, config)):
         say(f"{checkpoint.facts.label}: {note}")
-    encoder = Encoder(backbone.model, heads, taps).requires_grad_(True)
+    encoder = Encoder(backbone.model, heads, taps, config.compile).requires_grad_(True)
+    if device == "cuda":
+        _say_memory(encoder, start, checkpoint.facts.label, device, config)
     run = EncoderTraining(encoder, start.backbone, images, config.train, accelerator, checkpoint, config.save_every)
     with only_writer(checkpoint.path) if accelerator.is_main_process else nullcontext():
         trained = run.train()
     del run, encoder, backbone, first
     gc.collect()  # mixed precision leaves cycles, which would keep this network in memory beside the next one
     return Trained(trained, True, time.perf_counter() - began)
+
+
+def _say_memory(encoder: Encoder, start: Start, label: str, device: str, config: StageConfig) -> None:
+    network = outline(start.settings, config.train.tapped, config.train.precision)
+    trained = sum(weights.numel() * weights.element_size() for weights in encoder.parameters())
+    n_outputs = sum(len(one.vertex) for one in encoder.heads.surfaces.values()) / len(encoder.heads.names)
+    say_memory(label, device, device_memory(network, trained, n_outputs, config.train))
 
 
 def _checkpoint(

@@ -22,7 +22,7 @@ from heads.config.checks import check_dropout, refuse_given
 from heads.config.losses import LOSS_HELP, LOSS_NAMES, LOSS_SPECS, SAME, loss_label, parse_loss, parse_roi_loss
 
 STAGES = ("pretrain", "finetune")
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16")
 HEAD_STARTS = ("default", "small", "fitted")
 STOPS = ("fold", "never")
 BATCHES = ("mixed", "subject")
@@ -103,7 +103,11 @@ class TrainConfig:
     warmup: float = _more(0.0, "Epochs in which the learning rate rises from zero, before it falls.")
     clip_norm: float = _more(1.0, "Largest norm of the gradient; a longer gradient is shortened to it. 0: no limit.")
     ema: float = _more(0.0, "Keep a running mean of the weights, with this largest decay per step. 0: no mean.")
-    precision: str = _machine("float32", f"Precision of the network in training: {', '.join(PRECISIONS)}.")
+    precision: str = _machine(
+        "auto",
+        f"Precision of the network in training: {', '.join(PRECISIONS)}. auto: float32 on a CPU; on CUDA bfloat16, or "
+        "float16 where that is missing. Weights stay float32. tf32: products of float32 numbers rounded to 10 bits.",
+    )
     freeze_norm: bool = _more(True, "Keep the statistics of batch norms that the backbone came with.")
     head_start: str = _heads(
         "fitted",
@@ -292,6 +296,9 @@ class StageConfig:
     )
     image_cache: float = option(50.0, "Disk space that decoded images may take, in 10^9 bytes.", "Machine")
     workers: int = option(usual_workers, "Threads that decode images.", "Machine")
+    compile: bool = option(
+        False, "Compile the backbone for training with torch.compile: minutes at first, then faster steps.", "Machine"
+    )
 
     def __post_init__(self) -> None:
         one_of("stage", self.stage, STAGES)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from featcache.backbone.network import TorchBackbone
-from featcache.cache.extract import BeyondFloat16Error, rows_of
+from featcache.cache.forward import BeyondFloat16Error, rows_of
 from featcache.config import usual_workers
 from featcache.dataset.inputs import Picture, decoded, pictures_of
 from featcache.errors import ConfigError, DataError, some_of

@@ -13,6 +13,7 @@ from torch import nn
 
 from featcache.config import POOLED
 from featcache.dataset.subject import Subject
+from featcache.machine.device import pinned, to_device
 from heads.config import SpatialConfig, TrainConfig
 from heads.modules.linear import LinearMap, RoiHead, linear_layer
 from heads.modules.outputs import SurfaceOutputs
@@ -27,6 +28,8 @@ _SPACE = "space"  # name of the outputs of the shared space, among rows that hav
 
 class SubjectHeads(nn.Module):
     """Base of all heads by subject: ({array: rows}, numbers of the subjects, (n_images,)) -> (n_images, n_outputs).
+
+    Numbers of subjects are best in main memory, pinned: heads that ask which subjects there are then need not wait.
 
     names : subjects, in the order of their numbers
     surfaces : outputs of each subject's surfaces
@@ -77,7 +80,8 @@ class AllSubjects(_OneHeadEach):
         nn.init.constant_(self.norm.weight, start)
 
     def forward(self, rows: Rows, subjects: torch.Tensor) -> torch.Tensor:
-        outputs: torch.Tensor = self.norm(self.linear(torch.cat([rows[POOLED], self.embedding(subjects)], 1)))
+        embedded = self.embedding(to_device(subjects, self.linear.weight.device))
+        outputs: torch.Tensor = self.norm(self.linear(torch.cat([rows[POOLED], embedded], 1)))
         return outputs
 
     def saved(self) -> dict[str, torch.Tensor]:
@@ -162,12 +166,20 @@ class SpatialHeads(_OneHeadEach):
         inputs = rows if self.space is None else {_SPACE: self.space(rows)}
         if len(self.subjects) == 1:
             return self._padded(0, inputs)
-        outputs, order = [], []
-        for number in sorted(set(subjects.tolist())):
-            images = (subjects == number).nonzero().flatten()
-            outputs.append(self._padded(number, {name: values[images] for name, values in inputs.items()}))
-            order.append(images)
-        return torch.cat(outputs)[torch.cat(order).argsort()]
+        of_images = subjects.cpu().numpy()
+        numbers, counts = np.unique(of_images, return_counts=True)
+        order = np.argsort(of_images, kind="stable")
+        images, back = (self._on_device(torch.from_numpy(index)) for index in (order, np.argsort(order)))
+        parts = {name: values[images].split(counts.tolist()) for name, values in inputs.items()}
+        outputs = [
+            self._padded(number, {name: of_subjects[k] for name, of_subjects in parts.items()})
+            for k, number in enumerate(numbers.tolist())
+        ]
+        return torch.cat(outputs)[back]
+
+    def _on_device(self, index: torch.Tensor) -> torch.Tensor:
+        device = next(self.parameters()).device
+        return to_device(pinned(index, device), device)
 
     def of_subject(self, rows: Rows, number: int) -> torch.Tensor:
         """(n_images, n_vertices) predictions for all surfaces of one subject."""

@@ -7,7 +7,7 @@ says what is left out, and how near the figures came).
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from featcache.dataset.open import open_dataset, scan_dataset
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.subject import Subject, names_in
 from featcache.errors import ConfigError, FeatcacheError
-from featcache.machine.device import resolve_device, resolve_dtype
+from featcache.machine.device import network_dtype, resolve_device
 from featcache.machine.memory import memory_at_start
 from featcache.simulate import SimulateConfig
 from featcache.workdir import WORK, Workdir, data_folder
+from heads.backbones.accelerator import resolve_precision
+from heads.backbones.memory import device_memory
 from heads.blend.products import N_FOLDS, bytes_of
 from heads.config import BlendConfig, FitConfig, StageConfig
 from heads.features.sets import matches, models_of, stage_words, title_of, without_digits
@@ -40,11 +42,13 @@ class Estimate:
 
     memory : main memory of the process at its peak
     disk : files that the step adds
+    device : memory of a CUDA device at its peak; None on a CPU as well
     """
 
     step: Step
     memory: float | None = None
     disk: float | None = None
+    device: float | None = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,7 @@ class _Training:
         return len(self.held_out) * (1 if self.config.stage == "pretrain" else len(subjects))
 
 
-Bytes = tuple[float | None, float | None]  # of memory and of disk
+Bytes = tuple[float | None, ...]  # of memory, of disk and, on CUDA, of the device's memory
 
 
 @dataclass
@@ -232,17 +236,23 @@ class _Work:
             return 0.0, 0.0
         self.trainings.append(training)
         backbone, train = training.backbone, config.train
+        device = resolve_device(config.device)
+        train = replace(train, precision=resolve_precision(train.precision, device))
         network = outline(backbone, train.tapped, train.precision)
         for counts in subjects:
-            key = counts.name, backbone.label, backbone.size, backbone.resolved_fit
-            self.pixels[key] = float(counts.n_images * network.pixels)
-        # stage 1 has heads of one surface after the other, stage 2 also those of ROIs
-        n_outputs = max(counts.n_all_vertices for counts in subjects) * (1 if config.stage == "pretrain" else 2)
-        heads = 4.0 * network.n_features * n_outputs
+            self._decode(counts, backbone, network)
+        n_vertices = max(counts.n_all_vertices for counts in subjects)
+        n_outputs = n_vertices * (1 if config.stage == "pretrain" else 2)  # stage 2 also has heads of ROIs
+        trained = network.weights + 4.0 * network.n_features * n_outputs
+        # of all heads of a vertex, their mean is written
+        written = network.weights + 4.0 * network.n_features * n_vertices
+        disk = training.n_networks(subjects) * written + self._new_pixels(config)
+        if device == "cuda":
+            # the start, and the copies of weights and state that are written
+            memory = network.weights + (4 + bool(train.ema)) * trained
+            return memory_at_start() + memory, disk, device_memory(network, trained, n_outputs, train)
         # the start, the network, its gradient and both moments; what layers keep for the way back
-        memory = 5 * (network.weights + heads) + train.batch_size * network.kept
-        disk = training.n_networks(subjects) * (network.weights + heads)
-        return memory_at_start() + memory, disk + self._new_pixels(config)
+        return memory_at_start() + 5 * trained + train.batch_size * network.kept, disk
 
     def _start(self, config: StageConfig) -> BackboneConfig:
         """The network that is trained: that of the stage before, if stage 2 follows it."""
@@ -255,7 +265,11 @@ class _Work:
         start = before[-1] if follows else config.backbone
         return config.backbone.applied_to(start)
 
-    def _new_pixels(self, config: StageConfig) -> float:
+    def _decode(self, counts: Counts, backbone: BackboneConfig, network: Outline) -> None:
+        key = counts.name, backbone.label, backbone.size, backbone.resolved_fit
+        self.pixels[key] = float(counts.n_images * network.pixels)
+
+    def _new_pixels(self, config: StageConfig | ExtractConfig) -> float:
         """Bytes of decoded images that are not counted yet; a full folder is cleared for others."""
         before, now = self.decoded, min(sum(self.pixels.values()), config.image_cache * 1e9)
         self.decoded = max(before, now)
@@ -277,18 +291,22 @@ class _Work:
         self, config: ExtractConfig, training: _Training | None, subjects: Sequence[Counts]
     ) -> tuple[float, float]:
         backbone = config.backbone if training is None else config.backbone.applied_to(training.backbone)
-        dtype = resolve_dtype(config.dtype, resolve_device(config.device))
+        dtype = network_dtype(config.dtype, resolve_device(config.device))
         network = outline(backbone, config.layers, dtype)
         features = _features(network, backbone, training)
         key = (backbone, config.layers, dtype, training)
         disk = 0.0
         for counts in subjects:
             if (training is None or counts.name in training.subjects) and key not in self.features[counts.name]:
+                if config.image_cache:
+                    self._decode(counts, backbone, network)
                 self.features[counts.name][key] = features
                 rows = sum(stored_bytes(row, counts.n_images) for row in features.rows.values())
                 disk += features.n_stores * rows
+        if config.prune and training is not None and training.config.stage == "finetune":
+            disk -= network.weights * training.n_networks([c for c in subjects if c.name in training.subjects])
         memory = 2.0 * network.weights + config.batch_size * (network.widest + 5 * network.pixels)
-        return memory, disk
+        return memory, disk + (self._new_pixels(config) if config.image_cache else 0.0)
 
     def _add(self, config: MadeConfig, subjects: Sequence[Counts]) -> Bytes:
         made = read_made(config.features, config.ids)

@@ -307,13 +307,13 @@ def test_a_state_that_holds_code_is_refused_in_one_line(attack):
 def test_a_full_disk_leaves_nothing_of_an_epoch_and_everything_of_the_last(made, monkeypatch, error, fails_at):
     before = files(made.path)
 
-    def full(tensors: dict[str, torch.Tensor], path: Path, _: dict[str, str]) -> None:
+    def full(path: Path, tensors: dict[str, torch.Tensor], *_: object) -> None:
         if path.stem == fails_at:
             path.write_bytes(b"half")
             raise error
         save_file(tensors, path)
 
-    monkeypatch.setattr("featcache.backbone.checkpoint.save_file", full)
+    monkeypatch.setattr("featcache.backbone.checkpoint.write_tensors", full)
     with pytest.raises(CheckpointError, match=r"expected to save epoch-002; found .* GB free\); make room"):
         save_weights(made.path / "epoch-002", HEADS, HEADS)
     assert not (made.path / "epoch-002").exists() and files(made.path) == before

@@ -111,3 +111,58 @@ def test_mean_and_deviation_go_to_a_device_once_and_are_those_of_the_transform(m
     weight = torch.nn.Parameter(torch.ones(()))
     (backbone.normalise(pixels) * weight).sum().backward()  # after a use without gradients, with gradients
     assert weight.grad == backbone.normalise(pixels).sum()
+
+
+COMPILED = BackboneConfig(name="test_resnet", weights="none", size=64)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile as it reads a network, without what makes machine code of it; the shapes that it was given."""
+    honest, shapes = torch.compile, []
+
+    def compile_(function, **options):
+        compiled = honest(function, backend="eager", **options)
+        return lambda model, images, taps: shapes.append(tuple(images.shape)) or compiled(model, images, taps)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    return shapes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_compiled_backbone_reads_the_same_and_knows_one_shape_of_batches(traced, dtype):
+    backbone = load_backbone(COMPILED)
+    taps = backbone.taps(LayerConfig(grid="2", layers="pooled,layer2,layer4"))
+    compiled = backbone.compiled(taps, 4, dtype)
+    assert compiled.is_compiled and not backbone.is_compiled
+    images = torch.randn(4, 3, 64, 64)
+    with torch.inference_mode():
+        for n in (4, 1, 3):
+            expected, found = backbone.read(images[:n], taps), compiled.read(images[:n], taps)
+            for layer, rows in expected.items():
+                torch.testing.assert_close(found[layer], rows, rtol=1e-4, atol=1e-5)
+        assert compiled.pooled(images).shape == (4, 96)
+    assert set(traced) == {(4, 3, 64, 64)}
+
+
+def test_a_network_that_cannot_be_compiled_or_would_read_otherwise_stays_as_it_is(monkeypatch, said):
+    backbone = load_backbone(COMPILED)
+    taps = backbone.taps(LayerConfig(layers="pooled,layer2"))
+
+    def refuse(*_):
+        raise RuntimeError("no compiler\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: refuse)
+    assert not backbone.compiled(taps, 2, "float32").is_compiled
+    assert said[-1] == "test_resnet: not compiled: no compiler"
+    for by, dtype, stays in ((1.001, "float32", False), (1.001, "bfloat16", True), (1.3, "bfloat16", False)):
+
+        def other(function, by=by, **_):
+            def run(*args):
+                return [{name: rows * by for name, rows in each.items()} for each in function(*args)]
+
+            return run
+
+        monkeypatch.setattr(torch, "compile", other)
+        assert backbone.compiled(taps, 2, dtype).is_compiled is stays
+        assert stays or "times as far from float32 as without" in said[-1]

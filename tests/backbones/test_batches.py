@@ -83,7 +83,7 @@ def test_pixels_and_responses_belong_together(images, pixels):
     for (number, row), image in zip(pairs, images.read(pairs), strict=True):
         assert (image.permute(1, 2, 0).numpy() == pixels[number].array[row]).all()
     seen = set()
-    for target in images.targets(pairs):
+    for target in images.responses(pairs).targets():
         subject = next(one for one in images.subjects if one.name == target.subject)
         rows = pairs[target.rows.numpy(), 1]
         np.testing.assert_array_equal(target.responses.numpy(), subject.responses(target.surface)[rows])

@@ -1,6 +1,7 @@
 """The loss of a network for several subjects: masked means, and correlations within a subject."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from heads.backbones.batches import Targets
 from heads.backbones.encoder import encoder_loss
 from heads.modules.outputs import SurfaceOutputs
 from heads.scores.losses import LOSSES
+from support.training import QUICK, assert_close, train, weights
 
 
 def mixed_batch():
@@ -102,3 +104,20 @@ def test_the_loss_of_a_surface_is_the_mean_over_its_heads_and_surfaces_count_by_
     on_rh = LOSSES["smooth_l1"](other, rh) + 2 * LOSSES["pattern"](other, rh)
     ours = encoder_loss([(1.0, "smooth_l1"), (2.0, "pattern")], outputs, targets, surfaces, ceilings, [(1.0, "mnnpc")])
     torch.testing.assert_close(ours, (4 * on_lh + 3 * on_rh) / 7)
+
+
+@pytest.mark.parametrize("settings", [QUICK, replace(QUICK, head="spatial", token_dropout=0.0)])
+def test_a_compiled_backbone_trains_to_the_same_weights_and_is_scored_as_it_is(tiny, tmp_path, monkeypatch, settings):
+    """Compiled up to torch's own kernels, which takes a second: what is compiled, not how fast it is."""
+    calls, compiled = [], partial(torch.compile, backend="eager")
+
+    def counted(function):
+        inner = compiled(function)
+        return lambda model, images: (calls.append(model.training), inner(model, images))[1]
+
+    expected = train(tiny, tmp_path / "plain", settings)
+    monkeypatch.setattr(torch, "compile", counted)
+    trained = train(tiny, tmp_path / "compiled", settings, compile=True)
+    assert_close(weights(trained), weights(expected), atol=1e-4, rtol=1e-2)
+    assert trained.facts.scores == pytest.approx(expected.facts.scores, abs=1e-3)
+    assert set(calls) == {True} and trained.path.name == expected.path.name

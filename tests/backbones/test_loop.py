@@ -58,7 +58,7 @@ def test_interrupted_between_any_two_files_it_ends_with_the_same_bits(
         return save
 
     with monkeypatch.context() as patch:
-        for name in ("save_file", "replace_json"):
+        for name in ("write_tensors", "replace_json"):
             patch.setattr(checkpoint_module, name, stopping(getattr(checkpoint_module, name)))
         patch.setattr(checkpoint_module.torch, "save", stopping(torch.save))
         with pytest.raises(KeyboardInterrupt):
@@ -189,11 +189,11 @@ def test_a_full_disk_is_one_line_and_costs_the_last_save_alone(tiny, tmp_path, m
         raise OSError(28, "No space left on device")
 
     saves = []
-    honest = checkpoint_module.save_file
+    honest = checkpoint_module.write_tensors
     monkeypatch.setattr(
-        checkpoint_module, "save_file", lambda *a: (saves.append(1), full() if len(saves) == 4 else honest(*a))[1]
+        checkpoint_module, "write_tensors", lambda *a: (saves.append(1), full() if len(saves) == 4 else honest(*a))[1]
     )
     with pytest.raises(CheckpointError, match=r"expected to save epoch-002; found .*No space left"):
         train(tiny, tmp_path)
-    monkeypatch.setattr(checkpoint_module, "save_file", honest)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", honest)
     assert_equal(weights(train(tiny, tmp_path)), weights(train(tiny, tmp_path / "whole")))

@@ -9,6 +9,7 @@ import torch
 from featcache.cache.pixels import cache_pixels
 from featcache.config import BackboneConfig
 from featcache.dataset.algonauts import open_challenge
+from heads.backbones.encoder import Encoder
 from heads.modules.saved import linear_map_of, saved_shapes, spatial_head_of
 from heads.scores.metrics import VertexScores, pearson_r, summarize
 from support.training import QUICK, train
@@ -51,3 +52,16 @@ def test_saved_heads_on_features_score_what_training_scored(tiny, tmp_path, netw
             r = pearson_r(head(rows).numpy(), subject.responses(surface)[held_out])
             scores.append(VertexScores(subject.name, surface, r, subject.noise_ceiling[surface]))
     assert summarize(scores)[-1].accuracy == pytest.approx(100 * checkpoint.facts.score, abs=0.05)
+
+
+def test_a_mean_of_the_weights_is_scored_in_the_precision_of_the_training(tiny, tmp_path, monkeypatch):
+    found, honest = [], Encoder.forward
+
+    def watched(self, images, subjects):
+        outputs = honest(self, images, subjects)
+        found.append((self.training, outputs.dtype))
+        return outputs
+
+    monkeypatch.setattr(Encoder, "forward", watched)
+    train(tiny, tmp_path, replace(QUICK, ema=0.9, precision="bfloat16"))
+    assert set(found) == {(True, torch.bfloat16), (False, torch.bfloat16)}

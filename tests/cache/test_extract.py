@@ -24,6 +24,7 @@ from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, DataError, StoreError
 from featcache.workdir import Workdir
+from support.images import add_test_image
 
 BACKBONE = BackboneConfig(name="test_resnet", weights="none", size=48)
 CONFIG = ExtractConfig(backbone=BACKBONE, batch_size=3, workers=2)
@@ -228,7 +229,9 @@ def test_an_image_that_cannot_be_decoded_keeps_what_was_committed(tree, tmp_path
 
 def test_features_that_are_not_finite_are_refused_by_name(tiny, tmp_path, monkeypatch):
     honest = extract_module._forward
-    monkeypatch.setattr(extract_module, "_forward", lambda *a: {k: v * torch.nan for k, v in honest(*a).items()})
+    monkeypatch.setattr(
+        extract_module, "_forward", lambda *a: lambda: {k: v * torch.nan for k, v in honest(*a)().items()}
+    )
     with pytest.raises(StoreError, match="found NaN or infinity in pooled"):
         run(tiny, tmp_path)
 
@@ -285,6 +288,31 @@ def test_cached_pixels_give_the_bits_that_image_files_give(tree, tmp_path, monke
     assert [r.path.name for r in found] == [r.path.name for r in expected]
 
 
+def test_images_are_decoded_into_the_cache_once_where_it_is_asked_for(tiny, tmp_path, monkeypatch):
+    """A second run, of other layers, decodes none."""
+    other = replace(CONFIG, layers=LayerConfig(layers=("layer2",)))
+    expected = [run(tiny, tmp_path / "files", config) for config in (CONFIG, other)]
+    found = [run(tiny, tmp_path / "cached", replace(CONFIG, image_cache=0.1))]
+    assert len(list(Workdir(tmp_path / "cached").pixels.glob("*.npy"))) == 2
+    monkeypatch.setattr("featcache.cache.extract.load_image", lambda path: pytest.fail(f"decoded {path}"))
+    found.append(run(tiny, tmp_path / "cached", other))
+    assert [everything(results) for results in found] == [everything(results) for results in expected]
+
+
+def test_no_cache_is_made_for_the_few_images_that_are_not_known(tree, tmp_path):
+    run(tree, tmp_path)
+    add_test_image(tree)
+    results = run(tree, tmp_path, replace(CONFIG, image_cache=0.1))
+    assert [result.n_new for result in results] == [1, 0] and not Workdir(tmp_path).pixels.exists()
+
+
+def test_an_image_cache_that_is_too_small_is_refused(tiny, tmp_path):
+    with pytest.raises(StoreError, match="to fit into --image-cache 1e-07 GB"):
+        run(tiny, tmp_path, replace(CONFIG, image_cache=1e-7))
+    with pytest.raises(ConfigError, match="--image-cache: expected 0 or more"):
+        replace(CONFIG, image_cache=-1.0)
+
+
 def test_cached_pixels_of_another_size_are_left_alone(tiny, tmp_path):
     expected = run(tiny, tmp_path / "files")
     other = load_backbone(BackboneConfig(name="test_resnet", weights="none", size=64))
@@ -310,6 +338,19 @@ def test_a_run_interrupted_on_files_goes_on_with_cached_pixels_bit_equal(tiny, t
     again = run(tiny, tmp_path / "stopped")
     assert again[0].n_new == again[0].n_images - 8
     assert [a.tobytes() for a in rows(again)] == [b.tobytes() for b in whole]
+
+
+def test_a_compiled_network_gives_the_same_rows_and_is_a_fact_and_no_setting(tiny, tmp_path, monkeypatch):
+    """What makes machine code is left out: it takes a minute."""
+    honest = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: honest(function, backend="eager", **options))
+    expected = run(tiny, tmp_path / "plain")
+    found = run(tiny, tmp_path / "compiled", replace(CONFIG, compile=True))
+    for one, other, store in zip(rows(found), rows(expected), stores(found), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+        assert store.facts["compiled"] and store.facts["batch_size"] == 3
+    assert [r.path.name for r in found] == [r.path.name for r in expected]
+    assert [r.n_new for r in run(tiny, tmp_path / "compiled")] == [0, 0]
 
 
 # --- layers

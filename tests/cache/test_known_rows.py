@@ -22,8 +22,10 @@ from featcache.cache.store import Store, create_store, list_stores, open_store
 from featcache.config import BackboneConfig, ExtractConfig
 from featcache.dataset.algonauts import open_challenge
 from featcache.errors import CheckpointError, LeakError, StoreError
+from featcache.simulate import simulate
 from support.checkpoints import write_checkpoint
 from support.images import add_test_image, remove_test_image, test_images, turn_test_images
+from support.simulated import TINY
 
 CONFIG = ExtractConfig(
     backbone=BackboneConfig(name="test_resnet", weights="none", size=48), batch_size=3, workers=2, dtype="float32"
@@ -359,3 +361,66 @@ def test_a_link_is_refused_by_the_file_system_alone(tmp_path):
         store.link("a", 0, store)
     with pytest.raises(StoreError, match="expected 4 rows of a"):
         store.read("a")
+
+
+def distinct(tree: Path) -> int:
+    """Number of pictures of all subjects that differ."""
+    return len({path.read_bytes() for path in tree.glob("subj*/*/*_images/*.png")})
+
+
+@pytest.fixture
+def eight(tmp_path: Path) -> Path:
+    """Eight subjects who share half of their training images."""
+    simulate(replace(TINY, n_train=12, n_shared=6), tmp_path / "eight")
+    return tmp_path / "eight"
+
+
+def test_an_image_that_several_subjects_saw_is_computed_once(eight, work, tmp_path, read_images):
+    subjects = open_challenge(eight).subjects
+    results = extract(subjects, CONFIG, work)
+    assert sum(read_images) == distinct(eight) < sum(result.n_images for result in results)
+    for subject, found in zip(subjects, results, strict=True):
+        (alone,) = extract([subject], CONFIG, tmp_path / subject.name)
+        for name, rows in rows_of(open_store(found.path)).items():
+            wanted = open_store(alone.path).read(name)
+            np.testing.assert_allclose(rows, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
+
+
+def test_in_any_order_of_subjects_and_runs_an_image_is_computed_once(eight, work, read_images):
+    subjects = open_challenge(eight).subjects
+    for subject in (subjects[5], subjects[1], *subjects[::-1]):
+        extract([subject], CONFIG, work)
+    assert sum(read_images) == distinct(eight)
+
+
+def test_a_run_of_all_subjects_that_was_interrupted_computes_an_image_once_but_for_what_was_not_committed(
+    eight, work, tmp_path, monkeypatch, read_images
+):
+    subjects = open_challenge(eight).subjects
+    whole = extract(subjects, CONFIG, tmp_path / "whole")
+    n_whole, honest, passes = sum(read_images), extract_module._forward, []
+    for stop_at in (2, 9, 3):  # passes of each attempt
+
+        def stopping(*args, stop_at=stop_at):
+            passes.append(1)
+            if len(passes) == stop_at:
+                raise KeyboardInterrupt
+            return honest(*args)
+
+        del passes[:]
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(extract_module, "_forward", stopping)
+            extract(subjects, CONFIG, work)
+    again = extract(subjects, CONFIG, work)
+    assert sum(read_images) - n_whole <= n_whole + 3 * 8  # a commit is 8 images
+    for found, expected in zip(again, whole, strict=True):
+        wanted = rows_of(open_store(expected.path))
+        assert all(np.array_equal(rows, wanted[name]) for name, rows in rows_of(open_store(found.path)).items())
+
+
+def test_a_checkpoint_that_serves_several_subjects_reads_an_image_once(eight, work, read_images):
+    subjects = open_challenge(eight).subjects
+    write_checkpoint(subjects, work, stage="pretrain")
+    results = extract(subjects, replace(CONFIG, checkpoint="auto"), work)
+    assert sum(read_images) == distinct(eight) and len(results) == 8
+    assert all(open_store(result.path).key["fold"] is not None for result in results)

@@ -1,5 +1,6 @@
 """Extraction takes the checkpoints that were trained on a subject as it is now, and says what it leaves out."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featcache.backbone.checkpoint import Checkpoint
+from featcache.backbone.checkpoint import Checkpoint, open_checkpoint
 from featcache.backbone.network import load_backbone
 from featcache.cache.extract import Extracted, extract
 from featcache.cache.keys import FeatureKey
@@ -20,7 +21,7 @@ from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Subject
 from featcache.errors import BackboneError, CheckpointError
 from featcache.workdir import Workdir
-from support.checkpoints import N_FOLDS, write_checkpoint
+from support.checkpoints import HEADS, N_FOLDS, write_checkpoint
 
 BACKBONE = BackboneConfig(name="test_resnet", weights="none", size=48)
 CONFIG = ExtractConfig(backbone=BACKBONE, batch_size=16, workers=2)
@@ -77,6 +78,23 @@ def test_auto_takes_every_finished_checkpoint_and_says_what_it_leaves_out(tiny, 
         for subject in subjects
     }
     assert sum(line.startswith("2 checkpoints in") for line in said) == 1
+
+
+def test_backbones_of_stage_2_can_go_once_their_features_are_cached_and_the_rest_stays(tiny, tmp_path, said):
+    subjects = subjects_of(tiny)[:1]
+    first, second = (write_checkpoint(subjects, tmp_path, stage=stage) for stage in ("pretrain", "finetune"))
+    digests = [one.backbone().digest for one in (second, first)]
+    done = run(tiny, tmp_path, replace(AUTO, prune=True))
+    assert [store.key["weights"] for store in stores(done) if store.key["subject"] == "subj01"] == digests
+    first, second = (open_checkpoint(one.path) for one in (first, second))
+    assert first.backbone().digest == digests[1] and second.finished and set(second.heads()) == set(HEADS)
+    with pytest.raises(CheckpointError, match=r"found that 'extract --prune' removed it; delete the folder and train"):
+        second.backbone()
+    said.clear()
+    assert len(run(tiny, tmp_path, replace(AUTO, prune=True))) == 1  # of stage 1, which stage 2 may start from again
+    assert any("its features were cached, and then its backbone was removed" in line for line in said)
+    shutil.rmtree(first.path)
+    assert run(tiny, tmp_path, AUTO) == []  # and never the backbone as it was before training
 
 
 def test_a_store_of_a_checkpoint_says_how_it_was_trained_and_on_which_of_its_images(tiny, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,100 @@ def test_a_second_writer_is_refused(store):
     assert "found another process writing" in second.stderr
     third = subprocess.run([sys.executable, "-c", script, store.path], capture_output=True, text=True)
     assert third.stdout == "wrote\n"
+
+
+# --- lists of many stores
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Store]:
+    """More stores than are listed without an index; the folder was listed once."""
+    monkeypatch.setattr(store_module, "_UNINDEXED", 2)
+    made = [
+        create_store(tmp_path / "many.zarr", f"s{n}", {"size": n}, IDS + n, n, {"a": 3, "b": 2}, {"n": n})
+        for n in range(5)
+    ]
+    list_stores(tmp_path / "many.zarr")
+    return made
+
+
+def described(stores: list[Store]) -> list[tuple[object, ...]]:
+    return [(s.name, s.key, s.n_train, s.facts, s.image_ids.tolist(), list(s.arrays)) for s in stores]
+
+
+def test_stores_that_did_not_change_are_listed_without_reading_them(many, monkeypatch):
+    folder = many[0].path.parent
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "open_store", lambda path: pytest.fail(f"opened {path}"))
+        listed = list_stores(folder)
+        assert [(store.name, store.key, store.n_train) for store in listed] == [
+            (store.name, store.key, store.n_train) for store in many
+        ]
+        assert [store.committed for store in listed] == [{"a": 0, "b": 0}] * 5
+    assert described(listed) == described(many)
+    assert [store.name for store in list_stores(folder)] == [path.name for path in sorted(folder.iterdir())]
+
+
+def test_a_listed_store_is_written_and_read_as_an_opened_one(many):
+    listed = list_stores(many[0].path.parent)[3]
+    listed.append({"a": ROWS, "b": ROWS[:, :2]})
+    assert listed.complete and np.array_equal(open_store(listed.path).read("a"), ROWS)
+    assert np.array_equal(list_stores(listed.path.parent)[3].read("b", 2, 5), ROWS[2:5, :2])
+
+
+def test_stores_that_were_added_removed_or_written_anew_are_listed_as_they_are(many):
+    folder = many[0].path.parent
+    for number in range(5, 10):  # one after the other, through any number of indexes
+        shutil.rmtree(folder / many[number % 5].name, ignore_errors=True)
+        create_store(folder, f"s{number}", {"size": number}, IDS, 7, {"c": 1}, {})
+        listed = list_stores(folder)
+        assert described(listed) == described([open_store(path) for path in sorted(folder.iterdir())])
+        assert len(listed) == 5 and f"s{number}" in listed[-1].name
+    again = listed[0].path
+    description = json.loads((again / "zarr.json").read_text())
+    description["attributes"]["featcache"]["recipe"] = {"size": "another"}
+    (again / "zarr.json").write_text(json.dumps(description))
+    assert list_stores(folder)[0].key == {"size": "another"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "another format"])
+def test_a_store_that_was_damaged_after_it_was_listed_is_refused(many, damage):
+    path = many[2].path / "zarr.json"
+    text = path.read_text()
+    path.unlink()
+    if damage != "gone":
+        path.write_text(text[:50] if damage == "cut" else text.replace('"format": 1', '"format": 99'))
+    with pytest.raises(StoreError, match=many[2].name):
+        list_stores(many[0].path.parent)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null"])
+def test_a_damaged_index_is_not_believed(many, content):
+    folder = many[0].path.parent
+    (index,) = (path for path in folder.parent.iterdir() if path != folder)
+    index.write_text(content)
+    assert described(list_stores(folder)) == described(many)
+    assert json.loads(index.read_text()).keys() == {store.name for store in many}
+
+
+def test_without_an_index_that_can_be_written_stores_are_read(many, monkeypatch):
+    folder = many[0].path.parent
+    (index,) = (path for path in folder.parent.iterdir() if path != folder)
+    index.unlink()
+
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(store_module, "replace_json", refuse)
+    assert described(list_stores(folder)) == described(many)
+
+
+def test_a_damaged_description_of_an_array_is_named_where_the_array_is_read(filled):
+    (filled.path / "stem" / "zarr.json").write_text("{")
+    store = open_store(filled.path)
+    assert np.array_equal(store.read("pooled"), ROWS)
+    with pytest.raises(StoreError, match="the description of stem cannot be read"):
+        store.read("stem")
 
 
 # --- layers with places

@@ -108,7 +108,8 @@ def test_stages_that_cannot_be_are_refused(settings, message):
     ],
 )
 def test_keys_without_heads_of_rois_are_older_than_their_losses_and_stay(settings, digest):
-    assert fingerprint(settings.key()) == digest
+    """On a CPU, where auto is float32."""
+    assert fingerprint(replace(settings, precision="float32").key()) == digest
 
 
 def test_the_key_of_heads_of_rois_has_their_loss():

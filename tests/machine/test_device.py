@@ -10,6 +10,7 @@ from featcache.machine.device import (
     check_products,
     is_emulated,
     matrix_products,
+    network_dtype,
     pinned,
     resolve_device,
     resolve_dtype,
@@ -53,12 +54,22 @@ def test_tf32_without_cuda_is_refused():
     check_products("products", "float32", "cpu")
 
 
-def test_auto_is_float32_on_cuda_and_a_dtype_that_was_named_stays(monkeypatch):
-    monkeypatch.setattr(device, "_cpu_flags", lambda: {"amx_bf16"})
+@pytest.mark.parametrize("flags", [set(), {"amx_bf16"}])
+@pytest.mark.parametrize("units", [False, True])
+def test_auto_is_what_the_device_multiplies_and_a_dtype_that_was_named_stays(monkeypatch, flags, units):
+    asked = []
+    monkeypatch.setattr(device, "_cpu_flags", lambda: flags)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_dtype("auto", "cpu") == "bfloat16"
-    assert resolve_dtype("auto", "cuda") == resolve_dtype("auto", "auto") == "float32"
-    assert resolve_dtype("float16", "cpu") == "float16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **more: asked.append(more) or units)
+    on_cpu = "bfloat16" if flags else "float32"
+    assert resolve_dtype("auto", "cpu") == network_dtype("auto", "cpu") == on_cpu and not asked
+    for name in ("cuda", "auto"):
+        assert resolve_dtype("auto", name) == ("bfloat16" if units else "float32")
+        assert network_dtype("auto", name) == ("bfloat16" if units else "float16")
+    assert all(more == {"including_emulation": False} for more in asked)  # an emulated one is slow
+    for dtype in ("float32", "tf32", "float16", "bfloat16"):
+        for name in ("cpu", "cuda"):
+            assert resolve_dtype(dtype, name) == network_dtype(dtype, name) == dtype
 
 
 @pytest.mark.parametrize("flags", [set(), {"avx512_bf16"}, {"avx512_bf16", "avx512_fp16"}])

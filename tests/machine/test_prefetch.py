@@ -4,7 +4,7 @@ from itertools import count, islice
 
 import pytest
 
-from featcache.machine.prefetch import prefetch
+from featcache.machine.prefetch import afterwards, prefetch
 
 PATIENCE = 60  # seconds that a thread may take to come to what is expected of it
 
@@ -89,3 +89,60 @@ def test_leaving_early_begins_nothing_more_and_leaves_no_thread(monkeypatch):
     next(results)
     results.close()
     assert threading.active_count() == before and begun in ([0], [0, 1])
+
+
+# --- afterwards
+
+
+@pytest.mark.parametrize("depth", [1, 3, 50])
+def test_calls_are_run_in_turn_and_all_of_them(depth):
+    done: list[int] = []
+    with afterwards(depth) as then:
+        for n in range(20):
+            then(lambda n=n: done.append(n))
+    assert done == list(range(20))
+
+
+def test_the_block_goes_on_beside_a_call_and_waits_at_the_depth():
+    gone_on, done, taken = threading.Event(), threading.Semaphore(0), []
+
+    def call() -> None:
+        assert gone_on.wait(PATIENCE)
+        done.release()
+
+    with afterwards(2) as then:
+        then(call)
+        then(call)
+        gone_on.set()  # reached, though no call is done
+        for n in range(6):  # the call that makes room is done before the next is taken
+            then(call)
+            assert done.acquire(timeout=PATIENCE)
+            taken.append(n)
+    assert taken == list(range(6))
+
+
+def test_after_an_error_no_call_is_run_and_the_error_is_raised():
+    done: list[int] = []
+
+    def call(n: int) -> None:
+        if n == 3:
+            raise KeyError(n)
+        done.append(n)
+
+    with pytest.raises(KeyError), afterwards(2) as then:
+        for n in range(100):
+            then(lambda n=n: call(n))
+    assert done == [0, 1, 2]
+    with pytest.raises(KeyError), afterwards(50) as then:  # at the end of the block at the latest
+        for n in range(2, 6):
+            then(lambda n=n: call(n))
+    assert done == [0, 1, 2, 2]
+
+
+def test_what_was_taken_is_done_before_an_error_of_the_block_is_raised():
+    done: list[int] = []
+    with pytest.raises(ZeroDivisionError), afterwards(50) as then:
+        for n in range(20):
+            then(lambda n=n: done.append(n))
+        _ = 1 / 0
+    assert done == list(range(20))

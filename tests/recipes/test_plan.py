@@ -205,3 +205,30 @@ CHALLENGE = (
     (9841, 9841, 9082, 8779, 9841, 9082, 9841, 8779),
     (159, 159, 293, 395, 159, 293, 159, 395),
 )
+
+
+TRAIN = """[[steps]]
+run = "finetune"
+init = "none"
+fold = 0
+subject = "1"
+epochs = 1
+batch-size = 4
+"""
+
+
+def test_a_plan_of_a_training_on_a_device_is_of_what_the_device_then_holds(planned, pretended_cuda):
+    """Arithmetic on counts is within a factor of two; in bfloat16, the precision of the training."""
+    (step,), total, _ = planned(TRAIN, "--device", "cuda")
+    assert total["device"] == step["device"]
+    pretended_cuda.forget()
+    planned(TRAIN, "--device", "cuda", then_run=True)
+    assert 0.5 < step["device"] / pretended_cuda.peak < 2
+
+
+def test_backbones_that_extract_removes_are_taken_off_the_disk_of_a_plan(planned):
+    kept, total, _ = planned(TRAIN + EXTRACT.format("pooled") + "prune = false\n")
+    pruned, less, _ = planned(TRAIN + EXTRACT.format("pooled") + "prune = true\n")
+    backbone = BackboneConfig(name="test_resnet", weights="none", size=32)
+    weights = outline(backbone, LayerConfig(layers=("pooled",))).weights
+    assert kept[1]["disk"] - pruned[1]["disk"] == total["disk"] - less["disk"] == weights

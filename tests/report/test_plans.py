@@ -36,3 +36,9 @@ def test_the_table_has_a_row_for_each_step_and_one_for_all():
         ["3", "fit-heads", "7.0 GB", "2.5 MB"],
         ["", "all", "7.0 GB", "1.0 GB"],
     ]
+
+
+def test_a_device_has_a_column_of_its_own_where_there_is_one():
+    found = plan_as_json([*ESTIMATES, Estimate(Step(Path("r"), 4, "finetune"), 1e9, 2e9, 18.1e9)])
+    assert found["total"]["device"] == 18.1e9
+    assert [step["device"] for step in found["plan"]] == [None, None, None, 18.1e9]

@@ -132,7 +132,8 @@ class PretendedDevice:
         late, self._late = self._late, []
         reading, self._reading = self._reading, []
         for target, source in late:
-            target.copy_(source)
+            with torch.inference_mode(target.is_inference()):  # of whichever thread waits
+                target.copy_(source)
         for source, before, where in reading:
             if not torch.equal(source.detach().nan_to_num(), before.nan_to_num()):
                 raise RuntimeError(f"pinned memory was written over while it was copied to the device at {where}")

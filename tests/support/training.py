@@ -23,7 +23,7 @@ QUICK_OPTIONS = ["--folds", "2", "--epochs", "1", "--batch-size", "4", "--worker
 def train(tree: Path, work: Path, settings: TrainConfig = QUICK, subject: str = "1", **options: Any) -> Checkpoint:
     """The checkpoint of one fold, by default fold 0 of 3 in stage 2, from random weights."""
     defaults = {"stage": "finetune", "backbone": BACKBONE, "init": "none", "fold": 0, "n_folds": 3}
-    config = StageConfig(train=settings, device="cpu", workers=1, **defaults | options)
+    config = StageConfig(train=settings, workers=1, **{"device": "cpu"} | defaults | options)
     (trained,) = train_stage(open_challenge(tree).select(subject), config, work)
     return trained.checkpoint
 

@@ -111,6 +111,17 @@ def test_a_transform_of_its_own_gives_the_input_as_it_is(tiny, tmp_path):
             load_backbone(BackboneConfig(name=name, **options))
 
 
+def test_a_transform_that_gives_an_image_another_size_is_refused_and_the_image_named(tree, tmp_path):
+    """One grey row would otherwise be spread over the whole image."""
+    text = OWN_TRANSFORM.replace("/ 100 - 1", "/ 100 - 1 if image.height > 20 else torch.zeros(3, 1, 32)")
+    subject = open_challenge(tree).subjects[0]
+    Image.new("RGB", (32, 16)).save(subject.image_sources[3])
+    with pytest.raises(
+        BackboneError, match=rf"of every image; found \(3, 1, 32\) of .*{subject.image_sources[3].name}"
+    ):
+        extract([subject], config(write(tmp_path / "code", text)), tmp_path / "work")
+
+
 def test_the_same_text_is_the_same_store_from_any_folder_and_another_text_or_weight_another(tiny, tmp_path):
     subject = open_challenge(tiny).subjects[:1]
 
