@@ -62,6 +62,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
                 file.write(numbers[start : start + _AT_ONCE].numpy().data)
 
 
+def as_float32(values: np.ndarray) -> np.ndarray:
+    """The same numbers in float32, themselves where they are. torch converts float16 ten times as fast as NumPy."""
+    return values if values.dtype == np.float32 else torch.from_numpy(values).float().numpy()
+
+
 def large_zeros(folder: Path | None, *shape: int) -> torch.Tensor:
     """float32 zeros of any size: in main memory, or above `_IN_MEMORY` in a file of this folder.
 
