@@ -14,6 +14,7 @@ from featcache.cache.store import Store
 from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
 from featcache.machine.files import replace_bytes
+from featcache.machine.tensors import as_float32
 from heads.blend.models import SubjectModels
 from heads.blend.products import N_FOLDS, Gathered, surface_blocks
 from heads.blend.weights import nested_sums
@@ -49,7 +50,7 @@ class Coefficients:
 
         stores : {model: its prediction store}, of those that are `needed` at least
         """
-        return self.of_predictions(lambda model: stores[model].read(surface, start, stop), stop - start)
+        return self.of_predictions(lambda model: as_float32(stores[model].read(surface, start, stop)), stop - start)
 
     def of_predictions(self, predictions: Callable[[str], np.ndarray], n_images: int) -> np.ndarray:
         """The blend of predictions, (n_images, n_vertices) float32. predictions : gives those of a model, by name"""

@@ -11,7 +11,7 @@ import torch
 
 from featcache.backbone.trainings import Trainings
 from featcache.cache.known_rows import KnownRows
-from featcache.cache.store import Store, create_store, open_store, store_path
+from featcache.cache.store import Row, Store, create_store, open_store, store_path
 from featcache.dataset.grouping import split_of
 from featcache.dataset.responses import refuse_unfit
 from featcache.dataset.splits import Split, refuse_leak
@@ -20,7 +20,7 @@ from featcache.errors import ConfigError, StoreError
 from featcache.machine.device import check_products, matrix_products, resolve_device
 from featcache.machine.memory import give_back_memory, keep_freed_memory, memory_at_start
 from featcache.machine.progress import bar, say
-from featcache.machine.tensors import write_tensors
+from featcache.machine.tensors import as_float32, write_tensors
 from featcache.workdir import Workdir
 from heads.config import HEADS, FitConfig
 from heads.features.sets import FeatureSet, choose, feature_sets, layer_of, say_partial, say_without
@@ -28,6 +28,7 @@ from heads.fit.known_fits import agree, find_known_fit, take_known_fit
 from heads.fit.names import PredictionFacts, PredictionKey, prediction_key
 from heads.fit.out_of_fold import predict_surface
 from heads.fit.short_names import split_names, without_digits
+from heads.fit.stored import prediction_rows, type_of, write_predictions
 from heads.modules.readout import HeadKind, HeadTensors, InMemory, SavedHeads
 from heads.scores.metrics import VertexScores, pearson_r
 from heads.scores.withheld import score_test
@@ -224,7 +225,10 @@ def _fit(problem: Problem, labels: Mapping[str, str]) -> Fitted:
             seen_ids=[seen.tolist() for seen in features.seen_ids()] if plan.backbone_trained else None,
         )
         ids, n_scored = np.concatenate([subject.train.ids[plan.scored], subject.test.ids]), len(plan.scored)
-        store = create_store(folder, label, key.to_json(), ids, n_scored, subject.n_vertices, facts.to_json())
+        rows = prediction_rows(subject.n_vertices, type_of(problem.config.dtype, _n_together(problem)))
+        if known is not None:  # as they are in the store that they are taken from
+            rows = {name: Row(row.shape, str(known.stores[0].arrays[name].dtype)) for name, row in rows.items()}
+        store = create_store(folder, label, key.to_json(), ids, n_scored, rows, facts.to_json())
     with matrix_products(problem.config.products):
         new = known is None or not _take(problem, known, store)
         if new:
@@ -286,11 +290,15 @@ def _fill_surface(
     scored = problem.plan.scored
     if len(scored) < problem.n_train:
         predictions = np.concatenate([predictions[scored], predictions[problem.n_train :]])
-    step = store.chunk_rows(surface)
-    # an interrupted run left whole chunks of the same numbers
-    for start in range(store.committed[surface], len(predictions), step):
-        store.append({surface: predictions[start : start + step]})
+    write_predictions(store, surface, predictions, _n_together(problem))
     return tensors
+
+
+def _n_together(problem: Problem) -> int:
+    """Fewest images that have a score of their own: those of a fold, or test images whose responses are given."""
+    plan = problem.plan
+    _, n_of_folds = np.unique(plan.folds[plan.scored], return_counts=True)
+    return int(min([*n_of_folds, *([problem.n_test] if problem.subject.has_test_responses else [])]))
 
 
 def _predict_test(
@@ -377,7 +385,8 @@ def test_scores_by_model(subjects: Sequence[Subject], fitted: Sequence[Fitted]) 
         if (subject := by_name.get(fit.subject)) is not None:
             store = open_store(fit.path)
             scores.setdefault(fit.model, []).extend(
-                score_test(subject, surface, store.read(surface, store.n_train)) for surface in subject.surfaces
+                score_test(subject, surface, as_float32(store.read(surface, store.n_train)))
+                for surface in subject.surfaces
             )
     return scores
 
@@ -390,7 +399,7 @@ def score(subject: Subject, surface: str, store: Store, ids: np.ndarray | None =
     stored = store.image_ids[: store.n_train]
     chosen = np.full(len(stored), True) if ids is None else np.isin(stored, ids)
     rows = np.isin(subject.train.ids, stored[chosen])
-    predictions, responses = store.read(surface, 0, store.n_train), subject.responses(surface)
+    predictions, responses = as_float32(store.read(surface, 0, store.n_train)), subject.responses(surface)
     r = pearson_r(_some(predictions, chosen), _some(responses, rows))
     return VertexScores(subject.name, surface, r, subject.noise_ceiling[surface], subject.rois[surface])
 

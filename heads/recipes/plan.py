@@ -15,7 +15,7 @@ from featcache.backbone.outline import Outline, outline
 from featcache.backbone.sources.table import check_backbone
 from featcache.cache.elsewhere import read_made
 from featcache.cache.sources import stored_rows
-from featcache.cache.store import Row, stored_bytes
+from featcache.cache.store import stored_bytes
 from featcache.config import BackboneConfig, ExtractConfig, MadeConfig, split_name
 from featcache.dataset.importing.config import ImportConfig
 from featcache.dataset.importing.files import read_material
@@ -30,6 +30,7 @@ from featcache.workdir import WORK, Workdir, data_folder
 from heads.blend.products import N_FOLDS, bytes_of
 from heads.config import BlendConfig, FitConfig, StageConfig
 from heads.features.sets import matches, models_of, stage_words, title_of, without_digits
+from heads.fit.stored import prediction_rows, type_of
 from heads.recipes.fits import Features, FitSizes, fit_memory, saved_bytes
 from heads.recipes.steps import Ready, Step, located
 
@@ -315,7 +316,7 @@ class _Work:
                             self.models[counts.name].add(model)
                             sizes = _fit_sizes(counts, features.reading(arrays), variant)
                             memory.append(fit_memory(sizes, variant))
-                            disk += saved_bytes(sizes, variant) + _prediction_bytes(counts)
+                            disk += saved_bytes(sizes, variant) + _prediction_bytes(counts, variant)
         return memory_at_start() + max(memory), disk
 
     def _blend(self, subjects: Sequence[Counts]) -> Bytes:
@@ -351,5 +352,7 @@ def _fit_sizes(counts: Counts, features: Features, config: FitConfig) -> FitSize
     )
 
 
-def _prediction_bytes(counts: Counts) -> float:
-    return float(sum(stored_bytes(Row((n,)), counts.n_images) for n in counts.n_vertices.values()))
+def _prediction_bytes(counts: Counts, config: FitConfig) -> float:
+    """Of float16, as long as it has digits enough for that many images."""
+    rows = prediction_rows(counts.n_vertices, type_of(config.dtype, counts.n_train // config.n_folds))
+    return float(sum(stored_bytes(row, counts.n_images) for row in rows.values()))
