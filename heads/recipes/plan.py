@@ -30,8 +30,7 @@ from featcache.workdir import WORK, Workdir, data_folder
 from heads.blend.products import N_FOLDS, bytes_of
 from heads.config import BlendConfig, FitConfig, StageConfig
 from heads.features.sets import matches, models_of, stage_words, title_of, without_digits
-from heads.fit.stored import prediction_rows, type_of
-from heads.recipes.fits import Features, FitSizes, fit_memory, saved_bytes
+from heads.fit.sizes import Features, FitSizes, fit_memory, prediction_bytes, saved_bytes
 from heads.recipes.steps import Ready, Step, located
 
 
@@ -316,7 +315,8 @@ class _Work:
                             self.models[counts.name].add(model)
                             sizes = _fit_sizes(counts, features.reading(arrays), variant)
                             memory.append(fit_memory(sizes, variant))
-                            disk += saved_bytes(sizes, variant) + _prediction_bytes(counts, variant)
+                            disk += saved_bytes(sizes, variant)
+                            disk += prediction_bytes(sizes, counts.n_train // sizes.n_folds, variant.dtype)
         return memory_at_start() + max(memory), disk
 
     def _blend(self, subjects: Sequence[Counts]) -> Bytes:
@@ -350,9 +350,3 @@ def _fit_sizes(counts: Counts, features: Features, config: FitConfig) -> FitSize
         n_folds=features.n_folds if features.backbone_trained else config.n_folds,
         features=features,
     )
-
-
-def _prediction_bytes(counts: Counts, config: FitConfig) -> float:
-    """Of float16, as long as it has digits enough for that many images."""
-    rows = prediction_rows(counts.n_vertices, type_of(config.dtype, counts.n_train // config.n_folds))
-    return float(sum(stored_bytes(row, counts.n_images) for row in rows.values()))

@@ -6,7 +6,7 @@ import pytest
 
 from featcache.cache.store import Row
 from heads.config import CoreConfig, FitConfig
-from heads.recipes.fits import Features, FitSizes, fit_memory, saved_bytes
+from heads.fit.sizes import Features, FitSizes, fit_memory, saved_bytes
 from heads.solvers.memory import Sizes, whole_bytes
 
 POOLED = Features({"pooled": Row((96,))})
