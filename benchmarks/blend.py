@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from measure import Figure, options, paired, peak_gb, report
 
-from featcache.cache.store import create_store, open_store
+from featcache.cache.store import Row, create_store, open_store
 from featcache.dataset.algonauts import response_files
 from featcache.dataset.subject import Images, Subject
 from featcache.machine.memory import keep_freed_memory
@@ -32,7 +32,7 @@ def hemispheres(n_vertices: int) -> dict[str, slice]:
 
 
 def write(folder: Path, n_images: int, n_vertices: int, n_models: int) -> None:
-    """Models that know the same half of the responses and differ in their noise."""
+    """Models that know the same half of the responses and differ in their noise, in float16 as `fit-heads` has it."""
     rng = np.random.default_rng(0)
     path = folder / "training_split" / "training_fmri"
     path.mkdir(parents=True)
@@ -41,7 +41,7 @@ def write(folder: Path, n_images: int, n_vertices: int, n_models: int) -> None:
     parts = hemispheres(n_vertices)
     for hemisphere, columns in parts.items():
         np.save(path / f"{hemisphere}_training_fmri.npy", responses[:, columns])
-    widths = {hemisphere: columns.stop - columns.start for hemisphere, columns in parts.items()}
+    rows = {hemisphere: Row((columns.stop - columns.start,), "float16") for hemisphere, columns in parts.items()}
     for model in range(n_models):
         key = {
             "subject": "subj01",
@@ -49,13 +49,13 @@ def write(folder: Path, n_images: int, n_vertices: int, n_models: int) -> None:
             **{"responses": "", "head": "linear", "solver": "exact", "objective": "ridge", "n_folds": 5, "seed": 0},
         }
         facts = {"model": f"m{model}", "features": f"m{model}"}
-        store = create_store(folder / "stores", f"m{model}", key, np.arange(len(signal)), n_images, widths, facts)
+        store = create_store(folder / "stores", f"m{model}", key, np.arange(len(signal)), n_images, rows, facts)
         predictions = signal + (1 + model / n_models) * rng.standard_normal(signal.shape, dtype=np.float32)
         step = store.chunk_rows("lh")
         with store.writing():
             for start in range(0, len(predictions), step):
-                rows = predictions[start : start + step]
-                store.append({hemisphere: rows[:, columns] for hemisphere, columns in parts.items()})
+                some = predictions[start : start + step]
+                store.append({hemisphere: some[:, columns] for hemisphere, columns in parts.items()})
 
 
 def main() -> None:
