@@ -20,7 +20,7 @@ from featcache.cache.store import Store
 from featcache.dataset.splits import BY_ID, Split
 from featcache.dataset.subject import Subject
 from featcache.machine.prefetch import prefetch
-from featcache.machine.tensors import as_float32
+from featcache.machine.tensors import copy_as_float32
 from heads.scores.metrics import r_from_sums
 
 T = TypeVar("T")
@@ -307,11 +307,11 @@ def add_products(
             block = slice(start, min(start + _TILE_VERTICES, vertices.stop))
             own = tile[: block.stop - block.start]
             for number, column in enumerate(columns):
-                rows = as_float32(column[:, block].take(order, axis=0))
-                if first:
-                    shift[block, number] = rows.mean(0)
-                rows -= shift[block, number]
-                own[:, number] = rows.T
+                copy_as_float32(column[:, block].take(order, axis=0).T, own[:, number])
+            values = own[:, :n_columns]
+            if first:
+                shift[block] = values.mean(-1)
+            values -= shift[block, :, None]
             for fold, some in parts:
                 part = own[..., some]
                 product = part @ part[:, : n_columns + 1].transpose(0, 2, 1)
