@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python benchmarks/blend.py [--quick]
 
-Responses and stores are written by another process, so that the memory is the blend's alone. It does not grow with the
-images: rows are read batch by batch.
+Predictions are in float16, as `fit-heads` stores them; `--bits 32` has them in float32, which takes twice as long to
+read. Responses and stores are written by another process, so that the memory is the blend's alone. It does not grow
+with the images: rows are read batch by batch.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from measure import Figure, options, paired, peak_gb, report
 
-from featcache.cache.store import create_store, open_store
+from featcache.cache.store import Row, create_store, open_store
 from featcache.dataset.algonauts import response_files
 from featcache.dataset.subject import Images, Subject
 from featcache.machine.memory import keep_freed_memory
@@ -31,8 +32,8 @@ def hemispheres(n_vertices: int) -> dict[str, slice]:
     return {"lh": slice(0, left), "rh": slice(left, n_vertices)}
 
 
-def write(folder: Path, n_images: int, n_vertices: int, n_models: int) -> None:
-    """Models that know the same half of the responses and differ in their noise."""
+def write(folder: Path, n_images: int, n_vertices: int, n_models: int, bits: int = 16) -> None:
+    """Models that know the same half of the responses and differ in their noise, in float16 if not told otherwise."""
     rng = np.random.default_rng(0)
     path = folder / "training_split" / "training_fmri"
     path.mkdir(parents=True)
@@ -41,7 +42,7 @@ def write(folder: Path, n_images: int, n_vertices: int, n_models: int) -> None:
     parts = hemispheres(n_vertices)
     for hemisphere, columns in parts.items():
         np.save(path / f"{hemisphere}_training_fmri.npy", responses[:, columns])
-    widths = {hemisphere: columns.stop - columns.start for hemisphere, columns in parts.items()}
+    rows = {hemisphere: Row((columns.stop - columns.start,), f"float{bits}") for hemisphere, columns in parts.items()}
     for model in range(n_models):
         key = {
             "subject": "subj01",
@@ -49,24 +50,24 @@ def write(folder: Path, n_images: int, n_vertices: int, n_models: int) -> None:
             **{"responses": "", "head": "linear", "solver": "exact", "objective": "ridge", "n_folds": 5, "seed": 0},
         }
         facts = {"model": f"m{model}", "features": f"m{model}"}
-        store = create_store(folder / "stores", f"m{model}", key, np.arange(len(signal)), n_images, widths, facts)
+        store = create_store(folder / "stores", f"m{model}", key, np.arange(len(signal)), n_images, rows, facts)
         predictions = signal + (1 + model / n_models) * rng.standard_normal(signal.shape, dtype=np.float32)
         step = store.chunk_rows("lh")
         with store.writing():
             for start in range(0, len(predictions), step):
-                rows = predictions[start : start + step]
-                store.append({hemisphere: rows[:, columns] for hemisphere, columns in parts.items()})
+                some = predictions[start : start + step]
+                store.append({hemisphere: some[:, columns] for hemisphere, columns in parts.items()})
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--write"]:
         write(Path(sys.argv[2]), *json.loads(sys.argv[3]))
         return
-    sizes = options(__doc__, images=(3936, 200), vertices=(39548, 500), models=(20, 4), rounds=(3, 1))
+    sizes = options(__doc__, images=(3936, 200), vertices=(39548, 500), models=(20, 4), bits=(16, 16), rounds=(3, 1))
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shape = [sizes.images, sizes.vertices, sizes.models]
+        shape = [sizes.images, sizes.vertices, sizes.models, sizes.bits]
         subprocess.run([sys.executable, __file__, "--write", name, json.dumps(shape)], check=True)
         stores = sorted((open_store(path) for path in (folder / "stores").iterdir()), key=lambda one: one.name)
         train = Images((folder,) * sizes.images, np.arange(sizes.images))

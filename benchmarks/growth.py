@@ -29,7 +29,7 @@ def blend(n_models: int, n_vertices: int) -> Callable[[], object]:
     sums[:, -2:, -2:] = 200 * np.eye(2)
     judge = Judge(np.ones(n_vertices), np.full(n_vertices, True))
     each = Groups(np.arange(n_vertices), n_vertices)
-    return lambda: stacked(Products(sums), each, judge)
+    return lambda: stacked(Products(sums[None]).total(), each, judge)
 
 
 def curve(what: str, theory: str, sizes: Sequence[int], make: Callable[[int], Callable[[], object]]) -> Figure:

@@ -236,6 +236,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "heads.solvers.layers.ridge",
         "heads.fit.known_fits",
         "heads.fit.run",
+        "heads.fit.stored",
         "heads.blend.run",
         "heads.blend.plot",
         "heads.maps.export",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from featcache.cache.extract import extract
+from featcache.cache.store import open_store
 from featcache.config import BackboneConfig, ExtractConfig
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.importing.config import ImportConfig
@@ -17,6 +18,8 @@ from featcache.dataset.open import open_imported
 from featcache.dataset.subject import Dataset
 from heads.config import AdamWConfig, FitConfig
 from heads.fit.run import fit_heads, scores_by_model
+from heads.fit.stored import float16_suffices
+from heads.scores.metrics import pearson_r
 from support.shared import build_once
 
 
@@ -47,6 +50,18 @@ def test_the_last_layer_pooled_predicts_real_neurons(features):
 
 def test_all_layers_with_their_places_predict_them_better(features, every_window):
     assert mean_r(*features) == pytest.approx(0.755, abs=0.02)
+
+
+def test_predictions_in_float16_have_the_scores_of_those_in_float32(features, v4):
+    """Of every vertex and fold; where there are images enough, float16 is what is stored."""
+    root, work = features
+    (subject,) = open_challenge(root).subjects
+    (fit,) = fit_heads([subject], FitConfig(layers="pooled", dtype="float32"), work)
+    for surface, array in open_store(fit.path).arrays.items():
+        predictions, responses = array[: len(subject.train)], subject.responses(surface)
+        assert float16_suffices(predictions, len(predictions), 120)
+        change = pearson_r(predictions.astype(np.float16), responses) - pearson_r(predictions, responses)
+        assert np.abs(change).max() < 1e-4
 
 
 def test_spatial_heads_come_close_to_them(features):

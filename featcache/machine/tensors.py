@@ -82,6 +82,19 @@ def _pieces(tensor: torch.Tensor) -> Iterator[bytes | memoryview]:
         yield numbers[start : start + _AT_ONCE].numpy().data
 
 
+def as_float32(values: np.ndarray) -> np.ndarray:
+    """The same numbers in float32, themselves where they are. torch converts float16 ten times as fast as NumPy."""
+    return values if values.dtype == np.float32 else torch.from_numpy(values).float().numpy()
+
+
+def copy_as_float32(values: np.ndarray, place: np.ndarray) -> None:
+    """Copy numbers of any type to a float32 place of their shape, as fast as `as_float32`."""
+    if values.dtype == np.float16:
+        torch.from_numpy(place).copy_(torch.from_numpy(values))
+    else:
+        place[:] = values
+
+
 def large_zeros(folder: Path | None, *shape: int) -> torch.Tensor:
     """float32 zeros of any size: in main memory, or above `_IN_MEMORY` in a file of this folder.
 

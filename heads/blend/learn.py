@@ -5,22 +5,19 @@ towards the uniform blend: weights = (1 - s) own + s coarser. s, and any other s
 that the weights were not learnt on. Where a blend is scored on a fold, nothing of that fold is used to choose either.
 """
 
-import os
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from featcache.dataset.subject import Subject
-from heads.blend.products import N_FOLDS, Products
-from heads.blend.weights import Groups, Judge, Learner, blended_sums, learners, single, times_blend
+from heads.blend.products import N_FOLDS, Products, of_tiles
+from heads.blend.weights import Groups, Judge, Learner, blended_sums, learners, nested_sums, single
 from heads.config import LEVELS, BlendConfig
 from heads.scores.metrics import r_from_sums
 
 SHRINKAGE = (1.0, 0.75, 0.5, 0.25, 0.0)  # of equally good ones the first is taken: the coarser blend
 MOST_VERTICES = 8192  # from which levels above the vertex, and shrinkage, are learnt; evenly spread over the ROIs
-_TILE = 512  # vertices at a time where each has weights of its own
 
 
 @dataclass(frozen=True)
@@ -99,14 +96,13 @@ def learn(
     for fold in range(N_FOLDS):
         nested["best single"].append(surfaces.spread(single(products.total({fold}), surfaces, judge)))
         nested["blend"].append(_of_models(chain.weights((fold,))[0], parts))
-    return Learnt(_without_constants(_of_models(weights, parts), products.total()), nested, choices)
+    varies = products.total().varies
+    return Learnt(_without_constants(_of_models(weights, parts), varies), nested, choices)
 
 
 def nested_r(products: Products, weights: Sequence[np.ndarray]) -> np.ndarray:
     """r over all images, (n_vertices,), of a blend with other weights, (n_vertices, n_models), in each fold."""
-    folds = ((products.fold(fold).sums, of_fold) for fold, of_fold in enumerate(weights))
-    parts = [blended_sums(sums, of_fold, times_blend(sums, of_fold)) for sums, of_fold in folds]
-    return r_from_sums(*np.sum(parts, axis=0))
+    return r_from_sums(*nested_sums(products, weights))
 
 
 def _pooled(products: Products, parts: np.ndarray) -> Products:
@@ -122,9 +118,9 @@ def _of_models(weights: np.ndarray, parts: np.ndarray | None) -> np.ndarray:
     return weights if parts is None else weights @ parts
 
 
-def _without_constants(weights: np.ndarray, total: Products) -> np.ndarray:
+def _without_constants(weights: np.ndarray, varies: np.ndarray) -> np.ndarray:
     """Weights without those of models that are constant at a vertex: they add nothing there, and would mislead."""
-    varying = np.where(np.einsum("vcc->vc", total.sums)[:, :-2] > 0, weights, 0)
+    varying = np.where(varies, weights, 0)
     sums = varying.sum(1, keepdims=True)
     return np.where(sums > 0, varying / np.where(sums > 0, sums, 1), weights)
 
@@ -146,7 +142,6 @@ class _Chain:
         n_kept = min(len(order), MOST_VERTICES)
         self._kept = np.sort(order[np.arange(n_kept) * len(order) // n_kept])
         self._few, self._few_judge = products.at(self._kept), judge.at(self._kept)
-        self._folds = [self._few.fold(fold) for fold in range(N_FOLDS)]
         self._learnt: dict[frozenset[int], list[dict[str, np.ndarray]]] = {}
 
     def weights(self, without: Sequence[int]) -> tuple[np.ndarray, list[Choice]]:
@@ -176,10 +171,10 @@ class _Chain:
             self._learnt[without] = [
                 {
                     setting: learner(total, level.groups.at(self._kept), self._few_judge)
-                    if level.name != "vertex"
-                    else _each_vertex(learner, self._few, without, self._few_judge)
                     for setting, learner in self._learners.items()
                 }
+                if level.name != "vertex"
+                else _each_vertex(self._learners, self._few, without, self._few_judge)
                 for level in self._levels
             ]
         return self._learnt[without]
@@ -188,7 +183,8 @@ class _Chain:
         """Weights of all vertices, (n_vertices, n_models), at one level and setting."""
         level = self._levels[number]
         if level.name == "vertex":
-            return _each_vertex(self._learners[setting], self._products, without, self._judge)
+            of_setting = {setting: self._learners[setting]}
+            return _each_vertex(of_setting, self._products, without, self._judge)[setting]
         return level.groups.spread(self._of_groups(frozenset(without))[number][setting])
 
     def _best(
@@ -198,38 +194,51 @@ class _Chain:
 
         own, coarser : weights by fold, (n_kept, n_models); own also by setting
         """
-        best, choice = -1.0, (next(iter(self._learners)), 1.0)
-        times = {fold: times_blend(self._folds[fold].sums, weights) for fold, weights in coarser.items()}
-        for setting in self._learners:
+
+        def of_tile(tile: slice) -> np.ndarray:
+            """(n_settings, n_shrinkages) sums over vertices."""
             parts = [
-                _mixtures(of_fold.sums, _mixed(own[fold][setting], coarser[fold], 0), coarser[fold], times[fold])
-                for fold, of_fold in enumerate(self._folds)
-                if fold in own
+                _mixtures(
+                    self._few.sums[fold, tile].astype(np.float64),
+                    [_mixed(weights[tile], coarser[fold][tile], 0) for weights in of_fold.values()],
+                    coarser[fold][tile],
+                )
+                for fold, of_fold in own.items()
             ]
-            score = self._few_judge.mean(r_from_sums(*np.sum(parts, axis=0)))
+            return np.asarray(self._few_judge.at(tile).value(r_from_sums(*np.sum(parts, axis=0))).sum(-1))
+
+        scores = np.sum(of_tiles(of_tile, self._few.n_vertices), axis=0) / max(self._few_judge.counts.sum(), 1)
+        best, choice = -1.0, (next(iter(self._learners)), 1.0)
+        for setting, score in zip(self._learners, scores, strict=True):
             first = int(np.argmax(score > score.max() - 1e-9))
             if score[first] > best:
                 best, choice = score[first], (setting, SHRINKAGE[first])
         return choice
 
 
-def _each_vertex(learner: Learner, products: Products, without: Collection[int], judge: Judge) -> np.ndarray:
-    """Weights of each vertex alone, (n_vertices, n_models): some vertices at a time, whose products stay in a cache."""
+def _each_vertex(
+    learners: Mapping[str, Learner], products: Products, without: Collection[int], judge: Judge
+) -> dict[str, np.ndarray]:
+    """{setting: weights of each vertex alone, (n_vertices, n_models)}."""
 
-    def of_tile(first: int) -> np.ndarray:
-        tile = np.arange(first, min(first + _TILE, products.n_vertices))
-        total = products.at(slice(first, first + len(tile))).total(without)
-        return learner(total, Groups(np.arange(len(tile)), len(tile)), judge.at(tile))
+    def of_tile(tile: slice) -> list[np.ndarray]:
+        total, n = products.at(tile).total(without), tile.stop - tile.start
+        return [learner(total, Groups(np.arange(n), n), judge.at(tile)) for learner in learners.values()]
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy lets go of the interpreter while it sums and solves
-        return np.concatenate(list(threads.map(of_tile, range(0, products.n_vertices, _TILE))))
+    of_settings = zip(*of_tiles(of_tile, products.n_vertices), strict=True)
+    return {setting: np.concatenate(parts) for setting, parts in zip(learners, of_settings, strict=True)}
 
 
-def _mixtures(sums: np.ndarray, own: np.ndarray, coarser: np.ndarray, times_coarser: np.ndarray) -> np.ndarray:
-    """`blended_sums` of two blends mixed with every shrinkage, (6, n_shrinkages, n_vertices), at the price of one."""
-    of_own, of_coarser = blended_sums(sums, own, times_blend(sums, own)), blended_sums(sums, coarser, times_coarser)
+def _mixtures(sums: np.ndarray, own: Sequence[np.ndarray], coarser: np.ndarray) -> np.ndarray:
+    """`blended_sums` of some blends mixed with a coarser one at every shrinkage, at the price of one.
+
+    (6, n_blends, n_shrinkages, n_vertices)
+    """
+    weights = np.stack([*own, coarser], axis=1)
+    times = weights @ sums[:, :-2]
+    each = blended_sums(sums, weights, times)
     s = np.array(SHRINKAGE)[:, None]
-    mixed = (1 - s) * of_own[:, None] + s * of_coarser[:, None]
-    between = np.einsum("vm,vm->v", own, times_coarser[:, :-2])
-    mixed[2] = (1 - s) ** 2 * of_own[2] + 2 * s * (1 - s) * between + s**2 * of_coarser[2]
+    mixed = (1 - s) * each[:, :-1, None] + s * each[:, -1:, None]
+    between = np.einsum("vbm,vm->bv", weights[:, :-1], times[:, -1, :-2])[:, None]
+    mixed[2] = (1 - s) ** 2 * each[2, :-1, None] + 2 * s * (1 - s) * between + s**2 * each[2, -1]
     return np.asarray(mixed)

@@ -6,10 +6,9 @@ factorization, https://doi.org/10.1137/110821172). A step is one batch of linear
 are not yet solved.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
+
+from heads.blend.products import of_tiles
 
 _TILE = 512  # problems at a time: their matrices stay in a cache
 _PATIENCE = 3  # exchanges of whole blocks that may leave as many wrong variables as before
@@ -30,15 +29,11 @@ def nnls(gram: np.ndarray, cross: np.ndarray) -> np.ndarray:
     -------
     x : (n_problems, n_variables) float64. Where columns depend on each other, the solution of least norm, nearly
     """
-    x = np.zeros(cross.shape)
 
-    def fill(first: int) -> None:
-        block = slice(first, first + _TILE)
-        x[block] = _solve(gram[block].astype(np.float64), cross[block].astype(np.float64))
+    def of_tile(tile: slice) -> np.ndarray:
+        return _solve(gram[tile].astype(np.float64), cross[tile].astype(np.float64))
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy lets go of the interpreter while it solves
-        list(threads.map(fill, range(0, len(x), _TILE)))
-    return x
+    return np.concatenate([np.zeros((0, cross.shape[1])), *of_tiles(of_tile, len(cross), _TILE)])
 
 
 def _solve(gram: np.ndarray, cross: np.ndarray) -> np.ndarray:

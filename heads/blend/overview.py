@@ -13,9 +13,8 @@ from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import bar
 from heads.blend.learn import judge_of
 from heads.blend.models import Model, chosen_on, find_models, has_ceilings
-from heads.blend.products import N_FOLDS, Products, gather
+from heads.blend.products import N_FOLDS, Total, gather
 from heads.blend.uncertainty import scorer_of
-from heads.blend.weights import each_r
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class _Part:
 def _score(subject: Subject, models: Sequence[Model], accuracy: bool, by: Split) -> _Part:
     products = gather(subject, [model.store for model in models], by).products
     scorer, total = scorer_of(subject, judge_of(subject), accuracy), products.total()
-    columns = [scorer.mean(each_r(part)) for part in (total, *(products.fold(fold) for fold in range(N_FOLDS)))]
+    columns = [scorer.mean(part.r_of_each) for part in (total, *(products.fold(fold) for fold in range(N_FOLDS)))]
     names = [model.name for model in models]
     return _Part(subject.name, scorer.n_vertices, names, np.stack(columns, 1), _agreement(total))
 
@@ -124,7 +123,7 @@ def _over_subjects(models: Mapping[str, Model], parts: Sequence[_Part]) -> Model
     )
 
 
-def _agreement(total: Products) -> np.ndarray:
+def _agreement(total: Total) -> np.ndarray:
     """Mean over vertices of the correlation of two models' predictions, (n_models, n_models)."""
     gram = total.covariance[0]
     size = np.sqrt(np.maximum(np.einsum("vmm->vm", gram), 0))

@@ -14,9 +14,11 @@ from featcache.cache.store import Store
 from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
 from featcache.machine.files import replace_bytes
+from featcache.machine.tensors import as_float32
 from heads.blend.models import SubjectModels
-from heads.blend.products import Gathered, surface_blocks
-from heads.blend.weights import r_of
+from heads.blend.products import N_FOLDS, Gathered, surface_blocks
+from heads.blend.weights import nested_sums
+from heads.scores.metrics import r_from_sums
 
 T = TypeVar("T")
 
@@ -48,7 +50,7 @@ class Coefficients:
 
         stores : {model: its prediction store}, of those that are `needed` at least
         """
-        return self.of_predictions(lambda model: stores[model].read(surface, start, stop), stop - start)
+        return self.of_predictions(lambda model: as_float32(stores[model].read(surface, start, stop)), stop - start)
 
     def of_predictions(self, predictions: Callable[[str], np.ndarray], n_images: int) -> np.ndarray:
         """The blend of predictions, (n_images, n_vertices) float32. predictions : gives those of a model, by name"""
@@ -110,8 +112,7 @@ def coefficients_of(
 
     weights : (n_vertices, n_models), the vertices of all surfaces side by side
     """
-    total = gathered.products.total().sums
-    of_models, intercept = _in_units(_slope(total, gathered, weights), weights, gathered)
+    of_models, intercept = _in_units(_slope(gathered, weights), weights, gathered)
     if len(models) == 1:
         of_models, intercept = np.ones_like(of_models), np.zeros_like(intercept)
     return {
@@ -132,8 +133,7 @@ def nested_of(
     weights : (n_vertices, n_models), learnt on all images
     nested : (n_vertices, n_models) for each fold, learnt on the others
     """
-    total = gathered.products.total().sums
-    slope, varies = _slope(total, gathered, weights), np.einsum("vcc->vc", total)[:, :-2] > 0
+    slope, varies = _slope(gathered, weights), gathered.products.total().varies
     folds = [_in_units(slope, np.where(varies, of_fold, 0), gathered) for of_fold in nested]
     return {
         surface: NestedCoefficients(
@@ -145,14 +145,13 @@ def nested_of(
     }
 
 
-def _slope(total: np.ndarray, gathered: Gathered, weights: np.ndarray) -> np.ndarray:
+def _slope(gathered: Gathered, weights: np.ndarray) -> np.ndarray:
     """Slope of the responses on a blend of standardised predictions, (n_vertices,)."""
-    n = total[:, -1, -1]
-    variance = np.einsum("vm,vmk,vk->v", weights, total[:, :-2, :-2], weights, optimize=True) / n
-    spread = gathered.units.scale[:, -1] * np.sqrt(np.maximum(total[:, -2, -2], 0) / n)
-    return np.asarray(
-        np.maximum(r_of(total, weights), _MINIMUM_SLOPE) * spread / np.sqrt(np.where(variance > 0, variance, 1))
-    )
+    blended = nested_sums(gathered.products, [weights] * N_FOLDS)
+    n, _, squares, _, _, y_squares = blended
+    spread = gathered.units.scale[:, -1] * np.sqrt(np.maximum(y_squares, 0) / n)
+    size = np.sqrt(np.where(squares > 0, squares / n, 1))
+    return np.asarray(np.maximum(r_from_sums(*blended), _MINIMUM_SLOPE) * spread / size)
 
 
 def _in_units(slope: np.ndarray, weights: np.ndarray, gathered: Gathered) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,6 @@ from heads.blend.models import Model
 from heads.blend.products import N_FOLDS, SEED, Products, gather, surface_blocks
 from heads.blend.saved import Coefficients, NestedCoefficients, coefficients_of, nested_of
 from heads.blend.uncertainty import Resampled, resample, scorer_of
-from heads.blend.weights import r_of
 from heads.config import BlendConfig
 from heads.scores.metrics import VertexScores
 
@@ -58,7 +57,7 @@ def blend_subject(
     parts = _backbone_means(models) if config.by == "backbone" else None
     learnt = learn(gathered.products, judge, levels, config, parts)
     r = {name: nested_r(gathered.products, weights) for name, weights in learnt.nested.items()}
-    r["optimistic"] = r_of(gathered.products.total().sums, learnt.weights)
+    r["optimistic"] = nested_r(gathered.products, [learnt.weights] * N_FOLDS)
 
     def relearn(products: Products, vertices: np.ndarray) -> Learnt:
         return learn(products, judge.at(vertices), [level.at(vertices) for level in levels], config, parts)

@@ -12,7 +12,7 @@ from featcache.dataset.splits import BY_ID, Split
 from featcache.dataset.subject import Subject
 from heads.blend.learn import Learnt, nested_r
 from heads.blend.products import N_FOLDS, SEED, Gathered, Products, Sample
-from heads.blend.weights import Judge, r_of
+from heads.blend.weights import Judge
 from heads.scores.resampling import LEVEL, N_DRAWS, image_weights, response_sums, weighted_r, with_all_alike
 
 N_BOOTSTRAPS, N_PERMUTATIONS = N_DRAWS, 10
@@ -115,7 +115,8 @@ def _shuffled_r(gathered: Gathered, folds: np.ndarray, relearn: Relearn, seed: i
         products = shuffled_products(known, sample, folds, generator.permutation(len(folds)))
         learnt = relearn(products, sample.vertices)
         r = {name: nested_r(products, weights) for name, weights in learnt.nested.items()}
-        for name, values in (r | {"optimistic": r_of(products.total().sums, learnt.weights)}).items():
+        r["optimistic"] = nested_r(products, [learnt.weights] * N_FOLDS)
+        for name, values in r.items():
             means.setdefault(name, []).append(values.mean())
     return {name: np.array(values) for name, values in means.items()}
 
@@ -133,11 +134,10 @@ def bootstrap(
     sums = response_sums(times, y)
     r = {}
     for name, weights in nested.items():
+        of_folds = np.stack(weights, dtype=np.float32)  # (n_folds, n_sample, n_models)
         blend = np.zeros_like(y)
-        for fold, of_fold in enumerate(weights):
-            rows = folds == fold
-            for column, weight in zip(sample.columns[:-1], of_fold.T.astype(np.float32), strict=True):
-                blend[rows] += column[rows] * weight
+        for model, column in enumerate(sample.columns[:-1]):
+            blend += column * of_folds[folds, :, model]
         r[name] = weighted_r(times, blend, y, sums)
     return r
 

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from heads.blend.nnls import nnls
-from heads.blend.products import Products
+from heads.blend.products import Products, Total, of_tiles
 from heads.scores.metrics import explained_share, r_from_sums
 
 TEMPERATURES = (0.003, 0.01, 0.03, 0.1, 0.3)  # of the softmax, in units of r
@@ -48,7 +48,7 @@ class Judge:
         mean: np.ndarray = self.value(r).sum(-1) / max(self.counts.sum(), 1)
         return mean
 
-    def at(self, vertices: np.ndarray) -> "Judge":
+    def at(self, vertices: np.ndarray | slice) -> "Judge":
         """The judge of some of the vertices, given by number."""
         return Judge(self.ceiling[vertices], self.counts[vertices])
 
@@ -101,75 +101,78 @@ def r_of(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
     sums : (n_vertices, n_models + 2, n_models + 2)
     weights : (n_vertices, n_models)
     """
-    return r_from_sums(*blended_sums(sums, weights, times_blend(sums, weights)))
-
-
-def times_blend(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Sums of products of every column with a blend, (n_vertices, n_models + 2)."""
-    times: np.ndarray = np.einsum("vmc,vm->vc", sums[:, :-2], weights)
-    return times
+    times = np.einsum("vm,vmc->vc", weights, sums[:, :-2])
+    return r_from_sums(*blended_sums(sums, weights[:, None], times[:, None])[:, 0])
 
 
 def blended_sums(sums: np.ndarray, weights: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """What `r_from_sums` takes, for one blend, (6, n_vertices).
+    """What `r_from_sums` takes, for several blends, (6, n_blends, n_vertices).
 
-    times : from `times_blend`
+    sums : (n_vertices, n_models + 2, n_models + 2)
+    weights : (n_vertices, n_blends, n_models)
+    times : weights @ sums[:, :-2], products of every blend with every column, (n_vertices, n_blends, n_models + 2)
     """
-    squares = np.einsum("vm,vm->v", times[:, :-2], weights)
-    y = sums[:, -2]
-    return np.stack([sums[:, -1, -1], times[:, -1], squares, times[:, -2], y[:, -1], y[:, -2]])
+    blended = np.empty((6, weights.shape[1], len(sums)))
+    blended[0], blended[4], blended[5] = sums[:, -1, -1], sums[:, -2, -1], sums[:, -2, -2]
+    blended[1], blended[3] = times[..., -1].T, times[..., -2].T
+    np.einsum("vbm,vbm->bv", times[..., :-2], weights, out=blended[2])
+    return blended
 
 
-def each_r(products: Products) -> np.ndarray:
-    """r of every model alone, (n_models, n_vertices)."""
-    sums = np.moveaxis(products.sums, 0, -1)  # (c, c, v)
-    n_models = products.n_models
-    squares = np.einsum("mmv->mv", sums)[:n_models]
-    y = sums[-2]
-    return r_from_sums(sums[-1, -1], sums[:n_models, -1], squares, sums[:n_models, -2], y[-1], y[-2])
+def nested_sums(products: Products, weights: Sequence[np.ndarray]) -> np.ndarray:
+    """What `r_from_sums` takes of a blend with other weights, (n_vertices, n_models), in each fold: (6, n_vertices)."""
+
+    def of_tile(tile: slice) -> np.ndarray:
+        total = np.zeros((6, 1, tile.stop - tile.start))
+        for of_fold, weights_of_fold in zip(products.sums, weights, strict=True):
+            sums, own = of_fold[tile].astype(np.float64), weights_of_fold[tile, None]
+            total += blended_sums(sums, own, own @ sums[:, :-2])
+        return total[:, 0]
+
+    return np.concatenate(of_tiles(of_tile, products.n_vertices), axis=1)
 
 
-def uniform(products: Products, groups: Groups, judge: Judge) -> np.ndarray:
+def uniform(total: Total, groups: Groups, judge: Judge) -> np.ndarray:
     """The same weight for every model, (n_groups, n_models)."""
-    return np.full((groups.n, products.n_models), 1 / products.n_models)
+    return np.full((groups.n, total.n_models), 1 / total.n_models)
 
 
-def single(products: Products, groups: Groups, judge: Judge) -> np.ndarray:
+def single(total: Total, groups: Groups, judge: Judge) -> np.ndarray:
     """All weight on the best model of the group, (n_groups, n_models)."""
-    scores, counted = _mean_value(judge.value(each_r(products)), groups, judge)
-    return _or_nothing(np.eye(products.n_models)[np.argmax(scores, axis=1)], counted)
+    scores, counted = _mean_value(judge.value(total.r_of_each), groups, judge)
+    return _or_nothing(np.eye(total.n_models)[np.argmax(scores, axis=1)], counted)
 
 
-def by_score(products: Products, groups: Groups, judge: Judge, temperature: float) -> np.ndarray:
+def by_score(total: Total, groups: Groups, judge: Judge, temperature: float) -> np.ndarray:
     """Softmax of the models' mean r over the group, divided by a temperature, (n_groups, n_models)."""
-    r = np.where(judge.counts, np.maximum(each_r(products), 0), 0)
+    r = np.where(judge.counts, np.maximum(total.r_of_each, 0), 0)
     scores, counted = _mean_value(r, groups, judge)
     powers = np.exp((scores - scores.max(1, keepdims=True)) / temperature)
     return _or_nothing(powers / powers.sum(1, keepdims=True), counted)
 
 
-def stacked(products: Products, groups: Groups, judge: Judge) -> np.ndarray:
+def stacked(total: Total, groups: Groups, judge: Judge) -> np.ndarray:
     """Non-negative least squares of the responses on the predictions of a group's vertices, (n_groups, n_models).
 
     Predictions are scaled up at each vertex, all models by the gain that suits the uniform blend. Without it, vertices
     that no model explains would draw all weights towards 0. A vertex counts as in the metric, by its ceiling, or by
     what the blend explains where that is more.
     """
-    gram, cross = products.covariance
+    gram, cross = total.covariance
     if not groups.each_alone:
-        equal = np.full(products.n_models, 1 / products.n_models)
+        equal = np.full(total.n_models, 1 / total.n_models)
         variance, covariance = equal @ gram @ equal, np.maximum(cross @ equal, 0)
         gain = covariance / np.where(variance > 0, variance, 1)
         counts = judge.counts / np.maximum(judge.ceiling, gain * covariance)
         gram = groups.sum(gram * (counts * gain**2)[:, None, None])
         cross = groups.sum(cross * (counts * gain)[:, None])
     weights = nnls(gram, cross)
-    total = weights.sum(1, keepdims=True)
-    counted = (total[:, 0] > 0) & (groups.sum(judge.counts.astype(np.float64)) > 0)
-    return _or_nothing(weights / np.where(total > 0, total, 1), counted)
+    whole = weights.sum(1, keepdims=True)
+    counted = (whole[:, 0] > 0) & (groups.sum(judge.counts.astype(np.float64)) > 0)
+    return _or_nothing(weights / np.where(whole > 0, whole, 1), counted)
 
 
-def greedy(products: Products, groups: Groups, judge: Judge, seed: int = 0, n_bags: int = 1) -> np.ndarray:
+def greedy(total: Total, groups: Groups, judge: Judge, seed: int = 0, n_bags: int = 1) -> np.ndarray:
     """Greedy selection, (n_groups, n_models): start from the best k models, add the best one until none helps.
 
     A model may be added again. With several bags, the mean over them, each of which chooses among a random half
@@ -178,36 +181,34 @@ def greedy(products: Products, groups: Groups, judge: Judge, seed: int = 0, n_ba
     Caruana et al. 2004, Ensemble selection from libraries of models, https://doi.org/10.1145/1015330.1015432
     """
     generator = np.random.default_rng(seed)
-    n_models = products.n_models
+    n_models = total.n_models
     bags = []
     for _ in range(n_bags):
         allowed = np.arange(n_models)
         if n_bags > 1:
             allowed = np.sort(generator.permutation(n_models)[: -(-n_models // 2)])
-        columns = [*allowed, n_models, n_models + 1]
         bag = np.zeros((groups.n, n_models))
-        bag[:, allowed] = _selected(Products(products.sums[:, columns][:, :, columns]), groups, judge)
+        bag[:, allowed] = _selected(total, allowed, groups, judge)
         bags.append(bag)
     return np.asarray(np.mean(bags, axis=0))
 
 
-def _selected(products: Products, groups: Groups, judge: Judge) -> np.ndarray:
-    """One greedy blend of each group, (n_groups, n_models)."""
-    n_models = products.n_models
-    n, y, y_squares = products.sums[:, -1, -1], products.sums[:, -2, -1], products.sums[:, -2, -2]
+def _selected(total: Total, models: np.ndarray, groups: Groups, judge: Judge) -> np.ndarray:
+    """One greedy blend of some models for each group, (n_groups, len(models)). models : their numbers, rising"""
+    n, *of_each, y, y_squares = total.of_each
+    model_sums, model_squares, model_times_y = (sums[models] for sums in of_each)
+    columns = [*models, total.n_models, total.n_models + 1]
+    sums = total.sums if len(models) == total.n_models else total.sums[:, columns][:, :, columns]
     # models first: their sums at all vertices lie side by side
-    pairs = np.ascontiguousarray(np.moveaxis(products.sums[:, :n_models, :n_models], 0, -1))
-    model_squares = np.einsum("mmv->mv", pairs).copy()
-    model_sums = np.ascontiguousarray(products.sums[:, :n_models, -1].T)
-    model_times_y = np.ascontiguousarray(products.sums[:, :n_models, -2].T)
-    chosen, best = _best_start(products, groups, judge)
+    pairs = np.ascontiguousarray(np.moveaxis(sums[:, :-2, :-2], 0, -1))
+    chosen, best = _best_start(sums, total.r_of_each[models], groups, judge)
     counted = best >= 0
     vertex_chosen = groups.spread(chosen)
     blend = np.einsum("vm,mv->v", vertex_chosen, model_sums)
     blend_times_y = np.einsum("vm,mv->v", vertex_chosen, model_times_y)
     with_models = np.einsum("vm,mkv->kv", vertex_chosen, pairs)
     squares = np.einsum("vm,mv->v", vertex_chosen, with_models)
-    vertex = np.arange(products.n_vertices)
+    vertex = np.arange(total.n_vertices)
     for _ in range(_ROUNDS):
         grown = squares + 2 * with_models + model_squares  # squares of the blend with each model added
         r = r_from_sums(n, blend + model_sums, grown, blend_times_y + model_times_y, y, y_squares)
@@ -227,17 +228,20 @@ def _selected(products: Products, groups: Groups, judge: Judge) -> np.ndarray:
     return _or_nothing(chosen / np.maximum(chosen.sum(1, keepdims=True), 1), counted)
 
 
-def _best_start(products: Products, groups: Groups, judge: Judge) -> tuple[np.ndarray, np.ndarray]:
+def _best_start(sums: np.ndarray, r: np.ndarray, groups: Groups, judge: Judge) -> tuple[np.ndarray, np.ndarray]:
     """The best k models of each group, (n_groups, n_models) of 0 and 1, and the score of their average, (n_groups,).
 
     k is the number of models, up to half of them, whose average scores best.
+
+    sums : (n_vertices, n_models + 2, n_models + 2)
+    r : of every model, (n_models, n_vertices)
     """
-    scores, counted = _mean_value(judge.value(each_r(products)), groups, judge)
+    scores, counted = _mean_value(judge.value(r), groups, judge)
     rank = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
     chosen, best = np.zeros(scores.shape), np.full(len(scores), -1.0)
-    for k in range(1, products.n_models // 2 + 2):
+    for k in range(1, len(r) // 2 + 2):
         first = (rank < k).astype(np.float64)
-        of_group, _ = _mean_value(judge.value(r_of(products.sums, groups.spread(first)))[None], groups, judge)
+        of_group, _ = _mean_value(judge.value(r_of(sums, groups.spread(first)))[None], groups, judge)
         better = counted & (of_group[:, 0] > best * (1 + _TIE))
         chosen[better], best[better] = first[better], of_group[better, 0]
     return chosen, best
@@ -253,7 +257,7 @@ def _or_nothing(weights: np.ndarray, counted: np.ndarray) -> np.ndarray:
     return np.where(counted[:, None], weights, np.nan)
 
 
-Learner = Callable[[Products, Groups, Judge], np.ndarray]
+Learner = Callable[[Total, Groups, Judge], np.ndarray]
 
 
 def learners(method: str, seed: int) -> dict[str, Learner]:

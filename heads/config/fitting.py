@@ -11,6 +11,8 @@ from heads.config.checks import check_dropout, refuse_given
 from heads.config.losses import LOSS_HELP, LOSS_NAMES, SAME, loss_label, parse_loss, parse_roi_loss, split_losses
 from heads.config.solvers import HEADS, SOLVERS, SolverSpec, automatic_solver
 
+STORED = ("float16", "float32")  # in which predictions can be stored
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
@@ -180,6 +182,12 @@ class FitConfig:
     device: str = option("auto", f"Where to compute: {', '.join(DEVICES)}.", "Machine")
     # of the products with responses, never of those that are decomposed
     products: str = option("float32", f"Precision of matrix products on CUDA: {', '.join(PRODUCTS)}.", "Machine")
+    dtype: str = option(
+        "float16",
+        f"Precision in which predictions are stored: {', '.join(STORED)}. float16 becomes float32 where it would "
+        "change a score by 0.0001.",
+        "Machine",
+    )
     max_memory: float = option(
         0.0, "Main memory that the process may take, in 10^9 bytes. 0: all free memory.", "Machine"
     )
@@ -193,6 +201,7 @@ class FitConfig:
         one_of("solver", self.solver, ("auto", *SOLVERS))
         one_of("device", self.device, DEVICES)
         one_of("products", self.products, PRODUCTS)
+        one_of("dtype", self.dtype, STORED)
         at_least("folds", self.n_folds, 2)
         at_least("fold-seed", self.seed, 0)
         check_split(self.split)

@@ -12,12 +12,12 @@ import numpy as np
 from safetensors.torch import load_file
 
 from featcache.cache.known_rows import KnownRows, LostRowsError
-from featcache.cache.store import Store, list_stores
+from featcache.cache.store import Store, list_stores, open_store
 from featcache.config import fingerprint
 from featcache.dataset.image_lists import ImageList
 from featcache.errors import StoreError
 from featcache.machine.progress import say
-from featcache.machine.tensors import write_tensors
+from featcache.machine.tensors import as_float32, write_tensors
 from featcache.workdir import Workdir
 from heads.modules.readout import HeadTensors, InFile
 from heads.solvers.base import Problem
@@ -93,6 +93,9 @@ def take_known_fit(
         predicted = dict(_predicted(problem, known, store, heads, by))
         with store.writing():
             for surface in problem.subject.surfaces:
+                if source.arrays[surface].dtype != store.arrays[surface].dtype == np.float16:
+                    store.widen(surface)  # what is known is float32 because float16 is too coarse, or was not asked for
+                    store = open_store(store.path)
                 rows = range(store.committed[surface], len(store.image_ids))
                 new = np.array(known.missing(rows), dtype=np.int64) - store.n_train
                 known.write(
@@ -128,7 +131,7 @@ def _predicted(
         values, (source,) = by(heads, surface), known.stores
         if values is None or not there.any():
             raise _OtherHeadsError("heads that cannot be checked")
-        stored = source.read(surface, source.n_train)[tests[there] - source.n_train]
+        stored = as_float32(source.read(surface, source.n_train)[tests[there] - source.n_train])
         if not agree(values[there], stored):
             raise _OtherHeadsError("heads that do not predict what it has")
         yield surface, values

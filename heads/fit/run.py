@@ -11,16 +11,17 @@ import torch
 
 from featcache.backbone.trainings import Trainings
 from featcache.cache.known_rows import KnownRows
-from featcache.cache.store import Store, create_store, open_store, store_path
+from featcache.cache.store import Row, Store, create_store, open_store, store_path
 from featcache.dataset.grouping import split_of
 from featcache.dataset.responses import refuse_unfit
 from featcache.dataset.splits import Split, refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError
 from featcache.machine.device import check_products, matrix_products, resolve_device
+from featcache.machine.files import refuse_full_disk
 from featcache.machine.memory import give_back_memory, keep_freed_memory, memory_at_start
 from featcache.machine.progress import bar, say
-from featcache.machine.tensors import write_tensors
+from featcache.machine.tensors import as_float32, write_tensors
 from featcache.workdir import Workdir
 from heads.config import HEADS, FitConfig
 from heads.features.sets import FeatureSet, choose, feature_sets, layer_of, say_partial, say_without
@@ -28,6 +29,8 @@ from heads.fit.known_fits import agree, find_known_fit, take_known_fit
 from heads.fit.names import PredictionFacts, PredictionKey, prediction_key
 from heads.fit.out_of_fold import predict_surface
 from heads.fit.short_names import split_names, without_digits
+from heads.fit.sizes import FitSizes, prediction_bytes, saved_bytes
+from heads.fit.stored import prediction_rows, type_of, write_predictions
 from heads.modules.readout import HeadKind, HeadTensors, InMemory, SavedHeads
 from heads.scores.metrics import VertexScores, pearson_r
 from heads.scores.withheld import score_test
@@ -78,6 +81,7 @@ def fit_heads(
     # one training for several subjects serves one loss; other fits share what their losses have in common
     runs = [[variant] for variant in variants] if variants[0].joint else [variants]
     labels = _labels(trainees, variants, work)
+    _refuse_full_disk([problem for run in runs for problem in _problems(trainees, run, device, work)], work)
     fits = [fit for together in runs for fit in _fit_variants(trainees, together, device, work, labels)]
     order = {trainee: number for number, trainee in enumerate(trainees)}
     return [fitted for _, fitted in sorted(fits, key=lambda fit: order[fit[0]])]
@@ -162,18 +166,48 @@ def _fit_variants(
         shared = Shared()
         for trainee in group:
             for config in variants:
-                problem = Problem(
-                    subject=trainee.subject,
-                    features=trainee.features,
-                    plan=trainee.plan,
-                    config=config,
-                    device=device,
-                    work=work,
-                    trainees=tuple(group),
-                    shared=shared,
-                )
-                yield trainee, _fit(problem, labels)
+                yield trainee, _fit(_problem(trainee, group, config, device, work, shared), labels)
             give_back_memory()
+
+
+def _problem(
+    trainee: Trainee, group: Sequence[Trainee], config: FitConfig, device: str, work: Path, shared: Shared
+) -> Problem:
+    return Problem(
+        subject=trainee.subject,
+        features=trainee.features,
+        plan=trainee.plan,
+        config=config,
+        device=device,
+        work=work,
+        trainees=tuple(group),
+        shared=shared,
+    )
+
+
+def _problems(trainees: Sequence[Trainee], variants: Sequence[FitConfig], device: str, work: Path) -> Iterator[Problem]:
+    """Every fit, as it will be."""
+    for group in _groups(trainees, variants[0], work):
+        for trainee in group:
+            for config in variants:
+                yield _problem(trainee, group, config, device, work, Shared())
+
+
+def _refuse_full_disk(problems: Sequence[Problem], work: Path) -> None:
+    """Raise StoreError where the disk has no room for the predictions and heads of every fit that is not there yet."""
+    new = [(problem, place) for problem in problems if not (place := _place(problem)).done]
+    sizes = [FitSizes.of(problem) for problem, _ in new]
+    heads = [saved_bytes(of, problem.config) for of, (problem, _) in zip(sizes, new, strict=True)]
+    needed = sum(heads) + max(heads, default=0)  # those of one fit are in files of their own until all are there
+    predictions = [
+        prediction_bytes(of, _n_together(problem), problem.config.dtype) - place.n_written
+        for of, (problem, place) in zip(sizes, new, strict=True)
+    ]
+    try:
+        refuse_full_disk(work, int(needed + sum(predictions)))
+    except StoreError:  # unless most rows are there, in stores that they can be taken from
+        known = [find_known_fit(problem, place.key.to_json()) is not None for problem, place in new]
+        refuse_full_disk(work, int(needed + sum(n for n, taken in zip(predictions, known, strict=True) if not taken)))
 
 
 def _groups(trainees: Sequence[Trainee], config: FitConfig, work: Path) -> list[list[Trainee]]:
@@ -197,19 +231,44 @@ def _key(problem: Problem) -> PredictionKey:
     return replace(key, joint={subject.name: other.to_json() for subject, other in keys.items()}) if keys else key
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where the predictions and the heads of one fit are, or will be."""
+
+    key: PredictionKey
+    label: str
+    path: Path
+    weights: Path
+    store: Store | None
+
+    @property
+    def done(self) -> bool:
+        return self.store is not None and self.store.complete and self.weights.exists()
+
+    @property
+    def n_written(self) -> int:
+        """Bytes of the rows that an interrupted run left."""
+        if self.store is None:
+            return 0
+        rows = ((n, self.store.arrays[name]) for name, n in self.store.committed.items())
+        return sum(n * array.shape[1] * array.dtype.itemsize for n, array in rows)
+
+
+def _place(problem: Problem) -> _Place:
+    key, files = _key(problem), Workdir(problem.work)
+    # of the key and not of the options: those that a solver does not read must not make another store
+    label = "-".join([problem.subject.name, problem.features.label, *key.head_words])
+    path = store_path(files.predictions, label, key.to_json())
+    return _Place(key, label, path, files.head_weights(path.name), open_store(path) if path.is_dir() else None)
+
+
 def _fit(problem: Problem, labels: Mapping[str, str]) -> Fitted:
     """Fit one model of one subject, or find it fitted. labels : of models, for progress bars"""
     began = time.perf_counter()
-    subject, features, plan, work = problem.subject, problem.features, problem.plan, problem.work
-    key = _key(problem)
-    # of the key and not of the options: those that a solver does not read must not make another store
-    label = "-".join([subject.name, features.label, *key.head_words])
-    folder = Workdir(work).predictions
-    path = store_path(folder, label, key.to_json())
-    weights = Workdir(work).head_weights(path.name)
-    store = open_store(path) if path.is_dir() else None
-    done = store is not None and store.complete and weights.exists()
-    if done:
+    subject, features, plan = problem.subject, problem.features, problem.plan
+    place = _place(problem)
+    key, path, weights, store = place.key, place.path, place.weights, place.store
+    if place.done:
         say(f"{subject.name}: already fitted, {path}")
         return Fitted(subject.name, key.model, path, weights, False, time.perf_counter() - began)
     refuse_leaks(subject, features, plan)
@@ -224,7 +283,10 @@ def _fit(problem: Problem, labels: Mapping[str, str]) -> Fitted:
             seen_ids=[seen.tolist() for seen in features.seen_ids()] if plan.backbone_trained else None,
         )
         ids, n_scored = np.concatenate([subject.train.ids[plan.scored], subject.test.ids]), len(plan.scored)
-        store = create_store(folder, label, key.to_json(), ids, n_scored, subject.n_vertices, facts.to_json())
+        rows = prediction_rows(subject.n_vertices, type_of(problem.config.dtype, _n_together(problem)))
+        if known is not None:  # as they are in the store that they are taken from
+            rows = {name: Row(row.shape, str(known.stores[0].arrays[name].dtype)) for name, row in rows.items()}
+        store = create_store(path.parent, place.label, key.to_json(), ids, n_scored, rows, facts.to_json())
     with matrix_products(problem.config.products):
         new = known is None or not _take(problem, known, store)
         if new:
@@ -286,11 +348,15 @@ def _fill_surface(
     scored = problem.plan.scored
     if len(scored) < problem.n_train:
         predictions = np.concatenate([predictions[scored], predictions[problem.n_train :]])
-    step = store.chunk_rows(surface)
-    # an interrupted run left whole chunks of the same numbers
-    for start in range(store.committed[surface], len(predictions), step):
-        store.append({surface: predictions[start : start + step]})
+    write_predictions(store, surface, predictions, _n_together(problem))
     return tensors
+
+
+def _n_together(problem: Problem) -> int:
+    """Fewest images that have a score of their own: those of a fold, or test images whose responses are given."""
+    plan = problem.plan
+    _, n_of_folds = np.unique(plan.folds[plan.scored], return_counts=True)
+    return int(min([*n_of_folds, *([problem.n_test] if problem.subject.has_test_responses else [])]))
 
 
 def _predict_test(
@@ -377,7 +443,8 @@ def test_scores_by_model(subjects: Sequence[Subject], fitted: Sequence[Fitted]) 
         if (subject := by_name.get(fit.subject)) is not None:
             store = open_store(fit.path)
             scores.setdefault(fit.model, []).extend(
-                score_test(subject, surface, store.read(surface, store.n_train)) for surface in subject.surfaces
+                score_test(subject, surface, as_float32(store.read(surface, store.n_train)))
+                for surface in subject.surfaces
             )
     return scores
 
@@ -390,7 +457,7 @@ def score(subject: Subject, surface: str, store: Store, ids: np.ndarray | None =
     stored = store.image_ids[: store.n_train]
     chosen = np.full(len(stored), True) if ids is None else np.isin(stored, ids)
     rows = np.isin(subject.train.ids, stored[chosen])
-    predictions, responses = store.read(surface, 0, store.n_train), subject.responses(surface)
+    predictions, responses = as_float32(store.read(surface, 0, store.n_train)), subject.responses(surface)
     r = pearson_r(_some(predictions, chosen), _some(responses, rows))
     return VertexScores(subject.name, surface, r, subject.noise_ceiling[surface], subject.rois[surface])
 

@@ -15,7 +15,7 @@ from featcache.backbone.outline import Outline, outline
 from featcache.backbone.sources.table import check_backbone
 from featcache.cache.elsewhere import read_made
 from featcache.cache.sources import stored_rows
-from featcache.cache.store import Row, stored_bytes
+from featcache.cache.store import stored_bytes
 from featcache.config import BackboneConfig, ExtractConfig, MadeConfig, split_name
 from featcache.dataset.importing.config import ImportConfig
 from featcache.dataset.importing.files import read_material
@@ -32,7 +32,7 @@ from heads.backbones.memory import device_memory
 from heads.blend.products import N_FOLDS, bytes_of
 from heads.config import BlendConfig, FitConfig, StageConfig
 from heads.features.sets import matches, models_of, stage_words, title_of, without_digits
-from heads.recipes.fits import Features, FitSizes, fit_memory, saved_bytes
+from heads.fit.sizes import Features, FitSizes, fit_memory, prediction_bytes, saved_bytes
 from heads.recipes.steps import Ready, Step, located
 
 
@@ -333,7 +333,8 @@ class _Work:
                             self.models[counts.name].add(model)
                             sizes = _fit_sizes(counts, features.reading(arrays), variant)
                             memory.append(fit_memory(sizes, variant))
-                            disk += saved_bytes(sizes, variant) + _prediction_bytes(counts)
+                            disk += saved_bytes(sizes, variant)
+                            disk += prediction_bytes(sizes, counts.n_train // sizes.n_folds, variant.dtype)
         return memory_at_start() + max(memory), disk
 
     def _blend(self, subjects: Sequence[Counts]) -> Bytes:
@@ -367,7 +368,3 @@ def _fit_sizes(counts: Counts, features: Features, config: FitConfig) -> FitSize
         n_folds=features.n_folds if features.backbone_trained else config.n_folds,
         features=features,
     )
-
-
-def _prediction_bytes(counts: Counts) -> float:
-    return float(sum(stored_bytes(Row((n,)), counts.n_images) for n in counts.n_vertices.values()))

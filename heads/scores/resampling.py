@@ -1,6 +1,8 @@
 """The Bayesian bootstrap over images: weights that belong to pictures, and r under them."""
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +51,18 @@ def standardised(values: np.ndarray) -> np.ndarray:
     constant = scale <= _CONSTANT * np.abs(values).max(0)
     centred *= np.where(constant, 0, 1 / np.where(constant, 1, scale)).astype(np.float32)
     return np.asarray(centred)
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Predictions or responses, (n_images, n_vertices), and the same standardised, once for all who read them."""
+
+    values: np.ndarray
+
+    @cached_property
+    def z(self) -> np.ndarray:
+        """float32; see `standardised`."""
+        return standardised(self.values)
 
 
 def response_sums(weights: np.ndarray, responses: np.ndarray) -> ResponseSums:

@@ -8,6 +8,7 @@ import numpy as np
 
 from featcache.cache.store import Store
 from featcache.dataset.subject import Subject
+from featcache.machine.tensors import as_float32
 from heads.blend.models import Model
 
 BLOCK_BYTES = 150e6  # of the float32 rows of one model that are held at once
@@ -70,5 +71,5 @@ def read_columns(store: Store, surface: str, vertices: slice) -> np.ndarray:
     step = -(-_BATCH_ROWS // chunk) * chunk
     for start in range(0, store.n_train, step):
         stop = min(start + step, store.n_train)
-        columns[start:stop] = store.read(surface, start, stop)[:, vertices]
+        columns[start:stop] = as_float32(store.read(surface, start, stop)[:, vertices])
     return columns

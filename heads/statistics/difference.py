@@ -11,7 +11,7 @@ swap turns the sign of d_i. A picture is swapped for all subjects that saw it, a
 
 import numpy as np
 
-from heads.scores.resampling import CROSS_FITTED_SPREAD, standardised
+from heads.scores.resampling import CROSS_FITTED_SPREAD
 
 _AT_ONCE = 256  # permutations whose sums are held at once
 
@@ -27,12 +27,15 @@ def swaps(ids: np.ndarray, n_permutations: int, seed: int) -> np.ndarray:
 def contributions(predictions: np.ndarray, others: np.ndarray, responses: np.ndarray) -> np.ndarray:
     """d of every image, (n_images, n_vertices) float32, whose mean over images is the difference of r.
 
-    predictions, others, responses : (n_images, n_vertices)
+    predictions, others, responses : (n_images, n_vertices) float32, `standardised`
     """
-    a, b, y = standardised(predictions), standardised(others), standardised(responses)
-    mean_r = ((a + b) * y).mean(0, dtype=np.float64).astype(np.float32) / 2
-    mean_r *= a.any(0) & b.any(0)  # the scale of a constant is not estimated
-    return np.asarray((a - b) * (y - mean_r / 2 * (a + b)))
+    both = predictions + others
+    mean_r = (np.einsum("iv,iv->v", both, responses, dtype=np.float64) / len(both) / 2).astype(np.float32)
+    mean_r *= predictions.any(0) & others.any(0)  # the scale of a constant is not estimated
+    both *= mean_r / -2
+    both += responses
+    both *= predictions - others
+    return np.asarray(both)
 
 
 def swap_p(signs: np.ndarray, d: np.ndarray, cross_fitted: bool = True) -> np.ndarray:

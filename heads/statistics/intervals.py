@@ -143,22 +143,32 @@ class Drawer:
         self._weights = with_all_alike(image_weights(self.subject.train.ids, self.seed, self.n_draws))
         self._rois = {surface: _samples(self.subject, surface) for surface in self.subject.surfaces}
 
-    def start(self, block: Block) -> None:
-        """Take the responses of the block that models are added of next."""
+    def start(self, block: Block, responses: np.ndarray | None = None) -> None:
+        """Take the responses of the block that models are added of next.
+
+        responses : those of the block, `standardised`, where that is done already
+        """
         inside = [members(block, one.sampled) for one in self._rois[block.surface]]
         self._block, self._chosen = block, np.flatnonzero(np.any(inside, axis=0))
-        self._responses = standardised(block.responses[:, self._chosen])
+        self._responses = self._standardised(block.responses, responses)
         self._response_sums = response_sums(self._weights, self._responses)
 
-    def add(self, model: str, predictions: np.ndarray, r: np.ndarray | None = None) -> None:
+    def _standardised(self, values: np.ndarray, known: np.ndarray | None) -> np.ndarray:
+        """The columns that are drawn."""
+        return standardised(values[:, self._chosen]) if known is None else known[:, self._chosen]
+
+    def add(
+        self, model: str, predictions: np.ndarray, r: np.ndarray | None = None, known: np.ndarray | None = None
+    ) -> None:
         """Score one model on the block.
 
         predictions : (n_images, n_block)
         r : (n_block,) of the images as they are, where it is known already
+        known : predictions, `standardised`, where that is done already
         """
         block = self._block
         whole = pearson_r(predictions, block.responses) if r is None else r
-        columns = standardised(predictions[:, self._chosen])
+        columns = self._standardised(predictions, known)
         drawn = weighted_r(self._weights, columns, self._responses, self._response_sums)
         ceiling = self.subject.noise_ceiling[block.surface]
         for one in self._rois[block.surface]:

@@ -21,7 +21,7 @@ import numpy as np
 from scipy import fft
 
 from featcache.dataset.splits import Split
-from heads.scores.resampling import CROSS_FITTED_SPREAD, standardised
+from heads.scores.resampling import CROSS_FITTED_SPREAD
 
 N_PERMUTATIONS = 1000
 FEWEST = 10  # images of a stratum of its own; smaller ones of a fold are put together
@@ -112,19 +112,18 @@ class Spectra:
     """Responses of a block, ready to be correlated with those of every model at every shift."""
 
     def __init__(self, shuffles: Shuffles, responses: np.ndarray) -> None:
-        """responses : (n_images, n_vertices)"""
+        """responses : (n_images, n_vertices) float32, `standardised`"""
         self.shuffles = shuffles
-        z = standardised(responses)
-        self._of_strata = [fft.rfft(_centred(z[images]), axis=0, workers=-1) for images in shuffles.strata]
+        self._of_strata = [fft.rfft(_centred(responses[images]), axis=0, workers=-1) for images in shuffles.strata]
 
     def sums(self, predictions: np.ndarray) -> list[np.ndarray]:
-        """Sums of predictions times shifted responses, both standardised, for each stratum: (n_shifts, n_vertices).
+        """Sums of predictions times shifted responses for each stratum: (n_shifts, n_vertices).
 
-        predictions : (n_images, n_vertices)
+        predictions : (n_images, n_vertices) float32, `standardised`
         """
-        z, sums = standardised(predictions), []
+        sums = []
         for images, spectrum in zip(self.shuffles.strata, self._of_strata, strict=True):
-            product = fft.rfft(_centred(z[images]), axis=0, workers=-1)
+            product = fft.rfft(_centred(predictions[images]), axis=0, workers=-1)
             np.conjugate(product, out=product)
             product *= spectrum
             sums.append(fft.irfft(product, len(images), axis=0, workers=-1, overwrite_x=True))
@@ -138,7 +137,7 @@ def _centred(values: np.ndarray) -> np.ndarray:
 def permute(spectra: Spectra, predictions: np.ndarray, cross_fitted: bool = True) -> Permuted:
     """p values of r of one model.
 
-    predictions : (n_images, n_vertices)
+    predictions : (n_images, n_vertices) float32, `standardised`
     cross_fitted : whether they are out of fold; False for predictions that do not depend on these responses
     """
     sums, n_images = spectra.sums(predictions), len(predictions)

@@ -11,6 +11,7 @@ from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import bar
 from heads.config.statistics import ScoresConfig
 from heads.scores.metrics import accuracy_from_r, pearson_r
+from heads.scores.resampling import Columns
 from heads.statistics.blocks import Block, blocks_of
 from heads.statistics.difference import contributions, swap_p, swaps
 from heads.statistics.discovery import q_values
@@ -138,29 +139,31 @@ class _Scorer:
 
     def score(self, block: Block, advance: Callable[[int], object]) -> None:
         """Score every model on a block. advance : called with the number of vertices, for each model"""
+        whole = bool(self._shuffles or self._reference)  # whether all columns are needed standardised
+        responses = Columns(block.responses)
         if self._drawer:
-            self._drawer.start(block)
+            self._drawer.start(block, responses.z if whole else None)
         spectra: dict[tuple[int, int, str], Spectra] = {}
-        others = self._reference.source.read(block.surface, block.vertices) if self._reference else None
+        others = Columns(self._reference.source.read(block.surface, block.vertices)) if self._reference else None
         for one in self._models:
             key, parts = one.folding.key, self._parts[one.name]
             if one is self._reference and others is not None:
                 predictions = others
             else:
-                predictions = one.source.read(block.surface, block.vertices)
-            r = pearson_r(predictions, block.responses)
+                predictions = Columns(one.source.read(block.surface, block.vertices))
+            r = pearson_r(predictions.values, block.responses)
             parts.add(block.surface, "r", r)
             if self._drawer:
-                self._drawer.add(one.name, predictions, r)
+                self._drawer.add(one.name, predictions.values, r, predictions.z if whole else None)
             if self._config.per_fold:
-                for fold, of_fold in _r_of_folds(predictions, block.responses, self._folds[key]).items():
+                for fold, of_fold in _r_of_folds(predictions.values, block.responses, self._folds[key]).items():
                     parts.add(block.surface, f"{_FOLD}{fold}", of_fold)
             if self._shuffles:
                 if key not in spectra:
-                    spectra = {key: Spectra(self._shuffles[key], block.responses)}  # one at a time: they are large
-                parts.add_permuted(block.surface, permute(spectra[key], predictions))
+                    spectra = {key: Spectra(self._shuffles[key], responses.z)}  # one at a time: they are large
+                parts.add_permuted(block.surface, permute(spectra[key], predictions.z))
             if others is not None and one is not self._reference:
-                d = contributions(predictions, others, block.responses)
+                d = contributions(predictions.z, others.z, responses.z)
                 parts.add(block.surface, "difference", d.mean(0, dtype=np.float64))
                 if self._signs is not None:
                     parts.add(block.surface, "difference_p", swap_p(self._signs, d))

@@ -2,13 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import featcache.cache.store
 import heads.blend.products
-from heads.blend.products import Products, bytes_of, gather
+from heads.blend.products import Products, add_products, bytes_of, gather
 from support.blends import (
     CASES,
     FOLDS,
@@ -35,19 +34,19 @@ def data(request):
     n_vertices=st.integers(1, 9),
     n_models=st.integers(1, 6),
     offset=st.sampled_from([0, 1000]),
+    kind=st.sampled_from([np.float32, np.float16]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_batches_of_any_shape_add_up_to_the_plain_sums(n_train, n_vertices, n_models, offset, seed):
+def test_batches_of_any_shape_add_up_to_the_plain_sums(n_train, n_vertices, n_models, offset, kind, seed):
     rng = np.random.default_rng(seed)
     folds = rng.integers(0, 5, n_train)  # a fold may have no image, or one
     values = (rng.normal(size=(n_models + 1, n_train, n_vertices)) + offset).astype(np.float32)
-    sums = torch.zeros(5, n_vertices, n_models + 2, n_models + 2)
-    shift = torch.from_numpy(values.mean(1, dtype=np.float64).T).float()
-    for rows in np.array_split(np.arange(n_train), 3):
-        rows = rows[np.argsort(folds[rows])]
-        counts = np.bincount(folds[rows], minlength=5).tolist()
-        heads.blend.products._add(sums, counts, torch.from_numpy(values[:, rows]), shift)
-    moved = np.concatenate([values - shift.double().numpy().T[:, None], np.ones((1, n_train, n_vertices))])
+    values[:-1] = values[:-1].astype(kind)
+    sums = np.zeros((5, n_vertices, n_models + 2, n_models + 2), np.float32)
+    shift = np.zeros((n_vertices, n_models + 1), np.float32)
+    for number, rows in enumerate(np.array_split(np.arange(n_train), 3)):
+        add_products(sums, shift, [*values[:-1, rows].astype(kind), values[-1, rows]], folds[rows], first=number == 0)
+    moved = np.concatenate([values - shift.astype(np.float64).T[:, None], np.ones((1, n_train, n_vertices))])
     for fold in range(5):
         own = moved[:, folds == fold]
         np.testing.assert_allclose(sums[fold], np.einsum("civ,div->vcd", own, own), atol=2e-3)
@@ -101,7 +100,7 @@ def test_what_is_said_to_be_gathered_is_what_is_there_afterwards(n_kept, tmp_pat
     subject = subject_of(tmp_path, responses)
     found = gather(subject, stores_of(tmp_path, predictions))
     kept = found.products.sums.nbytes + found.sample.columns.nbytes
-    batches = 4 * 6 * N_TRAIN * max(subject.n_vertices.values())  # four models, the responses, and a place to read into
+    batches = 4 * 5 * N_TRAIN * max(subject.n_vertices.values())  # four models and the responses, in one batch
     assert bytes_of(N_TRAIN, subject.n_vertices, 4) == kept + batches
 
 
@@ -120,6 +119,11 @@ def test_total_leaves_out_the_folds_that_it_should():
         np.testing.assert_allclose(free[:, -2, :-2], free[:, :-2, -2])
         plain[:, :-2, -2], plain[:, -2, :-2] = free[:, :-2, -2], free[:, -2, :-2]
         np.testing.assert_allclose(free, plain, atol=1e-9)  # nothing else is touched
+        n, p, pp, py, y, yy = products.total(without).of_each
+        np.testing.assert_allclose([n, y, yy], [free[:, -1, -1], free[:, -2, -1], free[:, -2, -2]], atol=1e-9)
+        for model in range(len(predictions)):
+            own_sums = [free[:, model, -1], free[:, model, model], free[:, model, -2]]
+            np.testing.assert_allclose([p[model], pp[model], py[model]], own_sums, atol=1e-9)
     np.testing.assert_array_equal(products.fold(2).sums, products.sums[2])
     np.testing.assert_array_equal(products.at(np.array([4, 1])).sums, products.sums[:, [4, 1]])
 

@@ -6,7 +6,7 @@ from scipy.optimize import minimize
 from scipy.optimize import nnls as one_by_one
 
 import heads.blend.weights
-from heads.blend.weights import Groups, Judge, by_score, each_r, greedy, learners, r_of, single, stacked, uniform
+from heads.blend.weights import Groups, Judge, by_score, greedy, learners, r_of, single, stacked, uniform
 from heads.config import BLENDS, LEVELS
 from heads.scores.metrics import accuracy_from_r
 from support.blends import (
@@ -66,7 +66,7 @@ def test_r_from_products_is_r_of_the_blend(data, seed):
     np.testing.assert_allclose(r_of(total.sums, weights), slow_r(mixed(weights, standard), own), atol=1e-6)
     np.testing.assert_allclose(r_of(total.sums, 17 * weights), r_of(total.sums, weights), atol=1e-9)
     expected = [slow_r(of_model, own) for of_model in standard]
-    np.testing.assert_allclose(each_r(total), expected, atol=1e-6)
+    np.testing.assert_allclose(total.r_of_each, expected, atol=1e-6)
 
 
 def test_judge_is_the_challenge_metric():
@@ -269,4 +269,4 @@ def test_equal_models_have_the_weight_of_one():
 def test_a_fold_without_images_is_no_fault():
     predictions, responses = made_up()
     products = slow_products(predictions, responses, np.where(FOLDS == 4, 3, FOLDS))
-    assert (each_r(products.fold(4)) == 0).all()
+    assert (products.fold(4).r_of_each == 0).all()

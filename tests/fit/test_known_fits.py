@@ -106,6 +106,22 @@ def test_an_added_test_image_needs_no_fit(tree, work, tmp_path, no_fits, said, s
     assert_as_fresh(tree, work / "checkpoints", tmp_path / "fresh", after, fit)
 
 
+@pytest.mark.parametrize("then", ["float16", "float32"])
+def test_rows_are_taken_in_the_type_that_they_have(tree, work, no_fits, monkeypatch, then):
+    """Whatever is asked for now: float32 cannot come back, and float16 was not checked."""
+    monkeypatch.setattr("heads.fit.stored.FEWEST_IMAGES", 1)
+    monkeypatch.setattr("heads.fit.stored._MOST_CHANGE", 1)
+    (old,) = stores(both(tree, work, replace(POOLED, dtype=then)))
+    add_test_image(tree, place=3)
+    del no_fits[:]
+    other = {"float16": "float32", "float32": "float16"}[then]
+    (new,) = stores(both(tree, work, replace(POOLED, dtype=other)))
+    assert not no_fits
+    for surface in old.arrays:
+        assert new.read(surface).dtype == old.read(surface).dtype == then
+        np.testing.assert_array_equal(np.delete(new.read(surface), new.n_train + 3, axis=0), old.read(surface))
+
+
 @pytest.mark.parametrize("alter", [turn_test_images, lambda tree: remove_test_image(tree, 1)], ids=["order", "removed"])
 def test_known_test_images_are_taken_wherever_they_are(tree, work, tmp_path, no_fits, alter):
     both(tree, work)

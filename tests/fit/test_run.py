@@ -94,6 +94,27 @@ def test_fits_of_commands_are_found_by_the_function(filled, tiny):
     assert files_of(filled) == before
 
 
+@pytest.mark.parametrize("shapes", [VECTOR, LAYERS], ids=["vector", "layers"])
+def test_what_all_fits_need_of_the_disk_is_there_before_the_first(planted, work, monkeypatch, shapes):
+    """Predictions and heads of both losses; and nothing for what is there already."""
+    subjects, both = planted(2, shapes), replace(ADAMW, loss="mse,pearson", solver="adamw")
+    free = [10**12]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": free[0]})())
+    asked = []
+    honest = run_module.refuse_full_disk
+    monkeypatch.setattr(run_module, "refuse_full_disk", lambda *about: asked.append(about[1]) or honest(*about))
+    fit_heads(subjects[:1], both, work)
+    written = sum(len(content) for content, _ in files_of(work).values())
+    heads = sum(path.stat().st_size for path in Workdir(work).heads.iterdir()) / 2
+    assert 0 <= written + heads - asked[0] < 0.05 * written + 4 * 12_000  # besides rows there are descriptions
+    free[0] = 0
+    assert not any(fit.new for fit in fit_heads(subjects[:1], both, work)) and asked[1] == 0
+    before, free[0] = files_of(work), asked[0] // 2
+    with pytest.raises(StoreError, match="GB of free disk"):
+        fit_heads(subjects, both, work)
+    assert files_of(work) == before
+
+
 @pytest.mark.parametrize("config", [RIDGE, ADAMW], ids=["ridge", "adamw"])
 def test_an_interrupted_fit_leaves_nothing_that_counts_and_goes_on_to_the_same_bytes(
     planted, work, tmp_path, monkeypatch, config

@@ -3,13 +3,14 @@
 import errno
 import os
 
+import numpy as np
 import pytest
 import safetensors
 import torch
 from safetensors.torch import load_file
 
 from featcache.machine import tensors
-from featcache.machine.tensors import large_zeros, write_tensors
+from featcache.machine.tensors import as_float32, copy_as_float32, large_zeros, write_tensors
 
 DTYPES = sorted(tensors._NAMES, key=str)
 
@@ -111,3 +112,14 @@ def test_where_no_room_can_be_promised_the_free_room_decides(tmp_path, monkeypat
     same_bits(large_zeros(tmp_path, 5), torch.zeros(5))
     with pytest.raises(OSError, match="not here"):
         large_zeros(tmp_path, 1 << 45)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_numbers_of_any_type_become_float32(dtype):
+    values = np.random.default_rng(0).normal(size=(7, 12)).astype(dtype)
+    place = np.zeros((7, 5, 12), np.float32)
+    copy_as_float32(values.T.copy().T, place[:, 3])  # rows that are turned, and a place with gaps
+    np.testing.assert_array_equal(place[:, 3], values.astype(np.float32))
+    found = as_float32(values)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, values.astype(np.float32))

@@ -6,6 +6,7 @@ from scipy.stats import kstest
 
 from featcache.dataset.splits import BY_ID, Split, assign_folds
 from heads.scores.metrics import pearson_r
+from heads.scores.resampling import standardised
 from heads.statistics.permutation import Spectra, family_wise, permute, shared_by, shuffles_of
 from support.statistics import out_of_fold
 
@@ -66,7 +67,7 @@ def test_p_values_are_those_of_a_loop_over_permutations(cross_fitted):
     p = (0.15 * y + rng.normal(size=y.shape) + FOLDS[:, None]).astype(np.float32) * 20 - 4
     y[:, 4], p[:, 5] = 1.5, 0.1
     drawn = shuffles(99)
-    found = permute(Spectra(drawn, y), p, cross_fitted)
+    found = permute(Spectra(drawn, standardised(y)), standardised(p), cross_fitted)
 
     def within(values):
         z = values.astype(float) - values.mean(0, dtype=float)
@@ -89,7 +90,9 @@ def test_r_is_pearson_r_where_strata_have_one_level():
     y, p = rng.normal(size=(2, N, 3))
     for fold in np.unique(FOLDS):
         y[fold == FOLDS] -= y[fold == FOLDS].mean(0)
-    np.testing.assert_allclose(permute(Spectra(shuffles(5), y), p).r, pearson_r(p, y), atol=1e-5)
+    np.testing.assert_allclose(
+        permute(Spectra(shuffles(5), standardised(y)), standardised(p)).r, pearson_r(p, y), atol=1e-5
+    )
 
 
 def uniform(p, n):
@@ -103,7 +106,11 @@ def test_nulls_of_predictions_that_know_nothing_are_uniform():
     for seed in range(10):
         rng = np.random.default_rng(seed)
         y, p = rng.normal(size=(2, N, 200)).astype(np.float32)
-        ps.append(permute(Spectra(shuffles(199, seed=seed), y), p + FOLDS[:, None], cross_fitted=False).p)
+        ps.append(
+            permute(
+                Spectra(shuffles(199, seed=seed), standardised(y)), standardised(p + FOLDS[:, None]), cross_fitted=False
+            ).p
+        )
     assert uniform(np.concatenate(ps), 199) > 0.01
 
 
@@ -117,9 +124,9 @@ def test_nulls_of_heads_out_of_fold_are_uniform_and_without_spread_they_are_not(
         folds = assign_folds(ids, 5, 0)
         y = rng.normal(size=(600, 60)).astype(np.float32)
         p = out_of_fold(rng.normal(size=(600, 150)), y, folds, 300)
-        spectra = Spectra(shuffles(199, ids, folds, seed=seed), y)
+        spectra = Spectra(shuffles(199, ids, folds, seed=seed), standardised(y))
         for cross_fitted, kept in found.items():
-            kept.append(permute(spectra, p, cross_fitted).p)
+            kept.append(permute(spectra, standardised(p), cross_fitted).p)
     ps = {key: np.concatenate(kept) for key, kept in found.items()}
     assert uniform(ps[True], 199) > 0.01
     assert uniform(ps[False], 199) < 1e-6 and np.mean(ps[False] <= 0.05) > 0.08
@@ -134,7 +141,7 @@ def test_heads_of_few_features_or_of_more_than_images_find_nothing_in_noise(n_fe
         rng = np.random.default_rng(seed)
         y = rng.normal(size=(N, 50)).astype(np.float32)
         p = out_of_fold(rng.normal(size=(N, n_features)), y, FOLDS, penalty)
-        ps.append(permute(Spectra(shuffles(199, seed=seed), y), p).p)
+        ps.append(permute(Spectra(shuffles(199, seed=seed), standardised(y)), standardised(p)).p)
     assert np.mean(np.concatenate(ps) <= 0.05) < 0.05
 
 
@@ -143,7 +150,7 @@ def test_planted_effects_are_found_and_the_largest_r_controls_the_whole_family()
     y = rng.normal(size=(N, 300)).astype(np.float32)
     p = rng.normal(size=y.shape).astype(np.float32)
     p[:, :30] += 1.5 * y[:, :30]
-    found = permute(Spectra(shuffles(499), y), p)
+    found = permute(Spectra(shuffles(499), standardised(y)), standardised(p))
     corrected = family_wise(found.r, found.largest)
     assert (found.p[:30] == 1 / 500).all() and (corrected[:30] < 0.05).all()
     assert (corrected[30:] < 0.05).sum() <= 1 and (corrected >= found.p).all()

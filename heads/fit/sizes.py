@@ -1,13 +1,17 @@
-"""Memory and disk that fits of heads are expected to take, from counts alone."""
+"""Memory and disk that fits of heads take, from counts alone: for plans, and before the first fit."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from featcache.cache.store import Row
+import numpy as np
+
+from featcache.cache.store import Row, stored_bytes
 from featcache.machine.memory import free_memory
 from heads.config import HEADS, FitConfig, SpatialConfig
+from heads.fit.stored import type_of
 from heads.modules.core import CORE, Core
+from heads.solvers.base import Problem
 from heads.solvers.layers.priors import DEPTHS, prior_set
 from heads.solvers.layers.sizes import LayeredSizes
 from heads.solvers.memory import FEATURE_SHARE, Sizes, blockwise_bytes, spatial_bytes, whole_bytes
@@ -84,6 +88,22 @@ class FitSizes:
     def n_images(self) -> int:
         return self.n_train + self.n_test
 
+    @classmethod
+    def of(cls, problem: Problem) -> "FitSizes":
+        """The counts of a fit whose features are there."""
+        features, plan = problem.features, problem.plan
+        rows = {name: Row(array.shape[1:], str(array.dtype)) for name, array in features.stores[0].arrays.items()}
+        n_folds = len(np.unique(plan.folds))
+        held_out = tuple(plan.held_out) if features.backbone_trained else ()
+        return cls(
+            n_train=problem.n_train,
+            n_test=problem.n_test,
+            n_vertices=problem.n_vertices,
+            n_held_out=len(plan),
+            n_folds=n_folds,
+            features=Features({name: rows[name] for name in features.names}, held_out, n_folds),
+        )
+
 
 def fit_memory(sizes: FitSizes, config: FitConfig) -> float:
     """Bytes of memory of one fit, besides those of the program."""
@@ -127,6 +147,15 @@ def saved_bytes(sizes: FitSizes, config: FitConfig) -> float:
         return sum(map(layered.saved_bytes, sizes.n_vertices))
     features = sizes.features
     return 4.0 * features.n_features * sum(sizes.n_vertices) * features.n_stores
+
+
+def prediction_bytes(sizes: FitSizes, n_together: int, dtype: str) -> float:
+    """Bytes of the predictions of one fit.
+
+    n_together, dtype : as for `type_of`, by which they are counted: of float16, as long as none turns out too coarse
+    """
+    kept = type_of(dtype, n_together)
+    return float(sum(stored_bytes(Row((n,), kept), sizes.n_images) for n in sizes.n_vertices))
 
 
 def _under_priors(sizes: FitSizes, config: FitConfig) -> LayeredSizes | None:

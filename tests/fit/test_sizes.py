@@ -6,7 +6,7 @@ import pytest
 
 from featcache.cache.store import Row
 from heads.config import CoreConfig, FitConfig
-from heads.recipes.fits import Features, FitSizes, fit_memory, saved_bytes
+from heads.fit.sizes import Features, FitSizes, fit_memory, prediction_bytes, saved_bytes
 from heads.solvers.memory import Sizes, whole_bytes
 
 POOLED = Features({"pooled": Row((96,))})
@@ -31,6 +31,13 @@ def test_features_count_places_and_channels():
     assert LAYERED.n_features == 96 + 7 * 7 * 32 and LAYERED.grids == {"pooled": (1, 1), "deep": (7, 7)}
     assert LAYERED.is_layered and not POOLED.is_layered and LAYERED.reading(["deep"]).is_layered
     assert (POOLED.n_stores, TRAINED.n_stores) == (1, 3) and TRAINED.backbone_trained and not POOLED.backbone_trained
+
+
+def test_predictions_are_counted_in_the_type_that_they_are_stored_in():
+    sizes = sizes_of(POOLED)
+    whole = prediction_bytes(sizes, 160, "float32")
+    assert whole == 4 * (800 + 100 + 124) * (900 + 1000)  # in whole chunks of 256 rows
+    assert 2 * prediction_bytes(sizes, 160, "float16") == whole == prediction_bytes(sizes, 100, "float16")
 
 
 def test_heads_by_gradient_take_what_their_solver_says():
