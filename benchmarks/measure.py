@@ -74,12 +74,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def options(description: str | None, **defaults: tuple[int, int]) -> argparse.Namespace:
-    """Sizes from the command line: {name: (whole size, quick size)}; `quick` is among the result's attributes."""
+def options(description: str | None, **defaults: tuple[Any, Any]) -> argparse.Namespace:
+    """Sizes, or names, from the command line: {name: (whole, quick)}; `quick` is among the result's attributes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     for name, (whole, quick) in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"[{whole}; quick {quick}]")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(whole), help=f"[{whole}; quick {quick}]")
     given = parser.parse_args()
     for name, sizes in defaults.items():
         if getattr(given, name) is None:

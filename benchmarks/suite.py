@@ -3,13 +3,16 @@
     PYTHONPATH=. python benchmarks/suite.py [--quick] [--only metric,blend]
     PYTHONPATH=. python benchmarks/suite.py --from work/benchmarks.json     (the page again, without running anything)
 
-Writes work/benchmarks.json and, with --page, the page and its plots. Exit code 1 if a benchmark failed.
+Writes work/benchmarks.json and, with --page, the page and its plots. Where there is a page, --only replaces the
+sections of these benchmarks on it, with the machine that they ran on, and leaves the others and the plots as they are.
+Exit code 1 if a benchmark failed.
 """
 
 import argparse
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -36,6 +39,7 @@ BENCHMARKS = {
     "stacking": "Blend weights and scikit-learn",
     "memory": "Memory",
     "growth": "How cost grows",
+    "device": "On an accelerator",
 }
 
 
@@ -65,25 +69,46 @@ def reached(figure: Mapping[str, Any]) -> bool | None:
 
 def page(results: Mapping[str, Any], plots: Sequence[str]) -> str:
     """Markdown, from the JSON alone."""
-    about = results["machine"]
-    cuda = about["cuda"] or "no GPU"
     size = "Quick sizes, which say only that everything runs." if results["quick"] else ""
     lines = [
         "# Benchmarks",
         "",
-        f"Made by `make bench` on {results['date']}: {about['cpu']}, {about['cores']} cores, {about['threads']} "
-        f"threads, {cuda}; Python {about['python']}, torch {about['torch']}, NumPy {about['numpy']}. Every figure is a "
-        f"ratio of times taken in one process, one after the other, unless its row says otherwise. {size}".rstrip(),
+        f"Made by `make bench` on {_where(results)}. Every figure is a ratio of times taken in one process, one after "
+        f"the other, unless its row says otherwise. {size}".rstrip(),
         "",
     ]
     lines += [f"![{Path(plot).stem}](benchmarks/{plot})" for plot in plots]
+    return "\n".join(lines) + "\n\n" + "\n".join(_section(one) for one in results["benchmarks"])
+
+
+def updated(text: str, results: Mapping[str, Any]) -> str:
+    """A page with the sections of these results in place of its own, or added."""
+    head, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    by_title = {section.partition("\n")[0]: section for section in sections}
     for one in results["benchmarks"]:
-        lines += ["", f"## {BENCHMARKS[one['name']]}", "", _source(one), ""]
-        if one["failed"]:
-            lines += [f"Failed: {one['failed']}", ""]
-        if one["figures"]:
-            lines += ["| what | against | measured | aim | details |", "|---|---|---|---|---|"]
-            lines += [row(figure) for figure in one["figures"]]
+        quick = " at quick sizes" if results["quick"] else ""
+        section = _section(one, f"Run{quick} on {_where(results)}.")
+        by_title[section.partition("\n")[0]] = section
+    places = {f"## {title}": place for place, title in enumerate(BENCHMARKS.values())}
+    ordered = sorted(by_title, key=lambda title: places.get(title, len(places)))
+    return head + "\n".join(by_title[title].rstrip("\n") + "\n" for title in ordered)
+
+
+def _where(results: Mapping[str, Any]) -> str:
+    about = results["machine"]
+    return (
+        f"{results['date']}: {about['cpu']}, {about['cores']} cores, {about['threads']} threads, "
+        f"{about['cuda'] or 'no GPU'}; Python {about['python']}, torch {about['torch']}, NumPy {about['numpy']}"
+    )
+
+
+def _section(one: Mapping[str, Any], note: str = "") -> str:
+    lines = [f"## {BENCHMARKS[one['name']]}", "", *([note, ""] if note else []), _source(one), ""]
+    if one["failed"]:
+        lines += [f"Failed: {one['failed']}", ""]
+    if one["figures"]:
+        lines += ["| what | against | measured | aim | details |", "|---|---|---|---|---|"]
+        lines += [row(figure) for figure in one["figures"]]
     return "\n".join(lines) + "\n"
 
 
@@ -161,12 +186,12 @@ def _draw_curves(figures: Sequence[Mapping[str, Any]], folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
-    parser.add_argument("--only", default=",".join(BENCHMARKS), help="some of them, with commas between")
+    parser.add_argument("--only", help="some of them, with commas between")
     parser.add_argument("--out", type=Path, default=Path("work/benchmarks.json"))
     parser.add_argument("--page", type=Path, help="where the page goes; its plots go to benchmarks/ beside it")
     parser.add_argument("--from", type=Path, dest="source", help="results of an earlier run, to make the page of")
     options = parser.parse_args()
-    names = options.only.split(",")
+    names = list(BENCHMARKS) if options.only is None else options.only.split(",")
     if unknown := set(names) - set(BENCHMARKS):
         parser.error(f"--only: expected some of {', '.join(BENCHMARKS)}; found {', '.join(sorted(unknown))}")
     if options.source is None:
@@ -182,7 +207,10 @@ def main() -> None:
         results = json.loads(options.source.read_text())
     if options.page is not None:
         options.page.parent.mkdir(parents=True, exist_ok=True)
-        options.page.write_text(page(results, draw(results, options.page.parent / "benchmarks")))
+        if options.only and options.page.exists():
+            options.page.write_text(updated(options.page.read_text(), results))
+        else:
+            options.page.write_text(page(results, draw(results, options.page.parent / "benchmarks")))
     failed = [one["name"] for one in results["benchmarks"] if one["failed"]]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 

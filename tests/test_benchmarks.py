@@ -27,6 +27,7 @@ SMALL = {
     "stacking": ["--vertices", "200"],
     "memory": ["--vertices", "100"],
     "growth": [],
+    "device": ["--device", "cpu"],
 }
 WHOLE = ("metric", "growth")  # run by the suite itself below
 
@@ -70,6 +71,48 @@ def test_a_benchmark_prints_figures_that_the_page_can_show(suite, monkeypatch, c
     for figure in figures:
         assert f"| {figure['what']} | {figure['against']} |" in page
         assert figure["note"] if figure["ratio"] is None else math.isfinite(figure["ratio"]), figure
+
+
+@pytest.mark.slow
+def test_the_figures_of_a_device_are_of_every_precision_and_name_the_card(suite, monkeypatch, capfd, pretended_cuda):
+    """On a pretended device, whose times mean nothing: all parts run on it."""
+    monkeypatch.setattr(sys, "argv", ["device.py", "--quick"])
+    runpy.run_path(str(BENCHMARKS / "device.py"), run_name="__main__")
+    figures = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert figures[0]["note"].startswith("pretended, 9 GB")
+    assert all(figure["ratio"] > 0 for figure in figures[1:])
+    precisions = [figure["what"].split()[2].strip(",") for figure in figures if figure["what"].startswith("extract")]
+    assert precisions == ["float32", "tf32", "bfloat16", "float16"]
+    assert all(figure["details"]["device_gb"] > 0 for figure in figures if figure["what"].startswith("a step"))
+
+
+@pytest.mark.slow
+def test_without_an_accelerator_nothing_is_measured_and_the_page_says_so(suite, monkeypatch, capfd):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["device.py"])
+    runpy.run_path(str(BENCHMARKS / "device.py"), run_name="__main__")
+    (figure,) = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert "no accelerator here: nothing measured" in suite["row"](figure) and figure["ratio"] is None
+
+
+def test_sections_of_some_benchmarks_are_replaced_on_a_page_that_is_there(run, tmp_path):
+    figure = {"what": "a", "against": "b", "ratio": 2.0, "target": None, "at_most": True, "note": "", "details": {}}
+    first, second = ({"name": name, "seconds": 1.0, "failed": None, "figures": [figure]} for name in WHOLE)
+    path, page = tmp_path / "results.json", tmp_path / "benchmarks.md"
+
+    def make(benchmarks, *only):
+        path.write_text(json.dumps({**DESCRIBED, "benchmarks": benchmarks}))
+        assert run("--from", "results.json", "--page", "benchmarks.md", *only) == 0
+        return page.read_text()
+
+    before = make([second])
+    page.write_text(before + "\nRun beside other work.\n")
+    changed = make([first, second | {"figures": [figure | {"ratio": 3.0}]}], "--only", ",".join(WHOLE))
+    assert [line for line in changed.splitlines() if line.startswith("## ")] == ["## Metric", "## How cost grows"]
+    assert "| a | b | 3 |" in changed and "| a | b | 2 |" in changed and "beside other work" not in changed
+    assert changed.count("Run on 2026-01-01: a, 1 cores, 1 threads, no GPU") == 2
+    again = make([first], "--only", "metric")
+    assert again == changed
 
 
 @pytest.mark.slow
