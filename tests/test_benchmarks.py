@@ -95,6 +95,15 @@ def test_without_an_accelerator_nothing_is_measured_and_the_page_says_so(suite, 
     assert "no accelerator here: nothing measured" in suite["row"](figure) and figure["ratio"] is None
 
 
+@pytest.mark.parametrize(("name", "gmac"), [("convnext_base", 45.2), ("vit_small_patch16_224", 15.5)])
+@pytest.mark.slow
+def test_the_arithmetic_of_a_network_is_what_timm_publishes(suite, name, gmac):
+    """At 384 px, multiplications with an addition each, from timm's model cards."""
+    counts = runpy.run_path(str(BENCHMARKS / "hours.py"))["counts_of"](name, 384)
+    assert counts.flops / 2e9 == pytest.approx(gmac, rel=0.01)
+    assert 100 < counts.operations < counts.trained_operations / 2
+
+
 def test_sections_of_some_benchmarks_are_replaced_on_a_page_that_is_there(run, tmp_path):
     figure = {"what": "a", "against": "b", "ratio": 2.0, "target": None, "at_most": True, "note": "", "details": {}}
     first, second = ({"name": name, "seconds": 1.0, "failed": None, "figures": [figure]} for name in WHOLE)
