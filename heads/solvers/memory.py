@@ -15,6 +15,7 @@ from heads.config import HEADS, FitConfig
 from heads.modules.spatial import LARGEST
 from heads.solvers.base import Problem
 from heads.solvers.held_out import FoldPlan
+from heads.solvers.layers.kernels import rows_at_once
 from heads.solvers.ridge import MAX_NUMBERS_AT_ONCE, VERTEX_BLOCK
 
 # share of the free memory for features as stored
@@ -127,7 +128,11 @@ def spatial_bytes(
     trained = weights * (6 + n_choices + n_folds * n_choices)
     block = min(max(START_NUMBERS // n_features, 1), n_outputs)
     # weights of a block as they are multiplied, blurred, scaled and laid by vertex; dual weights and scores
-    start = block * (8.0 * n_features + 4.0 * n_images) + 8.0 * n_images * min(n_images, MAX_AXES)
+    n_columns = min(n_images, MAX_AXES)
+    start = block * (8.0 * n_features + 4.0 * n_images) + 8.0 * n_images * n_columns
+    # prepared rows that a kernel is of, and inner products of single places
+    widest = max(math.prod(shape[:-1]) for shape in shapes.values())
+    start += 3.0 * n_columns * n_features + 2.0 * widest * n_columns * min(rows_at_once(widest, n_columns), n_images)
     # blocks that wait to be one matrix, and singular vectors
     vectors = n_features * (3.0 * block + 6.0 * (spatial.space + SPARE_VECTORS)) if spatial.space else 0.0
     contracted = min(LARGEST, n_read * spatial.rank * batch * n_places)

@@ -82,8 +82,7 @@ class LayerKernels:
 
     def _step(self, n_columns: int) -> int:
         """Images at a time whose inner products of single places take a few tens of megabytes."""
-        widest = max(map(self.rows.n_places, self.rows.grids))
-        step = max(_PRODUCT_NUMBERS // (widest * max(n_columns, 1)), _LEAST_ROWS)
+        step = rows_at_once(max(map(self.rows.n_places, self.rows.grids)), n_columns)
         return max(step, self.rows.streamed_rows)  # a chunk on the disk is read as a whole
 
     def _prepared(self, index: np.ndarray) -> dict[str, torch.Tensor]:
@@ -167,6 +166,11 @@ class LayerKernels:
 def _is_range(index: np.ndarray) -> bool:
     """Whether numbers follow one another."""
     return len(index) > 0 and bool((np.diff(index) == 1).all())
+
+
+def rows_at_once(n_places: int, n_columns: int) -> int:
+    """Images whose inner products of single places with `n_columns` others are in memory at once."""
+    return max(_PRODUCT_NUMBERS // (n_places * max(n_columns, 1)), _LEAST_ROWS)
 
 
 def _weighed(prepared: torch.Tensor, shares: torch.Tensor, duals: torch.Tensor) -> torch.Tensor:
