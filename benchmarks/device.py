@@ -81,15 +81,21 @@ def ended(call: Callable[[], Any], device: str) -> Callable[[], None]:
 
 def compared(
     ours: Callable[[], Any], theirs: Callable[[], Any], device: str, rounds: int
-) -> tuple[float, float, float, dict[str, float]]:
-    """What `paired` gives, after a call of each to warm up, and the peak of the device's memory in ours."""
+) -> tuple[float, float, float]:
+    """What `paired` gives, after a call of each to warm up."""
     ours, theirs = ended(ours, device), ended(theirs, device)
     theirs()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     ours()
-    peak = {"device_gb": torch.cuda.max_memory_allocated() / 1e9} if device == "cuda" else {}
-    return *paired(ours, theirs, rounds), peak
+    return paired(ours, theirs, rounds)
+
+
+def peak_of(call: Callable[[], Any], device: str) -> dict[str, float]:
+    """Peak of the device's memory, in 10^9 bytes, with what is there already; nothing on a CPU."""
+    if device != "cuda":
+        return {}
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return {"device_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
 def extraction(sizes: Any, device: str, folder: Path) -> Iterator[Figure]:
@@ -120,12 +126,12 @@ def extraction(sizes: Any, device: str, folder: Path) -> Iterator[Figure]:
             shutil.rmtree(folder / "features.zarr", ignore_errors=True)
             extract([subject], config, folder)
 
-        took, bare_took, _, peak = compared(fresh, partial(bare, dtype), device, sizes.rounds)
+        took, bare_took, _ = compared(fresh, partial(bare, dtype), device, sizes.rounds)
         once = seconds(partial(extract, [subject], config, folder))  # finds all done
         ours = max(took - once, 1e-9)
         speeds = {"images_a_second": sizes.cached_images / ours, "bare": sizes.cached_images / bare_took}
         size = f"{network.label}@{batch.shape[-1]}, {sizes.batch_size} images a batch"
-        details = speeds | {"seconds": ours, "bare_seconds": bare_took, "once_seconds": once} | peak
+        details = speeds | {"seconds": ours, "bare_seconds": bare_took, "once_seconds": once}
         what = f"extract --dtype {dtype}, {size}, from the image cache: speed"
         yield Figure(what, "as many forward passes over one batch", bare_took / ours, details=details)
 
@@ -139,11 +145,13 @@ def exact_heads(sizes: Any, device: str, folder: Path) -> Iterator[Figure]:
     subject = make_subject(folder, (sizes.images, sizes.test_images), responses)
     plan = FoldPlan.of_frozen(np.arange(sizes.images), 5, 0)
     on_device = features.to(device)
-    x, y = on_device[: sizes.images], responses.to(device)
 
     def ours(save: bool) -> None:
         heads = RidgeFolds(on_device, plan, RidgeConfig(penalties=PENALTIES), save=save)
         predict_surface(heads, subject, "lh", lambda n: None, device)
+
+    peaks = {save: peak_of(partial(ours, save), device) for save in (False, True)}
+    x, y = on_device[: sizes.images], responses.to(device)
 
     def copied() -> None:
         """Responses to the device and as many numbers back, besides the product."""
@@ -162,8 +170,8 @@ def exact_heads(sizes: Any, device: str, folder: Path) -> Iterator[Figure]:
         ("the same", True, copied, "X'Y, responses there and as many numbers back"),
     ]
     for what, save, theirs, against in runs:
-        took, bare, ratio, peak = compared(partial(ours, save), theirs, device, sizes.rounds)
-        yield Figure(f"{what}, {size}", against, ratio, details={"seconds": took, "bare_seconds": bare} | peak)
+        took, bare, ratio = compared(partial(ours, save), theirs, device, sizes.rounds)
+        yield Figure(f"{what}, {size}", against, ratio, details={"seconds": took, "bare_seconds": bare} | peaks[save])
 
 
 def priors(sizes: Any, device: str, folder: Path) -> Iterator[Figure]:
@@ -203,14 +211,17 @@ def training(name: str, sizes: Any, device: str, folder: Path) -> Iterator[Figur
     network = BackboneConfig(name=name, weights="none", size=sizes.size)
     subject, backbone = _with_responses(folder, sizes), load_backbone(network)
     images = Images([subject], cache_pixels([subject], backbone, folder, 100, usual_workers()), SPLIT)
-    config = TrainConfig(epochs=2 * sizes.rounds + 2, batch_size=sizes.train_batch)
+    config = TrainConfig(epochs=sizes.rounds + 2, batch_size=sizes.train_batch)
     precision = "bfloat16" if device == "cuda" else "float32"
     taps = backbone.taps(LayerConfig(layers=(POOLED,)))
     heads = build_heads(backbone.shapes(taps), [subject], StageConfig(stage="pretrain", train=config, backbone=network))
     encoder = Encoder(backbone.model, heads, taps).requires_grad_(True)
-    alone = copy.deepcopy(encoder).to(device).train()
+    alone = copy.deepcopy(encoder).train()
     accelerator = make_accelerator(precision, device)
     run = EncoderTraining(encoder, backbone, images, config, accelerator, _checkpoint(folder, network))
+    epochs = iter(range(config.epochs))
+    peak = peak_of(lambda: run.run_epoch(next(epochs)), device)
+    alone.to(device)
     pairs = images.epoch(0, 0, config.batch_size)
     pixels = backbone.normalise(images.read(pairs[0]).to(device))
     responses = torch.cat([one.responses for one in images.responses(pairs[0]).targets()], 1).to(device)
@@ -225,8 +236,7 @@ def training(name: str, sizes: Any, device: str, folder: Path) -> Iterator[Figur
             torch.nn.functional.smooth_l1_loss(predictions.float(), responses).backward()
             optimiser.step()
 
-    epochs = iter(range(config.epochs))
-    took, bare_took, ratio, peak = compared(lambda: run.run_epoch(next(epochs)), bare, device, sizes.rounds)
+    took, bare_took, ratio = compared(lambda: run.run_epoch(next(epochs)), bare, device, sizes.rounds)
     speeds = {"steps_a_second": len(pairs) / took, "bare": len(pairs) / bare_took}
     details = speeds | {"seconds": took, "bare_seconds": bare_took, "steps": len(pairs)} | peak
     size = (
@@ -279,7 +289,7 @@ def decompositions(sizes: Any, device: str, folder: Path) -> Iterator[Figure]:
                 for part in torch.linalg.eigh(gram.cpu()):
                     part.to(device)
 
-            ours, theirs, ratio, _ = compared(partial(torch.linalg.eigh, gram), on_cpu, device, sizes.rounds)
+            ours, theirs, ratio = compared(partial(torch.linalg.eigh, gram), on_cpu, device, sizes.rounds)
             details = {"seconds": ours, "cpu_seconds": theirs, "computed_on_now": decomposed_on(gram).type}
             what = f"eigenvectors of {n_rows:,} rows, {str(dtype).removeprefix('torch.')}: times as fast"
             yield Figure(what, "the CPU, with copies there and back", 1 / ratio, details=details)
@@ -301,7 +311,7 @@ def copies(sizes: Any, device: str, folder: Path) -> Iterator[Figure]:
         "to the host, into pinned memory": (lambda: to_host([there])(), there.cpu),
     }
     for way, (ours, theirs) in ways.items():
-        took, pageable_took, ratio, _ = compared(ours, theirs, device, sizes.rounds)
+        took, pageable_took, ratio = compared(ours, theirs, device, sizes.rounds)
         gb = sizes.copied_mb / 1000
         details = {"gb_a_second": gb / took, "pageable": gb / pageable_took, "seconds": took}
         yield Figure(f"{what} {way}: times as fast", "a copy of pageable memory", 1 / ratio, details=details)

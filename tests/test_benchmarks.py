@@ -11,6 +11,8 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
+FEW = ["--cached-images", "8", "--train-images", "20", "--prior-images", "20", "--prior-vertices", "4"]  # of a device
+
 # sizes below those of --quick, where those take seconds
 SMALL = {
     "exact_heads": ["--vertices", "300"],
@@ -27,7 +29,7 @@ SMALL = {
     "stacking": ["--vertices", "200"],
     "memory": ["--vertices", "100"],
     "growth": [],
-    "device": ["--device", "cpu"],
+    "device": ["--device", "cpu", *FEW],
 }
 WHOLE = ("metric", "growth")  # run by the suite itself below
 
@@ -76,7 +78,7 @@ def test_a_benchmark_prints_figures_that_the_page_can_show(suite, monkeypatch, c
 @pytest.mark.slow
 def test_the_figures_of_a_device_are_of_every_precision_and_name_the_card(suite, monkeypatch, capfd, pretended_cuda):
     """On a pretended device, whose times mean nothing: all parts run on it."""
-    monkeypatch.setattr(sys, "argv", ["device.py", "--quick"])
+    monkeypatch.setattr(sys, "argv", ["device.py", "--quick", *FEW])
     runpy.run_path(str(BENCHMARKS / "device.py"), run_name="__main__")
     figures = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert figures[0]["note"].startswith("pretended, 9 GB")
