@@ -114,7 +114,7 @@ def build_layered(problem: Problem) -> "LayeredRidge":
     streamed = list(dict.fromkeys(name for of_store in rows for name in of_store.streamed))
     say(
         f"{subject.name}: {rows[0].n_features:,} features, {len(plan.outside(0)):,} images to fit to: "
-        f"{_METHOD_WORDS[solver.method]}, {len(priors)} priors to compare before the first vertex counts; "
+        f"{_METHOD_WORDS[solver.method]}, under {solver.said_priors}; "
         + said_on(problem.device, peak)
         + (f"; {', '.join(streamed)} read from the store block by block" if streamed else "")
     )
@@ -154,6 +154,14 @@ class LayeredRidge:
         self._axes = FoldBases(kernels, plan, priors, config.penalties, surfaces or {})
         self._kernels = list(kernels)
         self.method = self._axes.sizes.method
+
+    @property
+    def said_priors(self) -> str:
+        """Number of priors, as a message says it."""
+        sizes = self._axes.sizes
+        return (
+            f"the best {sizes.n_finalists} of {sizes.n_priors} priors" if sizes.searched else f"{sizes.n_priors} priors"
+        )
 
     def memory(self, n_vertices: int) -> float:
         return self._axes.sizes.memory(n_vertices)
