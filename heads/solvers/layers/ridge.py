@@ -158,10 +158,9 @@ class LayeredRidge:
     @property
     def said_priors(self) -> str:
         """Number of priors, as a message says it."""
-        sizes = self._axes.sizes
-        return (
-            f"the best {sizes.n_finalists} of {sizes.n_priors} priors" if sizes.searched else f"{sizes.n_priors} priors"
-        )
+        counts = self._axes.sizes
+        every = f"{counts.n_priors} prior{'s' if counts.n_priors > 1 else ''}"
+        return f"the best {counts.n_finalists} of {every}" if counts.searched else every
 
     def memory(self, n_vertices: int) -> float:
         return self._axes.sizes.memory(n_vertices)
