@@ -96,9 +96,9 @@ def scaled(maps: torch.Tensor, train: np.ndarray) -> torch.Tensor:
 
 def kernels_of_priors(rows: LayerRows, train: np.ndarray, n_images: int) -> torch.Tensor:
     """(n_priors, n_images, n_images), centred over the training images."""
-    made = LayerKernels(rows, train, 1e9)
+    made = LayerKernels(rows, train, whole=True)
     priors = prior_set(rows.grids, DEPTHS, n_images)
-    kernels = torch.stack([made.kernel(prior)[:n_images, :n_images] for prior in priors])
+    kernels = made.under(priors)[:, :n_images, :n_images]
     means = kernels[:, train].mean(1)
     return kernels - means[:, None] - means[:, :, None] + means[:, train].mean(1)[:, None, None]
 

@@ -28,6 +28,7 @@ BENCHMARKS = {
     "exact_heads": "Closed-form heads",
     "peers": "Closed-form heads and their peers",
     "priors": "Heads under priors and himalaya",
+    "company": "The default path beside other work",
     "full_size": "A subject of full size",
     "variants": "Many losses",
     "gradient": "Heads trained by gradient",

@@ -18,6 +18,7 @@ SMALL = {
     "exact_heads": ["--vertices", "300"],
     "peers": ["--images", "60"],
     "priors": ["--few", "30", "--vertices", "8"],
+    "company": ["--images", "60"],
     "full_size": ["--images", "60", "--vertices", "8"],
     "variants": ["--images", "100", "--features", "20", "--vertices", "60"],
     "gradient": ["--images", "160", "--vertices", "50"],

@@ -114,7 +114,7 @@ def build_layered(problem: Problem) -> "LayeredRidge":
     streamed = list(dict.fromkeys(name for of_store in rows for name in of_store.streamed))
     say(
         f"{subject.name}: {rows[0].n_features:,} features, {len(plan.outside(0)):,} images to fit to: "
-        f"{_METHOD_WORDS[solver.method]}, {len(priors)} priors to compare before the first vertex counts; "
+        f"{_METHOD_WORDS[solver.method]}, under {solver.said_priors}; "
         + said_on(problem.device, peak)
         + (f"; {', '.join(streamed)} read from the store block by block" if streamed else "")
     )
@@ -154,6 +154,13 @@ class LayeredRidge:
         self._axes = FoldBases(kernels, plan, priors, config.penalties, surfaces or {})
         self._kernels = list(kernels)
         self.method = self._axes.sizes.method
+
+    @property
+    def said_priors(self) -> str:
+        """Number of priors, as a message says it."""
+        counts = self._axes.sizes
+        every = f"{counts.n_priors} prior{'s' if counts.n_priors > 1 else ''}"
+        return f"the best {counts.n_finalists} of {every}" if counts.searched else every
 
     def memory(self, n_vertices: int) -> float:
         return self._axes.sizes.memory(n_vertices)
