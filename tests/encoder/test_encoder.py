@@ -127,7 +127,7 @@ def test_an_roi_is_its_columns(encoder, subjects):
     for roi in encoder.rois(subject.name):
         mask = np.concatenate([subject.rois[s].get(roi, np.zeros(n, bool)) for s, n in subject.n_vertices.items()])
         found = encoder.predict(list(subject.test.sources), subject=subject.name, roi=roi)
-        np.testing.assert_allclose(found, whole[:, mask], atol=1e-5)
+        np.testing.assert_allclose(found, whole[:, mask], rtol=1e-5, atol=1e-5)
         named = encoder.vertices(subject.name, roi=roi)
         assert named.surface.tolist() == vertices.surface[mask].tolist()
         assert named.number.tolist() == vertices.number[mask].tolist()

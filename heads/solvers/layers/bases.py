@@ -75,7 +75,9 @@ class FoldBases:
         self._kernels, self._plan, self._priors, self._surfaces = list(kernels), plan, list(priors), surfaces
         self._users = [[k for k in range(len(plan)) if plan.scales(k) == s] for s in range(len(kernels))]
         self.sizes = self._count()
-        self._search = PriorSearch(kernels, plan, priors, multiples) if self.sizes.searched else None
+        self._search: PriorSearch | None = None
+        if self.sizes.searched:
+            self._search = PriorSearch(kernels, plan, priors, multiples, shared=self.sizes.folds_share)
         self._finalists: dict[str, Finalists] = {}
         self._bases: dict[tuple[Prior, int], FinalBasis] = {}
 

@@ -66,7 +66,13 @@ METHOD = {
     "sharpness": _SHARPNESS,
     "penalties": list(PENALTIES),
     "landmarks": LANDMARKS,
-    "search": [sizes.SEARCH_IMAGES, SEARCH_LANDMARKS, SEARCH_VERTICES, *sizes.FINALISTS.values()],
+    "search": [
+        sizes.SEARCH_IMAGES,
+        SEARCH_LANDMARKS,
+        SEARCH_VERTICES,
+        *sizes.FINALISTS.values(),
+        sizes.FINALISTS_TOGETHER,
+    ],
 }
 
 

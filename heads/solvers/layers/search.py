@@ -7,7 +7,7 @@ What is learnt from the chosen priors is then computed exactly.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +20,16 @@ from heads.solvers.layers.kernels import LayerKernels
 from heads.solvers.layers.priors import Prior
 from heads.solvers.ridge import held_out_errors, penalties_of, penalty_errors
 
-SEARCH_LANDMARKS, SEARCH_VERTICES = 96, 1024  # on which priors are compared, besides `sizes.SEARCH_IMAGES`
+SEARCH_LANDMARKS, SEARCH_VERTICES = 64, 1024  # on which priors are compared, besides `sizes.SEARCH_IMAGES`
 
 Finalists = list[list[list[Prior]]]  # for each fold and each of its choices
+
+
+class _Group(NamedTuple):
+    """Folds that share finalists, and the rows that these are sought on."""
+
+    folds: list[int]
+    rows: np.ndarray
 
 
 class PriorSearch:
@@ -30,15 +37,29 @@ class PriorSearch:
 
     kernels : for each set of scales
     multiples : penalties, in multiples of the mean eigenvalue
+    shared : whether folds that share scales share finalists, sought on the images that all of them train on. With many
+        images these are enough, and kernels of fewer priors serve more folds
     """
 
     def __init__(
-        self, kernels: Sequence[LayerKernels], plan: FoldPlan, priors: Sequence[Prior], multiples: Sequence[float]
+        self,
+        kernels: Sequence[LayerKernels],
+        plan: FoldPlan,
+        priors: Sequence[Prior],
+        multiples: Sequence[float],
+        *,
+        shared: bool = False,
     ) -> None:
         self._kernels, self._plan, self._priors, self._multiples = kernels, plan, priors, multiples
         shuffled = np.random.default_rng(0).permutation(plan.n_train)
         self._sample = np.sort(shuffled[: sizes.SEARCH_IMAGES])
-        self._bases: list[list[Basis]] = []  # of each fold, by prior
+        self._groups: list[list[_Group]] = []  # of each set of scales
+        for number in range(len(kernels)):
+            users = [k for k in range(len(plan)) if plan.scales(k) == number]
+            rows = [plan.scale_rows(number)] if shared else [plan.outside(k) for k in users]
+            folds = [users] if shared else [[k] for k in users]
+            self._groups.append([_Group(*group) for group in zip(folds, map(self._in_sample, rows), strict=True)])
+        self._bases: list[tuple[_Group, list[Basis]]] = []  # of each group, by prior
 
     def finalists(self, surfaces: Sequence[Any], n_finalists: int) -> Finalists:
         """The best priors of each fold. surfaces : (n_train, n_vertices) responses of each, arrays or tensors
@@ -47,14 +68,14 @@ class PriorSearch:
         """
         y = torch.cat([self._some(responses, SEARCH_VERTICES // len(surfaces)) for responses in surfaces], 1)
         if not self._bases:
-            self._bases = self._rough_bases()
-        found = []
-        for k, bases in enumerate(self._bases):
-            explained = side_by_side(partial(self._explained, k=k, responses=y), bases, y.device.type)
+            self._bases = [made for number in range(len(self._kernels)) for made in self._rough_bases(number)]
+        found: Finalists = [[] for _ in range(len(self._plan))]
+        for group, bases in self._bases:
+            explained = side_by_side(partial(self._explained, k=group.folds[0], responses=y), bases, y.device.type)
             by_choice = torch.stack(explained, 1)  # (n_choices, n_priors, n_vertices)
-            found.append(
-                [[self._priors[n] for n in chosen_greedily(of_choice, n_finalists)] for of_choice in by_choice]
-            )
+            chosen = [chosen_greedily(of_choice, n_finalists) for of_choice in by_choice]
+            for k in group.folds:
+                found[k] = [[self._priors[number] for number in numbers] for numbers in chosen]
         return found
 
     def _some(self, responses: Any, n_vertices: int) -> torch.Tensor:
@@ -63,19 +84,15 @@ class PriorSearch:
         columns = torch.as_tensor(columns) if isinstance(responses, torch.Tensor) else columns
         return torch.as_tensor(responses[self._sample][:, columns], device=self._kernels[0].rows.device).float()
 
-    def _rough_bases(self) -> list[list[Basis]]:
-        made: list[list[Basis]] = [[] for _ in range(len(self._plan))]
-        for scales, kernels in enumerate(self._kernels):
-            landmarks = np.flatnonzero(np.isin(self._sample, kernels.scale_rows))
-            landmarks = np.sort(np.random.default_rng(0).permutation(landmarks)[:SEARCH_LANDMARKS])
-            across = kernels.under(self._priors, self._sample[landmarks], self._sample)
-            users = [k for k in range(len(self._plan)) if self._plan.scales(k) == scales]
-            rows = [self._in_sample(self._plan.outside(k)) for k in users]
-
-            by_prior = side_by_side(partial(_bases, landmarks=landmarks, rows=rows), across, kernels.rows.device)
-            for k, bases in zip(users, zip(*by_prior, strict=True), strict=True):
-                made[k] = list(bases)
-        return made
+    def _rough_bases(self, number: int) -> list[tuple[_Group, list[Basis]]]:
+        """Axes of every prior for each group of a set of scales."""
+        kernels, groups = self._kernels[number], self._groups[number]
+        landmarks = self._in_sample(self._plan.scale_rows(number))
+        landmarks = np.sort(np.random.default_rng(0).permutation(landmarks)[:SEARCH_LANDMARKS])
+        across = kernels.under(self._priors, self._sample[landmarks], self._sample)
+        rows = [group.rows for group in groups]
+        by_prior = side_by_side(partial(_bases, landmarks=landmarks, rows=rows), across, kernels.rows.device)
+        return list(zip(groups, map(list, zip(*by_prior, strict=True)), strict=True))
 
     def _in_sample(self, rows: np.ndarray) -> np.ndarray:
         return np.flatnonzero(np.isin(self._sample, rows))
@@ -100,9 +117,9 @@ class PriorSearch:
 
 
 def _bases(kernel: torch.Tensor, landmarks: np.ndarray, rows: Sequence[np.ndarray]) -> list[Basis]:
-    """Axes of one prior for the images that each fold trains on."""
+    """Axes of one prior for each group's rows. kernel : (n_sample, n_landmarks)"""
     features = landmark_features(kernel, landmarks)[0]
-    return [basis_of_features(features, of_fold, precise=False) for of_fold in rows]
+    return [basis_of_features(features, of_group, precise=False) for of_group in rows]
 
 
 def chosen_greedily(explained: torch.Tensor, n_chosen: int) -> list[int]:

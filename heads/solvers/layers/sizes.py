@@ -9,6 +9,7 @@ from heads.solvers.ridge import MAX_NUMBERS_AT_ONCE
 SEARCH_IMAGES = 1024  # images of the sample on which priors are compared, at most
 # priors that are computed exactly after that, for each surface and fold; under landmarks products are much larger
 FINALISTS = {"images": 12, "features": 12, "landmarks": 8}
+FINALISTS_TOGETHER = 10  # the same where all surfaces share them
 VERTEX_BLOCK = 2048
 AT_ONCE = 1024  # vertices that one core fits at a time, at most
 _WEIGHTS_IN_MEMORY = 2e9  # of the weights of a surface; larger ones are held in files (featcache/machine/tensors.py)
@@ -49,7 +50,7 @@ class LayeredSizes:
     @property
     def n_finalists(self) -> int:
         """Priors that are computed exactly for each fold, and for each surface unless they are chosen together."""
-        return FINALISTS[self.method]
+        return FINALISTS_TOGETHER if self.together else FINALISTS[self.method]
 
     @property
     def together(self) -> bool:
@@ -60,6 +61,11 @@ class LayeredSizes:
         return 0 < self.n_responses <= min(self.n_fit)
 
     @property
+    def folds_share(self) -> bool:
+        """Whether folds that share scales share finalists (see search.py)."""
+        return self.method == "landmarks"
+
+    @property
     def n_columns(self) -> int:
         """Images whose prepared features are multiplied with those of all others."""
         return {"images": self.n_images, "features": 0, "landmarks": LANDMARKS}[self.method]
@@ -68,7 +74,7 @@ class LayeredSizes:
     def axes_bytes(self) -> float:
         """Bytes of the axes of each fold, and of the kernels or features that they come from, which folds may share."""
         n_final = min(self.n_finalists * self.n_choices, self.n_priors)
-        shared = min(n_final * len(self.n_fit), self.n_priors * self.n_scales)
+        shared = min(n_final * (self.n_scales if self.folds_share else len(self.n_fit)), self.n_priors * self.n_scales)
         n = self.n_images if self.method == "images" else min(LANDMARKS, self.n_features)
         of_folds = self.n_images * sum(self.n_fit) if self.method == "images" else n**2 * len(self.n_fit)
         return 4.0 * (shared * self.n_images * n + n_final * of_folds)

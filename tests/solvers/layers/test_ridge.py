@@ -390,6 +390,7 @@ def test_weights_have_their_energy_where_it_was_planted(flat_fit, whole_fit):
 def searching(monkeypatch, images=50, finalists=3):
     monkeypatch.setattr(heads.solvers.layers.sizes, "SEARCH_IMAGES", images)
     monkeypatch.setattr(heads.solvers.layers.sizes, "FINALISTS", dict.fromkeys(("images", "landmarks"), finalists))
+    monkeypatch.setattr(heads.solvers.layers.sizes, "FINALISTS_TOGETHER", finalists)
 
 
 @pytest.mark.slow

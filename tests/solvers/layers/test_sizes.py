@@ -7,7 +7,7 @@ import pytest
 
 from heads.solvers.layers import sizes
 from heads.solvers.layers.axes import LANDMARKS
-from heads.solvers.layers.sizes import FINALISTS, LayeredSizes
+from heads.solvers.layers.sizes import FINALISTS, FINALISTS_TOGETHER, LayeredSizes
 
 COUNTS = LayeredSizes(
     n_train=50,
@@ -41,13 +41,15 @@ def test_every_finalist_keeps_its_kernel_and_the_scores_of_all_images_on_as_many
 
 @pytest.mark.parametrize(("n_responses", "together"), [(0, False), (40, True), (41, False)])
 def test_surfaces_share_priors_where_all_have_fewer_vertices_than_there_are_images_to_fit_to(n_responses, together):
-    assert replace(COUNTS, n_responses=n_responses).together == together
+    counts = replace(COUNTS, n_responses=n_responses)
+    assert counts.together == together
+    assert counts.n_finalists == (FINALISTS_TOGETHER if together else N_FINALISTS)
 
 
 def test_with_landmarks_folds_share_the_features_and_surfaces_have_priors_of_their_own():
     assert MANY.method == "landmarks" and MANY.searched and not MANY.together
     of_a_fold = bytes_of((LANDMARKS, LANDMARKS))
-    assert MANY.axes_bytes == FINALISTS["landmarks"] * 5 * (bytes_of((10_000, LANDMARKS)) + of_a_fold)
+    assert MANY.axes_bytes == FINALISTS["landmarks"] * (2 * bytes_of((10_000, LANDMARKS)) + 5 * of_a_fold)
 
 
 @pytest.mark.parametrize(("n_priors", "searched"), [(N_FINALISTS + 1, True), (N_FINALISTS, False)])
