@@ -501,7 +501,8 @@ def place() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(str(_ROOT)) and not name.startswith(_OWN):
+        # libraries may be installed below the project, as `make test` does it
+        if name.startswith(str(_ROOT)) and not name.startswith(_OWN) and "site-packages" not in name:
             return f"{Path(name).relative_to(_ROOT)}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "a library"
