@@ -140,7 +140,7 @@ def himalaya_runs(data: Data, draws: tuple[int, ...], gradient_steps: int) -> It
     setting = f"layers, hyper-gradient, {gradient_steps} steps"
     yield "MultipleKernelRidgeCV", setting, partial(of_kernels, data.kernels["layers"], "hyper_gradient", params)
     some_of_all = np.maximum(alone_and_alike(len(data.groups)), 1e-6)  # it divides by them
-    for words, n_iter in ((f"{draws[0]} draws", draws[0]), ("each alone and all alike", some_of_all)):
+    for words, n_iter in (*((f"{n} draws", n) for n in draws[:1]), ("each alone and all alike", some_of_all)):
         yield "GroupRidgeCV", f"layers, {words}", partial(of_groups, {**shared, "n_iter": n_iter, "warn": False})
 
 
@@ -191,20 +191,20 @@ def compare(n_images: int, n_vertices: int, draws: tuple[int, ...], gradient_ste
 def main() -> None:
     sizes = options(__doc__, few=(200, 40), some=(1000, 0), many=(4000, 0), vertices=(2000, 30))
     keep_freed_memory()
-    counts = [n for n in (sizes.few, sizes.some, sizes.many) if n]
+    # with draws of the random search: as many as leave the whole run at some minutes
+    planned = [(sizes.few, (20, 100)), (sizes.some, (20,)), (sizes.many, ())]
+    counts = [(n, draws) for n, draws in planned if n]
     try:
         from himalaya.backend import set_backend
 
         set_backend("numpy")  # on a CPU it is the faster of the two (docs/layers.md)
     except ImportError:
         note = "himalaya is not installed: pip install featcache[bench]"
-        report([Figure(f"heads under priors, {n:,} images", "himalaya", None, 10, False, note) for n in counts])
+        report([Figure(f"heads under priors, {n:,} images", "himalaya", None, 10, False, note) for n, _ in counts])
         return
-    # draws of the random search: as many as leave the whole run at some minutes
-    draws: dict[int, tuple[int, ...]] = {sizes.few: (20, 100), sizes.some: (20,), sizes.many: ()}
     figures = []
-    for n in counts:
-        figures += compare(n, sizes.vertices, (2,) if sizes.quick else draws[n], 5 if sizes.quick else 20)
+    for n, draws in counts:
+        figures += compare(n, sizes.vertices, (2,) if sizes.quick else draws, 5 if sizes.quick else 20)
     report(figures)
 
 
