@@ -124,8 +124,11 @@ class FoldPlan:
         Features of a frozen backbone have two sets: each half of the folds uses the images of the other half. So what
         is computed from scaled features is computed twice, and not once for every fold.
         """
-        users = [fold for k, fold in enumerate(self.held_out) if self.scales(k) == number]
-        return np.flatnonzero(~np.isin(self.folds, users))
+        return np.flatnonzero(~np.isin(self.folds, [self.held_out[k] for k in self.users(number)]))
+
+    def users(self, number: int) -> list[int]:
+        """The held-out folds, counted from 0, that use a set of scales."""
+        return [k for k in range(len(self)) if self.scales(k) == number]
 
     def source(self, k: int) -> int:
         """Number of the set of features that the k-th held-out fold reads."""

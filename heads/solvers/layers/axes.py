@@ -72,22 +72,19 @@ class Basis:
 
         weights : (n, n_vertices) on the features
         """
-        if self.axes is not None:
-            return None, weights
-        duals = self.features[self.rows] @ (weights / self.values[:, None])
-        # kernels are centred over these images, which axes of small eigenvalues are not exactly
-        return self.rows, duals - duals.mean(0)
+        return (None, weights) if self.axes is not None else self.dual(weights)
 
     def dual(self, weights: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
         """(image rows, dual weights (n, n_vertices)) with the same predictions, up to an intercept.
 
         weights : (rank, n_vertices) on the axes
         """
-        if self.span is None or self.axes is None:
-            duals = self.scores(self.rows) @ (weights / self.values[:, None])
-            return self.rows, duals - duals.mean(0)
-        landmarks, whitening = self.span
-        return landmarks, whitening @ (self.axes @ weights)
+        if self.span is not None:
+            landmarks, whitening = self.span
+            return landmarks, whitening @ self.on_features(weights)
+        duals = self.scores(self.rows) @ (weights / self.values[:, None])
+        # kernels are centred over these images, which axes of small eigenvalues are not exactly
+        return self.rows, duals - duals.mean(0)
 
 
 @dataclass(frozen=True)

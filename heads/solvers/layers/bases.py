@@ -73,7 +73,7 @@ class FoldBases:
         surfaces: Mapping[str, Any],
     ) -> None:
         self._kernels, self._plan, self._priors, self._surfaces = list(kernels), plan, list(priors), surfaces
-        self._users = [[k for k in range(len(plan)) if plan.scales(k) == s] for s in range(len(kernels))]
+        self._users = [plan.users(number) for number in range(len(kernels))]
         self.sizes = self._count()
         self._search: PriorSearch | None = None
         if self.sizes.searched:

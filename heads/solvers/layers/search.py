@@ -55,7 +55,7 @@ class PriorSearch:
         self._sample = np.sort(shuffled[: sizes.SEARCH_IMAGES])
         self._groups: list[list[_Group]] = []  # of each set of scales
         for number in range(len(kernels)):
-            users = [k for k in range(len(plan)) if plan.scales(k) == number]
+            users = plan.users(number)
             rows = [plan.scale_rows(number)] if shared else [plan.outside(k) for k in users]
             folds = [users] if shared else [[k] for k in users]
             self._groups.append([_Group(*group) for group in zip(folds, map(self._in_sample, rows), strict=True)])
