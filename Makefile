@@ -13,7 +13,7 @@ demo: about-demo .venv/installed
 
 about-demo:
 	@test -e .venv/installed || echo "First the installation into .venv, once: about 3 minutes and 7.2 GB of disk, most of it PyTorch."
-	@echo "Then the demo: about 4 minutes on two cores, longer beside other work, and 2.9 GB of disk in $(DEMO)."
+	@echo "Then the demo: about 2 to 3 minutes on two cores, longer beside other work, and 2.9 GB of disk in $(DEMO)."
 
 test: .venv/installed
 	$(PYTEST)
