@@ -36,6 +36,7 @@ from featcache.dataset.algonauts import response_files
 from featcache.dataset.subject import Subject
 from featcache.machine.device import matrix_products, network_dtype, pinned, to_host
 from featcache.machine.memory import keep_freed_memory
+from featcache.machine.tensors import Spool
 from heads.backbones.accelerator import make_accelerator
 from heads.backbones.batches import Images
 from heads.backbones.encoder import Encoder
@@ -189,7 +190,7 @@ def priors(sizes: Any, device: str, folder: Path) -> Iterator[Figure]:
     def ours() -> None:
         solver = build_layered(problem)
         for surface in subject.surfaces:
-            predict_surface(solver, subject, surface, lambda n: None, device, spool=folder / "heads")
+            predict_surface(solver, subject, surface, lambda n: None, device, spool=Spool(folder / "heads"))
 
     def bare() -> None:
         kernel = x @ x[:LANDMARKS].T

@@ -23,6 +23,7 @@ from measure import Figure, options, report
 from planted import SIDE, Sizes, write_subject
 
 from featcache.machine.memory import keep_freed_memory
+from featcache.machine.tensors import Spool
 from heads.config import FitConfig, RidgeConfig
 from heads.features.rows import LayerRows
 from heads.features.sets import feature_sets
@@ -61,7 +62,7 @@ Run = Callable[[], np.ndarray]  # fits and returns predictions of the held-out i
 
 def ours(problem: Problem, held_out: np.ndarray) -> np.ndarray:
     """As `fit-heads` does it, from the store to predictions and weights."""
-    solver, subject, spool = build_layered(problem), problem.subject, problem.work / "heads"
+    solver, subject, spool = build_layered(problem), problem.subject, Spool(problem.work / "heads")
     surfaces = [predict_surface(solver, subject, s, lambda n: None, spool=spool)[0] for s in subject.surfaces]
     return np.concatenate(surfaces, 1)[held_out]
 

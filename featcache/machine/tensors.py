@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -37,7 +38,7 @@ _NAMES = {
 }
 _NO_PROMISE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system that cannot promise room
 _ALIGNED = 8  # bytes; the header is filled up to a multiple
-_IN_MEMORY = 32 << 20  # bytes up to which `large_zeros` takes main memory
+_IN_MEMORY = 32 << 20  # bytes up to which `Spool.zeros` takes main memory
 _AT_ONCE = 64 << 20  # bytes that are copied at a time
 
 
@@ -48,15 +49,70 @@ class Digest(Protocol):
         """Take in the next bytes."""
 
 
+class Spool:
+    """float32 tensors of any size: in main memory, or above `_IN_MEMORY` in files of a folder.
+
+    A file has no name, so that its room on the disk is free again once its tensor is gone, however the process ends.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: list[mmap.mmap] = []
+
+    @property
+    def used(self) -> bool:
+        """Whether any tensor is in a file."""
+        return bool(self._files)
+
+    def zeros(self, *shape: int) -> torch.Tensor:
+        """Zeros of this shape."""
+        n_bytes = 4 * math.prod(shape)
+        if n_bytes <= _IN_MEMORY:
+            return torch.zeros(shape)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            _reserve(file.fileno(), n_bytes)
+            held = mmap.mmap(file.fileno(), n_bytes)
+        self._files.append(held)
+        return torch.frombuffer(held, dtype=torch.float32).view(shape)
+
+    def let_go(self) -> None:
+        """Have no part of the files in the memory of this process; what is read or written next comes back by itself.
+
+        The system would do so too where memory is short, but until then the process looks larger than it has to be.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for held in self._files:
+                held.madvise(mmap.MADV_DONTNEED)
+
+
+def _reserve(descriptor: int, n_bytes: int) -> None:
+    """Make a file so long, with room on the disk: a disk that is full later would end the process by a signal."""
+    try:
+        os.posix_fallocate(descriptor, 0, n_bytes)
+    except AttributeError:  # not every system has it
+        os.truncate(descriptor, n_bytes)
+    except OSError as error:
+        free = os.fstatvfs(descriptor)
+        if error.errno not in _NO_PROMISE or free.f_bavail * free.f_frsize < n_bytes:
+            raise
+        os.truncate(descriptor, n_bytes)
+
+
 def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], digest: Digest | None = None
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    digest: Digest | None = None,
+    spool: Spool | None = None,
 ) -> None:
     """Write a safetensors file, whole or not at all.
 
     digest : takes in the bytes of the file as they are written, so that nobody has to read it again
+    spool : that holds the large ones
 
     The library's own writer makes a copy of all tensors first. This one copies `_AT_ONCE` bytes at a time, so that
-    tensors held in files by `large_zeros` need no memory.
+    tensors of a spool need no memory.
 
     Source: the format, https://huggingface.co/docs/safetensors
     """
@@ -73,6 +129,8 @@ def write_tensors(
             file.write(content)
             if digest is not None:
                 digest.update(content)
+            if spool is not None:
+                spool.let_go()
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[bytes | memoryview]:
@@ -93,25 +151,3 @@ def copy_as_float32(values: np.ndarray, place: np.ndarray) -> None:
         torch.from_numpy(place).copy_(torch.from_numpy(values))
     else:
         place[:] = values
-
-
-def large_zeros(folder: Path | None, *shape: int) -> torch.Tensor:
-    """float32 zeros of any size: in main memory, or above `_IN_MEMORY` in a file of this folder.
-
-    The file has no name, so that its room on the disk is free again once the tensor is gone, however the process ends.
-    """
-    n_bytes = 4 * math.prod(shape)
-    if folder is None or n_bytes <= _IN_MEMORY:
-        return torch.zeros(shape)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, n_bytes)  # a disk that is full later would end the process by a signal
-        except AttributeError:  # not every system has it
-            file.truncate(n_bytes)
-        except OSError as error:
-            free = os.fstatvfs(file.fileno())
-            if error.errno not in _NO_PROMISE or free.f_bavail * free.f_frsize < n_bytes:
-                raise
-            file.truncate(n_bytes)
-        return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="r+", shape=shape))

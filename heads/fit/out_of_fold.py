@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from featcache.dataset.subject import Subject
 from featcache.machine.device import pinned, to_device, to_host
 from featcache.machine.device_memory import halving
-from featcache.machine.tensors import large_zeros
+from featcache.machine.tensors import Spool
 from heads.modules.readout import SCALE, SHIFT
 from heads.solvers.base import Block, Fits, Solver, comparable, lines_of_heads, mean_of_tests
 
@@ -26,7 +25,7 @@ def predict_surface(
     advance: Callable[[int], None],
     device: str = "cpu",
     held_out: Sequence[int] = (),
-    spool: Path | None = None,
+    spool: Spool | None = None,
 ) -> tuple[np.ndarray, dict[tuple[str, str], torch.Tensor]]:
     """Predictions of one surface, (n_train + n_test, n_vertices) float32, and the heads that made them, by name.
 
@@ -35,7 +34,7 @@ def predict_surface(
 
     advance : called with the number of vertices that were just fitted
     held_out : number of each fold, in the order of the solver's
-    spool : folder for heads that are larger than the memory; None: all are in memory
+    spool : for heads that are larger than the memory; None: all are in memory
     """
     n_train, responses = len(subject.train), subject.responses(surface)
     n_vertices = responses.shape[1]
@@ -55,8 +54,11 @@ def predict_surface(
                 saved[name] = values
                 continue
             if name not in saved:
-                saved[name] = large_zeros(spool, *values.shape[:-1], n_vertices)
+                shape = (*values.shape[:-1], n_vertices)
+                saved[name] = torch.zeros(shape) if spool is None else spool.zeros(*shape)
             saved[name][..., vertices] = values
+        if spool is not None:
+            spool.let_go()
         return vertices
 
     step = solver.vertex_block or max(n_vertices, 1)

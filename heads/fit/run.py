@@ -21,7 +21,7 @@ from featcache.machine.device import check_products, matrix_products, resolve_de
 from featcache.machine.files import refuse_full_disk
 from featcache.machine.memory import give_back_memory, keep_freed_memory, memory_at_start
 from featcache.machine.progress import bar, say
-from featcache.machine.tensors import as_float32, write_tensors
+from featcache.machine.tensors import Spool, as_float32, write_tensors
 from featcache.workdir import Workdir
 from heads.config import HEADS, FitConfig
 from heads.features.sets import FeatureSet, choose, feature_sets, layer_of, say_partial, say_without
@@ -329,22 +329,26 @@ def _fill(problem: Problem, solver: Solver, store: Store, weights: Path, label: 
     """Fit every surface; one surface's predictions are stored before the next has its own. label : of the bar"""
     subject = problem.subject
     tensors: dict[str, torch.Tensor] = {}
+    spool = Spool(Workdir(problem.work).heads)
     with store.writing(), bar(label, sum(problem.n_vertices), "vertices") as advance:
         for surface in subject.surfaces:
-            tensors |= _fill_surface(problem, solver, store, surface, advance)
-        write_tensors(weights, tensors, _metadata(store))
+            tensors |= _fill_surface(problem, solver, store, surface, spool, advance)
+        write_tensors(weights, tensors, _metadata(store), spool=spool)
 
 
 def _fill_surface(
-    problem: Problem, solver: Solver, store: Store, surface: str, advance: Callable[[int], None]
+    problem: Problem, solver: Solver, store: Store, surface: str, spool: Spool, advance: Callable[[int], None]
 ) -> dict[str, torch.Tensor]:
     """Store one surface's predictions; what comes back are the heads, named as their file has them."""
     predictions, saved = predict_surface(
-        solver, problem.subject, surface, advance, problem.device, problem.plan.held_out, Workdir(problem.work).heads
+        solver, problem.subject, surface, advance, problem.device, problem.plan.held_out, spool
     )
+    if spool.used:
+        give_back_memory()  # of the blocks: all weights of the surface are read now
     tensors = {f"{prefix}{surface}.{part}": values for (prefix, part), values in saved.items()}
     kind = head_kind(PredictionKey.from_json(store.key), problem.subject)
     _predict_test(problem, surface, kind, tensors, predictions)
+    spool.let_go()
     scored = problem.plan.scored
     if len(scored) < problem.n_train:
         predictions = np.concatenate([predictions[scored], predictions[problem.n_train :]])

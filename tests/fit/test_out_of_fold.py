@@ -8,6 +8,7 @@ import torch
 
 from featcache.dataset.algonauts import open_challenge
 from featcache.errors import ConfigError
+from featcache.machine.tensors import Spool
 from heads.fit.out_of_fold import block_of, predict_surface
 from heads.solvers.base import Fits, FoldFit, Piece
 from support.problems import responding
@@ -188,7 +189,7 @@ def test_blocks_that_a_device_does_not_hold_are_halved_and_nothing_is_lost(
     expected = predict_surface(Recorded(n_train, n_test, N_VERTICES), subject, "lh", lambda _: None)
     advanced, solver = [], Large(n_train, n_test, N_VERTICES)
     solver.fitting = 2
-    found = predict_surface(solver, subject, "lh", advanced.append, "cuda", spool=tmp_path)
+    found = predict_surface(solver, subject, "lh", advanced.append, "cuda", spool=Spool(tmp_path))
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
     assert list(found[1]) == list(expected[1]) and sum(advanced) == N_VERTICES
     assert all(torch.equal(found[1][name], values) for name, values in expected[1].items())

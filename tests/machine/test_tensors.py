@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from featcache.machine import tensors
-from featcache.machine.tensors import as_float32, copy_as_float32, large_zeros, write_tensors
+from featcache.machine.tensors import Spool, as_float32, copy_as_float32, write_tensors
 
 DTYPES = sorted(tensors._NAMES, key=str)
 
@@ -71,21 +72,44 @@ def test_an_error_midway_leaves_the_older_file(tmp_path):
 def test_zeros_are_in_memory_up_to_a_size_and_above_it_in_a_file_without_a_name(tmp_path, monkeypatch):
     monkeypatch.setattr(tensors, "_IN_MEMORY", 4 * 12)
     folder = tmp_path / "scratch"
-    for here, shape in ((None, (5, 4)), (folder, (3, 4)), (folder, (0, 4)), (folder, ())):
-        same_bits(large_zeros(here, *shape), torch.zeros(shape))
-    assert not folder.exists()
+    spool = Spool(folder)
+    for shape in ((3, 4), (0, 4), ()):
+        same_bits(spool.zeros(*shape), torch.zeros(shape))
+    assert not folder.exists() and not spool.used
     room = []
     honest = os.posix_fallocate
     monkeypatch.setattr(os, "posix_fallocate", lambda *given: (room.append(given[1:]), honest(*given)))
-    large = large_zeros(folder, 5, 4)
+    large = spool.zeros(5, 4)
     assert room == [(0, 80)] and list(folder.iterdir()) == []
     same_bits(large, torch.zeros(5, 4))
-    other = large_zeros(folder, 5, 4)
+    other = spool.zeros(5, 4)
     large += torch.arange(20).view(5, 4)
     same_bits(large, torch.arange(20, dtype=torch.float32).view(5, 4))
     same_bits(other, torch.zeros(5, 4))  # each has a file of its own
-    write_tensors(tmp_path / "a.safetensors", {"a": large}, {})
-    same_bits(load_file(tmp_path / "a.safetensors")["a"], large)
+    write_tensors(tmp_path / "a.safetensors", {"a": large, "b": other}, {}, spool=spool)
+    found = load_file(tmp_path / "a.safetensors")
+    same_bits(found["a"], torch.arange(20, dtype=torch.float32).view(5, 4))
+    same_bits(found["b"], torch.zeros(5, 4))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no /proc: memory of files is unknown")
+def test_what_is_let_go_of_takes_no_memory_and_comes_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "_IN_MEMORY", 0)
+    spool = Spool(tmp_path)
+    large = spool.zeros(1 << 20)
+
+    def resident() -> int:
+        """Bytes of the spooled file in this process."""
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        of_file = next(line for line in lines if str(tmp_path) in line)
+        assert "(deleted)" in of_file
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+
+    large[:] = torch.arange(1 << 20)
+    assert resident() == 4 << 20
+    spool.let_go()
+    assert resident() == 0
+    same_bits(large, torch.arange(1 << 20, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -98,7 +122,7 @@ def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=os.strerror(number)):
-        large_zeros(tmp_path, 5)
+        Spool(tmp_path).zeros(5)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -109,9 +133,9 @@ def test_where_no_room_can_be_promised_the_free_room_decides(tmp_path, monkeypat
         raise OSError(errno.EOPNOTSUPP, "not here")
 
     monkeypatch.setattr(os, "posix_fallocate", unknown)
-    same_bits(large_zeros(tmp_path, 5), torch.zeros(5))
+    same_bits(Spool(tmp_path).zeros(5), torch.zeros(5))
     with pytest.raises(OSError, match="not here"):
-        large_zeros(tmp_path, 1 << 45)
+        Spool(tmp_path).zeros(1 << 45)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -183,14 +183,19 @@ class LayeredRidge:
         """Heads of some vertices, (n_train, n_vertices)."""
         targets = [responses[rows] - responses[rows].mean(0) for rows in self._rows]
         rotated = self._axes.rotated(bases, responses, targets)
-        mixes = [self._mix(k, bases, responses, targets[k], rotated[k]) for k in range(len(self._rows))]
-        fits = Fits([self._fold_fit(k, predictions) for k, (predictions, _) in enumerate(mixes)], {})
+        folds, levels, heads = [], [], []
+        for k in range(len(self._rows)):
+            # what only this fold needs is let go with it: it is most of the memory of a block
+            predictions, of_fold = self._mix(k, bases, responses, targets.pop(0), rotated.pop(0))
+            folds.append(self._fold_fit(k, predictions))
+            levels.append(predictions[-1][self._kernels[self._plan.scales(k)].scale_rows].mean(0))
+            heads.append(of_fold)
         # the scale of a fold's weights in the mean is known only now
-        saved = SavedWeights(self._kernels, self._plan, fits.folds)
-        for k, (_, heads) in enumerate(mixes):
-            for head in heads:
+        saved = SavedWeights(self._kernels, self._plan, folds)
+        for k in range(len(folds)):
+            for head in heads.pop(0):
                 saved.add(head.prior, k, head.basis, head.vertices, head.weights)
-        return fits._replace(saved=saved.tensors([predictions[-1] for predictions, _ in mixes]))
+        return Fits(folds, saved.tensors(levels))
 
     def _mix(
         self,
@@ -275,7 +280,7 @@ class LayeredRidge:
     def _fold_fit(self, k: int, predictions: torch.Tensor) -> FoldFit:
         pieces = [piece_of(predictions[choice], part, self._rows[k]) for choice, part in enumerate(self._parts[k])]
         last = predictions[-1]
-        return FoldFit(pieces, last[self._plan.n_train :], *mean_and_std(last[self._rows[k]]))
+        return FoldFit(pieces, last[self._plan.n_train :].clone(), *mean_and_std(last[self._rows[k]]))
 
 
 def flat_weights(

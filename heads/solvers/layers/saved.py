@@ -41,8 +41,11 @@ class SavedWeights:
             index = torch.as_tensor(rows, device=vertices.device)[:, None]
             pending[prior].weights[index, vertices] += on_rows * factors
 
-    def tensors(self, predictions: Sequence[torch.Tensor]) -> dict[tuple[str, str], torch.Tensor]:
-        """Weights and intercepts, {(prefix, part): tensor}. predictions : of all images by each fold's last choice"""
+    def tensors(self, levels: Sequence[torch.Tensor]) -> dict[tuple[str, str], torch.Tensor]:
+        """Weights and intercepts, {(prefix, part): tensor}.
+
+        levels : (n_vertices,) mean prediction by each fold's last choice, of the images that its scales are of
+        """
         heads: dict[tuple[str, str], torch.Tensor] = {}
         for scales, kernels in enumerate(self._kernels):
             prefix = self._prefix(scales)
@@ -50,11 +53,9 @@ class SavedWeights:
                 _add(heads, (prefix, f"{name}.weights"), values)
                 # the mean prediction is the prediction of the mean features
                 _add(heads, (prefix, "intercept"), -(kernels.means[name].flatten() @ values))
-        for k, (values, fold) in enumerate(zip(predictions, self._folds, strict=True)):
-            scales = self._plan.scales(k)
-            level = values[self._kernels[scales].scale_rows].mean(0)
+        for k, (level, fold) in enumerate(zip(levels, self._folds, strict=True)):
             shift = fold.test_mean + (level - fold.test_mean) * self._factors[k]
-            _add(heads, (self._prefix(scales), "intercept"), shift * self._share)
+            _add(heads, (self._prefix(self._plan.scales(k)), "intercept"), shift * self._share)
         return heads
 
     def _prefix(self, scales: int) -> str:
