@@ -94,7 +94,9 @@ class LayeredSizes:
         n = min(LANDMARKS, self.n_features, self.n_images)
         prepared = 4.0 * self.n_scales * self.n_columns * self.n_features
         decomposition = 2 * 20.0 * n * n
-        predictions = 2 * 4.0 * self.n_images * block * self.n_choices * len(self.n_fit) + 12.0 * self.n_train * block
+        # predictions of one fold after the other, held-out ones that are kept, responses of each fold and of all
+        numbers = 2.0 * self.n_images * self.n_choices + 4.0 * self.n_train + sum(self.n_fit)
+        predictions = 4.0 * numbers * block
         rotated = 4.0 * self.n_finalists * len(self.n_fit) * n * block
         errors = 2 * 16.0 * MAX_NUMBERS_AT_ONCE
         blocks = 6.0 * min(4 * self.n_images * self.n_features, BLOCK_BYTES)  # read, centred, scaled, blurred
