@@ -222,8 +222,9 @@ class ExtractConfig:
     workers: int = option(usual_workers, "Threads that decode images.", "Machine")
     image_cache: float = option(
         0.0,
-        "Disk space that decoded images may take, in 10^9 bytes; other backbones of the same size then read them "
-        "at the speed of memory. 0: none are kept. Those that are there are read in either case.",
+        "Decode the images once into files of at most so many 10^9 bytes, or refuse where they do not fit; backbones "
+        "of the same size and crop then read them at the speed of memory. 0: none are kept. Those that are there are "
+        "read in either case.",
         "Machine",
     )
     device: str = option("auto", f"Where to compute: {', '.join(DEVICES)}.", "Machine")

@@ -260,15 +260,18 @@ def prune(checkpoint: Checkpoint) -> None:
             shutil.rmtree(folder)
 
 
-def prune_backbone(checkpoint: Checkpoint) -> None:
+def prune_backbone(checkpoint: Checkpoint) -> int:
     """Remove the backbone of a finished checkpoint of stage 2; its heads and its description stay, which says so.
 
-    Nothing is done to checkpoints of stage 1, from which stage 2 starts.
+    The bytes that are free now. Nothing is done to checkpoints of stage 1, from which stage 2 starts.
     """
     if checkpoint.key.stage != "finetune" or not checkpoint.finished:
-        return
+        return 0
     record(replace(checkpoint, facts=replace(checkpoint.facts, pruned=True)))
-    (checkpoint.path / str(checkpoint.facts.weights) / "backbone.safetensors").unlink(missing_ok=True)
+    path = checkpoint.path / str(checkpoint.facts.weights) / "backbone.safetensors"
+    n_bytes = path.stat().st_size if path.is_file() else 0
+    path.unlink(missing_ok=True)
+    return n_bytes
 
 
 def save_weights(

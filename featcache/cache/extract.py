@@ -82,11 +82,26 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path | str
             _announce(source, [subject for _, its_subjects in choices for subject in its_subjects], work)
         with matrix_products(config.dtype):
             fitting = _fitting(source, config)
-            source = _compiled(source, fitting)
+            if config.compile and not all(_is_whole(subject, source, fitting, work) for subject in served):
+                source = _compiled(source, fitting)
             done += [_extract_subject(subject, source, fitting, work) for subject in served]
-        if config.prune and checkpoint is not None:
-            prune_backbone(checkpoint)
+        if config.prune and checkpoint is not None and (removed := prune_backbone(checkpoint)):
+            say(f"{checkpoint.path.name}: its backbone, {size_of(removed)}, was removed; its heads stay")
     return done
+
+
+def _is_whole(subject: Subject, source: Source, config: ExtractConfig, work: Path) -> bool:
+    """Whether the features of a subject are there."""
+    path = _path(subject, source, feature_key(source, config, ImageList.of(subject, work)), work)
+    return path.is_dir() and open_store(path).complete
+
+
+def _path(subject: Subject, source: Source, key: FeatureKey, work: Path) -> Path:
+    return store_path(Workdir(work).features, _label(subject, source), key.to_json())
+
+
+def _label(subject: Subject, source: Source) -> str:
+    return f"{subject.name}-{source.label}"
 
 
 def _resolve_dtype(dtype: str, device: str) -> str:
@@ -126,8 +141,6 @@ def _fitting(source: Source, config: ExtractConfig) -> ExtractConfig:
 
 
 def _compiled(source: Source, config: ExtractConfig) -> Source:
-    if not config.compile:
-        return source
     return replace(source, backbone=source.backbone.compiled(source.taps, config.batch_size, config.dtype))
 
 
@@ -190,29 +203,24 @@ def feature_key(source: Source, config: ExtractConfig, images: ImageList) -> Fea
 def _extract_subject(subject: Subject, source: Source, config: ExtractConfig, work: Path) -> Extracted:
     images = ImageList.of(subject, work)
     key = feature_key(source, config, images)
-    store, known = _find_or_create(subject, source, config, key, work), KnownRows.nothing(len(images.ids))
-    n_images, began, n_new = len(store.image_ids), time.perf_counter(), 0
-    done = min(store.committed.values())
+    folder, path = Workdir(work).features, _path(subject, source, key, work)
+    store = open_store(path) if path.is_dir() else None
+    n_images, began, n_new = len(images.ids), time.perf_counter(), 0
+    done = 0 if store is None else min(store.committed.values())
     if done == n_images:
-        say(f"{subject.name}: already extracted, {store.path}")
+        say(f"{subject.name}: already extracted, {path}")
     else:
-        known = find_known(Workdir(work).features, key.to_json(), images)
+        known = find_known(folder, key.to_json(), images)
         _explain(key, known, done, work)
+        # this may refuse --image-cache, which must not leave a store
         reader = _reader(subject, source.backbone, config, work, len(known.missing(range(done, n_images))))
+        if store is None:
+            facts = _facts(subject, source, config).to_json()
+            label, n_train = _label(subject, source), len(subject.train)
+            store = create_store(folder, label, key.to_json(), subject.image_ids, n_train, source.rows, facts)
         with bar(f"{subject.name} {source.label}", n_images, "images", done) as advance, store.writing():
             n_new = _fill(store, reader, source, config, known, advance)
-    return Extracted(subject.name, store.path, n_images, n_new, time.perf_counter() - began)
-
-
-def _find_or_create(subject: Subject, source: Source, config: ExtractConfig, key: FeatureKey, work: Path) -> Store:
-    folder, label = Workdir(work).features, f"{subject.name}-{source.label}"
-    path = store_path(folder, label, key.to_json())
-    if path.is_dir():
-        return open_store(path)
-    facts = _facts(subject, source, config)
-    return create_store(
-        folder, label, key.to_json(), subject.image_ids, len(subject.train), source.rows, facts.to_json()
-    )
+    return Extracted(subject.name, path, n_images, n_new, time.perf_counter() - began)
 
 
 def _explain(key: FeatureKey, known: KnownRows, done: int, work: Path) -> None:

@@ -25,7 +25,7 @@ from featcache.dataset.images import load_image
 from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
 from featcache.machine.files import only_writer, replace_json
-from featcache.machine.progress import bar, say
+from featcache.machine.progress import bar, say, size_of
 from featcache.workdir import Workdir
 
 _COMMIT = 256  # images between commits, which is what an interruption can cost
@@ -77,7 +77,7 @@ def cache_pixels(
             new = sum(n_bytes[subject.name] for subject in missing if not paths[subject.name].exists())
             _make_room(folder, list(paths.values()), total, new, limit_gb)
             size = backbone.transform_settings["input_size"][-1]
-            say(f"images at {size} px, once: {total / 1e9:.2f} GB in {folder} (at most {limit_gb:g} GB)")
+            say(f"images at {size} px, once: {size_of(total)} in {folder} (at most {limit_gb:g} GB)")
         for subject in missing:
             _fill(paths[subject.name], subject, backbone, workers)
         for path in paths.values():
@@ -159,8 +159,8 @@ def _create(path: Path, shape: tuple[int, ...], dtype: str) -> None:
 def _no_room(folder: Path, n_bytes: int) -> StoreError:
     return StoreError(
         folder,
-        expected=f"{n_bytes / 1e9:.1f} GB of free disk for the images",
-        found=f"{shutil.disk_usage(folder).free / 1e9:.1f} GB",
+        expected=f"{size_of(n_bytes)} of free disk for the images",
+        found=size_of(shutil.disk_usage(folder).free),
         remedy="make room, lower --size, or choose another --work",
     )
 
@@ -175,8 +175,9 @@ def _make_room(folder: Path, needed: Sequence[Path], total: int, new: int, limit
         raise StoreError(
             folder,
             expected=f"the images to fit into --image-cache {limit_gb:g} GB",
-            found=f"{total / 1e9:.1f} GB of them at this size",
-            remedy="raise it, lower --size, or choose fewer subjects",
+            found=f"{size_of(total)} of them at this size",
+            remedy=f"give --image-cache {math.ceil(total / 1e6) / 1e3:g} or more, lower --size, or choose fewer "
+            "subjects",
         )
     others = sorted(set(folder.glob("*.npy")) - set(needed), key=_last_used)
     while others and total + sum(path.stat().st_size for path in others) > limit_gb * 1e9:

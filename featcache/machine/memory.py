@@ -117,7 +117,7 @@ def refuse_above(max_memory: float, peak: float) -> None:
             "--max-memory",
             expected=f"{math.ceil(peak / 1e7) / 100:g} GB or more for these images, features and vertices",
             found=f"{max_memory:g}",
-            remedy="give more, or extract fewer features",
+            remedy="give more, or read fewer layers by --layers",
         )
 
 

@@ -135,7 +135,7 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path, by: Sp
             "--layers",
             expected=f"all, each, or layers that were extracted ({', '.join(known)})",
             found=repr(config.layers),
-            remedy=f"choose among those, or extract with --layers {config.layers}",
+            remedy="choose among those, or extract others first",
         )
     say_partial(features for _, features in read)
     if takes_heads:

@@ -23,7 +23,7 @@ from featcache.dataset.open import open_dataset, scan_dataset
 from featcache.dataset.rois import HEMISPHERES
 from featcache.dataset.subject import Subject, names_in
 from featcache.errors import ConfigError, FeatcacheError
-from featcache.machine.device import network_dtype, resolve_device
+from featcache.machine.device import check_products, network_dtype, resolve_device
 from featcache.machine.memory import memory_at_start
 from featcache.simulate import SimulateConfig
 from featcache.workdir import WORK, Workdir, data_folder
@@ -147,8 +147,13 @@ def _add_imported(config: ImportConfig, root: Path, trees: dict[Any, list[Counts
 def _check(config: Any) -> None:
     if isinstance(config, (StageConfig, ExtractConfig)):
         check_backbone(config.backbone)
-    if device := getattr(config, "device", None):
-        resolve_device(device)
+    if (setting := getattr(config, "device", None)) is None:
+        return
+    device = resolve_device(setting)
+    if isinstance(config, StageConfig):
+        resolve_precision(config.train.precision, device)
+    for option in ("dtype", "products"):
+        check_products(option, getattr(config, option, ""), device)
 
 
 def simulated(config: SimulateConfig) -> list[Counts]:
@@ -322,12 +327,12 @@ class _Work:
         memory, disk = [0.0], 0.0
         for counts in subjects:
             for key, features in self.features[counts.name].items():
-                if not features.backbone_trained and not config.solver_spec.fits:
-                    continue  # no heads were trained with a frozen backbone
                 if not matches(features.title, without_digits(config.features)):
                     continue
                 for arrays in models_of(list(features.rows), config.layers):
                     for variant in config.variants():
+                        if not features.backbone_trained and not variant.solver_spec.fits:
+                            continue  # no heads were trained with a frozen backbone
                         model = (key, arrays, repr(variant.key()), variant.split)
                         if model not in self.models[counts.name]:
                             self.models[counts.name].add(model)

@@ -18,7 +18,7 @@ from featcache.cache import extract as extract_module
 from featcache.cache import store as store_module
 from featcache.cache.extract import Extracted, extract
 from featcache.cache.pixels import cache_pixels
-from featcache.cache.store import Store, open_store
+from featcache.cache.store import Store, list_stores, open_store
 from featcache.config import FITS, BackboneConfig, ExtractConfig, LayerConfig
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.subject import Subject
@@ -307,8 +307,9 @@ def test_no_cache_is_made_for_the_few_images_that_are_not_known(tree, tmp_path):
 
 
 def test_an_image_cache_that_is_too_small_is_refused(tiny, tmp_path):
-    with pytest.raises(StoreError, match="to fit into --image-cache 1e-07 GB"):
+    with pytest.raises(StoreError, match=r"--image-cache 1e-07 GB; found .* kB .*; give --image-cache 0\.\d+ "):
         run(tiny, tmp_path, replace(CONFIG, image_cache=1e-7))
+    assert not list_stores(Workdir(tmp_path).features)  # an unfinished store would be named by every later command
     with pytest.raises(ConfigError, match="--image-cache: expected 0 or more"):
         replace(CONFIG, image_cache=-1.0)
 
@@ -350,7 +351,8 @@ def test_a_compiled_network_gives_the_same_rows_and_is_a_fact_and_no_setting(tin
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
         assert store.facts["compiled"] and store.facts["batch_size"] == 3
     assert [r.path.name for r in found] == [r.path.name for r in expected]
-    assert [r.n_new for r in run(tiny, tmp_path / "compiled")] == [0, 0]
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled, though every row is there"))
+    assert [r.n_new for r in run(tiny, tmp_path / "compiled", replace(CONFIG, compile=True))] == [0, 0]
 
 
 # --- layers

@@ -252,7 +252,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_made(subjects, backbo
     free = SimpleNamespace(free=n_bytes(subjects, SIZE) - 1)
     monkeypatch.setattr("featcache.cache.pixels.shutil.disk_usage", lambda path: free)
     no_decoding(monkeypatch)
-    with pytest.raises(StoreError, match=r"GB of free disk for the images; found .* GB; make room") as found:
+    with pytest.raises(StoreError, match=r"kB of free disk for the images; found .* kB; make room") as found:
         cache(subjects, backbone, tmp_path)
     assert "\n" not in str(found.value) and files(tmp_path) == {}
 
@@ -294,7 +294,7 @@ def test_a_disk_that_fills_while_room_is_claimed_is_one_line(subjects, backbone,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("featcache.cache.pixels.os.posix_fallocate", full)
-    with pytest.raises(StoreError, match="GB of free disk for the images"):
+    with pytest.raises(StoreError, match="kB of free disk for the images"):
         cache(subjects[:1], backbone, tmp_path)
     assert not list(Workdir(tmp_path).pixels.glob("*.npy"))
 

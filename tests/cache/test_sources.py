@@ -87,6 +87,8 @@ def test_backbones_of_stage_2_can_go_once_their_features_are_cached_and_the_rest
     done = run(tiny, tmp_path, replace(AUTO, prune=True))
     assert [store.key["weights"] for store in stores(done) if store.key["subject"] == "subj01"] == digests
     first, second = (open_checkpoint(one.path) for one in (first, second))
+    (line,) = (one for one in said if "was removed" in one)
+    assert line.startswith(second.path.name) and "backbone" in line and "B, was removed; its heads stay" in line
     assert first.backbone().digest == digests[1] and second.finished and set(second.heads()) == set(HEADS)
     with pytest.raises(CheckpointError, match=r"found that 'extract --prune' removed it; delete the folder and train"):
         second.backbone()

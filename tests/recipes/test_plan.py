@@ -139,6 +139,29 @@ def test_each_layer_is_a_model(planned):
     assert each - joint == 5 * predictions  # weights are of the same features, once or layer by layer
 
 
+def test_several_losses_of_one_step_are_a_model_each_as_they_are_run(planned):
+    fits = '[[steps]]\nrun = "fit-heads"\nlayers = "pooled"\nepochs = 1\nloss = {}\n'
+    together, total, written = planned(EXTRACT.format("pooled") + fits.format('"mnnpc,smooth_l1"'), then_run=True)
+    assert together[1]["disk"] == pytest.approx(written["predictions.zarr"] + written["heads"], rel=0.2)
+    assert total["disk"] == sum(step["disk"] for step in together)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ('run = "fit-heads"\nproducts = "tf32"', "step 2 (fit-heads): --products tf32: expected a CUDA device"),
+        ('run = "extract"\ndtype = "tf32"', "step 2 (extract): --dtype tf32: expected a CUDA device"),
+        ('run = "pretrain"\nprecision = "tf32"', "step 2 (pretrain): --precision tf32: expected a CUDA device"),
+    ],
+)
+def test_what_the_device_cannot_do_is_refused_before_the_first_step(work, tmp_path, capfd, step, message):
+    (path := tmp_path / "r.toml").write_text(EXTRACT.format("pooled") + f'[[steps]]\n{step}\ndevice = "cpu"\n')
+    for options in ([], ["--plan"]):
+        assert cli.run(["run", str(path), *options]) == 1
+        assert message in capfd.readouterr().err.splitlines()[-1]
+        assert not work.exists()
+
+
 def test_a_plan_needs_neither_tree_nor_weights_and_writes_neither(planned, tmp_path):
     text = '[[steps]]\nrun = "simulate"\nsubjects = 1\nimages = 20\ntest-images = 5\nshared = 0\nvertices = 90\n'
     text += '[[steps]]\nrun = "check"\n' + EXTRACT.format("pooled") + 'weights = "hub"\n'
