@@ -257,7 +257,15 @@ def _has_all(other: FeatureKey, key: FeatureKey) -> bool:
 
 
 def _in_words(key: FeatureKey, store: Store, changed: Mapping[str, tuple[Any, Any]]) -> Mapping[str, tuple[Any, Any]]:
-    """Settings in which a key differs from that of a store; where the fit differs, not what timm has to do for it."""
+    """Settings in which a key differs from that of a store; not what comes with another one of them.
+
+    With other layers come their grids, and whether any is pooled; with another fit, what timm has to do for it.
+    """
+    if "layers" in changed:
+        ours, theirs = (",".join(names) for names in changed["layers"])
+        of_layers = {name for name, values in changed.items() if name.startswith(("grids.", "pool")) and None in values}
+        rest = {name: values for name, values in changed.items() if name not in of_layers | {"layers"}}
+        changed = {"layers": (ours, theirs), **rest}
     fits = fit_of(key.transform), fit_of(FeatureKey.of(store).transform)
     if fits[0] == fits[1]:
         return changed

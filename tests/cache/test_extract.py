@@ -158,13 +158,18 @@ def test_batch_size_changes_rows_by_rounding_alone(tiny, tmp_path):
             ExtractConfig(backbone=replace(BACKBONE, fit="pad")),
             ": fit is pad, was crop",
         ),
+        (
+            replace(CONFIG, layers=LayerConfig(layers=("pooled",))),
+            ": layers is pooled, was pooled,act1,layer1,layer2,layer3,layer4",
+        ),
     ],
 )
 def test_a_changed_setting_makes_another_store_and_is_named(tiny, tmp_path, said, config, setting):
     first = run(tiny, tmp_path)
     second = run(tiny, tmp_path, config)
     assert {r.path for r in first}.isdisjoint(r.path for r in second) and all(r.n_new for r in second)
-    assert any("a new store, because nothing matches" in line and setting in line for line in said)
+    whys = [line for line in said if "a new store, because nothing matches" in line]
+    assert whys and all(line.endswith(setting) for line in whys)
 
 
 def test_layers_that_another_store_has_are_pointed_out(tiny, tmp_path, said):
