@@ -98,7 +98,7 @@ def main() -> None:
                 f"{what}: weights per vertex, nested scores, interval and null",
                 "the same predictions read once from their stores",
                 ratio,
-                3,
+                5,
                 details=details | {"seconds": ours, "read_seconds": theirs},
             ),
             Figure(f"{what}: peak memory, 10^9 bytes", "nothing: it is no ratio", peak_gb(), 4),

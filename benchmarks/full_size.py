@@ -28,7 +28,7 @@ _QUICK = {"blocks.3": 4, "blocks.4": 6, "blocks.6": 8}
 
 
 def fit(work: Path, subjects: str, layers: str) -> dict[str, Any]:
-    """Run `fit-heads`: its seconds, its peak memory in 10^9 bytes, and its scores over all vertices, means over models."""
+    """Run `fit-heads`: its seconds, its peak memory in 10^9 bytes, and its scores over all vertices and models."""
     arguments = ["--work", str(work), "--subject", subjects, "--loss", "mse", "--layers", layers, "--json"]
     command = [sys.executable, "-m", "cli", "fit-heads", *arguments]
     began = time.perf_counter()

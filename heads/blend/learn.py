@@ -127,7 +127,8 @@ def _without_constants(weights: np.ndarray, varies: np.ndarray) -> np.ndarray:
 
 def _mixed(own: np.ndarray, coarser: np.ndarray, shrinkage: float) -> np.ndarray:
     """Weights shrunk towards coarser ones; the coarser where there was nothing to learn from."""
-    return np.where(np.isnan(own), coarser, (1 - shrinkage) * own + shrinkage * coarser)
+    mixed = (1 - shrinkage) * own + shrinkage * coarser if shrinkage else own
+    return np.where(np.isnan(own[:, :1]), coarser, mixed)  # a group has all weights or none
 
 
 class _Chain:
@@ -141,7 +142,8 @@ class _Chain:
         order = np.argsort(rois.labels, kind="stable")
         n_kept = min(len(order), MOST_VERTICES)
         self._kept = np.sort(order[np.arange(n_kept) * len(order) // n_kept])
-        self._few, self._few_judge = products.at(self._kept), judge.at(self._kept)
+        few = products.at(self._kept)
+        self._few, self._few_judge = replace(few, sums=few.sums.astype(np.float64)), judge.at(self._kept)
         self._learnt: dict[frozenset[int], list[dict[str, np.ndarray]]] = {}
 
     def weights(self, without: Sequence[int]) -> tuple[np.ndarray, list[Choice]]:
@@ -197,15 +199,13 @@ class _Chain:
 
         def of_tile(tile: slice) -> np.ndarray:
             """(n_settings, n_shrinkages) sums over vertices."""
-            parts = [
-                _mixtures(
-                    self._few.sums[fold, tile].astype(np.float64),
-                    [_mixed(weights[tile], coarser[fold][tile], 0) for weights in of_fold.values()],
-                    coarser[fold][tile],
-                )
-                for fold, of_fold in own.items()
-            ]
-            return np.asarray(self._few_judge.at(tile).value(r_from_sums(*np.sum(parts, axis=0))).sum(-1))
+            each, between = np.zeros(()), np.zeros(())
+            for fold, of_fold in own.items():
+                mixed = [_mixed(weights[tile], coarser[fold][tile], 0) for weights in of_fold.values()]
+                parts = _beside(self._few.sums[fold, tile], mixed, coarser[fold][tile])
+                each, between = each + parts[0], between + parts[1]
+            r = r_from_sums(*_mixtures(each, between))
+            return np.asarray(self._few_judge.at(tile).value(r).sum(-1))
 
         scores = np.sum(of_tiles(of_tile, self._few.n_vertices), axis=0) / max(self._few_judge.counts.sum(), 1)
         best, choice = -1.0, (next(iter(self._learners)), 1.0)
@@ -229,16 +229,22 @@ def _each_vertex(
     return {setting: np.concatenate(parts) for setting, parts in zip(learners, of_settings, strict=True)}
 
 
-def _mixtures(sums: np.ndarray, own: Sequence[np.ndarray], coarser: np.ndarray) -> np.ndarray:
-    """`blended_sums` of some blends mixed with a coarser one at every shrinkage, at the price of one.
+def _beside(sums: np.ndarray, own: Sequence[np.ndarray], coarser: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`blended_sums` of some blends and, last, of a coarser one, (6, n_blends + 1, n_vertices), and the products of
+    each with that one, (n_blends, n_vertices).
+    """
+    weights = np.stack([*own, coarser]).swapaxes(0, 1)
+    times = weights @ sums[:, :-2]
+    return blended_sums(sums, weights, times), np.einsum("vbm,vm->bv", weights[:, :-1], times[:, -1, :-2])
+
+
+def _mixtures(each: np.ndarray, between: np.ndarray) -> np.ndarray:
+    """`blended_sums` of blends mixed with a coarser one at every shrinkage, at the price of one: of `_beside`, over
+    any folds.
 
     (6, n_blends, n_shrinkages, n_vertices)
     """
-    weights = np.stack([*own, coarser], axis=1)
-    times = weights @ sums[:, :-2]
-    each = blended_sums(sums, weights, times)
     s = np.array(SHRINKAGE)[:, None]
     mixed = (1 - s) * each[:, :-1, None] + s * each[:, -1:, None]
-    between = np.einsum("vbm,vm->bv", weights[:, :-1], times[:, -1, :-2])[:, None]
-    mixed[2] = (1 - s) ** 2 * each[2, :-1, None] + 2 * s * (1 - s) * between + s**2 * each[2, -1]
+    mixed[2] = (1 - s) ** 2 * each[2, :-1, None] + 2 * s * (1 - s) * between[:, None] + s**2 * each[2, -1]
     return np.asarray(mixed)

@@ -79,7 +79,10 @@ class Products:
 
     def at(self, vertices: np.ndarray | slice) -> "Products":
         """Products of some of the vertices, given by number."""
-        return Products(self.sums[:, vertices], self.cross_fitted)
+        some = Products(self.sums[:, vertices], self.cross_fitted)
+        if "of_each" in self.__dict__:  # known already: learners ask every tile for it, without each fold
+            some.__dict__["of_each"] = self.of_each[..., vertices]
+        return some
 
     @cached_property
     def of_each(self) -> np.ndarray:
@@ -143,8 +146,13 @@ class Total:
     @cached_property
     def of_each(self) -> tuple[np.ndarray, ...]:
         """What `r_from_sums` takes of every model alone, of shapes (n_models, n_vertices) or (n_vertices,)."""
-        total = self.products.of_each[self._folds].sum(0)
-        total[2] -= self.products.shared(self.without) * self.products.of_each[list(self.without), 2].sum(0)
+        every = self.products.of_each
+        total, left_out = np.zeros(every.shape[1:]), np.zeros(every.shape[2:])
+        for fold in self._folds:
+            total += every[fold]
+        for fold in self.without:
+            left_out += every[fold, 2]
+        total[2] -= self.products.shared(self.without) * left_out
         n, y, y_squares = self.products.of_responses[self._folds].sum(0)
         return n, *total, y, y_squares
 
@@ -223,7 +231,8 @@ def gather(subject: Subject, stores: Sequence[Store], by: Split = BY_ID) -> Gath
     n_kept = n_sampled(n_train * n_columns, n_vertices)
     vertices = np.arange(n_kept) * n_vertices // n_kept  # evenly spread
     rows = np.empty((n_columns, n_train, len(vertices)), np.float32)
-    for surface, block in surface_blocks(subject).items():
+    # the widest first, so that the batches of the others fit into its memory
+    for surface, block in sorted(surface_blocks(subject).items(), key=lambda item: item[1].start - item[1].stop):
         kept = slice(*np.searchsorted(vertices, (block.start, block.stop)))
         own: np.ndarray | slice = vertices[kept] - block.start
         own = slice(None) if n_kept == n_vertices else own  # a slice is read faster than numbers

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from featcache.dataset.splits import BY_ID, Split
 from featcache.dataset.subject import Subject
 from heads.blend.learn import Learnt, nested_r
-from heads.blend.products import N_FOLDS, SEED, Gathered, Products, Sample
+from heads.blend.products import N_FOLDS, SEED, Gathered, Products, Sample, of_tiles
 from heads.blend.weights import Judge
 from heads.scores.resampling import LEVEL, N_DRAWS, image_weights, response_sums, weighted_r, with_all_alike
 
@@ -134,10 +135,10 @@ def bootstrap(
     sums = response_sums(times, y)
     r = {}
     for name, weights in nested.items():
-        of_folds = np.stack(weights, dtype=np.float32)  # (n_folds, n_sample, n_models)
+        of_models = np.stack(weights, axis=1, dtype=np.float32).T.copy()  # (n_models, n_folds, n_sample)
         blend = np.zeros_like(y)
-        for model, column in enumerate(sample.columns[:-1]):
-            blend += column * of_folds[folds, :, model]
+        for column, of_folds in zip(sample.columns[:-1], of_models, strict=True):
+            blend += column * of_folds[folds]
         r[name] = weighted_r(times, blend, y, sums)
     return r
 
@@ -148,14 +149,17 @@ def shuffled_products(known: Products, sample: Sample, folds: np.ndarray, order:
     known : products of these vertices
     order : (n_images,) the image whose responses each image has now
     """
-    sums, responses = known.sums.copy(), sample.columns[-1][order]
-    for fold, of_fold in enumerate(sums):
-        rows = folds == fold
-        y = responses[rows]
-        for model, column in enumerate(sample.columns[:-1]):
-            of_fold[:, model, -2] = of_fold[:, -2, model] = np.einsum("iv,iv->v", column[rows], y)
-        of_fold[:, -2, -2] = np.einsum("iv,iv->v", y, y)
-        of_fold[:, -2, -1] = of_fold[:, -1, -2] = y.sum(0)
+    sums, y = known.sums.copy(), torch.from_numpy(sample.columns[-1][order])
+    of_fold = torch.from_numpy((folds == np.arange(len(sums))[:, None]).astype(np.float32))  # (n_folds, n_images)
+
+    def of_models(models: slice) -> None:
+        for model in range(models.start, models.stop):
+            products = of_fold @ (torch.from_numpy(sample.columns[model]) * y)
+            sums[..., model, -2] = sums[..., -2, model] = products.numpy()
+
+    of_tiles(of_models, len(sample.columns) - 1, step=1)
+    sums[..., -2, -2] = (of_fold @ y**2).numpy()
+    sums[..., -2, -1] = sums[..., -1, -2] = (of_fold @ y).numpy()
     return Products(sums, cross_fitted=False)
 
 
