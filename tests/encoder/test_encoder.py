@@ -1,9 +1,12 @@
 """An encoder predicts test images as they were predicted, whatever the kind of model; each network runs once."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from featcache.backbone.network import TorchBackbone
 from featcache.cache.store import list_stores
@@ -28,6 +31,21 @@ def stores_of(work, subject):
     return [store for store in list_stores(Workdir(work).predictions) if store.key["subject"] == subject.name]
 
 
+def rounding_of_stretched(path, subject):
+    """(n_vertices,) what float32 may lose where a head that hardly varies is stretched to the spread of the others.
+
+    A head is brought there by ``scale * head + shift``. After two epochs some scales are above 10,000, and the two
+    terms, which cancel, are rounded to their own size.
+    """
+    heads, parts = load_file(path), []
+    for surface, n in subject.n_vertices.items():
+        shifts = [
+            shift.abs().numpy() for name, shift in heads.items() if re.fullmatch(rf"fold\d+\.{surface}\.shift", name)
+        ]
+        parts.append(np.max(shifts, axis=0) if shifts else np.zeros(n))
+    return 4 * np.finfo(np.float32).eps * np.concatenate(parts)
+
+
 def test_every_kind_of_model_predicts_test_images_as_it_did(every_kind, subjects):
     for subject in subjects:
         stores = stores_of(every_kind, subject)
@@ -38,7 +56,10 @@ def test_every_kind_of_model_predicts_test_images_as_it_did(every_kind, subjects
             expected = np.concatenate([store.read(surface, store.n_train) for surface in subject.surfaces], 1)
             # in the batches of the extraction
             found = encoder.predict(list(subject.image_sources), model=model)[store.n_train :]
-            np.testing.assert_allclose(found, expected, atol=1e-6, rtol=1e-5, err_msg=model)
+            apart = np.abs(found - expected) - 1e-5 * np.abs(expected)
+            assert (
+                apart <= 1e-6 + rounding_of_stretched(Workdir(every_kind).head_weights(store.name), subject)
+            ).all(), model
             # layers, and what a core puts out, are rounded to float16. A batch of another size adds up otherwise,
             # so that a last bit of the network may decide which way
             one = encoder.predict(subject.test.sources[2], model=model, batch_size=1)
