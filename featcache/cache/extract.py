@@ -325,7 +325,8 @@ def _fill(
             known = lost.known
             continue
         config = _halved(config, source)
-        source = _compiled(source, config)
+        if config.compile:
+            source = _compiled(source, config)
 
 
 class _Shown:

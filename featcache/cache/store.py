@@ -247,8 +247,8 @@ def create_store(
 
     rows : {array: what a row of it is}; a number stands for a float32 row of so many columns
 
-    The store is made under another name and renamed, so that it is whole or not there. Raises StoreError if the disk
-    has no room for the rows.
+    The store is made under another name and renamed, so that it is whole or not there. If another process has made it
+    meanwhile, that one is opened, with the rows that it has. Raises StoreError if the disk has no room for the rows.
     """
     path = store_path(folder, label, key)
     arrays = {name: Row((row,)) if isinstance(row, int) else row for name, row in rows.items()}
@@ -263,10 +263,15 @@ def create_store(
         "image_ids": image_ids.tolist(),
         "arrays": list(arrays),
     }
-    group = zarr.create_group(partial, zarr_format=3, attributes={"featcache": description})
-    for name, row in arrays.items():
-        _create_array(group, name, len(image_ids), row)
-    os.replace(partial, path)
+    try:
+        group = zarr.create_group(partial, zarr_format=3, attributes={"featcache": description})
+        for name, row in arrays.items():
+            _create_array(group, name, len(image_ids), row)
+        os.replace(partial, path)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not path.is_dir():
+            raise
     return open_store(path)
 
 

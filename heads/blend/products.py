@@ -231,8 +231,7 @@ def gather(subject: Subject, stores: Sequence[Store], by: Split = BY_ID) -> Gath
     n_kept = n_sampled(n_train * n_columns, n_vertices)
     vertices = np.arange(n_kept) * n_vertices // n_kept  # evenly spread
     rows = np.empty((n_columns, n_train, len(vertices)), np.float32)
-    # the widest first, so that the batches of the others fit into its memory
-    for surface, block in sorted(surface_blocks(subject).items(), key=lambda item: item[1].start - item[1].stop):
+    for surface, block in surface_blocks(subject).items():
         kept = slice(*np.searchsorted(vertices, (block.start, block.stop)))
         own: np.ndarray | slice = vertices[kept] - block.start
         own = slice(None) if n_kept == n_vertices else own  # a slice is read faster than numbers

@@ -88,6 +88,7 @@ def test_memory_is_said_and_a_batch_that_does_not_fit_is_halved_before_an_image_
 def test_memory_that_runs_out_later_halves_batches_from_the_last_commit_on(tiny, tmp_path, monkeypatch, said, passes):
     whole, halved = (bits(run(tiny, tmp_path / str(n), replace(CONFIG, device="cpu", batch_size=n))) for n in (4, 2))
     del passes[:]
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled, though nobody asked for it"))
     honest, commits = Store.commit, []
     with pretended_cuda() as device:
 

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -38,6 +40,35 @@ def test_what_was_appended_is_read_after_reopening(filled):
     assert again.image_ids.tolist() == IDS.tolist() and again.n_train == 7
     assert again.key == KEY and again.facts == {"origin": "test"} and again.complete
     assert list(again.arrays) == ["pooled", "stem"]
+
+
+def test_a_store_that_another_process_made_meanwhile_is_opened_as_it_is(tmp_path, monkeypatch):
+    folder, honest = tmp_path / "features.zarr", os.replace
+
+    def make() -> Store:
+        return create_store(folder, "a", KEY, IDS, 7, {"pooled": 3}, {})
+
+    def later(partial, path):
+        monkeypatch.setattr(os, "replace", honest)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)
+            make().append({"pooled": ROWS})
+        honest(partial, path)
+
+    monkeypatch.setattr(os, "replace", later)
+    store = make()
+    assert store.complete and np.array_equal(store.read("pooled"), ROWS)
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == [store.name]
+
+
+def test_a_store_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        create_store(tmp_path, "a", KEY, IDS, 7, {"pooled": 3}, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_that_were_not_committed_are_refused(store):
