@@ -138,8 +138,10 @@ def test_predictions_of_new_images_are_the_cpus(tiny, extracted, tmp_path, capfd
         out = tmp_path / f"{device}.zarr"
         words = ["predict", str(images), "--data", str(tiny), "--work", str(work), "--out", str(out)]
         if device == "cuda":
-            with pretended_cuda():
+            with pretended_cuda() as counted:
                 run(capfd, *words, "--device", device)
+            pixels = counted.copies_in("featcache/machine/device.py", "to device")
+            assert pixels and all(copy.pinned and not copy.blocking for copy in pixels)
         else:
             run(capfd, *words, "--device", device)
         group = zarr.open_group(out, mode="r")

@@ -16,7 +16,7 @@ from featcache.cache.forward import BeyondFloat16Error, rows_of
 from featcache.config import usual_workers
 from featcache.dataset.inputs import Picture, decoded, pictures_of
 from featcache.errors import ConfigError, DataError, some_of
-from featcache.machine.device import matrix_products, resolve_device
+from featcache.machine.device import matrix_products, pinned, resolve_device
 from featcache.machine.device_memory import spare_on
 from featcache.machine.memory import spare_memory
 from featcache.machine.prefetch import prefetch
@@ -241,7 +241,9 @@ class Encoder:
             batches: list[list[dict[str, torch.Tensor]]] = []
             with matrix_products(dtype):
                 for start in range(0, len(pictures), batch_size):
-                    batch = torch.stack([next(pixels) for _ in pictures[start : start + batch_size]])
+                    batch = pinned(
+                        torch.stack([next(pixels) for _ in pictures[start : start + batch_size]]), self.device
+                    )
                     try:
                         batches.append(rows_of(backbone, batch, wanted, dtype, self.device))
                     except BeyondFloat16Error as overflow:
