@@ -14,10 +14,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 from filelock import FileLock, Timeout
 
 from featcache.errors import StoreError
 
+_AT_ONCE = 16 << 20  # bytes that are read at a time
 _LOCK = ".writing.lock"
 _PARTIAL = re.compile(r"\.([0-9a-f]{8})-(\d+)-\d+\.partial\..+", re.DOTALL)
 _EARLIER = re.compile(r"\.(\d+)\..+|\..+\.(\d+)|\..+\.partial-\w+", re.DOTALL)  # as earlier versions called them
@@ -57,6 +59,15 @@ def refuse_full_disk(folder: Path, n_bytes: int) -> None:
         )
 
 
+def file_checksum(path: Path) -> str:
+    """crc32c of a file's content, 8 hexadecimal digits. It tells damage, at several times the speed of a digest."""
+    checksum = 0
+    with path.open("rb") as file:
+        while content := file.read(_AT_ONCE):
+            checksum = google_crc32c.extend(checksum, content)
+    return f"{checksum:08x}"
+
+
 def partial_path(path: Path) -> Path:
     """Another name in the same folder, with the same ending, under which to write a file or a folder until it is whole.
 
@@ -89,7 +100,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
     removed = []
     with suppress(OSError):  # no such folder yet
         for path in [Path(entry) for entry in os.scandir(folder) if entry.name.startswith(".")]:
-            if _is_leftover(path):
+            if is_leftover(path):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else _unlink(path)
                 removed.append(path)
     return removed
@@ -100,7 +111,8 @@ def _unlink(path: Path) -> None:
         path.unlink()
 
 
-def _is_leftover(path: Path) -> bool:
+def is_leftover(path: Path) -> bool:
+    """Whether a file or folder is what a process that is gone left unfinished."""
     if (partial := _PARTIAL.fullmatch(path.name)) and partial[1] == _this_machine():
         return not _runs(int(partial[2]))
     if partial or _EARLIER.fullmatch(path.name):
