@@ -1,11 +1,36 @@
-"""Every folder and file under --work: the one place that knows their names."""
+"""Every folder and file under --work: the one place that knows their names, and that keeps them under it."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from featcache.errors import StoreError
 
 CHALLENGE = Path("data/challenge")  # where the challenge's tree is looked for
 
 WORK = Path("work")
+
+_OUTSIDE = re.compile(r"[/\\\x00-\x1f\x7f]|^\.|^$")  # separators, control characters, hidden names, no name
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name is that of one visible file of a folder, whatever text it was made from."""
+    return not _OUTSIDE.search(name) and len(name.encode(errors="replace")) <= 255
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file in a folder, by a name that may be made from text that was read.
+
+    Raises StoreError for a name that leads out of the folder, or that no file can have.
+    """
+    if not is_file_name(name):
+        raise StoreError(
+            folder,
+            expected="names of files, without separators and of at most 255 bytes",
+            found=repr(name[:80]),
+            remedy="look for a file that something else than featcache wrote, and remove it",
+        )
+    return folder / name
 
 
 @dataclass(frozen=True)
@@ -36,27 +61,27 @@ class Workdir:
 
     def image_index(self, subject: str) -> Path:
         """Remembered digests of a subject's image files."""
-        return self.index / f"{subject}.json"
+        return inside(self.index, f"{subject}.json")
 
     def response_index(self, subject: str) -> Path:
         """Remembered digests of a subject's response files."""
-        return self.index / f"{subject}-responses.json"
+        return inside(self.index, f"{subject}-responses.json")
 
     def checked_responses(self, subject: str) -> Path:
         """Digest of the responses of a subject that were looked through, and found fit to be used."""
-        return self.index / f"{subject}-checked.json"
+        return inside(self.index, f"{subject}-checked.json")
 
     def picture_index(self, subject: str) -> Path:
         """Remembered looks of a subject's pictures: their numbers, perceptual hashes and thumbnails."""
-        return self.index / f"{subject}-pictures.npz"
+        return inside(self.index, f"{subject}-pictures.npz")
 
     def import_index(self, subject: str) -> Path:
         """Remembered digests of the files that a subject was imported from."""
-        return self.index / f"{subject}-imported.json"
+        return inside(self.index, f"{subject}-imported.json")
 
     def image_list(self, subject: str, fingerprint: str) -> Path:
         """Ids and digests of the images that a subject had, by the digests with which keys name them."""
-        return self.root / "images" / f"{subject}-{fingerprint}.json"
+        return inside(self.root / "images", f"{subject}-{fingerprint}.json")
 
     @property
     def splits(self) -> Path:
@@ -65,11 +90,11 @@ class Workdir:
 
     def split(self, digest: str) -> Path:
         """Groups of a split, by the digest that keys name it with."""
-        return self.splits / f"{digest}.json"
+        return inside(self.splits, f"{digest}.json")
 
     def clusters(self, fingerprint: str) -> Path:
         """Groups of images that look alike, by what decides them."""
-        return self.splits / f"cluster-{fingerprint}.json"
+        return inside(self.splits, f"cluster-{fingerprint}.json")
 
     @property
     def pixels(self) -> Path:
@@ -98,7 +123,7 @@ class Workdir:
 
     def head_weights(self, store: str) -> Path:
         """Weights of the heads that made a prediction store, by the name of that store."""
-        return self.heads / f"{store}.safetensors"
+        return inside(self.heads, f"{store}.safetensors")
 
     @property
     def maps(self) -> Path:
@@ -132,11 +157,11 @@ class Workdir:
 
     def comparison(self, name: str) -> Path:
         """Folder of one comparison: the files below, and one of vertices for each subject."""
-        return self.compared / name
+        return inside(self.compared, name)
 
     def compared_subject(self, name: str, subject: str) -> Path:
         """Shares of variance of a subject's vertices, with what intervals of ROIs are computed from."""
-        return self.comparison(name) / f"{subject}.npz"
+        return inside(self.comparison(name), f"{subject}.npz")
 
     def compared_shares(self, name: str) -> Path:
         """Table of shares of variance by subject, surface and ROI, with intervals."""

@@ -9,7 +9,6 @@ A checkpoint is a folder `<work>/checkpoints/<label>-<fingerprint>`:
 - `state-<epoch>-<step>/`: what an interrupted run goes on from; removed when the run is finished.
 """
 
-import json
 import os
 import pickle
 import shutil
@@ -24,7 +23,13 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
-from featcache.backbone.keys import CheckpointFacts, CheckpointKey
+from featcache.backbone.keys import (
+    DESCRIPTION,
+    CheckpointFacts,
+    CheckpointKey,
+    read_description,
+    write_description,
+)
 from featcache.backbone.network import TorchBackbone, load_backbone
 from featcache.config import BackboneConfig, fingerprint
 from featcache.dataset.digests import file_digest, new_digest
@@ -32,13 +37,12 @@ from featcache.dataset.image_lists import SubjectDigests
 from featcache.dataset.splits import refuse_leak
 from featcache.dataset.subject import Subject, listed
 from featcache.errors import CheckpointError, first_line
-from featcache.machine.files import replace_json
+from featcache.machine.documents import DocumentError, HexDigest, read_document, write_document
 from featcache.machine.progress import say
 from featcache.machine.tensors import write_tensors
-from featcache.workdir import Workdir
+from featcache.workdir import Workdir, inside
 
-FORMAT = 1
-DESCRIPTION = "checkpoint.json"
+_STATE, _STATE_DIGEST = "state.pt", "state.json"
 _ORIGIN = "featcache checkpoint"  # in the header of its weights files
 
 
@@ -180,28 +184,19 @@ class Checkpoint:
 
 def checkpoint_path(work: Path, key: CheckpointKey) -> Path:
     """Folder of the checkpoint that has this key."""
-    return Workdir(work).checkpoints / f"{key.label}-{fingerprint(key.to_json())}"
+    return inside(Workdir(work).checkpoints, f"{key.label}-{fingerprint(key.to_json())}")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint's folder. Raises CheckpointError if it is not one, or is damaged or of another format."""
     try:
-        description = json.loads((path / DESCRIPTION).read_text())
-        if description["format"] != FORMAT:
-            raise CheckpointError(
-                path,
-                expected=f"checkpoint format {FORMAT}",
-                found=description["format"],
-                remedy="train it again, or choose another --work",
-            )
-        key = CheckpointKey.from_json(description["recipe"])
-        return Checkpoint(path, key, CheckpointFacts.from_json(description["facts"]))
+        return Checkpoint(path, *read_description(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             path, expected="a checkpoint's folder", found=f"no {DESCRIPTION}", remedy="name a folder in checkpoints"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, f"{DESCRIPTION} cannot be read") from error
+    except (OSError, DocumentError) as error:
+        raise _damaged(path, f"{DESCRIPTION} cannot be read ({error})") from error
 
 
 def list_checkpoints(work: Path) -> list[Checkpoint]:
@@ -210,6 +205,9 @@ def list_checkpoints(work: Path) -> list[Checkpoint]:
 
 
 def _inside(folder: Path, names: str = "[!.]*") -> list[Checkpoint]:
+    for path in sorted(folder.glob(f"{names}/epoch-*/backbone.safetensors")):
+        if not (path.parents[1] / DESCRIPTION).exists():
+            say(f"{path.parents[1]}: left out: {DESCRIPTION} is missing, and its weights cannot be told from others")
     return [open_checkpoint(path.parent) for path in sorted(folder.glob(f"{names}/{DESCRIPTION}"))]
 
 
@@ -247,8 +245,7 @@ def find_same_training(
 def record(checkpoint: Checkpoint) -> None:
     """Put a checkpoint's description on the disk, then remove the folders that it no longer names."""
     checkpoint.path.mkdir(parents=True, exist_ok=True)
-    description = {"format": FORMAT, "recipe": checkpoint.key.to_json(), "facts": checkpoint.facts.to_json()}
-    replace_json(checkpoint.path / DESCRIPTION, description)
+    write_description(checkpoint.path, checkpoint.key, checkpoint.facts)
     prune(checkpoint)
 
 
@@ -311,16 +308,24 @@ def refuse_trained(weights: str, option: str) -> None:
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write the state that an interrupted run goes on from. Raises CheckpointError as `save_weights`."""
-    _write(folder, lambda folder: torch.save(dict(state), folder / "state.pt"))
+
+    def write(folder: Path) -> None:
+        torch.save(dict(state), folder / _STATE)
+        write_document(folder / _STATE_DIGEST, {_STATE: file_digest(folder / _STATE)})
+
+    _write(folder, write)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
     """Read what `save_state` wrote, into main memory: tensors and numbers, no code. Raises CheckpointError."""
     try:
-        state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        written = folder / _STATE_DIGEST  # states of earlier versions have none
+        if written.exists() and read_document(written, dict[str, HexDigest]) != {_STATE: file_digest(folder / _STATE)}:
+            raise DocumentError("it is not what was written")
+        state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
         return state
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
-        raise _damaged(folder.parent, f"{folder.name}/state.pt cannot be read") from error
+        raise _damaged(folder.parent, f"{folder.name}/{_STATE} cannot be read ({first_line(error)})") from error
 
 
 def _write(folder: Path, write: Callable[[Path], None]) -> None:

@@ -4,12 +4,21 @@ On the disk both are JSON in `checkpoint.json`. `to_json` leaves out what does n
 folder's name never changes.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Self
+
+import msgspec
 
 from featcache.config import fingerprint
 from featcache.dataset.splits import SplitKey
+from featcache.machine.documents import DocumentError, of_its_types, read_document, write_document
+
+DESCRIPTION = "checkpoint.json"  # in the folder of a checkpoint
+FORMAT = 1
+_NAMED_BY_KEY = re.compile(r".+-([0-9a-f]{12})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +34,7 @@ class Split:
     def from_json(cls, json: Mapping[str, Any]) -> Self:
         """The fold in the JSON of a checkpoint. Raises KeyError where it is none."""
         by = SplitKey.from_json(json.get("split"))
-        return cls(fold=json["fold"], n_folds=json["n_folds"], seed=json["seed"], by=by)
+        return of_its_types(cls(fold=json["fold"], n_folds=json["n_folds"], seed=json["seed"], by=by))
 
     def to_json(self) -> dict[str, Any]:
         """The numbers by their names, and the split where it is not by image id."""
@@ -45,12 +54,14 @@ class BackboneKey:
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> Self:
         """The network in the JSON of a checkpoint. Raises KeyError where it is none."""
-        return cls(
-            name=json["name"],
-            weights=json["weights"],
-            size=json["size"],
-            fit=json.get("fit", cls.fit),
-            code=dict(json.get("code", {})),
+        return of_its_types(
+            cls(
+                name=json["name"],
+                weights=json["weights"],
+                size=json["size"],
+                fit=json.get("fit", cls.fit),
+                code=dict(json.get("code", {})),
+            )
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -84,20 +95,22 @@ class CheckpointKey:
 
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> Self:
-        """The key in the JSON of a checkpoint. Raises KeyError or TypeError where it is none."""
+        """The key in the JSON of a checkpoint. Raises KeyError, TypeError or DocumentError where it is none."""
         rest = {name: value for name, value in json.items() if name not in _KEY_NAMES}
         start = json["start"]
-        return cls(
-            stage=json["stage"],
-            subjects=json["subjects"],
-            backbone=BackboneKey.from_json(json["backbone"]),
-            transform=json["transform"],
-            timm=json["timm"],
-            start=StartKey(weights=start["weights"], training=start["training"]),
-            split=Split.from_json(json["fold"]),
-            settings=json["settings"],
-            devices=json.get("devices"),
-            other=rest,
+        return of_its_types(
+            cls(
+                stage=json["stage"],
+                subjects=json["subjects"],
+                backbone=BackboneKey.from_json(json["backbone"]),
+                transform=json["transform"],
+                timm=json["timm"],
+                start=of_its_types(StartKey(weights=start["weights"], training=start["training"])),
+                split=Split.from_json(json["fold"]),
+                settings=json["settings"],
+                devices=json.get("devices"),
+                other=rest,
+            )
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -164,7 +177,7 @@ class CheckpointFacts:
         known = {name: json[name] for name in _FACT_NAMES if name in json}
         rest = {name: value for name, value in json.items() if name not in _FACT_NAMES}
         known |= {"scores": tuple(json.get("scores", ())), "seen_ids": tuple(json["seen_ids"])}
-        return cls(**known, other=rest)
+        return of_its_types(cls(**known, other=rest))
 
     def to_json(self) -> dict[str, Any]:
         """The facts as they are on the disk; what is not known is left out."""
@@ -179,3 +192,35 @@ _FACT_NAMES = tuple(one.name for one in fields(CheckpointFacts) if one.name != "
 
 
 _UNKNOWN_AT_FIRST = ("versions", "taps", "digests", "weights", "epoch", "score", "network", "pruned")
+
+
+class _Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What `checkpoint.json` has."""
+
+    format: int
+    recipe: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def write_description(folder: Path, key: CheckpointKey, facts: CheckpointFacts) -> None:
+    """Put the description of a checkpoint on the disk, in one step."""
+    write_document(folder / DESCRIPTION, {"format": FORMAT, "recipe": key.to_json(), "facts": facts.to_json()})
+
+
+def read_description(folder: Path) -> tuple[CheckpointKey, CheckpointFacts]:
+    """Key and facts of the checkpoint in a folder.
+
+    Raises FileNotFoundError or another OSError, and DocumentError for what is damaged, of another format, or in a
+    folder whose name is that of another key.
+    """
+    description = read_document(folder / DESCRIPTION, _Description)
+    if description.format != FORMAT:
+        raise DocumentError(f"it is of format {description.format}, and not {FORMAT}")
+    try:
+        key = CheckpointKey.from_json(description.recipe)
+        named = _NAMED_BY_KEY.fullmatch(folder.name)
+        if named and named[1] != fingerprint(key.to_json()):
+            raise DocumentError("its key is not the one that the folder is named by")
+        return key, CheckpointFacts.from_json(description.facts)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise DocumentError(f"it lacks what belongs to a checkpoint ({error})") from error

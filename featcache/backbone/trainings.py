@@ -1,11 +1,11 @@
 """The trainings whose checkpoints are in a work folder: how the backbone of a store was trained."""
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from featcache.backbone.keys import CheckpointKey
+from featcache.backbone.keys import DESCRIPTION, CheckpointKey, read_description
+from featcache.machine.documents import DocumentError
 from featcache.workdir import Workdir
 
 
@@ -17,9 +17,9 @@ class Trainings:
 
     def __init__(self, work: Path | str) -> None:
         self._keys: dict[str, CheckpointKey] = {}
-        for path in sorted(Workdir(Path(work)).checkpoints.glob("[!.]*/checkpoint.json")):
-            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                key = CheckpointKey.from_json(json.loads(path.read_text())["recipe"])
+        for path in sorted(Workdir(Path(work)).checkpoints.glob(f"[!.]*/{DESCRIPTION}")):
+            with suppress(OSError, DocumentError):
+                key, _ = read_description(path.parent)
                 self._keys.setdefault(key.training, key)
 
     def find(self, training: str | None) -> CheckpointKey | None:

@@ -5,7 +5,10 @@ that it can be read into the rows that it fills (benchmarks/store_read.py). Only
 the same numbers.
 """
 
+import io
 import os
+import stat
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,14 +18,18 @@ import numpy as np
 _CHECKSUM = np.dtype("<u4")
 
 
-def read_rows(folder: Path, rows: np.ndarray, chunk: int, start: int) -> None:
+def read_rows(
+    folder: Path, rows: np.ndarray, chunk: int, start: int, checksums: Sequence[int] | None = None
+) -> None:
     """Fill `rows` with the rows of a stored array, from row `start` on.
 
     folder : of the array
     rows : (n, ...) contiguous, of the dtype of the array; they are overwritten
     chunk : rows in each chunk file
+    checksums : that each chunk of the array was written with; None: the chunks alone say it
 
-    Raises FileNotFoundError for a chunk that is missing, ValueError for one that is cut short or was changed.
+    Raises FileNotFoundError for a chunk that is missing, ValueError for one that is cut short, was changed, or belongs
+    to another place.
     """
     stop = start + len(rows)
     if not rows.size:
@@ -34,7 +41,9 @@ def read_rows(folder: Path, rows: np.ndarray, chunk: int, start: int) -> None:
         wanted = rows[first - start : last - start]
         whole = len(wanted) == chunk
         values = wanted if whole else np.empty((chunk, *rows.shape[1:]), rows.dtype)
-        _read_chunk(chunk_file(folder, index, rows.ndim), values)
+        stored = _read_chunk(chunk_file(folder, index, rows.ndim), values)
+        if checksums is not None and stored != checksums[index]:
+            raise ValueError(f"chunk {index} is of another array, or of other rows")
         if not whole:
             wanted[:] = values[first - chunk_start : last - chunk_start]
 
@@ -47,15 +56,32 @@ def chunk_file(folder: Path, index: int, ndim: int) -> Path:
     return folder.joinpath("c", str(index), *["0"] * (ndim - 1))
 
 
-def _read_chunk(path: Path, values: np.ndarray) -> None:
-    """Fill `values` with a whole chunk, and check them against its checksum."""
-    with path.open("rb", buffering=0) as file:
+def stored_checksum(path: Path) -> int:
+    """The crc32c that the file of a chunk ends with. Raises OSError for one that cannot be read."""
+    with _opened(path) as file:
+        file.seek(-_CHECKSUM.itemsize, os.SEEK_END)
+        return int(np.frombuffer(file.read(_CHECKSUM.itemsize), _CHECKSUM)[0])
+
+
+def _opened(path: Path) -> io.FileIO:
+    """A file that is open to be read; what is no regular file, and would be waited for, raises ValueError."""
+    file = io.FileIO(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path.name} is not a regular file")
+    return file
+
+
+def _read_chunk(path: Path, values: np.ndarray) -> int:
+    """Fill `values` with a whole chunk, check them against its checksum, and return that."""
+    with _opened(path) as file:
         if os.fstat(file.fileno()).st_size != values.nbytes + _CHECKSUM.itemsize:
             raise ValueError(f"{path.name} is {os.fstat(file.fileno()).st_size} bytes")
         content = values.reshape(-1).view(np.uint8)
         done = 0
         while done < len(content) and (n := file.readinto(content.data[done:])):
             done += n
-        stored = np.frombuffer(file.read(_CHECKSUM.itemsize), _CHECKSUM)[0]
+        stored = int(np.frombuffer(file.read(_CHECKSUM.itemsize), _CHECKSUM)[0])
     if (computed := google_crc32c.value(content)) != stored:
         raise ValueError(f"stored {stored}, computed {computed}")
+    return stored

@@ -2,19 +2,22 @@
 
 Training reads rows of that file in every epoch, so that each image is decoded once. `extract` reads the file too, where
 it is whole. The file is a .npy array of (n_images, height, width, 3) in the row order of every store, so that each
-image is one contiguous read.
+image is one contiguous read. Its record has a checksum of every `_COMMIT` images, which are held against it when the
+first of them is used.
 """
 
 import errno
-import json
 import math
 import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+import google_crc32c
+import msgspec
 import numpy as np
 import torch
 
@@ -24,11 +27,27 @@ from featcache.dataset.digests import image_digest
 from featcache.dataset.images import load_image
 from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
-from featcache.machine.files import only_writer, replace_json
+from featcache.machine.documents import Count, read_document, write_document
+from featcache.machine.files import only_writer
 from featcache.machine.progress import bar, say, size_of
 from featcache.workdir import Workdir
 
 _COMMIT = 256  # images between commits, which is what an interruption can cost
+
+
+class _Record(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What the record beside a pixel file says of it.
+
+    images : number of images that are whole
+    bytes : size of the file
+    file : its name
+    checksums : crc32c of each `_COMMIT` images; None in records of earlier versions
+    """
+
+    images: Count
+    bytes: Count
+    file: str = ""
+    checksums: list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,19 +60,45 @@ class Pixels:
 
     path: Path
     array: np.ndarray
+    _checksums: Sequence[int] | None = field(default=None, repr=False)
+    _checked: set[int] = field(default_factory=set, repr=False)
 
     def read(self, rows: np.ndarray | Sequence[int]) -> torch.Tensor:
-        """(len(rows), 3, height, width) of the file's type, in the memory format channels_last."""
+        """(len(rows), 3, height, width) of the file's type, in the memory format channels_last.
+
+        Raises StoreError where images beside these are not what was written.
+        """
+        self._check(rows)
         return torch.from_numpy(np.array(self.array[rows])).permute(0, 3, 1, 2)
+
+    def _check(self, rows: np.ndarray | Sequence[int]) -> None:
+        """Hold the blocks of some rows against their checksums, each once."""
+        if self._checksums is None:
+            return
+        for block in {int(row) // _COMMIT for row in rows} - self._checked:
+            if _checksum(self.array, block) != self._checksums[block]:
+                _record(self.path).unlink(missing_ok=True)  # so that they are decoded again
+                raise StoreError(
+                    self.path,
+                    expected="images as they were decoded",
+                    found=f"others among images {block * _COMMIT} to {(block + 1) * _COMMIT}",
+                    remedy="run the same command again, which decodes the images of this file again",
+                )
+            self._checked.add(block)
+
+
+def _checksum(array: np.ndarray, block: int) -> int:
+    """crc32c of `_COMMIT` images of an array, of which the last block may have fewer."""
+    images = np.ascontiguousarray(array[block * _COMMIT : (block + 1) * _COMMIT])
+    return int(google_crc32c.value(images.reshape(-1).view(np.uint8)))
 
 
 def find_pixels(subject: Subject, backbone: Backbone, work: Path) -> Pixels | None:
     """The subject's pixels as this backbone reads them; None if the file is missing or not whole."""
     path = _path(subject, backbone, work)
-    if _committed(path) < len(subject.image_ids):
+    if _committed(path, subject, backbone).images < len(subject.image_ids):
         return None
-    _record(path).touch()  # the time of use: files that were used last are removed last
-    return Pixels(path, np.load(path, mmap_mode="r"))
+    return _open(path, subject, backbone)
 
 
 def cache_pixels(
@@ -71,7 +116,11 @@ def cache_pixels(
     n_bytes = {subject.name: len(subject.image_ids) * _bytes_per_image(backbone) for subject in subjects}
     with only_writer(folder, wait=True):
         paths = {subject.name: _path(subject, backbone, work) for subject in subjects}
-        missing = [subject for subject in subjects if _committed(paths[subject.name]) < len(subject.image_ids)]
+        missing = [
+            subject
+            for subject in subjects
+            if _committed(paths[subject.name], subject, backbone).images < len(subject.image_ids)
+        ]
         if missing:
             total = sum(n_bytes.values())
             new = sum(n_bytes[subject.name] for subject in missing if not paths[subject.name].exists())
@@ -80,9 +129,14 @@ def cache_pixels(
             say(f"images at {size} px, once: {size_of(total)} in {folder} (at most {limit_gb:g} GB)")
         for subject in missing:
             _fill(paths[subject.name], subject, backbone, workers)
-        for path in paths.values():
-            _record(path).touch()
-        return [Pixels(path, np.load(path, mmap_mode="r")) for path in paths.values()]
+        return [_open(paths[subject.name], subject, backbone) for subject in subjects]
+
+
+def _open(path: Path, subject: Subject, backbone: Backbone) -> Pixels:
+    """The pixels of a file that is whole."""
+    checksums = _committed(path, subject, backbone).checksums
+    _record(path).touch()  # the time of use: files that were used last are removed last
+    return Pixels(path, np.load(path, mmap_mode="r"), checksums)
 
 
 def _path(subject: Subject, backbone: Backbone, work: Path) -> Path:
@@ -111,23 +165,41 @@ def _record(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _committed(path: Path) -> int:
-    """Number of images of a pixel file that are whole; 0 where its record is missing or of another file."""
+def _committed(path: Path, subject: Subject, backbone: Backbone) -> _Record:
+    """What the record of a pixel file says; of no images where it is missing, damaged or of another file."""
+    nothing = _Record(0, 0, path.name, [])
     try:
-        record = json.loads(_record(path).read_text())
-        return int(record["images"]) if path.stat().st_size == record["bytes"] else 0
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: the images are decoded again
-        return 0
+        record = read_document(_record(path), _Record)
+        if path.stat().st_size != record.bytes or record.file not in ("", path.name):
+            return nothing
+        n_blocks = -(-record.images // _COMMIT)
+        if record.checksums is not None and len(record.checksums) != n_blocks:
+            return nothing
+        array = np.load(path, mmap_mode="r")
+        return record if _is_like(array, subject, backbone) else nothing
+    except (OSError, ValueError):  # none yet, or damaged: the images are decoded again
+        return nothing
+
+
+def _shape(subject: Subject, backbone: Backbone) -> tuple[int, ...]:
+    channels, height, width = backbone.transform_settings["input_size"]
+    return (len(subject.image_ids), height, width, channels)
+
+
+def _is_like(array: np.ndarray, subject: Subject, backbone: Backbone) -> bool:
+    """Whether a pixel file has the shape and type of a subject's images as a backbone reads them."""
+    expected = np.dtype(backbone.pixel_dtype)
+    return array.shape == _shape(subject, backbone) and array.dtype == expected and bool(array.flags.c_contiguous)
 
 
 def _fill(path: Path, subject: Subject, backbone: Backbone, workers: int) -> None:
     """Decode the images that a pixel file lacks, and commit them as they come."""
-    channels, height, width = backbone.transform_settings["input_size"]
-    shape = (len(subject.image_ids), height, width, channels)
-    done = _committed(path)
+    record = _committed(path, subject, backbone)
+    done, checksums = record.images, record.checksums
     if not done:
         _record(path).unlink(missing_ok=True)  # the record of a file that was lost must not count for this one
-        _create(path, shape, backbone.pixel_dtype)
+        _create(path, _shape(subject, backbone), backbone.pixel_dtype)
+        checksums = []
     array = np.lib.format.open_memmap(path, mode="r+")
 
     def fill(row: int) -> None:
@@ -139,7 +211,10 @@ def _fill(path: Path, subject: Subject, backbone: Backbone, workers: int) -> Non
             for _ in pool.map(fill, rows):
                 advance(1)
             array.flush()
-            replace_json(_record(path), {"images": rows.stop, "bytes": path.stat().st_size})
+            if checksums is not None:
+                checksums = [*checksums, _checksum(array, start // _COMMIT)]
+            whole = _Record(rows.stop, path.stat().st_size, path.name, checksums)
+            write_document(_record(path), msgspec.to_builtins(whole))
 
 
 def _create(path: Path, shape: tuple[int, ...], dtype: str) -> None:

@@ -3,12 +3,12 @@
 A store is a Zarr v3 group with an array per layer, or per surface. Chunks hold whole rows, uncompressed, and each has a
 crc32c checksum. Rows are appended in whole chunks and then recorded in `committed.json`, which is replaced in one step.
 So rows that are recorded are whole, and rows that are not recorded are written again. Rows that were never written
-cannot be read.
+cannot be read. The record has the checksum of every chunk, so that a whole chunk of another place or store is noticed.
 """
 
-import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,20 +17,42 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from featcache.cache.chunks import chunk_file, read_rows
+from featcache.cache.chunks import chunk_file, read_rows, stored_checksum
 from featcache.config import differences, fingerprint
 from featcache.errors import StoreError
-from featcache.machine.files import only_writer, refuse_full_disk, replace_json
+from featcache.machine.documents import (
+    Count,
+    DocumentError,
+    Id,
+    read_document,
+    read_json,
+    sealed,
+    typed,
+    unsealed,
+    write_document,
+)
+from featcache.machine.files import only_writer, partial_path, refuse_full_disk
+from featcache.workdir import inside, is_file_name
 
 FORMAT = 1
 _CHUNK_BYTES = 16 << 20  # largest chunk: large enough to be read at the speed of the disk
 _CHUNK_ROWS = 256  # most rows of a chunk: what an interruption can cost, in images
 _COMMITTED, _DESCRIPTION = "committed.json", "zarr.json"
 _UNINDEXED = 32  # stores, at most, whose descriptions are read rather than put into the index
+_NAMED_BY_KEY = re.compile(r".+-([0-9a-f]{12})")
+_NOT_FINITE = {
+    "features": "use --dtype float32, or other weights",
+    "predictions": "look for very large numbers in features and responses",
+}
+_CODECS = [
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "crc32c"},
+]
 
 
 @dataclass(frozen=True)
@@ -56,8 +78,9 @@ class _Arrays(Mapping[str, "zarr.Array[Any]"]):
         array = self._opened[name]
         if array is None:
             try:
+                _refuse_other_array(read_json(self._path / name / _DESCRIPTION))
                 array = zarr.open_array(self._path / name, mode="r+", zarr_format=3)
-            except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+            except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
                 raise _damaged(self._path, f"the description of {name} cannot be read ({error})") from error
             self._opened[name] = array
         return array
@@ -69,46 +92,79 @@ class _Arrays(Mapping[str, "zarr.Array[Any]"]):
         return len(self._opened)
 
 
+def _refuse_other_array(description: Any) -> None:
+    """Raise DocumentError for an array that is not as `_create_array` makes it, which would be read wrongly."""
+    rows, *shape = description["shape"]
+    chunk_rows, *chunk = description["chunk_grid"]["configuration"]["chunk_shape"]
+    codecs = [{name: value for name, value in codec.items() if value != {}} for codec in description["codecs"]]
+    if description["data_type"] not in ("float16", "float32"):
+        raise DocumentError(f"its numbers are {description['data_type']!r}")
+    if codecs != _CODECS or chunk != [max(side, 1) for side in shape] or not 0 < chunk_rows <= max(rows, 1):
+        raise DocumentError("its chunks are not whole rows of numbers with a checksum")
+
+
+class _Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """What a store's `zarr.json` says of it. In the index are neither facts nor ids, which may be long."""
+
+    format: int
+    recipe: dict[str, Any]
+    n_train: Count
+    arrays: list[str]
+    facts: dict[str, Any] | None = None
+    image_ids: list[Id] | None = None
+
+
+class _Committed(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What `committed.json` says of the arrays of a store.
+
+    key : fingerprint of the key of the store
+    rows : of each array, that are whole
+    checksums : crc32c of each of the chunks that have these rows; none in records of earlier versions
+    """
+
+    key: str
+    rows: dict[str, Count]
+    checksums: dict[str, list[Count]]
+
+
 @dataclass(frozen=True, eq=False)
 class Store:
     """An open store.
 
-    description : as the store has it, or without 'image_ids' and 'facts', which are then read where they are asked for
+    description : as the store has it, or without ids and facts, which are then read where they are asked for
     """
 
     path: Path
-    description: Mapping[str, Any] = field(repr=False)
+    description: _Description = field(repr=False)
 
     @property
     def key(self) -> Mapping[str, Any]:
         """What decided the rows, as JSON has it; its fingerprint is in the store's name."""
-        key: Mapping[str, Any] = self.description["recipe"]
-        return key
+        return self.description.recipe
 
     @property
     def n_train(self) -> int:
         """Number of rows of training images, which come first; the others are of test images."""
-        return int(self.description["n_train"])
+        return self.description.n_train
 
     @cached_property
     def image_ids(self) -> np.ndarray:
         """Id of the image of each row, (n_rows,) int64."""
-        return np.array(self._whole["image_ids"], dtype=np.int64)
+        return np.array(self._whole.image_ids, dtype=np.int64)
 
     @property
     def facts(self) -> Mapping[str, Any]:
         """What else the writer wrote down, as JSON has it: origin of the weights, versions, scores."""
-        facts: Mapping[str, Any] = self._whole["facts"]
-        return facts
+        return self._whole.facts or {}
 
     @cached_property
     def arrays(self) -> "Mapping[str, zarr.Array[Any]]":
         """{layer or surface: (n_rows, ...) Zarr array}"""
-        return _Arrays(self.path, self.description["arrays"])
+        return _Arrays(self.path, self.description.arrays)
 
     @cached_property
-    def _whole(self) -> Mapping[str, Any]:
-        return self.description if "image_ids" in self.description else open_store(self.path).description
+    def _whole(self) -> _Description:
+        return self.description if self.description.image_ids is not None else open_store(self.path).description
 
     @property
     def name(self) -> str:
@@ -116,19 +172,34 @@ class Store:
         return self.path.name
 
     @property
-    def committed(self) -> dict[str, int]:
+    def committed(self) -> Mapping[str, int]:
         """Number of rows of each array that are whole, {array: n}. Raises StoreError for a damaged record."""
-        try:
-            return self._checked(json.loads((self.path / _COMMITTED).read_text()))
-        except FileNotFoundError:
-            return dict.fromkeys(self.arrays, 0)
-        except ValueError as error:  # not JSON, or not text
-            raise _damaged(self.path, f"{_COMMITTED} cannot be read") from error
+        return self._record.rows
 
-    def _checked(self, committed: Any) -> dict[str, int]:
-        if not isinstance(committed, dict) or committed.keys() != self.arrays.keys():
-            raise ValueError("another store's record")
-        return committed
+    @property
+    def _record(self) -> _Committed:
+        try:
+            return self._checked(read_document(self.path / _COMMITTED, dict[str, Any]))
+        except FileNotFoundError:
+            return _Committed(self._digits, dict.fromkeys(self.arrays, 0), {name: [] for name in self.arrays})
+        except (OSError, ValueError) as error:
+            raise _damaged(self.path, f"{_COMMITTED} cannot be read ({error})") from error
+
+    @cached_property
+    def _digits(self) -> str:
+        return fingerprint(self.key)
+
+    def _checked(self, content: dict[str, Any]) -> _Committed:
+        """The record of this store. Raises DocumentError for that of another, or of more rows than there are."""
+        if content.keys() == self.arrays.keys():  # of an earlier version
+            content = {"key": self._digits, "rows": content, "checksums": {}}
+        record = typed(content, _Committed)
+        n_rows = len(self.image_ids)
+        if record.key != self._digits or record.rows.keys() != self.arrays.keys():
+            raise DocumentError("it is another store's")
+        if any(n > n_rows for n in record.rows.values()):
+            raise DocumentError(f"it is of more than {n_rows} rows")
+        return record
 
     @property
     def complete(self) -> bool:
@@ -141,10 +212,9 @@ class Store:
 
     def widen(self, name: str) -> None:
         """Empty an array and make it float32, so that values beyond float16 can be written, from its first row on."""
-        replace_json(self.path / _COMMITTED, self.committed | {name: 0})
+        self.commit({name: 0})
         old = self.arrays[name]
-        partial = self.path / f".{name}.{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = partial_path(self.path / name)
         _create_array(zarr.open_group(self.path, mode="r+"), partial.name, old.shape[0], Row(old.shape[1:]))
         # between any two of these steps the store can be opened, and the array is empty
         shutil.rmtree(self.path / name / "c", ignore_errors=True)
@@ -175,7 +245,7 @@ class Store:
                 self.path,
                 expected="finite values",
                 found=f"NaN or infinity in {name}, rows {start} to {stop}",
-                remedy="use --dtype float32, or other weights",
+                remedy=_NOT_FINITE.get(str(self.key.get("kind")), "look for very large numbers in what it is made of"),
             )
         for row in range(start, stop, array.chunks[0]):  # an interrupted run may have left a link to another store's
             self._chunk(name, row).unlink(missing_ok=True)
@@ -193,7 +263,15 @@ class Store:
 
     def commit(self, stops: Mapping[str, int]) -> None:
         """Record that some arrays are whole up to a row, {name: row}, all in one step."""
-        replace_json(self.path / _COMMITTED, self.committed | dict(stops))
+        record = self._record
+        checksums = dict(record.checksums)
+        for name, stop in stops.items():
+            # of a record of an earlier version, the checksums of all its chunks are taken now
+            known = checksums.get(name, [])[: min(record.rows[name], stop) // self.chunk_rows(name)]
+            starts = range(len(known) * self.chunk_rows(name), stop, self.chunk_rows(name))
+            checksums[name] = known + [stored_checksum(self._chunk(name, start)) for start in starts]
+        whole = _Committed(self._digits, {**record.rows, **stops}, checksums)
+        write_document(self.path / _COMMITTED, msgspec.to_builtins(whole))
 
     def _chunk(self, name: str, row: int) -> Path:
         """The file that has a row."""
@@ -208,19 +286,23 @@ class Store:
         Raises StoreError for rows that are not committed, lost or damaged, ValueError for an `out` that does not fit.
         """
         stop = len(self.image_ids) if stop is None else stop
-        if stop > self.committed.get(name, 0):
+        record = self._record
+        if stop > record.rows.get(name, 0):
             raise StoreError(
                 self.path,
                 expected=f"{stop} rows of {name}",
-                found=self.committed.get(name, 0),
+                found=record.rows.get(name, 0),
                 remedy="run the command that writes it again, it goes on from there",
             )
+        checksums = record.checksums.get(name)
+        if checksums is not None and len(checksums) * self.chunk_rows(name) < stop:
+            raise _damaged(self.path, f"{_COMMITTED} has not a checksum for each chunk of {name}")
         array = self.arrays[name]
         rows = np.empty((stop - start, *array.shape[1:]), array.dtype) if out is None else out
         if rows.shape != (stop - start, *array.shape[1:]) or rows.dtype != array.dtype:
             raise ValueError(f"{name}: {rows.dtype} {rows.shape} is no place for rows {start} to {stop} of {array}")
         try:
-            read_rows(self.path / name, rows, self.chunk_rows(name), start)
+            read_rows(self.path / name, rows, self.chunk_rows(name), start, checksums)
             return rows
         except FileNotFoundError as error:
             raise _damaged(self.path, f"a chunk of {name} is missing") from error
@@ -253,8 +335,7 @@ def create_store(
     path = store_path(folder, label, key)
     arrays = {name: Row((row,)) if isinstance(row, int) else row for name, row in rows.items()}
     refuse_full_disk(folder, len(image_ids) * sum(row.n_bytes for row in arrays.values()))
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_path(path)
     description = {
         "format": FORMAT,
         "recipe": key,
@@ -264,14 +345,15 @@ def create_store(
         "arrays": list(arrays),
     }
     try:
-        group = zarr.create_group(partial, zarr_format=3, attributes={"featcache": description})
+        group = zarr.create_group(partial, zarr_format=3, attributes={"featcache": sealed(_DESCRIPTION, description)})
         for name, row in arrays.items():
             _create_array(group, name, len(image_ids), row)
         os.replace(partial, path)
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
         if not path.is_dir():
             raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return open_store(path)
 
 
@@ -302,26 +384,57 @@ def _chunk_rows(n_columns: int) -> int:
 
 
 def open_store(path: Path) -> Store:
-    """Open a store; its arrays are opened as they are used. Raises StoreError if it is damaged or of another format."""
+    """Open a store; its arrays are opened as they are used.
+
+    Raises StoreError if there is none, or if it is damaged or of another format.
+    """
     try:
-        description = json.loads((path / _DESCRIPTION).read_bytes())["attributes"]["featcache"]
-        if description["format"] != FORMAT:
+        document = read_json(path / _DESCRIPTION)
+        content = document["attributes"]["featcache"]
+        if isinstance(version := content["format"], int) and version != FORMAT:
             raise StoreError(
                 path,
                 expected=f"store format {FORMAT}",
-                found=description["format"],
-                remedy="delete it and run the command that writes it again, or choose another --work",
+                found=version,
+                remedy="use the version of featcache that wrote it, or write it again under another --work",
             )
-        store = Store(path, description)
-        _ = store.key, store.n_train, store.facts, store.image_ids, store.arrays
+        if document["node_type"] != "group" or document["zarr_format"] != 3:
+            raise DocumentError("it is no group of Zarr 3")
+        content = unsealed(_DESCRIPTION, content)
+        store = Store(path, typed(content, _Description))
+        if store.description.facts is None or store.description.image_ids is None:
+            raise DocumentError("it has no facts or no ids")
+        _refuse_other(path, store)
         return store
-    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if path.is_dir() and any(path.glob(f"*/{_DESCRIPTION}")):
+            raise _damaged(path, f"its description, {_DESCRIPTION}, is missing") from error
+        raise StoreError(
+            path,
+            expected="a store, as 'extract' and 'fit-heads' write it",
+            found="no such folder" if not path.exists() else f"no {_DESCRIPTION} in it",
+            remedy="name a folder in features.zarr or predictions.zarr",
+        ) from error
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise _damaged(path, f"its description cannot be read ({error})") from error
 
 
+def _refuse_other(path: Path, store: Store) -> None:
+    """Raise DocumentError for a name that is of another key, or arrays that are no names of folders in the store."""
+    try:
+        named = _NAMED_BY_KEY.fullmatch(path.name)
+        if named and named[1] != fingerprint(store.key):
+            raise DocumentError("its key is not the one that the folder is named by")
+    except RecursionError as error:
+        raise DocumentError("its key is nested too deeply") from error
+    names = store.description.arrays
+    if len(set(names)) < len(names) or not all(is_file_name(name) for name in names):
+        raise DocumentError("its arrays have names that no folder can have")
+
+
 def store_path(folder: Path, label: str, key: Mapping[str, Any]) -> Path:
-    """Where the store of a key is, or would be."""
-    return folder / f"{label}-{fingerprint(key)}"
+    """Where the store of a key is, or would be. Raises StoreError for a label that leads out of the folder."""
+    return inside(folder, f"{label}-{fingerprint(key)}")
 
 
 def list_stores(folder: Path) -> list[Store]:
@@ -332,7 +445,7 @@ def list_stores(folder: Path) -> list[Store]:
     """
     index, known = folder.with_suffix(".index.json"), _read_index(folder)
     stores: list[Store] = []
-    entries: dict[str, list[Any]] = {}
+    entries: dict[str, tuple[Any, _Description]] = {}
     for path in sorted(folder.glob("[!.]*")):
         if (stamp := _stamp(path)) is None and not path.is_dir():
             continue
@@ -341,29 +454,28 @@ def list_stores(folder: Path) -> list[Store]:
             stores.append(Store(path, entry[1]))
         else:
             stores.append(open_store(path))
-            left_out = ("image_ids", "facts")  # which may be long
-            entry = [stamp, {name: value for name, value in stores[-1].description.items() if name not in left_out}]
-        entries[path.name] = entry
+            entry = (stamp, msgspec.structs.replace(stores[-1].description, image_ids=None, facts=None))
+        if stamp is not None:
+            entries[path.name] = entry
     if sum(known.get(name) is not entry for name, entry in entries.items()) > _UNINDEXED:
         with suppress(OSError):  # a folder that cannot be written to has no index
-            replace_json(index, entries)
+            write_document(index, msgspec.to_builtins(entries))
     return stores
 
 
-def _read_index(folder: Path) -> dict[str, list[Any]]:
-    """{name of a store: [stamp, what the index has of its description]}; none where there is no index."""
+def _read_index(folder: Path) -> dict[str, tuple[tuple[int, int], _Description]]:
+    """{name of a store: (stamp, what the index has of its description)}; none where there is no index that is whole."""
     try:
-        index = json.loads(folder.with_suffix(".index.json").read_bytes())
-        return index if isinstance(index, dict) else {}
+        return read_document(folder.with_suffix(".index.json"), dict[str, tuple[tuple[int, int], _Description]])
     except (OSError, ValueError):
         return {}
 
 
-def _stamp(path: Path) -> list[int] | None:
+def _stamp(path: Path) -> tuple[int, int] | None:
     """Time and size of a store's description, which change with it; None where there is none."""
     try:
         status = os.stat(path / _DESCRIPTION)
-        return [status.st_mtime_ns, status.st_size]
+        return status.st_mtime_ns, status.st_size
     except OSError:
         return None
 

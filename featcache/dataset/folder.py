@@ -18,6 +18,7 @@ a file of many, `array` and `row` say which. docs/data.md describes the format f
 import csv
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from featcache.dataset.rois import FSAVERAGE_VERTICES
 from featcache.dataset.subject import ArrayImage, Dataset, Fault, Images, ImageSource, Subject, listed
 from featcache.errors import DataError
 from featcache.formats.volumes import Grid
-from featcache.machine.files import only_writer, replace_json, whole_folder
+from featcache.machine.files import only_writer, partial_path, replace_json
 
 FORMAT = 1
 _RECORD, _IMAGES = "subject.json", "images.csv"
@@ -133,19 +134,22 @@ def _across(columns: Mapping[str, Sequence[str]], n_rows: int) -> list[tuple[str
 def writing(root: Path, name: str) -> Iterator[SubjectWriter]:
     """Write a subject under `root`; it takes the place of one of the same name once the block ends without an error."""
     target = root / check_name(name, "the name of a subject")
-    with only_writer(root, wait=True), whole_folder(root / f".{name}.new") as partial:
-        yield SubjectWriter(partial, name)
-        older = partial.with_name("older")  # in the folder that is removed at the end
-        if target.exists():
-            target.rename(older)
+    with only_writer(root, wait=True):
+        staging = partial_path(target)
+        new, older = staging / "new", staging / "older"
         try:
-            partial.rename(target)
-        except BaseException:
-            if older.exists():
-                older.rename(target)
-            raise
-        partial.mkdir()  # whole_folder puts what is left in its place
-    (root / f".{name}.new").rmdir()
+            new.mkdir(parents=True)
+            yield SubjectWriter(new, name)
+            if target.exists():
+                target.rename(older)
+            try:
+                new.rename(target)
+            except BaseException:
+                if older.exists():
+                    older.rename(target)
+                raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def is_folder(root: Path) -> bool:

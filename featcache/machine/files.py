@@ -1,12 +1,17 @@
 """Files and folders that are whole or not there, folders with one writer, and room on the disk."""
 
+import itertools
 import json
 import os
+import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache, lru_cache
+from hashlib import blake2b
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -14,6 +19,10 @@ from filelock import FileLock, Timeout
 from featcache.errors import StoreError
 
 _LOCK = ".writing.lock"
+_PARTIAL = re.compile(r"\.([0-9a-f]{8})-(\d+)-\d+\.partial\..+", re.DOTALL)
+_EARLIER = re.compile(r"\.(\d+)\..+|\..+\.(\d+)|\..+\.partial-\w+", re.DOTALL)  # as earlier versions called them
+_FORGOTTEN = 7 * 86400  # seconds after which what is not finished is nobody's, whichever machine began it
+_numbers = itertools.count()
 
 
 @contextmanager
@@ -48,6 +57,68 @@ def refuse_full_disk(folder: Path, n_bytes: int) -> None:
         )
 
 
+def partial_path(path: Path) -> Path:
+    """Another name in the same folder, with the same ending, under which to write a file or a folder until it is whole.
+
+    It says which process of which machine writes it, so that what a killed process left can be told: such leftovers in
+    the folder are removed here, the first time that this process writes into it.
+    """
+    _tidy_once(path.parent.absolute())
+    return path.with_name(f".{_this_machine()}-{os.getpid()}-{next(_numbers)}.partial.{path.name}")
+
+
+@cache
+def _this_machine() -> str:
+    """Eight digits that tell this machine, and this set of processes on it, from others that share its disk."""
+    processes = ""
+    with suppress(OSError):  # not every system has sets of processes that cannot see each other
+        processes = os.readlink("/proc/self/ns/pid")
+    return blake2b(f"{socket.gethostname()} {processes}".encode(), digest_size=4).hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _tidy_once(folder: Path) -> None:
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what processes that are gone left unfinished in a folder, and return it.
+
+    What a process of another machine began, or an earlier version, is removed a week after it was last written to.
+    """
+    removed = []
+    with suppress(OSError):  # no such folder yet
+        for path in [Path(entry) for entry in os.scandir(folder) if entry.name.startswith(".")]:
+            if _is_leftover(path):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else _unlink(path)
+                removed.append(path)
+    return removed
+
+
+def _unlink(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+def _is_leftover(path: Path) -> bool:
+    if (partial := _PARTIAL.fullmatch(path.name)) and partial[1] == _this_machine():
+        return not _runs(int(partial[2]))
+    if partial or _EARLIER.fullmatch(path.name):
+        with suppress(OSError):
+            return time.time() - path.lstat().st_mtime > _FORGOTTEN
+    return False
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Another name, in the same folder and with the same ending, under which to write the file.
@@ -56,7 +127,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     in the block removes what it wrote and leaves the older file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    partial = partial_path(path)
     try:
         yield partial
         with partial.open("rb+") as file:
@@ -75,13 +146,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent) as temporary:
-        partial = Path(temporary) / path.name
-        partial.mkdir()
+    partial = partial_path(path)
+    partial.mkdir()
+    try:
         yield partial
         if path.exists():
             path.rmdir()  # not every system renames onto a folder
         partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
