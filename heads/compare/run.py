@@ -16,11 +16,11 @@ from featcache.dataset.grouping import split_of
 from featcache.dataset.responses import refuse_unfit
 from featcache.dataset.splits import Split
 from featcache.dataset.subject import Dataset, Subject
-from featcache.errors import ConfigError, StoreError
+from featcache.errors import ConfigError, StoreError, first_line
 from featcache.machine.device import resolve_device
 from featcache.machine.device_memory import block_on, on_cuda, said_on
-from featcache.machine.documents import read_json
-from featcache.machine.files import only_writer, replace_json, whole_file
+from featcache.machine.documents import DAMAGED_NPZ, parse_json, read_document, write_document
+from featcache.machine.files import only_writer, whole_file
 from featcache.machine.folders import link_or_copy, renewed_folder
 from featcache.machine.memory import give_back_memory, keep_freed_memory, memory_at_start, spare_memory
 from featcache.machine.progress import bar, say
@@ -174,8 +174,14 @@ def _name(task: _Task, config: CompareConfig) -> str:
 def _is_done(path: Path, task: _Task) -> bool:
     if not path.is_file():
         return False
-    with np.load(path, allow_pickle=False) as arrays:
-        return bool(json.loads(str(arrays["key"])) == json.loads(json.dumps(task.key)))
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:  # which holds each of them against its checksum
+                _ = arrays[name]
+            return bool(parse_json(str(arrays["key"])) == json.loads(json.dumps(task.key)))
+    except DAMAGED_NPZ as error:
+        say(f"{path}: compared again, because the file is damaged ({first_line(error)})")
+        return False
 
 
 def _compute(task: _Task, config: CompareConfig, device: str, path: Path) -> None:
@@ -312,7 +318,7 @@ def _write(found: Comparison, tasks: Sequence[_Task], config: CompareConfig, fil
             write_table(folder / files.compared_vertices(name).name, list(vertex_records(found)))
         elif files.compared_vertices(name).is_file() and _is_of(files.compared_json(name), content):
             link_or_copy(files.compared_vertices(name), folder / files.compared_vertices(name).name)
-        replace_json(folder / files.compared_json(name).name, content)
+        write_document(folder / files.compared_json(name).name, content)
         if drawn:
             plot_shares(folder / files.compared_picture(name).name, found)
 
@@ -320,7 +326,7 @@ def _write(found: Comparison, tasks: Sequence[_Task], config: CompareConfig, fil
 def _is_of(path: Path, content: Mapping[str, Any]) -> bool:
     """Whether an earlier description is of the same bands, subjects and responses."""
     try:
-        earlier = read_json(path)
+        earlier = read_document(path, dict[str, Any])
         return bool(earlier["keys"] == json.loads(json.dumps(content["keys"])))
     except (OSError, ValueError, KeyError, TypeError):
         return False

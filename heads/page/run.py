@@ -1,6 +1,5 @@
 """The page of a work folder: what is there is shown, and of what is missing it says which command makes it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ import numpy as np
 from featcache import __version__
 from featcache.dataset.subject import Dataset
 from featcache.errors import StoreError
+from featcache.machine.documents import read_document
 from featcache.machine.extra import needed
 from featcache.machine.files import replace_bytes
 from featcache.machine.folders import read_unchanged
@@ -167,7 +167,7 @@ def _find(dataset: Dataset, work: Path) -> _Found:
 
 def _read_blend(files: Workdir) -> tuple[SavedBlend, dict[str, Any]]:
     blend = load_blend(files.saved_blend) if files.saved_blend.is_file() else {}
-    return blend, dict(json.loads(files.blend_weights.read_text())) if files.blend_weights.is_file() else {}
+    return blend, read_document(files.blend_weights, dict[str, Any]) if files.blend_weights.is_file() else {}
 
 
 Filled = dict[str, Any]  # what the template shows of one section
