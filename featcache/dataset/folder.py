@@ -17,7 +17,6 @@ a file of many, `array` and `row` say which. docs/data.md describes the format f
 
 import csv
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +32,8 @@ from featcache.dataset.subject import ArrayImage, Dataset, Fault, Images, ImageS
 from featcache.errors import DataError, first_line
 from featcache.formats.volumes import Grid
 from featcache.machine.documents import DocumentError, read_document, write_document
-from featcache.machine.files import file_checksum, only_writer, partial_path
+from featcache.machine.files import file_checksum, only_writer
+from featcache.machine.folders import replace_folder, restore_folder, staged_folder
 from featcache.workdir import is_file_name
 
 FORMAT = 1
@@ -160,21 +160,10 @@ def writing(root: Path, name: str) -> Iterator[SubjectWriter]:
     """Write a subject under `root`; it takes the place of one of the same name once the block ends without an error."""
     target = root / check_name(name, "the name of a subject")
     with only_writer(root, wait=True):
-        staging = partial_path(target)
-        new, older = staging / "new", staging / "older"
-        try:
-            new.mkdir(parents=True)
-            yield SubjectWriter(new, name)
-            if target.exists():
-                target.rename(older)
-            try:
-                new.rename(target)
-            except BaseException:
-                if older.exists():
-                    older.rename(target)
-                raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        restore_folder(target)
+        with staged_folder(target) as staging:
+            yield SubjectWriter(staging, name)
+            replace_folder(staging, target)
 
 
 def is_folder(root: Path) -> bool:

@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there, folders with one writer, and room on the disk."""
 
+import errno
 import itertools
 import json
 import os
@@ -8,19 +9,23 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from featcache.errors import StoreError
+from featcache.machine.progress import say, size_of
 
 _AT_ONCE = 16 << 20  # bytes that are read at a time
-_LOCK = ".writing.lock"
+_LOCK, _MARKER = ".writing.lock", ".writing.marker"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a disk without locks
+_PATIENCE = 10  # seconds after which a wait is said
+_NEVER_WRITTEN = 60  # seconds after which a marker without a number is nobody's
 _PARTIAL = re.compile(r"\.([0-9a-f]{8})-(\d+)-\d+\.partial\..+", re.DOTALL)
 _EARLIER = re.compile(r"\.(\d+)\..+|\..+\.(\d+)|\..+\.partial-\w+", re.DOTALL)  # as earlier versions called them
 _FORGOTTEN = 7 * 86400  # seconds after which what is not finished is nobody's, whichever machine began it
@@ -31,19 +36,65 @@ _numbers = itertools.count()
 def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold a folder, which is made where it is missing, for one writer.
 
-    The lock ends with its process, however that ends. Where the file system has no such locks, a file stands for it.
+    The lock ends with its process, however that ends. Where the file system has no such locks, a file with the
+    process's number and machine stands for it; that of a process of this machine that is gone does not count.
 
     Raises StoreError where another writer holds the folder, unless `wait`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    lock: BaseFileLock = FileLock(folder / _LOCK, fallback_to_soft=False)
+    held_by: Path | None = None
     try:
-        lock = FileLock(folder / _LOCK).acquire(timeout=-1 if wait else 0)
-    except Timeout as error:
-        raise StoreError(
-            folder, expected="to be the only writer", found="another process writing", remedy="wait for it to end"
-        ) from error
-    with lock:
+        held = _acquired(lock, wait, folder, held_by)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        # not the file of the lock: it stays when its writer is gone, also where a folder is copied from another disk
+        held_by = folder / _MARKER
+        lock = SoftFileLock(held_by)
+        held = _acquired(lock, wait, folder, held_by)
+    with held:
         yield
+
+
+def _acquired(lock: BaseFileLock, wait: bool, folder: Path, marker: Path | None) -> AbstractContextManager[object]:
+    """The lock, held. Raises StoreError where another writer holds it, unless `wait`; a long wait is said once."""
+    said = False
+    while True:
+        try:
+            return lock.acquire(timeout=_PATIENCE if wait else 0)
+        except Timeout as error:
+            if marker is not None and _was_never_written(marker):
+                marker.unlink(missing_ok=True)
+                continue
+            gone = "" if marker is None else f"; if that process is gone, delete {marker}"
+            if not wait:
+                raise StoreError(
+                    folder,
+                    expected="to be the only writer",
+                    found=f"another process writing{_holder(marker)}",
+                    remedy=f"wait for it to end{gone}",
+                ) from error
+            if not said:
+                say(f"{folder}: waits for another process that writes there{_holder(marker)}{gone}")
+                said = True
+
+
+def _holder(marker: Path | None) -> str:
+    """Process and machine that a marker names, in words; '' for a lock of the file system, which names none."""
+    try:
+        process, machine = (marker.read_text() if marker is not None else "").split()[:2]
+    except (OSError, ValueError):
+        return ""
+    return f", process {process} of {machine}"
+
+
+def _was_never_written(marker: Path) -> bool:
+    """Whether a marker's process ended between making the file and writing its number into it."""
+    with suppress(OSError):
+        status = marker.stat()
+        return status.st_size == 0 and time.time() - status.st_mtime > _NEVER_WRITTEN
+    return False
 
 
 def refuse_full_disk(folder: Path, n_bytes: int) -> None:
@@ -53,8 +104,8 @@ def refuse_full_disk(folder: Path, n_bytes: int) -> None:
     if n_bytes > free:
         raise StoreError(
             folder,
-            expected=f"{n_bytes / 1e9:.1f} GB of free disk",
-            found=f"{free / 1e9:.1f} GB",
+            expected=f"{size_of(n_bytes)} of free disk",
+            found=size_of(free),
             remedy="make room or choose another --work",
         )
 
@@ -154,7 +205,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside `path`, which takes that name once the block ends; an error in the block removes it.
 
-    `path` must not exist, or be an empty folder.
+    `path` must not exist, or be an empty folder. Raises StoreError where it has files by then.
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,9 +213,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        if path.exists():
-            path.rmdir()  # not every system renames onto a folder
-        partial.rename(path)
+        try:
+            with suppress(FileNotFoundError):
+                path.rmdir()  # not every system renames onto a folder
+            partial.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise StoreError(
+                path,
+                expected="a folder that is new or empty",
+                found="what another process has put there meanwhile",
+                remedy="look at it, and choose another name or remove it",
+            ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
