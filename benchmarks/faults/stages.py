@@ -308,8 +308,11 @@ def build(room: Room) -> dict[str, float]:
 _OF_ITS_TIME = ("journal.jsonl", "report.html", "-imported.json", "-pictures.npz", "-responses.json")
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """{path: digest of what it says} of every file and empty folder; a file that tells times is only there or not."""
+def contents(folder: Path, exact: bool = False) -> dict[str, str]:
+    """{path: digest of what it says} of every file and empty folder; a file that tells times is only there or not.
+
+    exact : digests of bytes, and not of what they say
+    """
     found = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
@@ -319,7 +322,7 @@ def contents(folder: Path) -> dict[str, str]:
         elif name.endswith(_OF_ITS_TIME) or path.parent.name == "index":
             found[name] = "there"
         else:
-            found[name] = hashlib.blake2b(_meaning(path), digest_size=16).hexdigest()
+            found[name] = hashlib.blake2b(path.read_bytes() if exact else _meaning(path), digest_size=16).hexdigest()
     return found
 
 
