@@ -39,7 +39,7 @@ from heads.commands import app
 
 _SUBJECTS = ("--subjects", "2", "--images", "24", "--test-images", "5", "--shared", "8")
 _TREE = (*_SUBJECTS, "--vertices", "90", "--image-size", "32", "--workers", "1")
-_NETWORK = ("--backbone", "test_resnet", "--weights", "none", "--size", "32")
+NETWORK = ("--backbone", "test_resnet", "--weights", "none", "--size", "32")
 _TRAINING = ("--folds", "2", "--epochs", "2", "--batch-size", "8", "--embedding", "4", "--workers", "1")
 _QUICK = ("--folds", "2", "--epochs", "2", "--batch-size", "8")
 _BEFORE_TRAINING = "test_resnet@32 ??????"
@@ -49,10 +49,10 @@ _FROZEN = ("--features", _BEFORE_TRAINING, "--folds", "2")
 STAGES: dict[str, tuple[str, ...]] = {
     "simulate": ("simulate", "--data", "challenge", *_TREE),
     "import": ("import", "--images", "{inputs}/photos", "--responses", "{inputs}/responses.npy", "--workers", "1"),
-    "extract": ("extract", *_NETWORK, "--layers", "pooled,layer2,layer4", "--checkpoint", "none", "--workers", "1"),
-    "pretrain": ("pretrain", *_NETWORK, *_TRAINING),
-    "finetune": ("finetune", *_NETWORK, *_TRAINING),
-    "extract-trained": ("extract", *_NETWORK, "--layers", "pooled,layer4", "--workers", "1", "--image-cache", "1"),
+    "extract": ("extract", *NETWORK, "--layers", "pooled,layer2,layer4", "--checkpoint", "none", "--workers", "1"),
+    "pretrain": ("pretrain", *NETWORK, *_TRAINING),
+    "finetune": ("finetune", *NETWORK, *_TRAINING),
+    "extract-trained": ("extract", *NETWORK, "--layers", "pooled,layer4", "--workers", "1", "--image-cache", "1"),
     "add-features": ("add-features", "{inputs}/captions.npy", "--ids", "{inputs}/ids.csv", "--name", "captions"),
     "fit-ridge": ("fit-heads", "--loss", "mnnpc", "--folds", "2"),
     "fit-each": ("fit-heads", *_FROZEN, "--layers", "each", "--loss", "mse"),
@@ -80,7 +80,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "export": ("export", "encoder"),
     "report": ("report",),
 }
-NO_DATA = ("simulate", "import")  # stages that read no dataset
+NO_DATA = ("simulate", "import", "verify")  # commands that read no dataset
 
 
 def load_everything() -> None:
