@@ -46,6 +46,10 @@ class Row:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
+class NotFiniteError(StoreError):
+    """Rows with NaN or infinity, which no store takes. Who writes them says what can be done."""
+
+
 class _Arrays(Mapping[str, "zarr.Array[Any]"]):
     """The arrays of a store, each opened where it is first asked for. Raises StoreError for a damaged one."""
 
@@ -155,7 +159,7 @@ class Store:
         """Write the next rows of some arrays, {name: (n, ...)}, and commit them together.
 
         n must be a multiple of the array's chunk rows, unless the rows reach the end: a chunk is never written twice.
-        Raises ValueError for rows that do not fit, and StoreError for values that are not finite.
+        Raises ValueError for rows that do not fit, and NotFiniteError for values that are not finite.
         """
         committed = self.committed
         for name, values in rows.items():
@@ -171,11 +175,12 @@ class Store:
         if start % array.chunks[0] or (len(values) % array.chunks[0] and stop != array.shape[0]):
             raise ValueError(f"{name}: {len(values)} rows do not fill chunks of {array.chunks[0]}")
         if not np.isfinite(values).all():
-            raise StoreError(
+            bad = np.argwhere(~np.isfinite(values))[0]
+            raise NotFiniteError(
                 self.path,
                 expected="finite values",
-                found=f"NaN or infinity in {name}, rows {start} to {stop}",
-                remedy="use --dtype float32, or other weights",
+                found=f"{values[tuple(bad)]} in {name}[{', '.join(map(str, [start + bad[0], *bad[1:]]))}]",
+                remedy="correct what they were made from",
             )
         for row in range(start, stop, array.chunks[0]):  # an interrupted run may have left a link to another store's
             self._chunk(name, row).unlink(missing_ok=True)

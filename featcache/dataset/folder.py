@@ -28,15 +28,16 @@ import numpy as np
 
 from featcache.dataset.rois import FSAVERAGE_VERTICES
 from featcache.dataset.subject import ArrayImage, Dataset, Fault, Images, ImageSource, Subject, listed
-from featcache.errors import DataError
+from featcache.errors import DataError, first_line
 from featcache.formats.volumes import Grid
-from featcache.machine.files import only_writer, replace_json, whole_folder
+from featcache.machine.files import only_writer, regular_status, replace_json, small_bytes, whole_folder
 
 FORMAT = 1
 _RECORD, _IMAGES = "subject.json", "images.csv"
 OWN_COLUMNS = ("split", "id", "file", "array", "row")  # of images.csv, before any others
 _NAME = re.compile(r"[^\W_][\w .+()-]{0,63}")  # of subjects and surfaces, which become names of files
 _SPLITS = ("train", "test")
+_MOST_BYTES = 100_000_000  # of a record: a thousand times those of a subject with many ROIs
 RESPONSES = {"train": "responses", "test": "test_responses"}
 CEILINGS = {"train": "noise_ceiling", "test": "test_noise_ceiling"}
 
@@ -156,9 +157,9 @@ def is_folder(root: Path) -> bool:
 def about_subject(root: Path, name: str) -> dict[str, Any]:
     """How a subject was made; empty where it is not there."""
     try:
-        record = json.loads((root / name / _RECORD).read_text(encoding="utf-8"))
+        record = json.loads(small_bytes(root / name / _RECORD, _MOST_BYTES))
         return dict(record["about"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
@@ -223,7 +224,7 @@ def moved_faults(subjects: Sequence[Subject]) -> list[Fault]:
 
 def _record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(small_bytes(path, _MOST_BYTES))
         whole = (
             record["format"] == FORMAT
             and record["name"] == path.parent.name
@@ -245,6 +246,7 @@ def _damaged(path: Path, expected: str, found: str) -> DataError:
 def _read_images(path: Path) -> tuple[dict[str, Images], dict[str, tuple[str, ...]]]:
     """Images of each split, and the other columns."""
     try:
+        regular_status(path)
         with path.open(newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
         if tuple(header[: len(OWN_COLUMNS)]) != OWN_COLUMNS or any(len(row) != len(header) for row in rows):
@@ -292,9 +294,10 @@ def _responses(path: Path, n_images: int, n_vertices: int | None = None) -> int:
 
 def _array(path: Path) -> np.ndarray:
     try:
+        regular_status(path)  # opening a pipe would wait for ever
         array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        found = "none" if isinstance(error, FileNotFoundError) else f"one that cannot be read ({error})"
+    except Exception as error:  # NumPy raises anything on a broken header: TokenError, OverflowError, TypeError
+        found = "none" if isinstance(error, FileNotFoundError) else f"one that cannot be read ({first_line(error)})"
         raise _damaged(path, "a whole .npy file", found) from error
     return array
 

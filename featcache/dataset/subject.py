@@ -1,5 +1,6 @@
 """Subjects of a dataset, their images and responses; a subject knows no folder layout."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ class Fault:
     found: str
 
     def __str__(self) -> str:
-        return f"{self.where}: expected {self.expected}; found {self.found}"
+        return f"{self.where}: expected {self.expected}; found {self.found}".replace("\n", "\\n")
 
 
 def refuse_faults(faults: Sequence[Fault]) -> None:
@@ -276,7 +277,10 @@ def names_in(names: str, known: Sequence[str]) -> list[str]:
     """Names of the subjects that '--subject' chooses; 1 stands for 'subj01'. Raises DataError for others."""
     if names == "all":
         return list(known)
-    wanted = [f"subj{int(part):02d}" if part.isdigit() and part not in known else part for part in names.split(",")]
+    wanted = [
+        f"subj{int(part):02d}" if re.fullmatch("[0-9]{1,9}", part) and part not in known else part
+        for part in names.split(",")
+    ]
     for name in wanted:
         if name not in known:
             raise DataError(

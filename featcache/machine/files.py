@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,24 @@ from filelock import FileLock, Timeout
 from featcache.errors import StoreError
 
 _LOCK = ".writing.lock"
+
+
+def regular_status(path: Path) -> os.stat_result:
+    """Size and times of a regular file, which can be opened without waiting and has an end.
+
+    Raises OSError for a missing file, a folder, a pipe, a socket or a device.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("no regular file")
+    return status
+
+
+def small_bytes(path: Path, most: int) -> bytes:
+    """Content of a regular file of `most` bytes or fewer. Raises OSError for a missing, special or larger one."""
+    if (size := regular_status(path).st_size) > most:
+        raise OSError(f"{size:,} bytes, more than {most:,}")
+    return path.read_bytes()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import itertools
+import math
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,8 @@ from typing import Annotated, Any, get_args, get_origin
 
 from typer.core import TyperGroup
 
-from featcache.errors import ConfigError, FeatcacheError
+from featcache.errors import ConfigError, FeatcacheError, first_line
+from featcache.machine.files import small_bytes
 from heads.recipes.doing import do
 from heads.recipes.jobs import Job, usage_fault
 
@@ -41,6 +43,8 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {  # in words, and what TOML 
 }
 _PARTS = ("title", "takes", "options", "steps")
 _NO_STEPS = ("run", "layers")
+MOST_STEPS = 10_000  # more than a year of steps of an hour
+_MOST_BYTES = 1_000_000  # of a recipe: a hundred times those of the longest
 _OF_THE_COMMAND_LINE = ("help", "json", "quiet")  # options that a recipe cannot give
 
 
@@ -93,11 +97,35 @@ def read_recipe(
             raise ConfigError(
                 f"{path}, [options]", expected=f"one value of {name}", found="a list", remedy="put lists into steps"
             )
+    whole = [_completed(step, given, unsaid or {}) for step in steps]
+    _refuse_too_many(path, whole, commands)
     return [
         one
-        for number, step in enumerate(steps, 1)
-        for one in _expanded(path, number, _completed(step, given, unsaid or {}), commands[step["run"]], options, given)
+        for number, step in enumerate(whole, 1)
+        for one in _expanded(path, number, step, commands[step["run"]], options, given)
     ]
+
+
+def _refuse_too_many(path: Path, steps: Sequence[Mapping[str, Any]], commands: Commands) -> None:
+    """Raise ConfigError for a recipe whose lists multiply to more steps than anybody runs."""
+    n_of_steps = [math.prod(len(values) for values in _lists(step, commands[step["run"]]).values()) for step in steps]
+    if (n := sum(n_of_steps)) > MOST_STEPS:
+        largest = n_of_steps.index(max(n_of_steps))
+        raise ConfigError(
+            f"{path}, step {largest + 1} ({steps[largest]['run']})",
+            expected=f"{MOST_STEPS:,} steps at most, once every value of a list is one",
+            found=f"{n:,} in all, {n_of_steps[largest]:,} of them of this step",
+            remedy="shorten its lists, or write several recipes",
+        )
+
+
+def _lists(step: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, list[Any]]:
+    """{option that a step gives: its values, of which each makes a step}"""
+    return {
+        name: value if isinstance(value, list) and not known[name].many else [value]
+        for name, value in step.items()
+        if name != "run"
+    }
 
 
 def described(path: Path) -> str:
@@ -120,15 +148,17 @@ def _completed(
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+        recipe = tomllib.loads(small_bytes(path, _MOST_BYTES).decode())
     except FileNotFoundError as error:
         raise ConfigError(
             path, expected="a recipe", found="no such file", remedy="name one, such as recipes/demo.toml"
         ) from error
-    except IsADirectoryError as error:
-        raise ConfigError(path, expected="a recipe", found="a folder", remedy="name a .toml file in it") from error
-    except ValueError as error:  # of TOML, or of the bytes before it
-        raise ConfigError(path, expected="TOML", found=f"a mistake in it: {error}", remedy="correct it") from error
+    except OSError as error:
+        found = "a folder" if path.is_dir() else f"what cannot be read ({error.strerror or error})"
+        raise ConfigError(path, expected="a recipe", found=found, remedy="name a .toml file") from error
+    except (ValueError, RecursionError) as error:  # of TOML, or of the bytes before it
+        found = f"a mistake in it: {first_line(error)}"
+        raise ConfigError(path, expected="TOML", found=found, remedy="correct it") from error
     for name in recipe:
         _refuse_unknown(name, _PARTS, str(path), "title, takes, [options] and [[steps]]")
     return recipe
@@ -160,11 +190,7 @@ def _expanded(
     options: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> Iterator[Step]:
-    own = {
-        name: value if isinstance(value, list) and not known[name].many else [value]
-        for name, value in step.items()
-        if name != "run"
-    }
+    own = _lists(step, known)
     shared = {name: value for name, value in options.items() if name in known}
     for values in itertools.product(*own.values()):
         chosen = dict(zip(own, values, strict=True))

@@ -297,3 +297,22 @@ def test_nothing_to_fit_to_asks_for_what_is_missing(tiny, work, planted):
     with pytest.raises(ConfigError, match=r"layers that were extracted \(pooled\); found 'deep'"):
         fit_heads(frozen, replace(RIDGE, layers="deep"), work)
     assert not Workdir(work).predictions.exists()
+
+
+@pytest.mark.parametrize("surface", ["lh", "rh"])
+def test_predictions_that_are_not_finite_leave_no_store_and_no_false_advice(planted, work, monkeypatch, surface):
+    honest = run_module.predict_surface
+
+    def broken(solver, subject, which, *more):
+        predictions, saved = honest(solver, subject, which, *more)
+        predictions[4, 2] = np.nan if which == surface else predictions[4, 2]
+        return predictions, saved
+
+    monkeypatch.setattr(run_module, "predict_surface", broken)
+    with pytest.raises(StoreError) as refused:
+        fit_heads(planted(), RIDGE, work)
+    assert str(refused.value).startswith("subj01, ") and f"found nan in {surface}[4, 2]" in str(refused.value)
+    assert "--dtype" not in str(refused.value)
+    assert list(Workdir(work).predictions.glob("subj*")) == []
+    monkeypatch.setattr(run_module, "predict_surface", honest)
+    assert fit_heads(planted(), RIDGE, work)[0].new

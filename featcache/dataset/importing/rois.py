@@ -1,5 +1,6 @@
 """ROIs of a surface from files: masks, labels, tables and label volumes."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -123,7 +124,7 @@ def _order(table: Table) -> np.ndarray:
     order = np.arange(len(table))
     for column, values in table.columns.items():
         if column.lower() in _NUMBERING:
-            numbers = [int(value) if value.isdecimal() else -1 for value in values]
+            numbers = [int(value) if re.fullmatch("[0-9]{1,18}", value) else -1 for value in values]
             first = min(numbers)
             if first not in (0, 1) or sorted(numbers) != list(range(first, first + len(table))):
                 raise DataError(
