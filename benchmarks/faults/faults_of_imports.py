@@ -137,7 +137,7 @@ for what, change, words in (
     ("NaN", at((3, 4), np.nan), "responses nan trial 3, vertex 4"),
     ("infinity", at((3, 4), np.inf), "responses inf trial 3, vertex 4"),
     ("10^300", at((3, 4), 1e300, np.float64), "responses trial 3, vertex 4"),
-    ("10^37", at((3, 4), 1e37), "responses vertex 4"),
+    ("10^37", at((3, 4), 1e37), "responses trial 3, vertex 4"),
     ("complex", lambda a: a * 1j, "responses.npy complex"),
     ("text", lambda a: a.astype(str), "responses.npy text"),
     ("no vertices", lambda a: a[:, :0], "responses.npy"),
@@ -248,7 +248,7 @@ def imported(kind: str, name: str, plant: Plant, words: str | None) -> None:
         work = here / "work"
         shutil.copytree(good.imported, work)
         plant(work / "dataset/subj01")
-        return [[*line, "--quiet", "--work", str(work)] for line in (("check",), ("fit-heads",))]
+        return [[*line, "--quiet", "--work", str(work)] for line in (("check",), ("fit-heads", "--folds", "2"))]
 
     IMPORTS[kind, name] = Case(make, words is not None, tuple((words or "").split()))
 

@@ -69,7 +69,7 @@ for what, content, words in (
     ("an unknown one of options", "[options]\nsise = 1\n" + _STEP, "r.toml, [options] 'sise'"),
     ("a title that is a number", "title = 3\n" + _STEP, "r.toml title"),
     ("50,000 levels of lists", "title = " + "[" * 50_000 + "]" * 50_000, "r.toml TOML"),
-    ("50,000 levels of tables", "a." * 50_000 + "a = 1", "r.toml"),
+    ("50,000 levels of tables", "a." * 50_000 + "a = 1", "r.toml TOML 100"),
     ("8 million steps", lists(200, "epochs", "seed", "folds"), "r.toml, step 1 10,000 8,000,000"),
     ("10^18 steps", lists(1000, "epochs", "seed", "folds", "batch-size", "fold-seed", "patience"), "r.toml"),
     ("10,001 steps", '[[steps]]\nrun = "fit-heads"\n' * 10_001, "r.toml 10,001"),

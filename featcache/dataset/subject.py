@@ -13,6 +13,7 @@ from featcache.formats.volumes import Grid
 
 SESSION, SESSIONS_JOINED_BY = "session", "+"  # the column of images with the sessions of their trials, '1' or '1+5'
 _N_SHOWN = 5  # enough to look them up, few enough for one line
+_LONGEST = 200  # characters of each
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def refuse_faults(faults: Sequence[Fault]) -> None:
 
 def listed(values: Iterable[object]) -> str:
     """First few values of a list, for an error line: '1, 2, 3, 4, 5, ...'."""
-    texts = [str(value) for value in values]
+    texts = [text if len(text := str(value)) <= _LONGEST else f"{text[:_LONGEST]}..." for value in values]
     return ", ".join(texts[:_N_SHOWN]) + (", ..." if len(texts) > _N_SHOWN else "")
 
 

@@ -17,7 +17,7 @@ from featcache.dataset.grouping import split_of
 from featcache.dataset.responses import refuse_unfit
 from featcache.dataset.splits import Split, refuse_leak
 from featcache.dataset.subject import Subject
-from featcache.errors import ConfigError, StoreError
+from featcache.errors import ConfigError, DataError, StoreError
 from featcache.machine.device import check_products, matrix_products, resolve_device
 from featcache.machine.files import refuse_full_disk
 from featcache.machine.memory import give_back_memory, keep_freed_memory, memory_at_start
@@ -294,7 +294,10 @@ def _fit(problem: Problem, labels: Mapping[str, str]) -> Fitted:
             label = f"{subject.name} {labels.get(key.model, key.model)}"
             try:
                 _fill(problem, solver or build_solver(problem), store, weights, label)
-            except NotFiniteError as error:  # the same run would end in the same way: no store is left for it
+            except DataError:  # the same run would end in the same way: no store is left for it
+                shutil.rmtree(store.path)
+                raise
+            except NotFiniteError as error:
                 shutil.rmtree(store.path)
                 raise StoreError(
                     f"{subject.name}, {key.model}",

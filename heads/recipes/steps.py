@@ -4,6 +4,7 @@ import difflib
 import inspect
 import itertools
 import math
+import re
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {  # in words, and what TOML 
 _PARTS = ("title", "takes", "options", "steps")
 _NO_STEPS = ("run", "layers")
 MOST_STEPS = 10_000  # more than a year of steps of an hour
+_MOST_LEVELS = 100  # of keys in each other; a recipe needs two
 _MOST_BYTES = 1_000_000  # of a recipe: a hundred times those of the longest
 _OF_THE_COMMAND_LINE = ("help", "json", "quiet")  # options that a recipe cannot give
 
@@ -148,7 +150,10 @@ def _completed(
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        recipe = tomllib.loads(small_bytes(path, _MOST_BYTES).decode())
+        text = small_bytes(path, _MOST_BYTES).decode()
+        if max(part.count(".") for part in re.split(r"[,=\n\[\]{}#\"']", text)) > _MOST_LEVELS:
+            raise ValueError(f"keys in each other, {_MOST_LEVELS} and more")  # which take tomllib minutes
+        recipe = tomllib.loads(text)
     except FileNotFoundError as error:
         raise ConfigError(
             path, expected="a recipe", found="no such file", remedy="name one, such as recipes/demo.toml"

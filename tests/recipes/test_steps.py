@@ -334,7 +334,7 @@ def test_seeds_are_for_steps_that_give_none_and_a_given_backbone_takes_the_place
 
 
 def test_lists_that_multiply_to_millions_of_steps_are_refused_at_once(write):
-    lists = "\n".join(f"{name} = {list(range(1, 201))}" for name in ("epochs", "folds", "seed"))
+    lists = "\n".join(f"{name} = {list(range(1, 201))}" for name in ("epochs", "folds", "batch-size"))
     with pytest.raises(
         ConfigError, match=r"step 1 \(fit-heads\): expected 10,000 steps at most.*found 8,000,000 in all"
     ):

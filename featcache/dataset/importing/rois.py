@@ -17,6 +17,7 @@ _TABLES = (".csv", ".tsv", ".parquet")
 _MASK_WORDS = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True, "": False}
 _NO_ROI = {"", "0", "none", "nan", "unknown", "???", "-1"}
 _NUMBERING = {"", "vertex", "voxel", "unit", "neuron", "index"}  # columns that number the rows
+_LARGEST_LABEL = 2**32  # as large as colours, which some atlases have for labels
 _MOST_LABELS = 1000  # more are no labels of regions
 
 
@@ -77,7 +78,8 @@ def _stem(place: Place) -> str:
 
 def _of_labels(values: np.ndarray, name: str, place: Place, names: dict[int, str]) -> dict[str, np.ndarray]:
     """One ROI for each label but 0; a mask of 0 and 1 is one ROI of its file's name."""
-    if len(bad := values[~(np.isfinite(values) & (values == np.round(values)))]):
+    whole = np.isfinite(values) & (values == np.round(values)) & (np.abs(values) < _LARGEST_LABEL)
+    if len(bad := values[~whole]):
         raise DataError(
             place,
             expected="a mask of 0 and 1, or whole numbers as labels",
