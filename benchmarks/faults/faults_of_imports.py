@@ -206,7 +206,7 @@ for what, plant, words, more in (
     ("ncsnr by its values", lambda lab: array(lab / "ceiling.npy", lambda a: a / 35), "ceiling.npy ncsnr are no ceilings", ()),  # noqa: E501
     ("NaN", lambda lab: array(lab / "ceiling.npy", at(2, np.nan)), "ceiling.npy nan vertex 2", ()),
     ("above 100", lambda lab: array(lab / "ceiling.npy", at(2, 100.5)), "ceiling.npy 100.5 vertex 2", ()),
-    ("below 0", lambda lab: array(lab / "ceiling.npy", at(2, -1)), "ceiling.npy -1.0 vertex 2", ()),
+    ("below 0", lambda lab: array(lab / "ceiling.npy", at(2, -1)), "ceiling.npy -1 vertex 2", ()),
     ("another length", lambda lab: array(lab / "ceiling.npy", lambda a: a[1:]), "ceiling.npy 6 5", ()),
     ("text", lambda lab: array(lab / "ceiling.npy", lambda a: a.astype(str)), "ceiling.npy text", ()),
     ("an unknown surface", lambda lab: None, "--ceiling NAME=FILE V1", ("--ceiling", "V1=LAB/ceiling.npy")),
@@ -295,7 +295,7 @@ for what, plant in {
     ),
     **{kind: (lambda f, kind=kind: special(f / "subject.json", kind)) for kind in ("pipe", "device", "folder")},
 }.items():
-    imported("subject.json", what, plant, "subject.json import")
+    imported("subject.json", what, plant, "subject.json")
 for what, plant, words in (
     ("empty", lambda f: written(f / "images.csv", b""), "images.csv"),
     ("missing", lambda f: (f / "images.csv").unlink(), "images.csv"),

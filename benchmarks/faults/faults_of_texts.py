@@ -35,7 +35,7 @@ def lists(n: int, *options: str) -> str:
 
 
 recipe("good", _STEP, None)
-recipe("lists", lists(3, "epochs", "seed"), None)
+recipe("lists", lists(3, "epochs", "fold-seed"), None)
 for what, content, words in (
     ("empty", "", "r.toml [[steps]]"),
     ("text", "no recipe", "r.toml TOML"),
@@ -70,11 +70,11 @@ for what, content, words in (
     ("a title that is a number", "title = 3\n" + _STEP, "r.toml title"),
     ("50,000 levels of lists", "title = " + "[" * 50_000 + "]" * 50_000, "r.toml TOML"),
     ("50,000 levels of tables", "a." * 50_000 + "a = 1", "r.toml TOML 100"),
-    ("8 million steps", lists(200, "epochs", "seed", "folds"), "r.toml, step 1 10,000 8,000,000"),
-    ("10^18 steps", lists(1000, "epochs", "seed", "folds", "batch-size", "fold-seed", "patience"), "r.toml"),
+    ("8 million steps", lists(200, "epochs", "batch-size", "folds"), "r.toml, step 1 10,000 8,000,000"),
+    ("10^12 steps", lists(1000, "epochs", "batch-size", "folds", "fold-seed"), "r.toml, step 1 10,000"),
     ("10,001 steps", '[[steps]]\nrun = "fit-heads"\n' * 10_001, "r.toml 10,001"),
     ("2 MB", "# " + "x" * 2_000_000 + "\n" + _STEP, "r.toml 1,000,000"),
-    ("a subject that is not there", _STEP + "subject = 9\n", "step 1 --subject '9'"),
+    ("a subject that is not there", _STEP + "subject = 9\n", "step 1 --subject 'subj09'"),
     ("a network that is not there", _STEP.replace("test_resnet", "test_rsnet"), "step 1 test_rsnet"),
     ("a folder outside", _STEP + 'data = "/nowhere"\n', "--data"),
 ):

@@ -329,8 +329,8 @@ add("masks", "labels as floats", lambda root: array(root / LABELS, lambda a: a.a
 for what, change, words in (
     ("NaN", at(2, np.nan), "lh.npy ceilings nan vertex 2"),
     ("infinity", at(2, np.inf), "lh.npy ceilings inf vertex 2"),
-    ("101", at(2, 101), "lh.npy 0 to 100 101.0 vertex 2"),
-    ("below 0", at(2, -3), "lh.npy 0 to 100 -3.0 vertex 2"),
+    ("101", at(2, 101), "lh.npy 0 to 100 101 vertex 2"),
+    ("below 0", at(2, -3), "lh.npy 0 to 100 -3 vertex 2"),
     ("fractions beside percent", lambda a: a / 100, "lh.npy percent fractions"),
     ("another length", lambda a: a[:-1], "lh.npy 40 vertices 39"),
     ("two dimensions", lambda a: a[None], "lh.npy 1 dimension"),

@@ -114,8 +114,10 @@ def _captured() -> Iterator[list[str]]:
         sys.stdout.flush(), sys.stderr.flush()
         for number in (1, 2):
             os.dup2(file.fileno(), number)
+        out = os.fdopen(os.dup(file.fileno()), "w", buffering=1, errors="replace")  # a test has a stdout of its own
         try:
-            yield written
+            with out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                yield written
         finally:
             sys.stdout.flush(), sys.stderr.flush()
             for number, old in zip((1, 2), kept, strict=True):

@@ -22,7 +22,7 @@ def is_percent(largest: float) -> bool:
 def out_of_range(value: float, place: int, unit: int) -> str:
     """What is found in the place of a ceiling from 0 to `unit`, in words."""
     hint = f"; percent reach more than {_LARGEST_NO_PERCENT} in any recording, and {NCSNR}"
-    return f"{round(value, 5)} at vertex {place}{hint if unit == 1 and 1 < value <= 100 else ''}"
+    return f"{value:.6g} at vertex {place}{hint if unit == 1 and 1 < value <= 100 else ''}"
 
 
 def is_named_ncsnr(name: str) -> bool:

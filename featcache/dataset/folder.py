@@ -272,6 +272,8 @@ def _read_images(path: Path) -> tuple[dict[str, Images], dict[str, tuple[str, ..
 
 
 def _source(row: Sequence[str]) -> ImageSource:
+    if "\0" in row[2]:
+        raise ValueError("no name of a file")
     path = Path(row[2])
     return ArrayImage(path, row[3], int(row[4])) if row[4] else path
 

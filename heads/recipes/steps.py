@@ -45,6 +45,7 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {  # in words, and what TOML 
 _PARTS = ("title", "takes", "options", "steps")
 _NO_STEPS = ("run", "layers")
 MOST_STEPS = 10_000  # more than a year of steps of an hour
+_LARGEST = 2**63
 _MOST_LEVELS = 100  # of keys in each other; a recipe needs two
 _MOST_BYTES = 1_000_000  # of a recipe: a hundred times those of the longest
 _OF_THE_COMMAND_LINE = ("help", "json", "quiet")  # options that a recipe cannot give
@@ -164,9 +165,19 @@ def _load(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # of TOML, or of the bytes before it
         found = f"a mistake in it: {first_line(error)}"
         raise ConfigError(path, expected="TOML", found=found, remedy="correct it") from error
+    if _has_huge(recipe):
+        found = f"one of {_LARGEST} or more"
+        raise ConfigError(path, expected="numbers that options can take", found=found, remedy="correct it")
     for name in recipe:
         _refuse_unknown(name, _PARTS, str(path), "title, takes, [options] and [[steps]]")
     return recipe
+
+
+def _has_huge(value: Any) -> bool:
+    """Whether a whole number in what TOML has is larger than any option takes; Python does not even print some."""
+    if isinstance(value, (dict, list)):
+        return any(map(_has_huge, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and abs(value) >= _LARGEST
 
 
 def _check_step(path: Path, number: int, step: Mapping[str, Any], commands: Commands) -> None:

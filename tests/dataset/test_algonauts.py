@@ -129,7 +129,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "ceiling out of range": (
         lambda root: rewrite(root / "noise_ceiling/subj01/lh.npy", set_value((2,), 101)),
-        "expected ceilings from 0 to 100; found 101.0 at vertex 2",
+        "expected ceilings from 0 to 100; found 101 at vertex 2",
     ),
     "ceiling NaN": (
         lambda root: rewrite(root / "noise_ceiling/subj01/rh.npy", set_value((2,), np.nan)),

@@ -310,13 +310,14 @@ def test_predictions_that_are_not_finite_leave_no_store_and_no_false_advice(plan
         return predictions, saved
 
     monkeypatch.setattr(run_module, "predict_surface", broken)
+    subjects = planted()
     with pytest.raises(StoreError) as refused:
-        fit_heads(planted(), RIDGE, work)
+        fit_heads(subjects, RIDGE, work)
     assert str(refused.value).startswith("subj01, ") and f"found nan in {surface}[4, 2]" in str(refused.value)
     assert "--dtype" not in str(refused.value)
     assert list(Workdir(work).predictions.glob("subj*")) == []
     monkeypatch.setattr(run_module, "predict_surface", honest)
-    assert fit_heads(planted(), RIDGE, work)[0].new
+    assert fit_heads(subjects, RIDGE, work)[0].new
 
 
 def test_responses_that_became_nan_behind_their_size_and_time_are_named_and_leave_no_store(planted, work):
