@@ -4,6 +4,7 @@ Rows that another store has of the same images are taken from there (see `featca
 """
 
 import gc
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +25,20 @@ from featcache.cache.keys import FeatureFacts, FeatureKey
 from featcache.cache.known_rows import KnownRows, LostRowsError, find_known
 from featcache.cache.pixels import cache_pixels, find_pixels
 from featcache.cache.sources import Source, choose_checkpoints, load_source
-from featcache.cache.store import Store, create_store, list_stores, nearest, open_store, store_path
+from featcache.cache.store import (
+    NotFiniteError,
+    Store,
+    create_store,
+    list_stores,
+    nearest,
+    open_store,
+    store_path,
+)
 from featcache.config import ExtractConfig
 from featcache.dataset.image_lists import ImageList
 from featcache.dataset.images import load_image
 from featcache.dataset.subject import ImageSource, Subject, listed
-from featcache.errors import BackboneError, ConfigError
+from featcache.errors import BackboneError, ConfigError, StoreError
 from featcache.machine.device import (
     check_products,
     is_emulated,
@@ -321,6 +330,9 @@ def _fill(
             store.widen(layer)
             store = open_store(store.path)
             continue
+        except NotFiniteError as error:
+            remedy = "use other weights" if config.dtype == "float32" else "use --dtype float32, or other weights"
+            raise _without_empty(store, error, remedy) from error
         except LostRowsError as lost:
             say(f"{lost.why.where} has {lost.why.found}; its rows are computed")
             known = lost.known
@@ -328,6 +340,13 @@ def _fill(
         config = _halved(config, source)
         if config.compile:
             source = _compiled(source, config)
+
+
+def _without_empty(store: Store, error: NotFiniteError, remedy: str) -> StoreError:
+    """The mistake with its remedy; a store that has no row yet, and can get none, is removed."""
+    if not any(store.committed.values()):
+        shutil.rmtree(store.path)
+    return StoreError(error.where, expected=error.expected, found=error.found, remedy=remedy)
 
 
 class _Shown:

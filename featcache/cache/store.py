@@ -45,10 +45,6 @@ _CHUNK_ROWS = 256  # most rows of a chunk: what an interruption can cost, in ima
 _COMMITTED, _DESCRIPTION = "committed.json", "zarr.json"
 _UNINDEXED = 32  # stores, at most, whose descriptions are read rather than put into the index
 _NAMED_BY_KEY = re.compile(r".+-([0-9a-f]{12})")
-_NOT_FINITE = {
-    "features": "use --dtype float32, or other weights",
-    "predictions": "look for very large numbers in features and responses",
-}
 _CODECS = [
     {"name": "bytes", "configuration": {"endian": "little"}},
     {"name": "crc32c"},
@@ -66,6 +62,10 @@ class Row:
     def n_bytes(self) -> int:
         """Bytes of one row."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class NotFiniteError(StoreError):
+    """Rows with NaN or infinity, which no store takes. Who writes them says what can be done."""
 
 
 class _Arrays(Mapping[str, "zarr.Array[Any]"]):
@@ -225,7 +225,7 @@ class Store:
         """Write the next rows of some arrays, {name: (n, ...)}, and commit them together.
 
         n must be a multiple of the array's chunk rows, unless the rows reach the end: a chunk is never written twice.
-        Raises ValueError for rows that do not fit, and StoreError for values that are not finite.
+        Raises ValueError for rows that do not fit, and NotFiniteError for values that are not finite.
         """
         committed = self.committed
         for name, values in rows.items():
@@ -241,11 +241,12 @@ class Store:
         if start % array.chunks[0] or (len(values) % array.chunks[0] and stop != array.shape[0]):
             raise ValueError(f"{name}: {len(values)} rows do not fill chunks of {array.chunks[0]}")
         if not np.isfinite(values).all():
-            raise StoreError(
+            bad = np.argwhere(~np.isfinite(values))[0]
+            raise NotFiniteError(
                 self.path,
                 expected="finite values",
-                found=f"NaN or infinity in {name}, rows {start} to {stop}",
-                remedy=_NOT_FINITE.get(str(self.key.get("kind")), "look for very large numbers in what it is made of"),
+                found=f"{values[tuple(bad)]} in {name}[{', '.join(map(str, [start + bad[0], *bad[1:]]))}]",
+                remedy="correct what they were made from",
             )
         for row in range(start, stop, array.chunks[0]):  # an interrupted run may have left a link to another store's
             self._chunk(name, row).unlink(missing_ok=True)

@@ -7,20 +7,23 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count, islice
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 
+from featcache.dataset.ceilings import NCSNR, is_named_ncsnr, is_percent, note_on_unit, out_of_range
 from featcache.dataset.rois import FSAVERAGE_VERTICES, HEMISPHERES, class_order, read_mapping
 from featcache.dataset.subject import Dataset, Fault, Images, Subject, listed, refuse_faults
-from featcache.errors import DataError
+from featcache.errors import DataError, first_line
+from featcache.machine.files import regular_status
 
-_IMAGE_NAME = re.compile(r"(?P<split>train|test)-(?P<number>\d+)_nsd-(?P<id>\d+)\.(png|jpg|jpeg)", re.IGNORECASE)
+# [0-9], because \d takes digits of every script; an id of 18 digits fits into int64
+_IMAGE_NAME = re.compile(
+    r"(?P<split>train|test)-(?P<number>[0-9]{1,18})_nsd-(?P<id>[0-9]{1,18})\.(png|jpg|jpeg)", re.IGNORECASE
+)
+_SUBJECT_NAME = re.compile("subj[0-9]{1,9}")
 _LEFT_BY_FILE_MANAGERS = ("Thumbs.db", "desktop.ini")
-# Ceilings are percent where the largest exceeds this. A largest just above 1 is a fraction out of range, and percent
-# reach more than 2 in any recording.
-_SURELY_PERCENT = 2
 
 
 @dataclass
@@ -36,11 +39,12 @@ class _Scan:
     def array(self, path: Path, n_dimensions: int) -> np.ndarray | None:
         """Memory map of a .npy file of numbers with so many dimensions; None, and a fault, where it is not one."""
         try:
+            regular_status(path)  # opening a pipe would wait for ever
             array = np.lib.format.open_memmap(path, mode="r")  # np.load would also open a zip or a pickle
         except FileNotFoundError:
             self.fault(path, "a .npy file", "none")
-        except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:
-            self.fault(path, "a whole .npy file of numbers", f"one that cannot be read ({error})")
+        except Exception as error:  # NumPy raises anything on a broken header: TokenError, OverflowError, TypeError
+            self.fault(path, "a whole .npy file of numbers", f"one that cannot be read ({first_line(error)})")
         else:
             if array.ndim == n_dimensions and array.dtype.kind in "fiub":
                 return array
@@ -53,15 +57,30 @@ def scan_tree(root: Path, noise_ceiling: Path | None = None) -> tuple[Dataset, l
 
     noise_ceiling : folder with {subject}/{lh,rh}.npy; None for `root/noise_ceiling`, where it exists
     """
-    folders = sorted(path for path in root.glob("subj*") if re.fullmatch(r"subj\d+", path.name) and path.is_dir())
+    folders = sorted(path for path in root.glob("subj*") if _SUBJECT_NAME.fullmatch(path.name) and path.is_dir())
+    misnamed = _misnamed(root, folders)
     if not folders:
-        found = "the folder of one subject" if re.fullmatch(r"subj\d+", root.name) else "none"
-        return Dataset(root, ()), [Fault(root, "folders subj01, subj02, ... in it", found)]
+        found = "the folder of one subject" if _SUBJECT_NAME.fullmatch(root.name) else "none"
+        return Dataset(root, ()), [*misnamed, Fault(root, "folders subj01, subj02, ... in it", found)]
     scans = [_Scan(folder) for folder in folders]
     subjects = [_scan_subject(scan) for scan in scans]
     subjects, note = _with_ceilings(scans, subjects, _ceiling_folder(root, noise_ceiling))
     notes = (note, *_notes_on_missing(subjects), *_notes_on_shared_images(subjects))
-    return Dataset(root, tuple(subjects), notes, challenge=True), [fault for scan in scans for fault in scan.faults]
+    faults = [*misnamed, *(fault for scan in scans for fault in scan.faults)]
+    return Dataset(root, tuple(subjects), notes, challenge=True), faults
+
+
+def _misnamed(root: Path, folders: Sequence[Path]) -> list[Fault]:
+    """Faults of folders of one number, subj1 and subj01, and of numbers in digits of other scripts."""
+    faults = []
+    for path in sorted(root.glob("subj*")):
+        if re.fullmatch(r"subj\d+", path.name) and path not in folders and path.is_dir():
+            faults.append(Fault(path, "subj and a number of up to nine digits from 0 to 9", repr(path.name)))
+    first: dict[int, Path] = {}
+    for path in folders:
+        if (other := first.setdefault(int(path.name.removeprefix("subj")), path)) is not path:
+            faults.append(Fault(path, "one folder a subject", f"one more of that number, {other.name}"))
+    return faults
 
 
 def open_challenge(root: Path | str, noise_ceiling: Path | str | None = None) -> Dataset:
@@ -107,18 +126,33 @@ def list_images(folder: Path, split: str) -> tuple[Images, list[Fault]]:
         else:
             by_number[number] = (path, int(match["id"]))
     numbers = sorted(by_number)
-    faults += _numbering_faults(folder, numbers)
+    faults += _numbering_faults(folder, numbers, by_number[numbers[-1]][0].name if numbers else "")
+    faults += _repeated(folder, [by_number[number] for number in numbers])
     ids = np.array([by_number[number][1] for number in numbers], dtype=np.int64)
     return Images(tuple(by_number[number][0] for number in numbers), ids), faults
 
 
-def _numbering_faults(folder: Path, numbers: list[int]) -> list[Fault]:
+def _numbering_faults(folder: Path, numbers: list[int], last: str) -> list[Fault]:
+    """Faults of the numbers of images, in order; `last` has the largest. One wrong name may have a huge number."""
     if numbers and numbers[0] == 0:
         return [Fault(folder, "images numbered from 1", "number 0")]
-    missing = sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers))
-    if not missing:
+    if not (n_missing := max(numbers, default=0) - len(numbers)):
         return []
-    return [Fault(folder, f"images numbered 1 to {numbers[-1]}", f"{len(missing)} missing: {listed(missing)}")]
+    there = set(numbers)
+    missing = listed(islice((number for number in count(1) if number not in there), min(n_missing, 6)))
+    hint = f"; the number of {last} may be wrong" if n_missing > len(numbers) else ""
+    return [Fault(folder, f"images numbered 1 to {numbers[-1]}", f"{n_missing} missing: {missing}{hint}")]
+
+
+def _repeated(folder: Path, images: Sequence[tuple[Path, int]]) -> list[Fault]:
+    """Fault of ids that several images of one split have; rows of stores and folds go by id."""
+    first: dict[int, str] = {}
+    twice = [
+        f"{image_id} of {first[image_id]} and {path.name}"
+        for path, image_id in images
+        if first.setdefault(image_id, path.name) != path.name
+    ]
+    return [Fault(folder, "an image id once in a split", f"{len(twice)} more than once: {twice[0]}")] if twice else []
 
 
 def _scan_subject(scan: _Scan) -> Subject:
@@ -168,6 +202,9 @@ def _scan_rois(scan: _Scan, n_vertices: dict[str, int]) -> dict[str, dict[str, n
         except DataError as error:
             scan.fault(path, error.expected, error.found)
             continue
+        names = [name for label, name in mapping.items() if label != 0]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            scan.fault(path, "a name once", f"{repeated[0]!r} for several labels")
         for hemisphere in HEMISPHERES:
             if hemisphere in n_vertices:
                 of_class = _scan_class(scan, hemisphere, roi_class, mapping, n_vertices[hemisphere])
@@ -206,6 +243,13 @@ def _ceiling_folder(root: Path, noise_ceiling: Path | None) -> Path | None:
             found=f"none of these in {noise_ceiling}" if noise_ceiling.is_dir() else f"no folder {noise_ceiling}",
             remedy="name the folder that holds them",
         )
+    if is_named_ncsnr(noise_ceiling.name):
+        raise DataError(
+            "--noise-ceiling",
+            expected="ceilings, in percent or as fractions of variance",
+            found=f"ratios of signal to noise, by the name of {noise_ceiling}",
+            remedy=f"{NCSNR}; give these, in a folder of another name",
+        )
     return noise_ceiling
 
 
@@ -217,8 +261,8 @@ def _with_ceilings(scans: list[_Scan], subjects: list[Subject], folder: Path | N
     raw = [_ceiling_arrays(scan, folder / scan.folder.name) for scan in scans] if folder else []
     if folder is None or not any(raw):
         return subjects, "no noise ceilings: scores are mean r and mean r^2"
-    largest = max(np.nanmax(array, initial=0) for arrays in raw for array in arrays.values())
-    unit, name = (100, "percent") if largest > _SURELY_PERCENT else (1, "fractions")
+    given = [array for arrays in raw for array in arrays.values()]
+    unit = 100 if is_percent(max(np.nanmax(array, initial=0) for array in given)) else 1
     with_ceilings = []
     for scan, subject, arrays in zip(scans, subjects, raw, strict=True):
         fractions: dict[str, np.ndarray | None] = dict.fromkeys(HEMISPHERES)
@@ -227,7 +271,7 @@ def _with_ceilings(scans: list[_Scan], subjects: list[Subject], folder: Path | N
             if _check_ceiling(scan, path, array, subject.n_vertices.get(hemisphere), unit):
                 fractions[hemisphere] = array / np.float32(unit)
         with_ceilings.append(replace(subject, noise_ceiling=fractions))
-    return with_ceilings, f"noise ceilings from {folder}, read as {name} (largest {largest:.4g})"
+    return with_ceilings, f"noise ceilings from {folder}, {note_on_unit(given, unit)}"
 
 
 def _ceiling_arrays(scan: _Scan, folder: Path) -> dict[str, np.ndarray]:
@@ -243,7 +287,7 @@ def _check_ceiling(scan: _Scan, path: Path, ceiling: np.ndarray, n_vertices: int
     elif unit > 1 and 0 < np.nanmax(ceiling, initial=0) <= 1:
         scan.fault(path, "percent, as other ceilings of the folder", f"fractions up to {ceiling.max():.4g}")
     elif len(bad):
-        scan.fault(path, f"ceilings from 0 to {unit}", f"{ceiling[bad[0]]} at vertex {bad[0]}")
+        scan.fault(path, f"ceilings from 0 to {unit}", out_of_range(float(ceiling[bad[0]]), bad[0], unit))
     else:
         return True
     return False

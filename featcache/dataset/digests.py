@@ -14,6 +14,7 @@ import numpy as np
 from featcache.config import fingerprint, usual_workers
 from featcache.dataset.images import array_row
 from featcache.dataset.subject import ArrayImage, ImageSource, Subject
+from featcache.errors import DataError
 from featcache.machine.documents import DocumentError, HexDigest, read_document, write_document
 from featcache.workdir import Workdir
 
@@ -145,6 +146,8 @@ def new_digest() -> blake2b:
 
 
 def file_digest(path: Path) -> str:
-    """Digest of one file's content, 32 hexadecimal digits."""
+    """Digest of one file's content, 32 hexadecimal digits. Raises DataError for a pipe or a device."""
+    if path.exists() and not path.is_file():
+        raise DataError(path, expected="a file", found="something that is no file", remedy="put a file in its place")
     with path.open("rb") as file:
         return hashlib.file_digest(file, new_digest).hexdigest()

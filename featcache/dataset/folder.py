@@ -32,7 +32,7 @@ from featcache.dataset.subject import ArrayImage, Dataset, Fault, Images, ImageS
 from featcache.errors import DataError, first_line
 from featcache.formats.volumes import Grid
 from featcache.machine.documents import DocumentError, read_document, write_document
-from featcache.machine.files import file_checksum, only_writer
+from featcache.machine.files import file_checksum, only_writer, regular_status
 from featcache.machine.folders import replace_folder, restore_folder, staged_folder
 from featcache.workdir import is_file_name
 
@@ -284,6 +284,7 @@ def _damaged(path: Path, expected: str, found: str) -> DataError:
 def _read_images(path: Path) -> tuple[dict[str, Images], dict[str, tuple[str, ...]]]:
     """Images of each split, and the other columns."""
     try:
+        regular_status(path)
         with path.open(newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
         if tuple(header[: len(OWN_COLUMNS)]) != OWN_COLUMNS or any(len(row) != len(header) for row in rows):
@@ -309,6 +310,8 @@ def _read_images(path: Path) -> tuple[dict[str, Images], dict[str, tuple[str, ..
 
 
 def _source(row: Sequence[str]) -> ImageSource:
+    if "\0" in row[2]:
+        raise ValueError("no name of a file")
     path = Path(row[2])
     return ArrayImage(path, row[3], int(row[4])) if row[4] else path
 
@@ -331,9 +334,10 @@ def _responses(path: Path, n_images: int, n_vertices: int | None = None) -> int:
 
 def _array(path: Path) -> np.ndarray:
     try:
+        regular_status(path)  # opening a pipe would wait for ever
         array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        found = "none" if isinstance(error, FileNotFoundError) else f"one that cannot be read ({error})"
+    except Exception as error:  # NumPy raises anything on a broken header: TokenError, OverflowError, TypeError
+        found = "none" if isinstance(error, FileNotFoundError) else f"one that cannot be read ({first_line(error)})"
         raise _damaged(path, "a whole .npy file", found) from error
     return array
 

@@ -1,23 +1,30 @@
 """Decoding of pictures: of image files, and of the rows of an array of many."""
 
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile
 
 from featcache.dataset.subject import ArrayImage, Fault, ImageSource, listed
-from featcache.errors import DataError, first_line
+from featcache.errors import DataError, FeatcacheError, first_line
 from featcache.formats.arrays import open_array
 from featcache.formats.lazy import Array, Place
+from featcache.machine.files import regular_status
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on bad files
-_NO_ARRAY = (OSError, ValueError, EOFError, SyntaxError, TokenError, KeyError, RuntimeError)  # NumPy and h5py
+_Turn = Image.Transpose
+_TURNS = {  # {rotation flag of a camera: what makes the picture upright}
+    2: _Turn.FLIP_LEFT_RIGHT,
+    3: _Turn.ROTATE_180,
+    4: _Turn.FLIP_TOP_BOTTOM,
+    5: _Turn.TRANSPOSE,
+    6: _Turn.ROTATE_270,
+    7: _Turn.TRANSVERSE,
+    8: _Turn.ROTATE_90,
+}
 _TURNED = range(5, 9)  # rotation flags that exchange width and height
 _NO_PICTURES = {"HDF5", "GRIB", "BUFR", "WMF", "EPS", "MPEG"}  # kinds that Pillow knows and cannot decode by itself
 _OPEN_ARRAYS = 8  # files of many pictures that stay open
@@ -71,7 +78,7 @@ def image_shape(source: ImageSource) -> tuple[int, int]:
         height, width = _array_of(source).shape[1:3]
         return width, height
     with _opened(source) as image:
-        turned = image.width != image.height and image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+        turned = image.width != image.height and _rotation_flag(image) in _TURNED
         return image.size[::-1] if turned else image.size
 
 
@@ -101,7 +108,9 @@ def array_row(source: ArrayImage) -> np.ndarray:
         )
     try:
         return np.ascontiguousarray(array[source.row : source.row + 1][0])
-    except _NO_ARRAY as error:
+    except (FeatcacheError, MemoryError):
+        raise
+    except Exception as error:  # NumPy, h5py and their decompressors raise anything on broken files
         raise _unreadable_array(source, error) from error
 
 
@@ -112,14 +121,16 @@ def picture_count(path: Path, array: str = "") -> int:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image file, open. What Pillow raises on it becomes a DataError."""
+    """An image file, open. Whatever Pillow raises on it becomes a DataError."""
     try:
-        _refuse_special(path)  # opening a pipe would wait for ever
+        regular_status(path)  # opening a pipe would wait for ever
         with Image.open(path) as image:
             yield image
     except FileNotFoundError as error:
         raise DataError(path, expected="an image", found="no such file", remedy="put it back") from error
-    except _UNREADABLE as error:
+    except (FeatcacheError, MemoryError):
+        raise
+    except Exception as error:  # decoders of broken files raise anything: struct.error, TypeError, zlib.error
         raise DataError(
             path,
             expected="a whole PNG or JPEG image",
@@ -128,18 +139,20 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         ) from error
 
 
-def _refuse_special(path: Path) -> os.stat_result:
-    """Size and times of a regular file. Raises OSError for a missing file, a folder, a pipe or a device."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError("no regular file")
-    return status
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of an image that Pillow opened or made; see `load_image`. Raises ValueError where it cannot be."""
     image.load()
-    return _flattened(ImageOps.exif_transpose(image))
+    turn = _TURNS.get(_rotation_flag(image))
+    return _flattened(image if turn is None else image.transpose(turn))
+
+
+def _rotation_flag(image: Image.Image) -> int:
+    """The rotation flag that a camera wrote beside the pixels, 1 to 8; 1, upright, where it wrote none.
+
+    No other tag is read: `ImageOps.exif_transpose` writes all of them anew, and fails where one is of an odd type.
+    """
+    flag = image.getexif().get(ExifTags.Base.Orientation)
+    return flag if isinstance(flag, int) and flag in _TURNS else 1
 
 
 def _flattened(image: Image.Image) -> Image.Image:
@@ -156,9 +169,11 @@ def _flattened(image: Image.Image) -> Image.Image:
 def _array_of(source: ArrayImage) -> Array:
     """The array that a picture is a row of, open. Raises DataError where it is not one of 8-bit pictures."""
     try:
-        status = _refuse_special(source.path)
+        status = regular_status(source.path)
         array = _open_once(os.getpid(), source.path, source.array, status.st_size, status.st_mtime_ns)
-    except _NO_ARRAY as error:
+    except (FeatcacheError, MemoryError):
+        raise
+    except Exception as error:
         raise _unreadable_array(source, error) from error
     shape = tuple(array.shape)
     if array.dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (3,)) or 0 in shape[1:3]:

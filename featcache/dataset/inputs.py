@@ -115,7 +115,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
         with _READING:
             image.load()
         return to_rgb(image)
-    except (ValueError, OSError, SyntaxError, AssertionError) as error:  # the last of a file that was closed
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise anything on broken files, and AssertionError on one that was closed
         raise DataError(
             "images", expected=_EXPECTED, found=f"one of mode {image.mode} ({first_line(error)})", remedy=_REMEDY
         ) from error

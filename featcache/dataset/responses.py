@@ -13,7 +13,7 @@ from featcache.machine.progress import say
 from featcache.workdir import Workdir
 
 _BLOCK_BYTES = 64e6
-_LARGEST = 1e15  # whose squares float32 can still add up over all images
+LARGEST_RESPONSE = 1e15  # whose squares float32 can still add up over all images
 
 
 def response_fault(path: Path) -> Fault | None:
@@ -28,14 +28,26 @@ def _look(path: Path) -> tuple[Fault | None, int]:
     constant = np.full(responses.shape[1], True)
     for start in range(0, len(responses), step):
         block = responses[start : start + step]
-        bad = ~(np.abs(block, dtype=np.result_type(block, np.float32)) <= _LARGEST)  # NaN is bad too
+        bad = ~(np.abs(block, dtype=np.result_type(block, np.float32)) <= LARGEST_RESPONSE)  # NaN is bad too
         if bad.any():
             row, vertex = np.argwhere(bad)[0]
             more = f" (and {bad.sum() - 1} more nearby)" if bad.sum() > 1 else ""
             found = f"{block[row, vertex]} at row {start + row}, vertex {vertex}{more}"
-            return Fault(path, f"finite responses, up to {_LARGEST:.0e}", found), 0
+            return Fault(path, f"finite responses, up to {LARGEST_RESPONSE:.0e}", found), 0
         constant &= (block == responses[0]).all(axis=0)
     return None, int(constant.sum())
+
+
+def response_fault_in(path: Path, block: np.ndarray, vertex: int) -> Fault | None:
+    """Fault of some columns of a file of responses, (n_images, n_columns), of which the first is `vertex`.
+
+    For who reads them anyway: a file that was changed and has its size and time of before is not looked through again.
+    """
+    if not block.size or (block.min() >= -LARGEST_RESPONSE and block.max() <= LARGEST_RESPONSE):  # NaN is neither
+        return None
+    row, column = np.argwhere(~(np.abs(block) <= LARGEST_RESPONSE))[0]
+    found = f"{block[row, column]} at row {row}, vertex {vertex + column}"
+    return Fault(path, f"finite responses, up to {LARGEST_RESPONSE:.0e}", found)
 
 
 def refuse_unfit(subjects: Sequence[Subject], work: Path) -> None:

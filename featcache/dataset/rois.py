@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import DataError
+from featcache.machine.files import regular_status
 
 HEMISPHERES = ("lh", "rh")
 FSAVERAGE_VERTICES = 163_842  # of one hemisphere of the fsaverage surface
@@ -62,6 +63,7 @@ _NOT_A_MAPPING = (  # errors that a damaged header or pickle causes
     EOFError,
     LookupError,
     MemoryError,
+    OSError,
     SyntaxError,
     TokenError,
     TypeError,
@@ -84,8 +86,8 @@ def read_mapping(path: Path) -> dict[int, str]:
     Raises DataError for a file that is not such a dict, or whose pickle asks for any function.
     """
     try:
-        if path.stat().st_size > _MAX_MAPPING_BYTES:
-            raise ValueError(f"it has {path.stat().st_size} bytes")
+        if (size := regular_status(path).st_size) > _MAX_MAPPING_BYTES:
+            raise ValueError(f"it has {size} bytes")
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
             read_header = (

@@ -10,6 +10,7 @@ columns image, name, label, file and stimulus.
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from featcache.config import split_name
 from featcache.dataset.splits import Split
 from featcache.dataset.subject import Subject, listed
 from featcache.errors import DataError
+from featcache.formats.files import reading
 from featcache.machine.documents import DocumentError, parse_json
+from featcache.machine.files import small_bytes
 from featcache.machine.progress import say
 
 _IDS, _GROUPS = ("id", "image", "name"), ("group", "fold", "split")  # columns of a table
 _NAMES = ("image", "name", "label", "file", "stimulus")  # columns of a dataset that may name images
 _TRAIN, _TEST = "train", "test"
+_MOST_BYTES = 200_000_000  # twenty times those of a split of all images of NSD by their names
 _FORMS = "{image: group}, lists of images by group, or lists 'train' and 'test'"
 
 
@@ -108,7 +112,7 @@ class _Finder:
     def __call__(self, name: str) -> int | None:
         """The id; None where no image has that name. Raises DataError where several have."""
         base = name.strip().replace("\\", "/").rpartition("/")[2]
-        number = str(int(base)) if base.isdecimal() else base
+        number = base.lstrip("0") or "0" if re.fullmatch("[0-9]+", base) else base
         whole, by_id, stems, texts = self._by
         for ids, remedy in (
             (whole.get(base), "name them by id"),
@@ -131,7 +135,7 @@ class _Finder:
 def _listed(path: Path) -> tuple[dict[str, str], bool]:
     """{name: group} as a file says it, and whether the groups are numbers of folds. Raises DataError."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = small_bytes(path, _MOST_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             path,
@@ -209,5 +213,7 @@ def _from_table(path: Path, text: str) -> tuple[dict[str, str], bool]:
             remedy="add it",
         )
     pairs = ((str(row[image]).strip(), str(row[group] or "").strip()) for row in rows)
-    groups = _once(path, ((name, value) for name, value in pairs if name and value))
-    return groups, group.strip().lower() == "fold" and all(value.isdecimal() for value in groups.values())
+    with reading(path, "a table of text"):
+        groups = _once(path, ((name, value) for name, value in pairs if name and value))
+    whole = all(re.fullmatch("[0-9]{1,9}", value) for value in groups.values())
+    return groups, group.strip().lower() == "fold" and whole

@@ -1,5 +1,6 @@
 """Subjects of a dataset, their images and responses; a subject knows no folder layout."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,6 +15,7 @@ from featcache.machine.files import file_checksum
 
 SESSION, SESSIONS_JOINED_BY = "session", "+"  # the column of images with the sessions of their trials, '1' or '1+5'
 _N_SHOWN = 5  # enough to look them up, few enough for one line
+_LONGEST = 200  # characters of each
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Fault:
     found: str
 
     def __str__(self) -> str:
-        return f"{self.where}: expected {self.expected}; found {self.found}"
+        return f"{self.where}: expected {self.expected}; found {self.found}".replace("\n", "\\n")
 
 
 @lru_cache(maxsize=1024)
@@ -48,7 +50,7 @@ def refuse_faults(faults: Sequence[Fault]) -> None:
 
 def listed(values: Iterable[object]) -> str:
     """First few values of a list, for an error line: '1, 2, 3, 4, 5, ...'."""
-    texts = [str(value) for value in values]
+    texts = [text if len(text := str(value)) <= _LONGEST else f"{text[:_LONGEST]}..." for value in values]
     return ", ".join(texts[:_N_SHOWN]) + (", ..." if len(texts) > _N_SHOWN else "")
 
 
@@ -297,7 +299,10 @@ def names_in(names: str, known: Sequence[str]) -> list[str]:
     """Names of the subjects that '--subject' chooses; 1 stands for 'subj01'. Raises DataError for others."""
     if names == "all":
         return list(known)
-    wanted = [f"subj{int(part):02d}" if part.isdigit() and part not in known else part for part in names.split(",")]
+    wanted = [
+        f"subj{int(part):02d}" if re.fullmatch("[0-9]{1,9}", part) and part not in known else part
+        for part in names.split(",")
+    ]
     for name in wanted:
         if name not in known:
             raise DataError(

@@ -169,7 +169,11 @@ def _open_text(place: Place) -> Array:
         line = file.readline()
         delimiter = delimiter_of(place.path, line)
         first = next(csv.reader([line], delimiter=delimiter), [""])
-        header = not all(map(_is_number, first))
+        n_numbers = sum(map(_is_number, first))
+        header = n_numbers < len(first)
+        if header and 2 * n_numbers > len(first):  # a row of numbers that is broken must not be taken for names
+            strange = next(cell for cell in first if not _is_number(cell))
+            raise ValueError(f"{strange[:50]!r} in the first row, whose other cells are numbers")
         if header and not first[0].strip():
             raise ValueError("the first column has no name: save the table without the index of its rows")
         file.seek(0)

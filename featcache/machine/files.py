@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -30,6 +31,24 @@ _PARTIAL = re.compile(r"\.([0-9a-f]{8})-(\d+)-\d+\.partial\..+", re.DOTALL)
 _EARLIER = re.compile(r"\.(\d+)\..+|\..+\.(\d+)|\..+\.partial-\w+", re.DOTALL)  # as earlier versions called them
 _FORGOTTEN = 7 * 86400  # seconds after which what is not finished is nobody's, whichever machine began it
 _numbers = itertools.count()
+
+
+def regular_status(path: Path) -> os.stat_result:
+    """Size and times of a regular file, which can be opened without waiting and has an end.
+
+    Raises OSError for a missing file, a folder, a pipe, a socket or a device.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("no regular file")
+    return status
+
+
+def small_bytes(path: Path, most: int) -> bytes:
+    """Content of a regular file of `most` bytes or fewer. Raises OSError for a missing, special or larger one."""
+    if (size := regular_status(path).st_size) > most:
+        raise OSError(f"{size:,} bytes, more than {most:,}")
+    return path.read_bytes()
 
 
 @contextmanager

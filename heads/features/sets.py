@@ -260,13 +260,13 @@ def _row_fault(store: Store, subject: Subject, command: str, some_folds: bool) -
     ids = subject.image_ids
     if np.array_equal(store.image_ids, ids[np.isin(ids, store.image_ids)] if some_folds else ids):
         return ""
-    if folds := _some_folds(store):
+    train, test = store.image_ids[: store.n_train], store.image_ids[store.n_train :]
+    some = subject.train.ids[np.isin(subject.train.ids, train)]
+    if (folds := _some_folds(store)) and np.array_equal(train, some) and np.array_equal(test, subject.test.ids):
         n_missing = len(subject.train) - store.n_train
         return f"it predicts the images of {folds} alone, {n_missing} are missing; train and extract all folds"
-    parts = {
-        "training": (store.image_ids[: store.n_train], subject.train.ids),
-        "test": (store.image_ids[store.n_train :], subject.test.ids),
-    }
+    trained = some if folds and len(some) == len(train) else subject.train.ids
+    parts = {"training": (train, trained), "test": (test, subject.test.ids)}
     changed = [_change(what, *of_part) for what, of_part in parts.items() if not np.array_equal(*of_part)]
     return f"{' and '.join(changed)}; run '{command}' again"
 

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from featcache.dataset.responses import response_fault_in
 from featcache.dataset.subject import Subject
+from featcache.errors import DataError
 from featcache.machine.device import pinned, to_device, to_host
 from featcache.machine.device_memory import halving
 from featcache.machine.tensors import Spool
@@ -111,9 +113,18 @@ def _lines(fits: Fits, held_out: Sequence[int]) -> list[tuple[tuple[str, str], t
 
 
 def block_of(subject: Subject, surface: str, responses: np.ndarray, vertices: slice, device: str) -> Block:
-    """Some vertices of a surface as solvers are given them. responses : (n_train, all vertices of the surface)"""
+    """Some vertices of a surface as solvers are given them.
+
+    responses : (n_train, all vertices of the surface)
+
+    Raises DataError for responses that no head can be fitted to.
+    """
     ceiling = subject.noise_ceiling[surface]
-    of_block = torch.from_numpy(np.array(responses[:, vertices], dtype=np.float32))
+    values = np.array(responses[:, vertices], dtype=np.float32)
+    if (fault := response_fault_in(subject.response_paths[surface], values, vertices.start)) is not None:
+        remedy = "the file was changed since it was looked through; touch it, and run the command again"
+        raise DataError(fault.where, expected=fault.expected, found=fault.found, remedy=remedy)
+    of_block = torch.from_numpy(values)
     return Block(
         surface=surface,
         vertices=vertices,

@@ -1,5 +1,6 @@
 """Feature stores -> prediction stores: out-of-fold and test predictions, and the heads that made them."""
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,12 +12,12 @@ import torch
 
 from featcache.backbone.trainings import Trainings
 from featcache.cache.known_rows import KnownRows
-from featcache.cache.store import Row, Store, create_store, open_store, store_path
+from featcache.cache.store import NotFiniteError, Row, Store, create_store, open_store, store_path
 from featcache.dataset.grouping import split_of
 from featcache.dataset.responses import refuse_unfit
 from featcache.dataset.splits import Split, refuse_leak
 from featcache.dataset.subject import Subject
-from featcache.errors import ConfigError, StoreError
+from featcache.errors import ConfigError, DataError, StoreError
 from featcache.machine.device import check_products, matrix_products, resolve_device
 from featcache.machine.files import refuse_full_disk, remove_leftovers
 from featcache.machine.memory import give_back_memory, keep_freed_memory, memory_at_start
@@ -292,13 +293,20 @@ def _fit(problem: Problem, labels: Mapping[str, str]) -> Fitted:
     with matrix_products(problem.config.products):
         new = known is None or not _take(problem, known, store)
         if new:
-            new = _fill(
-                problem,
-                solver or build_solver(problem),
-                store,
-                weights,
-                f"{subject.name} {labels.get(key.model, key.model)}",
-            )
+            label = f"{subject.name} {labels.get(key.model, key.model)}"
+            try:
+                new = _fill(problem, solver or build_solver(problem), store, weights, label)
+            except DataError:  # the same run would end in the same way: no store is left for it
+                shutil.rmtree(store.path)
+                raise
+            except NotFiniteError as error:
+                shutil.rmtree(store.path)
+                raise StoreError(
+                    f"{subject.name}, {key.model}",
+                    expected="finite predictions",
+                    found=f"{error.found} (of [image, vertex], from 0)",
+                    remedy="scale the responses or features, or fit with another --loss or a lower --learning-rate",
+                ) from error
     return Fitted(subject.name, key.model, path, weights, new, time.perf_counter() - began)
 
 

@@ -3,6 +3,8 @@
 import difflib
 import inspect
 import itertools
+import math
+import re
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +14,8 @@ from typing import Annotated, Any, get_args, get_origin
 
 from typer.core import TyperGroup
 
-from featcache.errors import ConfigError, FeatcacheError
+from featcache.errors import ConfigError, FeatcacheError, first_line
+from featcache.machine.files import small_bytes
 from heads.recipes.doing import do
 from heads.recipes.jobs import Job, usage_fault
 
@@ -41,6 +44,10 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {  # in words, and what TOML 
 }
 _PARTS = ("title", "takes", "options", "steps")
 _NO_STEPS = ("run", "layers")
+MOST_STEPS = 10_000  # more than a year of steps of an hour
+_LARGEST = 2**63
+_MOST_LEVELS = 100  # of keys in each other; a recipe needs two
+_MOST_BYTES = 1_000_000  # of a recipe: a hundred times those of the longest
 _OF_THE_COMMAND_LINE = ("help", "json", "quiet")  # options that a recipe cannot give
 
 
@@ -93,11 +100,35 @@ def read_recipe(
             raise ConfigError(
                 f"{path}, [options]", expected=f"one value of {name}", found="a list", remedy="put lists into steps"
             )
+    whole = [_completed(step, given, unsaid or {}) for step in steps]
+    _refuse_too_many(path, whole, commands)
     return [
         one
-        for number, step in enumerate(steps, 1)
-        for one in _expanded(path, number, _completed(step, given, unsaid or {}), commands[step["run"]], options, given)
+        for number, step in enumerate(whole, 1)
+        for one in _expanded(path, number, step, commands[step["run"]], options, given)
     ]
+
+
+def _refuse_too_many(path: Path, steps: Sequence[Mapping[str, Any]], commands: Commands) -> None:
+    """Raise ConfigError for a recipe whose lists multiply to more steps than anybody runs."""
+    n_of_steps = [math.prod(len(values) for values in _lists(step, commands[step["run"]]).values()) for step in steps]
+    if (n := sum(n_of_steps)) > MOST_STEPS:
+        largest = n_of_steps.index(max(n_of_steps))
+        raise ConfigError(
+            f"{path}, step {largest + 1} ({steps[largest]['run']})",
+            expected=f"{MOST_STEPS:,} steps at most, once every value of a list is one",
+            found=f"{n:,} in all, {n_of_steps[largest]:,} of them of this step",
+            remedy="shorten its lists, or write several recipes",
+        )
+
+
+def _lists(step: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, list[Any]]:
+    """{option that a step gives: its values, of which each makes a step}"""
+    return {
+        name: value if isinstance(value, list) and not known[name].many else [value]
+        for name, value in step.items()
+        if name != "run"
+    }
 
 
 def described(path: Path) -> str:
@@ -120,18 +151,33 @@ def _completed(
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = small_bytes(path, _MOST_BYTES).decode()
+        if max(part.count(".") for part in re.split(r"[,=\n\[\]{}#\"']", text)) > _MOST_LEVELS:
+            raise ValueError(f"keys in each other, {_MOST_LEVELS} and more")  # which take tomllib minutes
+        recipe = tomllib.loads(text)
     except FileNotFoundError as error:
         raise ConfigError(
             path, expected="a recipe", found="no such file", remedy="name one, such as recipes/demo.toml"
         ) from error
-    except IsADirectoryError as error:
-        raise ConfigError(path, expected="a recipe", found="a folder", remedy="name a .toml file in it") from error
-    except ValueError as error:  # of TOML, or of the bytes before it
-        raise ConfigError(path, expected="TOML", found=f"a mistake in it: {error}", remedy="correct it") from error
+    except OSError as error:
+        found = "a folder" if path.is_dir() else f"what cannot be read ({error.strerror or error})"
+        raise ConfigError(path, expected="a recipe", found=found, remedy="name a .toml file") from error
+    except (ValueError, RecursionError) as error:  # of TOML, or of the bytes before it
+        found = f"a mistake in it: {first_line(error)}"
+        raise ConfigError(path, expected="TOML", found=found, remedy="correct it") from error
+    if _has_huge(recipe):
+        found = f"one of {_LARGEST} or more"
+        raise ConfigError(path, expected="numbers that options can take", found=found, remedy="correct it")
     for name in recipe:
         _refuse_unknown(name, _PARTS, str(path), "title, takes, [options] and [[steps]]")
     return recipe
+
+
+def _has_huge(value: Any) -> bool:
+    """Whether a whole number in what TOML has is larger than any option takes; Python does not even print some."""
+    if isinstance(value, (dict, list)):
+        return any(map(_has_huge, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and abs(value) >= _LARGEST
 
 
 def _check_step(path: Path, number: int, step: Mapping[str, Any], commands: Commands) -> None:
@@ -160,11 +206,7 @@ def _expanded(
     options: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> Iterator[Step]:
-    own = {
-        name: value if isinstance(value, list) and not known[name].many else [value]
-        for name, value in step.items()
-        if name != "run"
-    }
+    own = _lists(step, known)
     shared = {name: value for name, value in options.items() if name in known}
     for values in itertools.product(*own.values()):
         chosen = dict(zip(own, values, strict=True))

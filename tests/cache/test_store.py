@@ -106,7 +106,7 @@ def test_rows_of_another_width_or_past_the_end_are_refused(store):
 def test_values_that_are_not_finite_are_refused_by_name_and_nothing_is_committed(store, bad):
     rows = ROWS.copy()
     rows[5, 1] = bad
-    with pytest.raises(StoreError, match="found NaN or infinity in pooled"):
+    with pytest.raises(StoreError, match=rf"found {bad} in pooled\[5, 1\]; correct"):
         store.append({"pooled": rows})
     assert store.committed["pooled"] == 0
 

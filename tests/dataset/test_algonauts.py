@@ -1,5 +1,6 @@
 """Every fault that can be planted in a tree is found, with its file, and a tree without faults has none."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,37 @@ def put_id_in_both(root: Path) -> Path:
     return root / "subj01"
 
 
+def misname(root: Path) -> Path:
+    """Give one image a number so large that a list of those before it fills any memory."""
+    path = sorted((root / TRAIN).iterdir())[-1]
+    path.rename(path.with_name("train-20230001000000_nsd-00013.png"))
+    return root / TRAIN
+
+
+def repeat_id(root: Path) -> Path:
+    paths = sorted((root / TRAIN).iterdir())
+    paths[5].rename(paths[5].with_name(f"{paths[5].name[:15]}{paths[2].name[15:]}"))
+    return root / TRAIN
+
+
+def pipe(path: Path) -> Path:
+    path.unlink()
+    os.mkfifo(path)
+    return path
+
+
+def name_twice(root: Path) -> Path:
+    path = root / MASKS / "mapping_streams.npy"
+    names = np.load(path, allow_pickle=True).item()
+    np.save(path, np.array(names | {2: names[1]}, dtype=object), allow_pickle=True)
+    return path
+
+
+def copy_subject(root: Path, name: str) -> Path:
+    (root / name).symlink_to(root / "subj01", target_is_directory=True)
+    return root / name
+
+
 FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "rows and images differ": (drop_row, "expected a row for each of 30 training images; found 29 rows"),
     "gap in numbering": (leave_gap, "expected images numbered 1 to 5; found 1 missing: 2"),
@@ -97,7 +129,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "ceiling out of range": (
         lambda root: rewrite(root / "noise_ceiling/subj01/lh.npy", set_value((2,), 101)),
-        "expected ceilings from 0 to 100; found 101.0 at vertex 2",
+        "expected ceilings from 0 to 100; found 101 at vertex 2",
     ),
     "ceiling NaN": (
         lambda root: rewrite(root / "noise_ceiling/subj01/rh.npy", set_value((2,), np.nan)),
@@ -106,6 +138,27 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "ceiling of other vertices": (
         lambda root: rewrite(root / "noise_ceiling/subj02/lh.npy", lambda a: a[:-2]),
         "expected a ceiling for each of 40 vertices; found 38",
+    ),
+}
+
+
+# each in a tree of its own: they hide others, or have more than one line
+ALONE: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "number of one image wrong": (
+        misname,
+        "found 20230000999970 missing: 30, 31, 32, 33, 34, ...; the number of train-",
+    ),
+    "two images of one id": (repeat_id, "expected an image id once in a split; found 1 more than once: "),
+    "pipe for responses": (lambda root: pipe(root / RESPONSES), "cannot be read (no regular file)"),
+    "pipe for a mapping": (lambda root: pipe(root / MASKS / "mapping_streams.npy"), "something else (no regular file)"),
+    "pipe for labels": (lambda root: pipe(root / MASKS / "lh.streams_challenge_space.npy"), "(no regular file)"),
+    "pipe for a ceiling": (lambda root: pipe(root / "noise_ceiling/subj01/rh.npy"), "(no regular file)"),
+    "pipe for an image": (lambda root: pipe(first(root / TEST)), "cannot be decoded (no regular file)"),
+    "two labels of one name": (name_twice, "expected a name once; found 'early' for several labels"),
+    "subj1 beside subj01": (lambda root: copy_subject(root, "subj1"), "found one more of that number, subj01"),
+    "digits of another script": (
+        lambda root: copy_subject(root, "subj\u0660\u0663"),
+        "a number of up to nine digits from 0 to 9",
     ),
 }
 
@@ -125,6 +178,13 @@ def test_a_fault_is_found_and_its_file_named(tree, name):
     plant, problem = FAULTS[name]
     path = plant(tree)
     assert [str(path) in fault and problem in fault for fault in faults_of(tree)] == [True]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_fault_of_names_and_files_is_found_in_bounded_time_and_memory(tree, name):
+    plant, problem = ALONE[name]
+    path = plant(tree)
+    assert any(str(path) in fault and problem in fault for fault in faults_of(tree))
 
 
 def test_all_faults_are_listed_at_once(tree):
@@ -243,6 +303,7 @@ def test_one_ceiling_above_1_does_not_turn_fractions_into_percent(tree):
         rewrite(path, lambda a: a / 100)
     path = rewrite(tree / "noise_ceiling/subj01/lh.npy", set_value((5,), 1.02))
     found = faults_of(tree)
+    assert "ncsnr are no ceilings" in found[0]
     assert len(found) == 1 and str(path) in found[0] and "expected ceilings from 0 to 1; found 1.0" in found[0]
 
 
@@ -265,19 +326,22 @@ def test_other_bytes_under_an_array_s_name_are_a_fault(tree, name, content):
 
 
 def test_images_come_in_the_order_of_their_numbers(tmp_path):
-    for name in ("train-0010_nsd-00003.png", "train-0002_nsd-00009.jpeg", "train-0001_nsd-72999.JPG", ".DS_Store"):
+    for name in ("train-0010_nsd-00001.png", "train-0002_nsd-00011.jpeg", "train-0001_nsd-72999.JPG", ".DS_Store"):
         (tmp_path / name).touch()
     for number in range(3, 10):
         (tmp_path / f"train-{number:04d}_nsd-{number:05d}.png").touch()
     images, faults = list_images(tmp_path, "train")
     assert not faults
-    assert images.ids.tolist() == [72999, 9, *range(3, 10), 3]
+    assert images.ids.tolist() == [72999, 11, *range(3, 10), 1]
     assert [path.name[6:10] for path in images.sources] == [f"{n:04d}" for n in range(1, 11)]
 
 
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
+        (["train-0001_nsd-00001.png", "train-\u0660\u0662_nsd-00002.png"], "expected a name such as train-0001"),
+        (["train-0001_nsd-00001.png", f"train-0002_nsd-{10**20}.png"], "expected a name such as"),
+        (["train-0001_nsd-00001.png", "train-0002_nsd-00001.png"], "found 1 more than once: 1 of train-0001"),
         (["train-0001_nsd-00001.png", "train-0003_nsd-00002.png"], "found 1 missing: 2"),
         (["train-0000_nsd-00001.png", "train-0001_nsd-00002.png"], "numbered from 1; found number 0"),
         (["train-0001_nsd-00001.png", "train-0001_nsd-00002.png"], "found number 1 in train-0001_nsd-00001.png"),
@@ -304,3 +368,15 @@ def test_names_are_read_as_they_are_made(tmp_path):
     images, faults = list_images(folder, "test")
     assert not faults and images.ids.tolist() == [13, 72_999]
     assert images.sources == tuple(folder / name for name in names)
+
+
+def test_ratios_of_signal_to_noise_are_no_ceilings(tree, tmp_path):
+    """Up to 2.3, which is no percentage of any recording, and by the name of their folder."""
+    for path in (tree / "noise_ceiling").glob("*/*.npy"):
+        rewrite(path, lambda a: np.linspace(0, 2.3, len(a), dtype=np.float32))
+    assert all("expected ceilings from 0 to 1; found 1." in fault for fault in faults_of(tree))
+    (tree / "noise_ceiling").rename(tmp_path / "ncsnr")
+    with pytest.raises(
+        DataError, match=r"--noise-ceiling: .*ratios of signal to noise.* ncsnr\^2 / \(ncsnr\^2 \+ 1/n\)"
+    ):
+        open_challenge(tree, tmp_path / "ncsnr")

@@ -10,10 +10,18 @@ from PIL import Image
 
 from featcache.config import differences
 from featcache.dataset.algonauts import open_challenge
-from featcache.dataset.digests import DigestIndex, id_digest, image_digest, response_digest, subject_digests
+from featcache.dataset.digests import (
+    DigestIndex,
+    file_digest,
+    id_digest,
+    image_digest,
+    response_digest,
+    subject_digests,
+)
 from featcache.dataset.image_lists import SubjectDigests
 from featcache.dataset.rois import HEMISPHERES, read_mapping
 from featcache.dataset.subject import ArrayImage
+from featcache.errors import DataError
 
 
 def test_digest_follows_content_and_order_but_not_names_or_dates(tmp_path):
@@ -166,3 +174,11 @@ def test_subject_digests_stay_when_the_tree_moves(tree, tmp_path):
     before = [subject_digests(subject) for subject in open_challenge(tree).subjects]
     moved = open_challenge(tree.rename(tmp_path / "moved")).subjects
     assert [subject_digests(subject) for subject in moved] == before and before[0] != before[1]
+
+
+def test_what_has_no_end_has_no_digest(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with pytest.raises(DataError, match=f"{name}: expected a file; found something that is no file"):
+            file_digest(tmp_path / name)

@@ -2,15 +2,19 @@
 
 import multiprocessing
 import os
+import struct
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 
 from featcache.dataset.images import image_fault, image_shape, load_image
+from featcache.dataset.inputs import as_rgb
 from featcache.dataset.subject import ArrayImage
 from featcache.errors import ConfigError, DataError
 
@@ -214,3 +218,55 @@ def test_without_h5py_the_way_to_get_it_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.h5").write_bytes(b"anything")
     with pytest.raises(ConfigError, match=r"the library h5py.* pip install 'featcache\[formats\]'"):
         load_image(ArrayImage(tmp_path / "a.h5", "pictures", 0))
+
+
+def with_exif(path: Path, entries: bytes, n_entries: int) -> Path:
+    """A JPEG, 8 by 4, that has to be turned by a quarter, with other tags beside the rotation flag."""
+    Image.new("RGB", (8, 4), (200, 0, 0)).save(path)
+    flag = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", n_entries + 1) + flag + entries + bytes(4)
+    content = path.read_bytes()
+    path.write_bytes(content[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + content[2:])
+    return path
+
+
+ODD_TAGS = {  # tag, type and value: types that the tags should not have
+    "XMP as ASCII": struct.pack("<HHI4s", 0x02BC, 2, 3, b"ab\0\0"),
+    "ResolutionUnit as BYTE": struct.pack("<HHI4s", 0x0128, 1, 1, b"\x02\0\0\0"),
+    "XResolution as SHORT": struct.pack("<HHIHH", 0x011A, 3, 1, 72, 0),
+    "Artist as SLONG": struct.pack("<HHIi", 0x013B, 9, 1, -5),
+    "an IFD that is not there": struct.pack("<HHII", 0x8769, 4, 1, 60_000),
+    "an unknown type": struct.pack("<HHII", 0x9999, 77, 1, 0),
+}
+
+
+@pytest.mark.parametrize("tag", ODD_TAGS)
+def test_the_rotation_flag_is_read_whatever_the_tags_beside_it_are(tmp_path, tag):
+    path = with_exif(tmp_path / "a.jpg", ODD_TAGS[tag], 1)
+    assert load_image(path).size == image_shape(path) == (4, 8)
+    with Image.open(path) as image:
+        assert as_rgb(image).size == (4, 8)
+
+
+def test_pictures_are_turned_as_pillow_turns_them(tmp_path):
+    for flag in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = flag
+        Image.fromarray(RGB[0]).save(tmp_path / "a.png", exif=exif)
+        with Image.open(tmp_path / "a.png") as image:
+            expected = ImageOps.exif_transpose(image).convert("RGB")
+        assert np.array_equal(np.asarray(load_image(tmp_path / "a.png")), np.asarray(expected))
+
+
+@pytest.mark.parametrize("error", [struct.error("short"), TypeError("odd"), IndexError("no"), zlib.error("bad")])
+def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, error):
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.png")
+
+    def fail(*_):
+        raise error
+
+    for step in ("load", "getexif"):
+        with monkeypatch.context() as patch:
+            patch.setattr(PngImageFile, step, fail)
+            with pytest.raises(DataError, match=r"a\.png: expected a whole PNG or JPEG.*cannot be decoded"):
+                load_image(tmp_path / "a.png")

@@ -1,6 +1,7 @@
 """Splits as files say them: every form gives the same groups, and what a file does not say is said in one line."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -171,3 +172,21 @@ def test_a_name_of_two_images_is_refused_and_its_id_is_not(tmp_path, subjects):
     with pytest.raises(DataError, match=r"found '00100.png', which images 100, 150 have; name them by id"):
         read_split(written(tmp_path, groups), [one, other])
     assert read_split(written(tmp_path, {"100": "a", "101": "b"}), [one, other]).groups == {100: "a", 101: "b"}
+
+
+def test_a_file_without_an_end_or_a_bottom_is_refused(tmp_path, subjects):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.csv").symlink_to("/dev/zero")
+    deep = written(tmp_path, "[" * 50_000 + "]" * 50_000, "deep.json")
+    for path, found in (
+        (tmp_path / "pipe.json", "no regular"),
+        (tmp_path / "zero.csv", "no regular"),
+        (deep, "a mistake"),
+    ):
+        with pytest.raises(DataError, match=f"{path.name}: expected.*{found}"):
+            read_split(path, subjects)
+
+
+def test_a_number_of_thousands_of_digits_is_an_image_that_is_not_there(tmp_path, subjects, said):
+    read_split(written(tmp_path, {"101": "a", "100": "b", "9" * 5000: "c"}), subjects)
+    assert any("names 1 images that are not in this dataset" in line for line in said)

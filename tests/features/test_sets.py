@@ -1,6 +1,7 @@
 """Which stores make one model: the folds of one training together, everything else apart."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,6 +127,9 @@ def test_predictions_of_some_folds_need_the_other_folds(subject, tmp_path, said)
     assert subject_stores(subject, tmp_path / "predictions.zarr", "fit-heads") == []
     assert said[-1].endswith("it predicts the images of fold 0 of 3 alone, 21 are missing; train and extract all folds")
     assert subject_stores(subject, tmp_path / "predictions.zarr", "fit-heads", some_folds=True) != []
+    more = replace(subject, test=replace(subject.test, ids=np.append(subject.test.ids, 72_999)))
+    assert subject_stores(more, tmp_path / "predictions.zarr", "fit-heads") == []
+    assert said[-1].endswith(f"{made.name}: 1 test image was added since; run 'fit-heads' again")
 
 
 LAYERED = {"pooled": Row((4,)), "a.cls": Row((3,)), "a": Row((2, 2, 3), "float16"), "b": Row((1, 2, 3), "float16")}

@@ -1,5 +1,6 @@
 """Fits are stored once and whole, go on after an interruption, and are refused where an image would leak."""
 
+import os
 import shutil
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from safetensors.numpy import load_file
 
 from featcache.cache.store import list_stores, open_store
 from featcache.dataset.algonauts import open_challenge
-from featcache.errors import ConfigError, LeakError, StoreError
+from featcache.errors import ConfigError, DataError, LeakError, StoreError
 from featcache.workdir import Workdir
 from heads.config import AdamWConfig, FitConfig, SpatialConfig
 from heads.features.sets import FeatureSet
@@ -297,3 +298,39 @@ def test_nothing_to_fit_to_asks_for_what_is_missing(tiny, work, planted):
     with pytest.raises(ConfigError, match=r"layers that were extracted \(pooled\); found 'deep'"):
         fit_heads(frozen, replace(RIDGE, layers="deep"), work)
     assert not Workdir(work).predictions.exists()
+
+
+@pytest.mark.parametrize("surface", ["lh", "rh"])
+def test_predictions_that_are_not_finite_leave_no_store_and_no_false_advice(planted, work, monkeypatch, surface):
+    honest = run_module.predict_surface
+
+    def broken(solver, subject, which, *more):
+        predictions, saved = honest(solver, subject, which, *more)
+        predictions[4, 2] = np.nan if which == surface else predictions[4, 2]
+        return predictions, saved
+
+    monkeypatch.setattr(run_module, "predict_surface", broken)
+    subjects = planted()
+    with pytest.raises(StoreError) as refused:
+        fit_heads(subjects, RIDGE, work)
+    assert str(refused.value).startswith("subj01, ") and f"found nan in {surface}[4, 2]" in str(refused.value)
+    assert "--dtype" not in str(refused.value)
+    assert list(Workdir(work).predictions.glob("subj*")) == []
+    monkeypatch.setattr(run_module, "predict_surface", honest)
+    assert fit_heads(subjects, RIDGE, work)[0].new
+
+
+def test_responses_that_became_nan_behind_their_size_and_time_are_named_and_leave_no_store(planted, work):
+    """As a file is that was copied with its time: digests and checks of before are still taken for it."""
+    (subject,) = planted()
+    path = subject.response_paths["rh"]
+    fit_heads([subject], replace(RIDGE, n_folds=2), work)
+    times, values = path.stat(), np.load(path)
+    values[3, 1] = np.nan
+    np.save(path, values)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(
+        DataError, match=r"expected finite responses.*found nan at row 3, vertex 1; the file was changed"
+    ):
+        fit_heads([subject], RIDGE, work)
+    assert len(list(Workdir(work).predictions.glob("subj*"))) == 1

@@ -12,6 +12,7 @@ import pytest
 import typer
 
 import cli
+from featcache.errors import ConfigError
 from heads.recipes.jobs import Job
 from heads.recipes.steps import Option, commands_of, read_recipe
 from support.commands import SMALL, fails, run
@@ -330,3 +331,13 @@ def test_seeds_are_for_steps_that_give_none_and_a_given_backbone_takes_the_place
         ("finetune", "--seed=7", "--backbone=c"),
         ("extract", "--backbone=c"),
     ]
+
+
+def test_lists_that_multiply_to_millions_of_steps_are_refused_at_once(write):
+    lists = "\n".join(f"{name} = {list(range(1, 201))}" for name in ("epochs", "folds", "batch-size"))
+    with pytest.raises(
+        ConfigError, match=r"step 1 \(fit-heads\): expected 10,000 steps at most.*found 8,000,000 in all"
+    ):
+        read_recipe(
+            Path(write(f'[[steps]]\nrun = "fit-heads"\n{lists}\n')), commands_of(typer.main.get_command(cli.app)), {}
+        )

@@ -1,5 +1,6 @@
 """Settings of an import: which files hold what."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +110,7 @@ class ImportConfig:
     @property
     def subject_name(self) -> str:
         """Name of the subject; 'subj01' for 1."""
-        return f"subj{int(self.subject):02d}" if self.subject.isdecimal() else self.subject
+        return f"subj{int(self.subject):02d}" if re.fullmatch("[0-9]{1,9}", self.subject) else self.subject
 
 
 _OF_FILES = (

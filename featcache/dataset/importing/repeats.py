@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from featcache.dataset.responses import LARGEST_RESPONSE
 from featcache.dataset.subject import listed
 from featcache.errors import DataError
 
@@ -397,18 +398,18 @@ class _Blocks:
             self.advance(stop - start)
 
     def _check(self, block: np.ndarray, start: int, stop: int) -> None:
-        """Raise DataError for rows that are missing, and for responses that are not finite."""
+        """Raise DataError for rows that are missing, and for responses that no head can be fitted to."""
         where = self.trials.where
         if block.shape != (stop - start, self.trials.n_vertices):
             expected, found = f"trials {start} to {stop - 1} of {self.trials.n_vertices} vertices", f"{block.shape}"
             raise DataError(where, expected=expected, found=found, remedy="copy the file again: it is not whole")
-        finite = np.isfinite(block)
+        finite = np.abs(block) <= LARGEST_RESPONSE  # NaN is none
         if not finite.all():
             row, vertex = np.argwhere(~finite)[0]
             n_more = int(finite.size - finite.sum() - 1)
             raise DataError(
                 where,
-                expected="finite responses, which float32 can hold",
+                expected=f"finite responses, up to {LARGEST_RESPONSE:.0e}, which float32 can hold and square",
                 found=f"{block[row, vertex]} in trial {start + row}, vertex {vertex}"
                 + (f" (and {n_more} more nearby)" if n_more else ""),
                 remedy="leave out such trials or vertices",

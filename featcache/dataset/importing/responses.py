@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from featcache.dataset.ceilings import is_named_ncsnr, is_percent, note_on_unit, out_of_range
 from featcache.dataset.folder import check_name
 from featcache.dataset.importing.config import DEFAULT_SURFACE, ImportConfig
 from featcache.dataset.importing.material import Recording
@@ -18,9 +19,8 @@ from featcache.formats.arrays import open_array
 from featcache.formats.lazy import Array, Joined, Place, numbers, vector
 from featcache.formats.tables import column_names
 from featcache.formats.volumes import Grid, is_volume, read_volumes
+from featcache.machine.progress import say
 
-# A largest ceiling just above 1 is a fraction out of range; percent reach more than 2 in any recording.
-_SURELY_PERCENT = 2
 # columns of a table that are no vertices
 _NO_VERTICES = ("id", "image_id", "image", "trial", "index", "session", "run", "unnamed: 0")
 
@@ -219,21 +219,29 @@ def _vectors(
                 found=f"{len(values)} numbers" if len(files) == 1 else f"{len(files)} files",
                 remedy="give the file of these vertices",
             )
+        if option == "--ceiling" and any(map(is_named_ncsnr, (place.path.name, place.array))):
+            raise DataError(
+                f"{option} {place}",
+                expected="ceilings, in percent or as fractions of variance",
+                found="ratios of signal to noise, by their name",
+                remedy="give it as --ncsnr",
+            )
         vectors[surface] = checked(values, place).astype(np.float32)
     return vectors
 
 
 def as_fractions(values: np.ndarray, where: object) -> np.ndarray:
     """Ceilings of vertices as fractions of variance; percent are told by their size. Raises DataError for others."""
-    percent = np.nanmax(values, initial=0) > _SURELY_PERCENT
+    percent = is_percent(np.nanmax(values, initial=0))
     fractions = values / 100 if percent else values
     if (bad := np.flatnonzero(~((fractions >= 0) & (fractions <= 1)))).size:  # NaN is bad too
         raise DataError(
             where,
             expected=f"ceilings from 0 to {100 if percent else 1}",
-            found=f"{values[bad[0]]:.4g} at vertex {bad[0]}",
-            remedy="correct it; 0 says that a vertex has no signal",
+            found=out_of_range(float(values[bad[0]]), bad[0], 100 if percent else 1),
+            remedy="correct it, or give ncsnr as --ncsnr; 0 says that a vertex has no signal",
         )
+    say(f"{where}: noise ceilings, {note_on_unit([values], 100 if percent else 1)}")
     return fractions
 
 

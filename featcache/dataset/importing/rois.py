@@ -1,5 +1,6 @@
 """ROIs of a surface from files: masks, labels, tables and label volumes."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ _TABLES = (".csv", ".tsv", ".parquet")
 _MASK_WORDS = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True, "": False}
 _NO_ROI = {"", "0", "none", "nan", "unknown", "???", "-1"}
 _NUMBERING = {"", "vertex", "voxel", "unit", "neuron", "index"}  # columns that number the rows
+_LARGEST_LABEL = 2**32  # as large as colours, which some atlases have for labels
 _MOST_LABELS = 1000  # more are no labels of regions
 
 
@@ -76,7 +78,8 @@ def _stem(place: Place) -> str:
 
 def _of_labels(values: np.ndarray, name: str, place: Place, names: dict[int, str]) -> dict[str, np.ndarray]:
     """One ROI for each label but 0; a mask of 0 and 1 is one ROI of its file's name."""
-    if len(bad := values[~(np.isfinite(values) & (values == np.round(values)))]):
+    whole = np.isfinite(values) & (values == np.round(values)) & (np.abs(values) < _LARGEST_LABEL)
+    if len(bad := values[~whole]):
         raise DataError(
             place,
             expected="a mask of 0 and 1, or whole numbers as labels",
@@ -123,7 +126,7 @@ def _order(table: Table) -> np.ndarray:
     order = np.arange(len(table))
     for column, values in table.columns.items():
         if column.lower() in _NUMBERING:
-            numbers = [int(value) if value.isdecimal() else -1 for value in values]
+            numbers = [int(value) if re.fullmatch("[0-9]{1,18}", value) else -1 for value in values]
             first = min(numbers)
             if first not in (0, 1) or sorted(numbers) != list(range(first, first + len(table))):
                 raise DataError(

@@ -1,6 +1,7 @@
 """Which pictures were shown, and in which trial: from a folder, an array of pictures, or a table of trials."""
 
 import hashlib
+import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,7 +118,8 @@ def _list_folder(folder: Path, option: str) -> tuple[tuple[Path, ...], tuple[str
 
 def _refuse_two_orders(images: Sequence[Path], option: str) -> None:
     """Raise DataError where names are in another order as texts than as numbers: rows could mean either."""
-    by_number = sorted(images, key=lambda path: [(int(d or 0), t) for d, t in re.findall(r"(\d*)(\D*)", path.name)])
+    parts = re.compile("([0-9]*)([^0-9]*)")
+    by_number = sorted(images, key=lambda path: [(int(d or 0), t) for d, t in parts.findall(path.name)])
     if by_number == list(images):
         return
     text, number = next((a.name, b.name) for a, b in zip(images, by_number, strict=True) if a != b)
@@ -170,7 +172,8 @@ def _sources_of(config: ImportConfig, table: Table) -> list[ImageSource]:
         return _rows_of_array(config.images, values, table.path, config.image_column)
     folder = _folder_of(config, table)
     paths = [folder / value for value in values]
-    missing = [value for value, path in zip(values, paths, strict=True) if not path.is_file()]
+    # os.path says no, and does not raise, of names that are too long
+    missing = [value for value, path in zip(values, paths, strict=True) if not os.path.isfile(path)]
     if missing:
         raise DataError(
             f"{table.path}, column {config.image_column}",
@@ -192,13 +195,13 @@ def images_of_table(config: ImportConfig) -> list[Path]:
         return []
     table = read_table(config.table)
     paths = [_folder_of(config, table) / value for value in dict.fromkeys(table.column(config.image_column))]
-    return [path for path in paths if path.is_file()]
+    return [path for path in paths if os.path.isfile(path)]
 
 
 def _rows_of_array(images: str, values: Sequence[str], path: Path, column: str) -> list[ImageSource]:
     place = Place.of(images)
     n_pictures = picture_count(place.path, place.array)
-    bad = [value for value in values if not value.isdecimal() or int(value) >= n_pictures]
+    bad = [value for value in values if not re.fullmatch("[0-9]{1,18}", value) or int(value) >= n_pictures]
     if bad:
         raise DataError(
             f"{path}, column {column}",
@@ -222,13 +225,15 @@ def _refuse_empty(values: Sequence[str] | None, path: Path, column: str | None) 
 def ids_of(values: Sequence[str], path: Path, column: str) -> np.ndarray:
     """Ids of pictures, int64: numbers as they are, and of any other names 63 bits of their digest."""
     _refuse_empty(values, path, column)
-    if all(re.fullmatch(r"\d+(\.0*)?", value) for value in values):  # 13.0 is what a column with gaps becomes
-        numbers = [int(value.partition(".")[0]) for value in values]
+    if all(re.fullmatch(r"[0-9]+(\.0*)?", value) for value in values):  # 13.0 is what a column with gaps becomes
+        digits = [value.partition(".")[0].lstrip("0") or "0" for value in values]
+        longest = max(digits, key=len)  # Python refuses to make a number of thousands of digits
+        numbers = [LARGEST_ID + 1] if len(longest) > 100 else list(map(int, digits))
         if max(numbers, default=0) > LARGEST_ID:
             raise DataError(
                 f"{path}, column {column}",
                 expected=f"ids up to {LARGEST_ID}",
-                found=str(max(numbers)),
+                found=f"one of {len(longest)} digits" if len(longest) > 100 else str(max(numbers)),
                 remedy="use smaller ones, or names",
             )
         return np.array(numbers, dtype=np.int64)
