@@ -15,11 +15,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from featcache.errors import StoreError
 from featcache.machine.progress import say, size_of
 
+_AT_ONCE = 16 << 20  # bytes that are read at a time
 _LOCK, _MARKER = ".writing.lock", ".writing.marker"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a disk without locks
 _PATIENCE = 10  # seconds after which a wait is said
@@ -108,6 +110,15 @@ def refuse_full_disk(folder: Path, n_bytes: int) -> None:
         )
 
 
+def file_checksum(path: Path) -> str:
+    """crc32c of a file's content, 8 hexadecimal digits. It tells damage, at several times the speed of a digest."""
+    checksum = 0
+    with path.open("rb") as file:
+        while content := file.read(_AT_ONCE):
+            checksum = google_crc32c.extend(checksum, content)
+    return f"{checksum:08x}"
+
+
 def partial_path(path: Path) -> Path:
     """Another name in the same folder, with the same ending, under which to write a file or a folder until it is whole.
 
@@ -140,7 +151,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
     removed = []
     with suppress(OSError):  # no such folder yet
         for path in [Path(entry) for entry in os.scandir(folder) if entry.name.startswith(".")]:
-            if _is_leftover(path):
+            if is_leftover(path):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else _unlink(path)
                 removed.append(path)
     return removed
@@ -151,7 +162,8 @@ def _unlink(path: Path) -> None:
         path.unlink()
 
 
-def _is_leftover(path: Path) -> bool:
+def is_leftover(path: Path) -> bool:
+    """Whether a file or folder is what a process that is gone left unfinished."""
     if (partial := _PARTIAL.fullmatch(path.name)) and partial[1] == _this_machine():
         return not _runs(int(partial[2]))
     if partial or _EARLIER.fullmatch(path.name):
