@@ -39,19 +39,20 @@ from heads.commands import app
 
 _SUBJECTS = ("--subjects", "2", "--images", "24", "--test-images", "5", "--shared", "8")
 _TREE = (*_SUBJECTS, "--vertices", "90", "--image-size", "32", "--workers", "1")
-_NETWORK = ("--backbone", "test_resnet", "--weights", "none", "--size", "32")
+NETWORK = ("--backbone", "test_resnet", "--weights", "none", "--size", "32")
 _TRAINING = ("--folds", "2", "--epochs", "2", "--batch-size", "8", "--embedding", "4", "--workers", "1")
 _QUICK = ("--folds", "2", "--epochs", "2", "--batch-size", "8")
-_FROZEN = ("--features", "test_resnet@32 ??????", "--folds", "2")
+_BEFORE_TRAINING = "test_resnet@32 ??????"
+_FROZEN = ("--features", _BEFORE_TRAINING, "--folds", "2")
 
 # {stage: its command line}, in the order in which each finds what it needs; {inputs} is a folder of a user's own files
 STAGES: dict[str, tuple[str, ...]] = {
     "simulate": ("simulate", "--data", "challenge", *_TREE),
     "import": ("import", "--images", "{inputs}/photos", "--responses", "{inputs}/responses.npy", "--workers", "1"),
-    "extract": ("extract", *_NETWORK, "--layers", "pooled,layer2,layer4", "--checkpoint", "none", "--workers", "1"),
-    "pretrain": ("pretrain", *_NETWORK, *_TRAINING),
-    "finetune": ("finetune", *_NETWORK, *_TRAINING),
-    "extract-trained": ("extract", *_NETWORK, "--layers", "pooled,layer4", "--workers", "1", "--image-cache", "1"),
+    "extract": ("extract", *NETWORK, "--layers", "pooled,layer2,layer4", "--checkpoint", "none", "--workers", "1"),
+    "pretrain": ("pretrain", *NETWORK, *_TRAINING),
+    "finetune": ("finetune", *NETWORK, *_TRAINING),
+    "extract-trained": ("extract", *NETWORK, "--layers", "pooled,layer4", "--workers", "1", "--image-cache", "1"),
     "add-features": ("add-features", "{inputs}/captions.npy", "--ids", "{inputs}/ids.csv", "--name", "captions"),
     "fit-ridge": ("fit-heads", "--loss", "mnnpc", "--folds", "2"),
     "fit-each": ("fit-heads", *_FROZEN, "--layers", "each", "--loss", "mse"),
@@ -79,7 +80,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "export": ("export", "encoder"),
     "report": ("report",),
 }
-NO_DATA = ("simulate", "import")  # stages that read no dataset
+NO_DATA = ("simulate", "import", "verify")  # commands that read no dataset
 
 
 def load_everything() -> None:
@@ -179,16 +180,20 @@ class Room:
             line += ["--work", "work"]
         if line[0] not in NO_DATA:
             line += ["--data", "challenge"]
-        out, err = self.root / "stdout", self.root / "stderr"
+        out, err = os.pipe(), os.pipe()  # and not files, whose size may be limited
         sys.stdout.flush()
         sys.stderr.flush()
         began = time.perf_counter()
         pid = os.fork()
         if pid == 0:
-            _be_stage(line, self.case, out, err, hurt)
+            _be_stage(line, self.case, out[1], err[1], hurt)
         with suppress(OSError):
             os.setpgid(pid, pid)
-        return Running(pid, out, err, began)
+        for end in (out[1], err[1]):
+            os.close(end)
+        for end in (out[0], err[0]):
+            os.set_blocking(end, False)
+        return Running(pid, (out[0], err[0]), began)
 
     def run(
         self, stage: str, *more: str, hurt: Callable[[], object] | None = None, arguments: Sequence[str] = ()
@@ -199,11 +204,10 @@ class Room:
 
 @dataclass(frozen=True)
 class Running:
-    """A process that runs a stage."""
+    """A process that runs a stage. pipes : ends of what it prints on stdout and stderr"""
 
     pid: int
-    out: Path
-    err: Path
+    pipes: tuple[int, int]
     began: float
 
     def kill(self) -> None:
@@ -211,30 +215,42 @@ class Running:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def wait(self, most: float = 120) -> Ended:
+    def wait(self, most: float = 300) -> Ended:
         """Wait for its end; it is killed after so many seconds, and its code is that of SIGKILL then."""
-        while True:
+        printed = [b"", b""]
+        ended = False
+        while not ended:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                break
+            ended = bool(pid)
+            printed = [before + _read(pipe) for before, pipe in zip(printed, self.pipes, strict=True)]
             if time.perf_counter() - self.began > most:
                 self.kill()
-            time.sleep(0.002)
+            if not ended:
+                time.sleep(0.002)
         self.kill()  # what it started, if it left any
         seconds = time.perf_counter() - self.began
-        text = [path.read_text(errors="replace") for path in (self.out, self.err)]
-        return Ended(os.waitstatus_to_exitcode(status), *text, seconds)
+        for pipe in self.pipes:
+            os.close(pipe)
+        out, err = (text.decode(errors="replace") for text in printed)
+        return Ended(os.waitstatus_to_exitcode(status), out, err, seconds)
 
 
-def _be_stage(line: Sequence[str], folder: Path, out: Path, err: Path, hurt: Callable[[], object] | None) -> None:
+def _read(pipe: int) -> bytes:
+    """All that is in a pipe now."""
+    read = b""
+    with suppress(BlockingIOError):
+        while part := os.read(pipe, 1 << 16):
+            read += part
+    return read
+
+
+def _be_stage(line: Sequence[str], folder: Path, out: int, err: int, hurt: Callable[[], object] | None) -> None:
     """Run a command line in this process, which was just forked, and leave it."""
     code = 70
     try:
         os.setpgid(0, 0)
-        for path, number in ((os.devnull, 0), (out, 1), (err, 2)):
-            file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for file, number in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (err, 2)):
             os.dup2(file, number)
-            os.close(file)
         os.chdir(folder)
         _quicken()
         if hurt is not None:
@@ -292,8 +308,11 @@ def build(room: Room) -> dict[str, float]:
 _OF_ITS_TIME = ("journal.jsonl", "report.html", "-imported.json", "-pictures.npz", "-responses.json")
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """{path: digest of what it says} of every file and empty folder; a file that tells times is only there or not."""
+def contents(folder: Path, exact: bool = False) -> dict[str, str]:
+    """{path: digest of what it says} of every file and empty folder; a file that tells times is only there or not.
+
+    exact : digests of bytes, and not of what they say
+    """
     found = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
@@ -303,7 +322,7 @@ def contents(folder: Path) -> dict[str, str]:
         elif name.endswith(_OF_ITS_TIME) or path.parent.name == "index":
             found[name] = "there"
         else:
-            found[name] = hashlib.blake2b(_meaning(path), digest_size=16).hexdigest()
+            found[name] = hashlib.blake2b(path.read_bytes() if exact else _meaning(path), digest_size=16).hexdigest()
     return found
 
 
@@ -329,6 +348,16 @@ def differences(here: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str,
         "left over": sorted(here.keys() - wanted.keys()),
     }
     return {kind: paths for kind, paths in found.items() if paths}
+
+
+def lacking(here: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """Files that are not there, or are others."""
+    return [path for path in wanted if here.get(path) != wanted[path]]
+
+
+def is_memory(path: str) -> bool:
+    """Whether a file only spares a later command some time, so that a command that cannot write it may go on."""
+    return path.startswith(("work/index", "work/pixels", "work/journal"))
 
 
 def some(wrong: Mapping[str, Sequence[str]]) -> str:
@@ -392,15 +421,21 @@ def count_operations(room: Room, stage: str, reading: bool = False) -> int:
     return counts.stat().st_size
 
 
-def at_operation(room: Room, number: int, act: Callable[[], None], reading: bool = False) -> Callable[[], None]:
-    """What to do in the process of a stage, so that it calls `act` before its operation of this number, from 0."""
-    left = itertools.count()
+def at_operation(
+    room: Room, number: int, act: Callable[[], object], reading: bool = False, always: bool = False
+) -> Callable[[], None]:
+    """What to do in the process of a stage, so that it calls `act` before its operation of this number, from 0.
 
-    def once(*_: str) -> None:
-        if next(left) == number:
+    always : call it before every later operation too
+    """
+    count = itertools.count()
+
+    def when(*_: str) -> None:
+        now = next(count)
+        if now == number or (always and now > number):
             act()
 
-    return Operations(room.case, once, reading).watch
+    return Operations(room.case, when, reading).watch
 
 
 def kill_this_process() -> None:
@@ -408,14 +443,18 @@ def kill_this_process() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def options(description: str | None, n: int) -> argparse.Namespace:
-    """Options of a script: how many cases, the seed, which stages."""
+def options(description: str | None, n: int, kinds: Sequence[str] = ()) -> argparse.Namespace:
+    """Options of a script: how many cases, the seed, which stages, which kinds of faults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=n, help=f"cases [{n}]")
     parser.add_argument("--seed", type=int, default=0, help="of what is hurt, and when [0]")
     parser.add_argument("--stages", default=",".join(STAGES), help="stages to run, in their order [all]")
     parser.add_argument("--only", help="of these, the ones to hurt [all]")
+    if kinds:
+        parser.add_argument("--kinds", default=",".join(kinds), help="of faults [all]")
     given = parser.parse_args()
+    if kinds:
+        given.kinds = tuple(given.kinds.split(","))
     given.stages = tuple(given.stages.split(","))
     given.only = tuple(given.only.split(",")) if given.only else given.stages
     return given

@@ -56,8 +56,29 @@ def written(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def root(written, tmp_path) -> Path:
-    """A copy, for damaging."""
-    return Path(shutil.copytree(written, tmp_path / "dataset"))
+    """A copy, for damaging, as an earlier version wrote it, without checksums: what files say is looked at."""
+    copy = Path(shutil.copytree(written, tmp_path / "dataset"))
+    path = copy / "subj01/subject.json"
+    record = json.loads(path.read_text())
+    del record["files"], record["digest"]
+    path.write_text(json.dumps(record))
+    return copy
+
+
+def test_a_changed_file_is_named_where_it_is_read(written, tmp_path):
+    copy = Path(shutil.copytree(written, tmp_path / "dataset"))
+    changed = copy / "subj01/responses/V4.npy"
+    changed.write_bytes(changed.read_bytes()[:-1] + b"\x7f")
+    dataset, faults = scan_folder(copy)
+    assert not faults
+    np.testing.assert_array_equal(dataset.subjects[0].test_responses("V4"), RESPONSES["test_responses"]["V4"])
+    with pytest.raises(DataError, match="expected the responses that were imported; found others; run 'import' again"):
+        dataset.subjects[0].responses("V4")
+    for name in ("rois/V4.npy", "images.csv", "noise_ceiling/V4.npy"):
+        (copy / "subj01" / name).write_bytes((written / "subj01" / name).read_bytes() + b" ")
+        _, (fault,) = scan_folder(copy)
+        assert (str(fault.where), fault.expected) == (str(copy / "subj01" / name), "the file that was written")
+        (copy / "subj01" / name).write_bytes((written / "subj01" / name).read_bytes())
 
 
 def test_a_subject_is_read_as_it_was_written(written):
