@@ -22,6 +22,7 @@ from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.rois import FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.dataset.splits import assign_folds
 from featcache.errors import CheckpointError, ConfigError, LeakError
+from heads.backbones import stages
 from heads.backbones.stages import Trained, train_stage
 from heads.config import AdamWConfig, FitConfig, StageConfig, TrainConfig
 from heads.features.sets import feature_sets
@@ -428,3 +429,21 @@ def test_a_test_image_that_was_trained_on_makes_another_training_without_it(tree
     add_test_image(tree, image_id=seen)
     (after,) = train_stage(open_challenge(tree).subjects, config, tmp_path / "work")
     assert after.new and set(before.checkpoint.facts.seen_ids) - set(after.checkpoint.facts.seen_ids) == {seen}
+
+
+def test_a_training_that_another_process_ends_meanwhile_is_found(tiny, tmp_path, monkeypatch):
+    theirs, honest = [], stages.start_heads
+
+    def after_another_process(*given):
+        if not theirs:
+            theirs.append(None)
+            theirs[0] = train(tiny, tmp_path, SHORT)
+            theirs.append({path: path.stat().st_mtime_ns for path in theirs[0].path.rglob("*")})
+        return honest(*given)
+
+    monkeypatch.setattr(stages, "start_heads", after_another_process)
+    ours = train(tiny, tmp_path, SHORT)
+    assert ours.finished and ours.facts == theirs[0].facts
+    assert {path: path.stat().st_mtime_ns for path in ours.path.rglob("*") if path.name != ".writing.lock"}.items() <= (
+        theirs[1].items()
+    )

@@ -1,8 +1,12 @@
 """What `blend` leaves behind and says, with models that are made up and with models that were fitted."""
 
+import itertools
 import json
+import os
 import re
 import shutil
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +18,16 @@ from featcache.cache.store import create_store, open_store
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.subject import Dataset
 from featcache.errors import StoreError
+from featcache.machine import files as machine_files
+from featcache.machine.files import partial_path
+from featcache.machine.folders import read_unchanged, staged_folder
+from featcache.workdir import Workdir
 from heads.blend.saved import load_blend
+from heads.blend.submission import write_predictions
 from heads.config import BlendConfig
 from heads.scores.metrics import pearson_r
 from support.blends import IDS, N_TEST, N_TRAIN, made_up, models_of, subject_of
+from support.dying import dies_before, number_of_one_that_is_gone
 
 DEFAULT = BlendConfig()
 
@@ -270,3 +280,104 @@ def test_models_of_another_tree_are_left_out_by_name(filled, tree, capfd):
     blended, _, err = run(capfd, "blend", "--data", str(tree))
     assert err.count("fitted to other images or responses than the tree has now") == 5
     assert list(blended["weights"]) == ["subj02"]
+
+
+# --- handed in by several at once, and by a process that dies
+
+
+def zip_is_of_the_folder(folder: Path) -> bool:
+    """Whether the submission is whole, with a zip of just its predictions."""
+    with zipfile.ZipFile(folder / "submission.zip") as archive:
+        zipped = {name: archive.read(name) for name in archive.namelist()}
+    files = (folder / "submission").glob("*/*_pred_test.npy")
+    return zipped == {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files} and bool(zipped)
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_process_that_dies_while_it_hands_in_leaves_one_blend_whole(made, tmp_path, monkeypatch, exchanges, earlier):
+    """earlier : whether the older submission is of a version that had its zip beside the folder alone"""
+    if not exchanges:
+        monkeypatch.setattr("featcache.machine.folders._exchanged", lambda *_: False)
+    predictions, responses = made_up(noise=(1, 2))
+    _, models = made(predictions, responses)
+    dataset, files = Dataset(tmp_path, tuple(models), challenge=True), Workdir(tmp_path)
+    if earlier:
+        files.blend_zip.unlink()
+    older, other = tmp_path / "older", {subject: -predicted(tmp_path) for subject in models}
+    for kept in (files.submission, files.submission_zip):
+        (shutil.copytree if kept.is_dir() else shutil.copyfile)(kept, older.with_suffix(kept.suffix))
+
+    def hand_in() -> None:
+        with staged_folder(files.submission) as staging:
+            for subject, values in other.items():
+                write_predictions(staging, subject, "lh", values[:, :4])
+                write_predictions(staging, subject, "rh", values[:, 4:])
+            heads.blend.run._publish(staging, files, dataset, models)
+
+    for number in itertools.count():
+        shutil.rmtree(files.submission)
+        shutil.copytree(older, files.submission)
+        shutil.copyfile(older.with_suffix(".zip"), files.submission_zip)
+        died = dies_before(number, hand_in)
+        if files.submission_zip.exists() and files.submission.exists():
+            assert zip_is_of_the_folder(tmp_path)
+        heads.blend.run._tidy(files)  # as the next blend begins
+        assert zip_is_of_the_folder(tmp_path)
+        if not died:
+            break
+    assert number > 5
+    np.testing.assert_allclose(predicted(tmp_path), next(iter(other.values())), rtol=1e-4)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".submission")]
+
+
+def test_blends_at_once_are_handed_in_one_after_the_other(made, tmp_path):
+    """Each of several processes hands in again and again; whoever reads sees the files of one of them."""
+    predictions, responses = made_up(noise=(1, 2))
+    _, models = made(predictions, responses)
+    (subject,) = models
+    dataset, files = Dataset(tmp_path, (subject,), challenge=True), Workdir(tmp_path)
+    values = predicted(tmp_path)
+
+    def hand_in(factor: int) -> None:
+        for _ in range(8):
+            with staged_folder(files.submission) as staging:
+                write_predictions(staging, subject, "lh", factor * values[:, :4])
+                write_predictions(staging, subject, "rh", factor * values[:, 4:])
+                heads.blend.run._publish(staging, files, dataset, models)
+
+    children = []
+    for factor in (2, 3, 4):
+        if not (child := os.fork()):
+            with suppress(BaseException):
+                hand_in(factor)
+                os._exit(0)
+            os._exit(1)
+        children.append(child)
+    seen = set()
+    while any(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None for child in children):
+        read = read_unchanged(files.submission, lambda: predicted(tmp_path) / values)
+        assert np.ptp(read) < 0.01
+        seen.add(round(float(read.mean())))
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert seen <= {1, 2, 3, 4} and zip_is_of_the_folder(tmp_path)
+    assert {path.name for path in tmp_path.iterdir() if path.name[0] == "."} == {".writing.lock"}
+
+
+def test_what_a_killed_blend_left_is_removed_by_the_next(filled, capfd):
+    left = partial_path(Workdir(filled).submission)
+    left = left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{number_of_one_that_is_gone()}-"))
+    for folder in (left, filled / ".submission"):
+        (folder / "subj01").mkdir(parents=True)
+    machine_files._tidy_once.cache_clear()  # as in a new process
+    run(capfd, "blend", "--method", "uniform")
+    assert {path.name for path in filled.iterdir() if path.name[0] == "."} == {".writing.lock"}
+
+
+def test_a_blend_that_finds_no_room_says_so_and_leaves_the_older_one(filled, capfd, monkeypatch):
+    run(capfd, "blend", "--method", "uniform")
+    before = (filled / "submission.zip").read_bytes()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 2_000})())
+    line = fails(capfd, "blend")
+    assert re.search(r"expected [\d.]+ kB of free disk; found 2\.0 kB; make room or choose another --work", line)
+    assert (filled / "submission.zip").read_bytes() == before and zip_is_of_the_folder(filled)

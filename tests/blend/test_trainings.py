@@ -1,5 +1,6 @@
 """Arms are models that differ in the training's seed alone; what is planted between two of them is found again."""
 
+import errno
 import json
 from dataclasses import replace
 
@@ -142,3 +143,18 @@ def test_trainings_of_other_folds_have_no_image_to_be_compared_on(tiny, tmp_path
             predict(subject, tmp_path, base.training, 1.0, [seed], [fold])
     first, second = compare_trainings(subjects, tmp_path)
     assert first.difference is None and second.reference == first.name and second.difference is None
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_leaves_the_older_tables_as_they_are(subjects, tmp_path, monkeypatch):
+    compare_trainings(subjects, tmp_path)
+    folder = Workdir(tmp_path).trainings
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("heads.blend.trainings.plot_arms", full)
+    with pytest.raises(OSError, match="No space"):
+        compare_trainings(subjects[:1], tmp_path)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -11,6 +11,7 @@ from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.inputs import decoded, pictures_of
 from featcache.dataset.pictures import picture_id
 from featcache.errors import ConfigError, FeatcacheError, StoreError
+from heads.encoder import predictions
 from heads.encoder.encoder import Encoder
 from heads.encoder.predictions import Wanted, roi_means, write_predictions
 from heads.encoder.work import encoder_of_work
@@ -152,3 +153,24 @@ def test_an_interrupted_run_leaves_nothing(encoder, pictures, tmp_path, monkeypa
     with pytest.raises(FeatcacheError, match=r"no\.png"):
         write_predictions(encoder, [*pictures, tmp_path / "no.png"], wanted, out, table=table, batch_size=2)
     assert [path.name for path in tmp_path.iterdir()] == ["no.png"]
+
+
+def test_of_two_processes_that_write_one_group_the_table_is_of_the_one_whose_group_is_there(
+    encoder, pictures, tmp_path, monkeypatch
+):
+    honest, first = predictions._description, []
+
+    def after_another_process(*given):
+        if not first:
+            first.append(None)
+            first.append(written(encoder, pictures, tmp_path))
+        return honest(*given)
+
+    monkeypatch.setattr(predictions, "_description", after_another_process)
+    with pytest.raises(StoreError, match="found what another process has put there meanwhile"):
+        written(encoder, pictures[:2], tmp_path)
+    group = zarr.open_group(tmp_path / "new" / "predicted.zarr", mode="r")
+    with (tmp_path / "means.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == first[1][1] and group["image_ids"].shape == (len(pictures),)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["predicted.zarr"]

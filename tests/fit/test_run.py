@@ -76,6 +76,21 @@ def test_what_is_fitted_is_found_and_not_written_again(planted, work, said, conf
     ]
 
 
+def test_a_fit_that_another_process_ends_meanwhile_is_found(planted, work, monkeypatch):
+    subjects, honest, theirs = planted(), run_module.build_solver, []
+
+    def after_another_process(problem):
+        if not theirs:
+            theirs.append(None)
+            fit_heads(subjects, RIDGE, work)
+            theirs.append(files_of(work))
+        return honest(problem)
+
+    monkeypatch.setattr(run_module, "build_solver", after_another_process)
+    (fit,) = fit_heads(subjects, RIDGE, work)
+    assert not fit.new and files_of(work) == theirs[1]
+
+
 def test_bars_say_what_tells_models_apart(planted, work, monkeypatch):
     labels, honest = [], run_module.bar
     monkeypatch.setattr(run_module, "bar", lambda label, *about: labels.append(label) or honest(label, *about))

@@ -2,8 +2,11 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -43,20 +46,80 @@ def test_another_process_is_refused_or_waits(tmp_path):
     assert waiting.communicate() == ("of the first writer\n", "")
 
 
-def no_locks(*_: object) -> None:
-    raise OSError(errno.ENOSYS, "no locks here")
+@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def without_locks(request, monkeypatch):
+    """A file system without locks, as some network disks are, which say so in several ways."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(request.param, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
 
 
-@pytest.mark.filterwarnings("ignore:flock not supported")  # which filelock says where it does without
-@pytest.mark.parametrize("locks", [True, False])
-def test_a_second_writer_of_one_process_is_refused(tmp_path, monkeypatch, locks):
-    if not locks:  # as on some network file systems
-        monkeypatch.setattr("fcntl.flock", no_locks)
-    folder = tmp_path / "new" / "folder"
+def refuse_a_second_writer(folder: Path) -> None:
     with only_writer(folder), pytest.raises(StoreError, match="found another process writing"), only_writer(folder):
         pytest.fail("two writers")
     with only_writer(folder):
         pass
+
+
+def test_a_second_writer_of_one_process_is_refused(tmp_path):
+    refuse_a_second_writer(tmp_path / "new" / "folder")
+
+
+def test_a_second_writer_is_refused_without_locks(tmp_path, without_locks):
+    refuse_a_second_writer(tmp_path / "new" / "folder")
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [".writing.lock"]
+
+
+def test_a_lock_that_came_with_a_copied_folder_holds_nobody_up(tmp_path, without_locks):
+    (tmp_path / ".writing.lock").touch()  # it stays on a disk with locks
+    refuse_a_second_writer(tmp_path)
+
+
+def test_a_process_that_is_gone_holds_nobody_up_without_locks(tmp_path, without_locks):
+    if not (child := os.fork()):
+        with only_writer(tmp_path):
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert (tmp_path / ".writing.marker").read_text().startswith(f"{child}\n")
+    refuse_a_second_writer(tmp_path)
+
+
+def test_a_writer_of_another_machine_is_named_without_locks(tmp_path, without_locks):
+    (tmp_path / ".writing.marker").write_text("77\nnode12\n")
+    with pytest.raises(StoreError) as refused, only_writer(tmp_path):
+        pytest.fail("two writers")
+    words = "found another process writing, process 77 of node12; wait for it to end; if that process is gone, delete "
+    assert words + str(tmp_path / ".writing.marker") in str(refused.value)
+
+
+def test_a_marker_that_was_never_written_is_nobodys_after_a_minute(tmp_path, without_locks):
+    marker = tmp_path / ".writing.marker"
+    marker.touch()
+    with pytest.raises(StoreError), only_writer(tmp_path):
+        pytest.fail("its process may be about to write it")
+    os.utime(marker, (time.time() - 61,) * 2)
+    refuse_a_second_writer(tmp_path)
+
+
+def test_a_long_wait_is_said_once(tmp_path, monkeypatch):
+    said: list[str] = []
+
+    def wait() -> None:
+        with only_writer(tmp_path, wait=True):
+            pass
+
+    monkeypatch.setattr("featcache.machine.files._PATIENCE", 0.01)
+    monkeypatch.setattr("featcache.machine.files.say", said.append)
+    with only_writer(tmp_path):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while not said:
+            time.sleep(0.01)
+        time.sleep(0.1)
+    waiting.join()
+    assert said == [f"{tmp_path}: waits for another process that writes there"]
 
 
 def test_an_error_frees_the_folder(tmp_path):
@@ -71,6 +134,9 @@ def test_a_full_disk_is_refused(tmp_path, monkeypatch):
     refuse_full_disk(tmp_path, 3_000_000_000)
     with pytest.raises(StoreError, match=r"expected 3\.1 GB of free disk; found 3\.0 GB; make room"):
         refuse_full_disk(tmp_path, 3_100_000_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 4e5})())
+    with pytest.raises(StoreError, match=r"expected 1\.5 MB of free disk; found 400\.0 kB; make room"):
+        refuse_full_disk(tmp_path, 1_500_000)
 
 
 def test_files_are_replaced_and_nothing_else_is_left(tmp_path):
@@ -115,3 +181,14 @@ def test_an_error_leaves_no_folder(tmp_path):
         (partial / "a").write_text("content")
         _ = 1 / 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_another_process_filled_meanwhile_stays_as_it_is(tmp_path):
+    with (
+        pytest.raises(StoreError, match="found what another process has put there"),
+        whole_folder(tmp_path / "a") as new,
+    ):
+        (new / "content").write_text("second")
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "content").write_text("first")
+    assert (tmp_path / "a" / "content").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
