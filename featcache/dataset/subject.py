@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import DataError
+from featcache.formats.npy import open_npy
 from featcache.formats.volumes import Grid
 
 SESSION, SESSIONS_JOINED_BY = "session", "+"  # the column of images with the sessions of their trials, '1' or '1+5'
@@ -145,8 +146,7 @@ class Subject:
 
     def responses(self, surface: str) -> np.ndarray:
         """Training responses, (n_train, n_vertices), as a memory map: slice it, then cast to float32."""
-        responses: np.ndarray = np.load(self.response_paths[surface], mmap_mode="r")
-        return responses
+        return open_npy(self.response_paths[surface])
 
     @property
     def has_test_responses(self) -> bool:
@@ -155,8 +155,7 @@ class Subject:
 
     def test_responses(self, surface: str) -> np.ndarray:
         """Test responses, (n_test, n_vertices), as a memory map. Only where `has_test_responses`."""
-        responses: np.ndarray = np.load(self.test_response_paths[surface], mmap_mode="r")
-        return responses
+        return open_npy(self.test_response_paths[surface])
 
     @property
     def image_ids(self) -> np.ndarray:

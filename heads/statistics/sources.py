@@ -1,6 +1,5 @@
 """The models that are scored: prediction stores, and the last blend out of fold."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from featcache.dataset.splits import Split
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, FeatcacheError, some_of
 from featcache.machine.progress import say
+from featcache.machine.documents import read_json
 from featcache.workdir import Workdir
 from heads.blend.models import Model, SubjectModels, choose_names, find_models, split_of_models
 from heads.blend.products import N_FOLDS, SEED
@@ -117,7 +117,7 @@ def _blends(stored: SubjectModels, work: Path) -> dict[Subject, Scored]:
         return {}
     try:
         nested, members = load_nested(files.saved_blend), _members(files.blend_weights)
-    except (FeatcacheError, OSError, ValueError, KeyError, TypeError) as error:
+    except (FeatcacheError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         say(f"left out the last blend: {files.submission} cannot be read ({' '.join(str(error).split())})")
         return {}
     found, trainings = {}, Trainings(work)
@@ -142,7 +142,7 @@ def _blends(stored: SubjectModels, work: Path) -> dict[Subject, Scored]:
 
 def _members(path: Path) -> dict[str, dict[str, str]]:
     """{subject: {model: name of its prediction store}} of the last blend."""
-    description: dict[str, Any] = json.loads(path.read_text())
+    description: dict[str, Any] = read_json(path)
     return {
         subject: {model: facts["predictions"] for model, facts in of_subject.items()}
         for subject, of_subject in description["members"].items()
