@@ -18,9 +18,7 @@ import numpy as np
 _CHECKSUM = np.dtype("<u4")
 
 
-def read_rows(
-    folder: Path, rows: np.ndarray, chunk: int, start: int, checksums: Sequence[int] | None = None
-) -> None:
+def read_rows(folder: Path, rows: np.ndarray, chunk: int, start: int, checksums: Sequence[int] | None = None) -> None:
     """Fill `rows` with the rows of a stored array, from row `start` on.
 
     folder : of the array

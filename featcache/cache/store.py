@@ -450,12 +450,12 @@ def list_stores(folder: Path) -> list[Store]:
         if (stamp := _stamp(path)) is None and not path.is_dir():
             continue
         entry = known.get(path.name)
-        if stamp is not None and entry and entry[0] == stamp:
-            stores.append(Store(path, entry[1]))
-        else:
+        if entry is None or entry[0] != stamp:
             stores.append(open_store(path))
-            entry = (stamp, msgspec.structs.replace(stores[-1].description, image_ids=None, facts=None))
-        if stamp is not None:
+            if stamp is not None:
+                entries[path.name] = stamp, msgspec.structs.replace(stores[-1].description, image_ids=None, facts=None)
+        else:
+            stores.append(Store(path, entry[1]))
             entries[path.name] = entry
     if sum(known.get(name) is not entry for name, entry in entries.items()) > _UNINDEXED:
         with suppress(OSError):  # a folder that cannot be written to has no index

@@ -16,7 +16,6 @@ a file of many, `array` and `row` say which. docs/data.md describes the format f
 """
 
 import csv
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,13 +24,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from featcache.dataset.rois import FSAVERAGE_VERTICES
 from featcache.dataset.subject import ArrayImage, Dataset, Fault, Images, ImageSource, Subject, listed
-from featcache.errors import DataError
+from featcache.errors import DataError, first_line
 from featcache.formats.volumes import Grid
-from featcache.machine.files import only_writer, partial_path, replace_json
+from featcache.machine.documents import DocumentError, read_document, write_document
+from featcache.machine.files import only_writer, partial_path
 
 FORMAT = 1
 _RECORD, _IMAGES = "subject.json", "images.csv"
@@ -52,6 +53,22 @@ def check_name(name: str, what: str) -> str:
             remedy="give it another name",
         )
     return name
+
+
+class _Surface(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What the record of a subject says of one surface: names of its ROIs, and the grid of its volume."""
+
+    rois: list[str]
+    grid: dict[str, Any] | None = None
+
+
+class _Described(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What the record of a subject has. about : how it was made, in plain values"""
+
+    format: int
+    name: str
+    surfaces: dict[str, _Surface]
+    about: dict[str, Any]
 
 
 @dataclass
@@ -106,7 +123,7 @@ class SubjectWriter:
             table.writerow([*OWN_COLUMNS, *columns])
             table.writerows([*row, *more] for row, more in zip(rows, _across(columns, len(rows)), strict=True))
         surfaces = {surface: self._facts(surface) for surface in self.n_vertices}
-        replace_json(
+        write_document(
             self.folder / _RECORD, {"format": FORMAT, "name": self.name, "surfaces": surfaces, "about": dict(about)}
         )
 
@@ -160,9 +177,8 @@ def is_folder(root: Path) -> bool:
 def about_subject(root: Path, name: str) -> dict[str, Any]:
     """How a subject was made; empty where it is not there."""
     try:
-        record = json.loads((root / name / _RECORD).read_text(encoding="utf-8"))
-        return dict(record["about"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_document(root / name / _RECORD, _Described).about
+    except (OSError, DocumentError):
         return {}
 
 
@@ -183,7 +199,7 @@ def scan_folder(root: Path) -> tuple[Dataset, list[Fault]]:
 
 def _read_subject(folder: Path) -> Subject:
     record = _record(folder / _RECORD)
-    name, surfaces = record["name"], record["surfaces"]
+    name, surfaces = record.name, record.surfaces
     images, columns = _read_images(folder / _IMAGES)
     paths = {split: _paths(folder, RESPONSES[split], surfaces) for split in _SPLITS}
     n_vertices = {s: _responses(paths["train"][s], len(images["train"])) for s in surfaces}
@@ -197,16 +213,16 @@ def _read_subject(folder: Path) -> Subject:
         test=images["test"],
         response_paths=paths["train"],
         n_vertices=n_vertices,
-        rois={
-            surface: _rois(folder, surface, facts["rois"], n_vertices[surface]) for surface, facts in surfaces.items()
-        },
+        rois={surface: _rois(folder, surface, facts.rois, n_vertices[surface]) for surface, facts in surfaces.items()},
         noise_ceiling=ceilings["train"],
         fsaverage={surface: _fsaverage(folder, surface, n) for surface, n in n_vertices.items()},
         test_response_paths=paths["test"],
         test_noise_ceiling=ceilings["test"] if paths["test"] else {},
         positions=_positions(folder, n_vertices),
         grids={
-            surface: _grid(folder / _RECORD, facts["grid"]) for surface, facts in surfaces.items() if "grid" in facts
+            surface: _grid(folder / _RECORD, facts.grid)
+            for surface, facts in surfaces.items()
+            if facts.grid is not None
         },
         columns=columns,
     )
@@ -225,21 +241,16 @@ def moved_faults(subjects: Sequence[Subject]) -> list[Fault]:
     return faults
 
 
-def _record(path: Path) -> dict[str, Any]:
+def _record(path: Path) -> _Described:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        whole = (
-            record["format"] == FORMAT
-            and record["name"] == path.parent.name
-            and record["surfaces"]
-            and all(isinstance(name, str) for facts in record["surfaces"].values() for name in facts["rois"])
-            and all(_NAME.fullmatch(surface) for surface in record["surfaces"])
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
+        record = read_document(path, _Described)
+    except (OSError, DocumentError) as error:
+        found = f"another file ({first_line(error)})"
+        raise _damaged(path, f"a subject named {path.parent.name}, in format {FORMAT}", found) from error
+    named = record.format == FORMAT and record.name == path.parent.name
+    if not named or not record.surfaces or not all(_NAME.fullmatch(surface) for surface in record.surfaces):
         raise _damaged(path, f"a subject named {path.parent.name}, in format {FORMAT}", "another file")
-    return dict(record)
+    return record
 
 
 def _damaged(path: Path, expected: str, found: str) -> DataError:

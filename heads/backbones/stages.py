@@ -21,14 +21,13 @@ import timm
 import torch
 
 from featcache.backbone.checkpoint import (
-    DESCRIPTION,
     Checkpoint,
     checkpoint_path,
     find_same_training,
     open_checkpoint,
     prune,
 )
-from featcache.backbone.keys import BackboneKey, CheckpointFacts, CheckpointKey, Split
+from featcache.backbone.keys import DESCRIPTION, BackboneKey, CheckpointFacts, CheckpointKey, Split
 from featcache.backbone.network import Backbone
 from featcache.backbone.outline import outline
 from featcache.cache.pixels import cache_pixels

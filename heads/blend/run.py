@@ -11,7 +11,7 @@ import torch
 
 from featcache.dataset.splits import SplitKey
 from featcache.dataset.subject import Dataset, Subject
-from featcache.machine.files import replace_json
+from featcache.machine.documents import write_document
 from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import bar, say
 from featcache.workdir import Workdir
@@ -98,7 +98,7 @@ def blend(
         {subject.name: blended.nested for subject, blended in blends.items()},
         {subject.name: of_subject[0].key.responses for subject, of_subject in models.items()},
     )
-    replace_json(staging / files.blend_weights.name, _description(models, config, by.key, blends, ensemble))
+    write_document(staging / files.blend_weights.name, _description(models, config, by.key, blends, ensemble))
     on_test = {f"{name}, test images": scores for name, scores in ensemble.test.items()}
     write_scores(staging / files.blend_scores.name, {**ensemble.scores, **on_test})
     plot_scores(staging / files.scores_picture.name, ensemble.scores["blend"])

@@ -16,10 +16,11 @@ from featcache.dataset.grouping import split_of
 from featcache.dataset.responses import refuse_unfit
 from featcache.dataset.splits import Split
 from featcache.dataset.subject import Dataset, Subject
-from featcache.errors import ConfigError, StoreError
+from featcache.errors import ConfigError, StoreError, first_line
 from featcache.machine.device import resolve_device
 from featcache.machine.device_memory import block_on, on_cuda, said_on
-from featcache.machine.files import replace_json, whole_file
+from featcache.machine.documents import DAMAGED_NPZ, parse_json, write_document
+from featcache.machine.files import whole_file
 from featcache.machine.memory import give_back_memory, keep_freed_memory, memory_at_start, spare_memory
 from featcache.machine.progress import bar, say
 from featcache.workdir import Workdir
@@ -172,8 +173,14 @@ def _name(task: _Task, config: CompareConfig) -> str:
 def _is_done(path: Path, task: _Task) -> bool:
     if not path.is_file():
         return False
-    with np.load(path, allow_pickle=False) as arrays:
-        return bool(json.loads(str(arrays["key"])) == json.loads(json.dumps(task.key)))
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:  # which holds each of them against its checksum
+                _ = arrays[name]
+            return bool(parse_json(str(arrays["key"])) == json.loads(json.dumps(task.key)))
+    except DAMAGED_NPZ as error:
+        say(f"{path}: compared again, because the file is damaged ({first_line(error)})")
+        return False
 
 
 def _compute(task: _Task, config: CompareConfig, device: str, path: Path) -> None:
@@ -307,7 +314,7 @@ def _write(found: Comparison, tasks: Sequence[_Task], config: CompareConfig, fil
         "versions": {"featcache": featcache.__version__, "torch": torch.__version__},
         "rows": [row.to_json() for row in found.rows],
     }
-    replace_json(files.compared_json(name), content)
+    write_document(files.compared_json(name), content)
     if can_draw("the shares"):
         with whole_file(files.compared_picture(name)) as partial:
             plot_shares(partial, found)

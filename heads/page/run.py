@@ -1,6 +1,5 @@
 """The page of a work folder: what is there is shown, and of what is missing it says which command makes it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ import numpy as np
 from featcache import __version__
 from featcache.dataset.subject import Dataset
 from featcache.errors import StoreError
+from featcache.machine.documents import read_document
 from featcache.machine.extra import needed
 from featcache.machine.files import replace_bytes
 from featcache.machine.memory import keep_freed_memory
@@ -160,7 +160,7 @@ def _find(dataset: Dataset, work: Path) -> _Found:
         if files.saved_blend.is_file():
             found.blend = load_blend(files.saved_blend)
         if files.blend_weights.is_file():
-            found.weights = dict(json.loads(files.blend_weights.read_text()))
+            found.weights = read_document(files.blend_weights, dict[str, Any])
     except (StoreError, ValueError, OSError) as error:
         say(f"left out the blend: {error}")
     return found

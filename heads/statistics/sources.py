@@ -12,8 +12,8 @@ from featcache.dataset.grouping import recall
 from featcache.dataset.splits import Split
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, FeatcacheError, some_of
+from featcache.machine.documents import read_document, typed
 from featcache.machine.progress import say
-from featcache.machine.documents import read_json
 from featcache.workdir import Workdir
 from heads.blend.models import Model, SubjectModels, choose_names, find_models, split_of_models
 from heads.blend.products import N_FOLDS, SEED
@@ -142,10 +142,10 @@ def _blends(stored: SubjectModels, work: Path) -> dict[Subject, Scored]:
 
 def _members(path: Path) -> dict[str, dict[str, str]]:
     """{subject: {model: name of its prediction store}} of the last blend."""
-    description: dict[str, Any] = read_json(path)
+    members = typed(read_document(path, dict[str, Any])["members"], dict[str, dict[str, dict[str, str]]])
     return {
         subject: {model: facts["predictions"] for model, facts in of_subject.items()}
-        for subject, of_subject in description["members"].items()
+        for subject, of_subject in members.items()
     }
 
 
