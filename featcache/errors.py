@@ -7,7 +7,6 @@ line that `cli.run` prints on stderr before it leaves with exit code 1; nothing 
 from collections.abc import Sequence
 from typing import Self
 
-
 _MOST_LETTERS = 4_000  # of one field of a message
 
 

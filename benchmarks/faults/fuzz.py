@@ -75,7 +75,7 @@ def _work(options: argparse.Namespace) -> None:
         logging.disable()
         readers = build(Path(folder), set(filter(None, options.readers.split(","))))
         if options.number is None:
-            sys.stderr = open(os.devnull, "w")  # lines for the user, one for each input
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # lines for the user, and those of libraries
         _limit_memory()
         signal.signal(signal.SIGALRM, _alarm)
         numbers = [options.number] if options.number is not None else range(options.worker, options.n)
@@ -180,7 +180,9 @@ def _supervise(options: argparse.Namespace) -> int:
         worker.kill()
         code = worker.wait()
         if running is not None:
-            count(running[1], running[0], "ended the process" if ready else "over time", f"(exit {code})" if ready else "")
+            count(
+                running[1], running[0], "ended the process" if ready else "over time", f"(exit {code})" if ready else ""
+            )
             following = running[0] + 1
         elif following < options.n:
             print(f"a worker ended by itself, exit {code}", file=sys.stderr)

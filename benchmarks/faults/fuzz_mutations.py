@@ -18,13 +18,66 @@ from typing import Any
 DEEP = 40_000  # levels of nesting
 _DEEP_MARK = "@deep@"
 INTEGERS = (0, 1, -1, 7, 127, 255, 65_535, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, -(2**63), 2**64, 10**30)
-TEXTS = ("", " ", "\x00", "a\x00b", "٣", "१२", "²", "nan", "inf", "-inf", "1e400", "../../x", "/dev/zero", "." * 300,
-         "\u202eabc", "é" * 9, "\ud7ff", "9" * 5_000, "1_0", "0x10", "train", "\n\n", '"', "'", ",", ";", "\t", "#",
-         "-1", "1e9", "9" * 19, "9" * 25, "{}", "[]", "None", "True")  # fmt: skip
+TEXTS = (
+    "",
+    " ",
+    "\x00",
+    "a\x00b",
+    "٣",
+    "१२",
+    "²",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "../../x",
+    "/dev/zero",
+    "." * 300,
+    "\u202eabc",
+    "é" * 9,
+    "\ud7ff",
+    "9" * 5_000,
+    "1_0",
+    "0x10",
+    "train",
+    "\n\n",
+    '"',
+    "'",
+    ",",
+    ";",
+    "\t",
+    "#",
+    "-1",
+    "1e9",
+    "9" * 19,
+    "9" * 25,
+    "{}",
+    "[]",
+    "None",
+    "True",
+)
 VALUES: tuple[Any, ...] = (
-    None, True, False, *INTEGERS, 0.5, -0.0, 1e308, float("nan"), float("inf"), *TEXTS, [], {}, [[]], [None], [1, "a"],
-    {"a": 1}, {"": {}}, _DEEP_MARK, [0] * 2_000, "x" * 300_000,
-)  # fmt: skip
+    None,
+    True,
+    False,
+    *INTEGERS,
+    0.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    *TEXTS,
+    [],
+    {},
+    [[]],
+    [None],
+    [1, "a"],
+    {"a": 1},
+    {"": {}},
+    _DEEP_MARK,
+    [0] * 2_000,
+    "x" * 300_000,
+)
 Mutation = Callable[[bytes, random.Random], bytes]
 
 
@@ -73,10 +126,19 @@ def of_text(content: bytes, rng: random.Random) -> bytes:
         if not (found := list(re.finditer(pattern, text))):
             continue
         at = rng.choice(found)
-        new = rng.choice((
-            str(rng.choice(INTEGERS)), rng.choice(TEXTS), "", at[0] * 2, "[" * DEEP, "x" * 200_000,
-            rng.choice(found)[0], "\r", "\ufeff",
-        ))  # fmt: skip
+        new = rng.choice(
+            (
+                str(rng.choice(INTEGERS)),
+                rng.choice(TEXTS),
+                "",
+                at[0] * 2,
+                "[" * DEEP,
+                "x" * 200_000,
+                rng.choice(found)[0],
+                "\r",
+                "\ufeff",
+            )
+        )
         text = text[: at.start()] + new + text[at.end() :]
     changed = text.encode("utf-8", "surrogateescape")
     return changed if rng.random() < 0.9 else changed.decode("utf-8", "replace").encode("utf-16")
@@ -136,15 +198,49 @@ def of_npy(content: bytes, rng: random.Random) -> bytes:
             axes = axes if rng.random() < 0.9 else []
             header = re.sub(r"'shape': \([^)]*\)", f"'shape': ({', '.join(axes)}{',' * bool(axes)})", header)
         case 2:
-            kinds = ("'|O'", "'<U4'", "'|V0'", "'<c16'", "'>f8'", "'<M8[s]'", "'|b1'", "'<f2'", "'|S0'", "'|u1'", "''", "1",
-                     "[('a', '<f4'), ('b', '|O')]", "'<f16'", "'|V2147483647'", "'<U536870911'", "None", "'<i8'")  # fmt: skip
+            kinds = (
+                "'|O'",
+                "'<U4'",
+                "'|V0'",
+                "'<c16'",
+                "'>f8'",
+                "'<M8[s]'",
+                "'|b1'",
+                "'<f2'",
+                "'|S0'",
+                "'|u1'",
+                "''",
+                "1",
+                "[('a', '<f4'), ('b', '|O')]",
+                "'<f16'",
+                "'|V2147483647'",
+                "'<U536870911'",
+                "None",
+                "'<i8'",
+            )
             header = re.sub(r"'descr': '[^']*'", f"'descr': {rng.choice(kinds)}", header)
         case 3:
             order = rng.choice(("True", "1", "None", "'a'"))
             header = re.sub(r"'fortran_order': \w+", f"'fortran_order': {order}", header)
         case 4:
-            header = rng.choice(("", "{}", "[" * 9_000, "(" * 9_000, "{" * 9_000, "-" * 9_000, "1", "f('x')", "'" * 3, "\x00",
-                                 "{'descr': '<f4'}", "1" * 9_000, f"{header}#", f"{{**{header}}}"))  # fmt: skip
+            header = rng.choice(
+                (
+                    "",
+                    "{}",
+                    "[" * 9_000,
+                    "(" * 9_000,
+                    "{" * 9_000,
+                    "-" * 9_000,
+                    "1",
+                    "f('x')",
+                    "'" * 3,
+                    "\x00",
+                    "{'descr': '<f4'}",
+                    "1" * 9_000,
+                    f"{header}#",
+                    f"{{**{header}}}",
+                )
+            )
         case _:
             header = of_text(header.encode("latin1"), rng).decode("latin1")[:60_000]
     text = header.encode("latin1", "replace") + b"\n"
@@ -189,9 +285,26 @@ def of_pth(content: bytes, rng: random.Random) -> bytes:
 
 
 _SHARED = b"(K\x01K\x02tq\x01" + b"".join(b"0h%ch%c\x86q%c" % (n, n, n + 1) for n in range(1, 60))  # doubles 59 times
-_OPERATIONS = (b"r\xff\xff\xff\x0f", b"\x8d" + b"\xff" * 8, b"\x8e" + b"\x7f" * 8, b"\x8b\xff\xff\xff\x7f", b"]" * 30_000,
-               b"cos\nsystem\n", b"cbuiltins\neval\n", b"(i__main__\nx\n", b"\x82\x01", b"Px\n", b"\x95" + b"\xff" * 8, b"(" * 9_000,
-               b"}]s.", b"}(" + _SHARED + b"K\x01s.", b"}" + _SHARED + b"K\x01s.", b"I" + b"9" * 9_000 + b"\n", b"h\xff", b"\x8f")  # fmt: skip
+_OPERATIONS = (
+    b"r\xff\xff\xff\x0f",
+    b"\x8d" + b"\xff" * 8,
+    b"\x8e" + b"\x7f" * 8,
+    b"\x8b\xff\xff\xff\x7f",
+    b"]" * 30_000,
+    b"cos\nsystem\n",
+    b"cbuiltins\neval\n",
+    b"(i__main__\nx\n",
+    b"\x82\x01",
+    b"Px\n",
+    b"\x95" + b"\xff" * 8,
+    b"(" * 9_000,
+    b"}]s.",
+    b"}(" + _SHARED + b"K\x01s.",
+    b"}" + _SHARED + b"K\x01s.",
+    b"I" + b"9" * 9_000 + b"\n",
+    b"h\xff",
+    b"\x8f",
+)
 
 
 def of_pickle(content: bytes, rng: random.Random) -> bytes:
@@ -227,19 +340,21 @@ def of_nifti(content: bytes, rng: random.Random) -> bytes:
         return of_bytes(content, rng)
     changed = bytearray(gzip.decompress(content) if packed else content)
     for _ in range(rng.choice((1, 1, 2, 3))):
-        at, kind, values = rng.choice((
-            (40 + 2 * rng.randrange(8), "<h", (0, 1, -1, 2, 7, 8, 100, 1_000, 20_000, 32_767, -32_768)),
-            (70, "<h", (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, -1)),
-            (72, "<h", (0, 1, 8, 16, 32, 64, 32_767)),
-            (76 + 4 * rng.randrange(8), "<f", (0.0, -1.0, float("nan"), float("inf"), 1e38)),
-            (108, "<f", (0.0, -1.0, 1.0, 351.0, 352.0, 1e30, float("nan"), float("inf"))),
-            (112 + 4 * rng.randrange(2), "<f", (0.0, float("nan"), float("inf"), 1e38, -1.0)),
-            (252 + 2 * rng.randrange(2), "<h", (0, 1, 4, -1, 32_767)),
-            (280 + 4 * rng.randrange(12), "<f", (0.0, float("nan"), float("inf"), 1e38)),
-            (0, "<i", (348, 540, 0, -1, 2**31 - 1)),
-            (348, "<i", (0, 1, 2**24, -1)),
-            (rng.randrange(max(len(changed) - 4, 1)), "<i", (-1, 2**31 - 1, 0)),
-        ))  # fmt: skip
+        at, kind, values = rng.choice(
+            (
+                (40 + 2 * rng.randrange(8), "<h", (0, 1, -1, 2, 7, 8, 100, 1_000, 20_000, 32_767, -32_768)),
+                (70, "<h", (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, -1)),
+                (72, "<h", (0, 1, 8, 16, 32, 64, 32_767)),
+                (76 + 4 * rng.randrange(8), "<f", (0.0, -1.0, float("nan"), float("inf"), 1e38)),
+                (108, "<f", (0.0, -1.0, 1.0, 351.0, 352.0, 1e30, float("nan"), float("inf"))),
+                (112 + 4 * rng.randrange(2), "<f", (0.0, float("nan"), float("inf"), 1e38, -1.0)),
+                (252 + 2 * rng.randrange(2), "<h", (0, 1, 4, -1, 32_767)),
+                (280 + 4 * rng.randrange(12), "<f", (0.0, float("nan"), float("inf"), 1e38)),
+                (0, "<i", (348, 540, 0, -1, 2**31 - 1)),
+                (348, "<i", (0, 1, 2**24, -1)),
+                (rng.randrange(max(len(changed) - 4, 1)), "<i", (-1, 2**31 - 1, 0)),
+            )
+        )
         changed[at : at + struct.calcsize(kind)] = struct.pack(kind, rng.choice(values))
     if rng.random() < 0.2:
         changed = changed[: rng.randrange(len(changed))]

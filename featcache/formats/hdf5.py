@@ -2,8 +2,9 @@
 
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -143,11 +144,17 @@ def _refuse_inflated(place: Place) -> None:
         while order is not None and len(tag := file.read(8)) == 8:
             kind, n_bytes = struct.unpack(f"{order}II", tag)
             start = file.tell()
-            if kind == _COMPRESSED and MOST_INFLATED * n_bytes > most:
-                pieces = iter(lambda: file.read(min(_PIECE, max(start + n_bytes - file.tell(), 0))), b"")
-                if inflates_beyond(pieces, most):
-                    in_memory(place, MOST_INFLATED * n_bytes, "MATLAB's version 7.3")
+            may = kind == _COMPRESSED and MOST_INFLATED * n_bytes > most
+            if may and inflates_beyond(_pieces(file, n_bytes), most):
+                in_memory(place, MOST_INFLATED * n_bytes, "MATLAB's version 7.3")
             file.seek(start + n_bytes)
+
+
+def _pieces(file: BinaryIO, n_bytes: int) -> Iterator[bytes]:
+    """The next bytes of a file, some at a time."""
+    while n_bytes > 0 and (piece := file.read(min(_PIECE, n_bytes))):
+        n_bytes -= len(piece)
+        yield piece
 
 
 def _is_hdf5(path: Path) -> bool:

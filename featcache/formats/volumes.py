@@ -24,7 +24,7 @@ from featcache.machine.memory import free_memory
 _SAME_PLACE = 1e-3  # mm by which the same voxel of two files may lie apart: affines are rounded in files
 _BLOCK = 32 * 2**20  # bytes of whole volumes, as float64, that are held at once
 _PER_VOXEL = 24  # bytes: its number, its value as float64, and as much again while these are made
-_HEADER = 540  # bytes of a NIfTI-2 file; that of a NIfTI-1 file is shorter
+_HEADER = 348  # bytes of a NIfTI-1 file; that of a NIfTI-2 file is longer
 _POINTS, _TRIANGLES = 1008, 1009  # NIfTI's numbers for arrays of coordinates and of triangles
 _ENDINGS = (".nii", ".nii.gz", ".mgh", ".mgz", ".gii")
 
