@@ -115,6 +115,12 @@ def read_document(path: Path, kind: type[T]) -> T:
     return typed(unsealed(path.name, read_json(path)), kind)
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a document has a digest. Raises as `read_json`."""
+    document = read_json(path)
+    return isinstance(document, dict) and DIGEST in document
+
+
 def sealed(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a document, as JSON has it, with its digest. name : of its file"""
     plain = json.loads(json.dumps(content))

@@ -175,6 +175,13 @@ def refuse_changed_tensors(path: Path, known: Collection[str]) -> None:
         raise DocumentError(fault)
 
 
+def has_checksum(path: Path) -> bool:
+    """Whether a whole safetensors file says its own checksum. Raises OSError, or DocumentError for a broken header."""
+    with path.open("rb") as file:
+        text = file.read(min(int.from_bytes(file.read(8), "little"), _MOST_HEADER))
+    return _CHECKSUM in parse_json(text).get("__metadata__", {})
+
+
 @lru_cache(maxsize=4096)
 def _fault(path: Path, n_bytes: int, _time: int, known: frozenset[str]) -> str:
     """What is wrong with a file of tensors; '' where nothing is."""

@@ -13,6 +13,7 @@ from featcache.dataset.splits import Split
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, FeatcacheError, some_of
 from featcache.machine.documents import read_document, typed
+from featcache.machine.folders import read_unchanged
 from featcache.machine.progress import say
 from featcache.workdir import Workdir
 from heads.blend.models import Model, SubjectModels, choose_names, find_models, split_of_models
@@ -116,7 +117,9 @@ def _blends(stored: SubjectModels, work: Path) -> dict[Subject, Scored]:
     if not files.saved_blend.exists():
         return {}
     try:
-        nested, members = load_nested(files.saved_blend), _members(files.blend_weights)
+        nested, members = read_unchanged(
+            files.submission, lambda: (load_nested(files.saved_blend), _members(files.blend_weights))
+        )
     except (FeatcacheError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         say(f"left out the last blend: {files.submission} cannot be read ({' '.join(str(error).split())})")
         return {}
