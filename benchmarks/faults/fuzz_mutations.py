@@ -86,7 +86,7 @@ def of_bytes(content: bytes, rng: random.Random) -> bytes:
     changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         n = len(changed)
-        at = rng.randrange(n) if rng.random() < 0.6 else min(rng.randrange(512), max(n - 1, 0)) if n else 0
+        at = 0 if not n else rng.randrange(n) if rng.random() < 0.6 else min(rng.randrange(512), n - 1)
         size = min(rng.choice((1, 2, 4, 8, 64, 1_000)), max(n - at, 0))
         match rng.randrange(9):
             case 0 if n:
@@ -357,7 +357,7 @@ def of_nifti(content: bytes, rng: random.Random) -> bytes:
         )
         changed[at : at + struct.calcsize(kind)] = struct.pack(kind, rng.choice(values))
     if rng.random() < 0.2:
-        changed = changed[: rng.randrange(len(changed))]
+        changed = changed[: rng.randrange(len(changed) + 1)]
     return gzip.compress(bytes(changed), 1) if packed else bytes(changed)
 
 

@@ -76,12 +76,14 @@ _NOT_A_MAPPING = (  # errors that a damaged header or pickle causes
 
 # Operations of pickles that such a dict needs, in any protocol. Others can take memory or time without end: sets, lists
 # and classes of many levels, an item of which is hashed or compared; places of a memory of 2^32; extensions.
-_OPERATIONS = set(
-    "PROTO FRAME STOP MARK POP POP_MARK GLOBAL STACK_GLOBAL REDUCE BUILD NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 "
-    "LONG LONG1 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES "
-    "EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS "
-    "PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET".split()
-)
+_OPERATIONS = {
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "GLOBAL", "STACK_GLOBAL",
+    "REDUCE", "BUILD", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1",
+    "BININT2", "LONG", "LONG1", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "STRING",
+    "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "EMPTY_LIST", "LIST", "APPEND", "APPENDS",
+    "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "DICT", "SETITEM",
+    "SETITEMS", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
+}  # fmt: skip
 _TUPLES = {"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "EMPTY_DICT", "DICT"}
 _KEEP = {"PUT", "BINPUT", "LONG_BINPUT"}
 
@@ -109,7 +111,7 @@ def _refuse_operations(content: bytes) -> None:
             place += 1
             if before in _TUPLES:
                 containers.add(number)
-        if operation.name in ("GET", "BINGET", "LONG_BINGET") and int(argument) in containers:
+        if operation.name in ("GET", "BINGET", "LONG_BINGET") and int(argument or 0) in containers:
             n_again += 1  # one inside the other, each twice, would be 2^n items
         if n_again > _MOST_AGAIN:
             raise pickle.UnpicklingError("it has parts inside each other, which a dict of labels never needs")

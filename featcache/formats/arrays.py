@@ -93,7 +93,7 @@ def _open_npz(place: Place) -> Array:
         if dtype.hasobject:
             raise ValueError(f"{name} is a pickle, which is not opened")
         n_bytes = dtype.itemsize * math.prod(map(int, shape))
-        if n_bytes > member.file_size:
+        if n_bytes > member.file_size - start:
             raise ValueError(f"{name} is said to be {size_of(n_bytes)}, in {member.file_size} bytes")
         if member.compress_type == zipfile.ZIP_STORED and 0 not in shape:
             offset = _content_of(place.path, member) + start

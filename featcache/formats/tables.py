@@ -149,7 +149,7 @@ def _parquet(path: Path) -> tuple[list[str], list[tuple[str, ...]]]:
 def rows_of_parquet(file: Any) -> int:
     """Rows of a Parquet file, by its own count or by those of its groups, whichever is more."""
     groups = (file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups))
-    return max(int(file.metadata.num_rows), sum(groups))
+    return max(int(file.metadata.num_rows), sum(map(int, groups)))
 
 
 def _column(path: Path, name: str, column: Any) -> tuple[str, ...]:
