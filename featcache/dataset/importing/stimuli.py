@@ -1,6 +1,7 @@
 """Which pictures were shown, and in which trial: from a folder, an array of pictures, or a table of trials."""
 
 import hashlib
+import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -170,7 +171,7 @@ def _sources_of(config: ImportConfig, table: Table) -> list[ImageSource]:
         return _rows_of_array(config.images, values, table.path, config.image_column)
     folder = _folder_of(config, table)
     paths = [folder / value for value in values]
-    missing = [value for value, path in zip(values, paths, strict=True) if not path.is_file()]
+    missing = [value for value, path in zip(values, paths, strict=True) if not os.path.isfile(path)]
     if missing:
         raise DataError(
             f"{table.path}, column {config.image_column}",
@@ -192,7 +193,7 @@ def images_of_table(config: ImportConfig) -> list[Path]:
         return []
     table = read_table(config.table)
     paths = [_folder_of(config, table) / value for value in dict.fromkeys(table.column(config.image_column))]
-    return [path for path in paths if path.is_file()]
+    return [path for path in paths if os.path.isfile(path)]
 
 
 def _rows_of_array(images: str, values: Sequence[str], path: Path, column: str) -> list[ImageSource]:
