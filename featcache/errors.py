@@ -7,6 +7,8 @@ line that `cli.run` prints on stderr before it leaves with exit code 1; nothing 
 from collections.abc import Sequence
 from typing import Self
 
+_MOST_LETTERS = 4_000  # of one field of a message
+
 
 class FeatcacheError(Exception):
     """Base of every error that the user, and not the program, can put right.
@@ -23,8 +25,9 @@ class FeatcacheError(Exception):
         super().__init__(self.where, self.expected, self.found, self.remedy)
 
     def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
-        return f"{place}expected {self.expected}; found {self.found}; {self.remedy}"
+        where, expected, found, remedy = map(_in_a_line, (self.where, self.expected, self.found, self.remedy))
+        place = f"{where}: " if where else ""
+        return f"{place}expected {expected}; found {found}; {remedy}"
 
     def inside(self, place: str) -> Self:
         """The same mistake, with the larger place that it is in (such as a step of a key) before `where`."""
@@ -37,6 +40,15 @@ class FeatcacheError(Exception):
 
 def _rebuilt(kind: type[FeatcacheError], where: str, expected: str, found: str, remedy: str) -> FeatcacheError:
     return kind(where, expected=expected, found=found, remedy=remedy)
+
+
+def _in_a_line(text: str) -> str:
+    """A text of which files may have given parts: without ends of lines or what moves a cursor, and not endless."""
+    if len(text) > _MOST_LETTERS:
+        text = f"{text[: _MOST_LETTERS - 100]} ... {text[-80:]}"
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 class ConfigError(FeatcacheError):

@@ -40,3 +40,9 @@ def test_an_error_is_the_same_after_pickling(kind):
 def test_many_names_are_counted_and_few_are_listed():
     assert some_of(["a"]) == "'a'" and some_of(list("abc")) == "'a', 'b', 'c'"
     assert some_of([f"model {n}" for n in range(24)]) == "24, such as 'model 0', 'model 1', 'model 2'"
+
+
+def test_a_text_from_a_file_stays_one_line_and_moves_no_cursor():
+    error = FeatcacheError("a\nb\u2028.npy", expected="x", found="\x1b[2J" + "y" * 1_000_000, remedy="é ok")
+    assert len(str(error).splitlines()) == 1 and len(str(error)) < 10_000 and "\x1b" not in str(error)
+    assert str(error).startswith("a\\nb\\u2028.npy: expected x; found \\x1b[2Jyyy") and str(error).endswith("; é ok")

@@ -2,9 +2,8 @@
 
     PYTHONPATH=. python benchmarks/faults/corruption.py [--n 1000] [--seed 0] [--repair 20]
 
-Each case flips a bit, writes zeros, cuts off, removes a file, or exchanges two files of one kind. Then `verify` looks at
-the folder, and commands read it: a new fit, a blend, predictions of new images, features of another layer, training that
-goes on. A case is right where each command ends as it does on the undamaged folder, with the same files, or with exit
+Each case flips a bit, writes zeros, cuts off, removes a file, or exchanges two files of one kind. Then `verify` looks
+at the folder, and commands read it: a new fit, a blend, predictions of new images, features of another layer. A case is right where each command ends as it does on the undamaged folder, with the same files, or with exit
 code 1 and one line. In `--repair` of the cases, `verify --repair` has to bring back the undamaged folder.
 """
 
@@ -35,7 +34,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "fit": ("fit-heads", "--loss", "mse", "--seed", "1", "--folds", "2", "--features", "test_resnet@32 ??????"),
     "fit-trained": ("fit-heads", "--features", "*pretrain*,*finetune*", "--solver", "trained"),
     "blend": ("blend", "--method", "uniform"),
-    "compare": ("compare", "--features", "layers", "--of", "test_resnet@32 ??????", "--folds", "2", "--candidates", "2"),
+    "compare": stages.STAGES["compare"],
     "predict": ("predict", "{inputs}/photos", "--out", "predicted.zarr"),
     "extract": ("extract", *stages.NETWORK, "--layers", "layer3", "--workers", "1"),
     "scores": ("scores", "--json"),
@@ -138,7 +137,7 @@ def main() -> int:
         for case in range(given.n):
             room.restore(room.after(whole))
             how, path = damage(rng, work)
-            what = f"{how} {path.relative_to(work)}"
+            what, own = f"{how} {path.relative_to(work)}", f"work/{path.relative_to(work)}"
             counts["cases"] += 1
             counts[how] += 1
             looked = room.run("extract", arguments=("verify",))
@@ -155,7 +154,7 @@ def main() -> int:
                     broken.append(f"{what}: {name}: traceback: {ended.last}")
                 elif ended.said:
                     counts["refused"] += 1
-                elif ended.code == 0 and _same(made, right, path, work) and answer(name, ended) == answer(name, expected):
+                elif ended.code == 0 and _same(made, right, own) and answer(name, ended) == answer(name, expected):
                     counts["the same answer"] += 1
                 elif ended.code == 0 and "left out" in ended.err:
                     counts["left out, and said"] += 1
@@ -176,9 +175,8 @@ def main() -> int:
     return 1 if broken else 0
 
 
-def _same(made: Mapping[str, str], right: Mapping[str, str], path: Path, work: Path) -> bool:
-    """Whether a command made the files that it should; the damaged file may be made again."""
-    own = f"work/{path.relative_to(work)}"
+def _same(made: Mapping[str, str], right: Mapping[str, str], own: str) -> bool:
+    """Whether a command made the files that it should; the damaged file, `own`, may be made again."""
     return all(made.get(name) == digest for name, digest in right.items() if name != own)
 
 

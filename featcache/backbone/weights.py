@@ -1,7 +1,6 @@
 """Where the weights of a network come from: timm's hub, a package, a file, or random numbers."""
 
 import difflib
-import pickle
 import re
 import urllib.error
 import urllib.request
@@ -14,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import timm
 import timm.models
 import torch
@@ -134,6 +132,8 @@ def _refused_weights(name: str, path: Path) -> Iterator[None]:
     """Raise BackboneError for what timm and torch say of a weights file."""
     try:
         yield
+    except BackboneError:
+        raise
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
         if "weights_only" in str(error):
             raise BackboneError(
@@ -148,7 +148,7 @@ def _refused_weights(name: str, path: Path) -> Iterator[None]:
             found=f"others in {path} ({_mismatch(error)})",
             remedy="name the backbone that they belong to",
         ) from error
-    except (OSError, EOFError, ValueError, LookupError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+    except Exception as error:  # readers of broken files raise anything
         raise BackboneError(
             "--weights",
             expected="a .safetensors or .pth file",

@@ -8,6 +8,7 @@ import numpy as np
 from featcache.dataset.digests import DigestIndex
 from featcache.dataset.subject import Fault, Subject
 from featcache.errors import DataError
+from featcache.formats.npy import open_npy
 from featcache.machine.documents import DocumentError, read_document, write_document
 from featcache.machine.progress import say
 from featcache.workdir import Workdir
@@ -23,7 +24,7 @@ def response_fault(path: Path) -> Fault | None:
 
 def _look(path: Path) -> tuple[Fault | None, int]:
     """The first fault of a file of responses, (n_images, n_vertices), and its number of constant vertices."""
-    responses = np.load(path, mmap_mode="r")
+    responses = open_npy(path)
     step = max(1, int(_BLOCK_BYTES // (responses.dtype.itemsize * max(responses.shape[1], 1))))
     constant = np.full(responses.shape[1], True)
     for start in range(0, len(responses), step):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import DataError
+from featcache.formats.npy import open_npy
 from featcache.formats.volumes import Grid
 from featcache.machine.files import file_checksum
 
@@ -178,8 +179,7 @@ class Subject:
                 raise DataError(
                     path, expected="the responses that were imported", found="others", remedy="run 'import' again"
                 )
-        responses: np.ndarray = np.load(path, mmap_mode="r")
-        return responses
+        return open_npy(path)
 
     @property
     def image_ids(self) -> np.ndarray:

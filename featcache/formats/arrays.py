@@ -1,6 +1,7 @@
 """Arrays of many file formats, opened without being read: rows come from the disk when they are asked for."""
 
 import csv
+import io
 import math
 import os
 import zipfile
@@ -13,9 +14,13 @@ import numpy as np
 from featcache.errors import DataError
 from featcache.formats.files import reading, regular_file
 from featcache.formats.hdf5 import open_hdf5, open_mat
-from featcache.formats.lazy import KINDS, NUMERIC, Array, Place, chosen, in_memory, of_numpy
-from featcache.formats.tables import delimiter_of
+from featcache.formats.lazy import NUMERIC, Array, Place, chosen, in_memory, of_numpy, refuse_large_chunks
+from featcache.formats.npy import open_npy
+from featcache.formats.tables import delimiter_of, rows_of_parquet
 from featcache.machine.extra import needed
+from featcache.machine.progress import size_of
+
+_MOST_HEADER = 1 << 17  # bytes of a .npy file's header: twice what NumPy reads
 
 
 def open_array(place: Place | Path | str) -> Array:
@@ -76,7 +81,7 @@ def _only(place: Place) -> None:
 
 def _open_npy(place: Place) -> Array:
     _only(place)
-    return of_numpy(place, np.lib.format.open_memmap(place.path, mode="r"))  # np.load would also open a pickle
+    return of_numpy(place, open_npy(place.path))
 
 
 def _open_npz(place: Place) -> Array:
@@ -87,14 +92,13 @@ def _open_npz(place: Place) -> Array:
         (shape, fortran, dtype, start), member, place = headers[name], members[name], Place(place.path, name)
         if dtype.hasobject:
             raise ValueError(f"{name} is a pickle, which is not opened")
+        n_bytes = dtype.itemsize * math.prod(map(int, shape))
+        if n_bytes > member.file_size - start:
+            raise ValueError(f"{name} is said to be {size_of(n_bytes)}, in {member.file_size} bytes")
         if member.compress_type == zipfile.ZIP_STORED and 0 not in shape:
             offset = _content_of(place.path, member) + start
             return of_numpy(place, np.memmap(place.path, dtype, "r", offset, shape, "F" if fortran else "C"))
-        in_memory(
-            place,
-            dtype.itemsize * math.prod(map(int, shape)),
-            "a .npy file",
-        )
+        in_memory(place, n_bytes, "a .npy file")
         with archive.open(member) as file:
             return of_numpy(place, np.lib.format.read_array(file, allow_pickle=False))
 
@@ -105,11 +109,12 @@ def is_npy(member: zipfile.ZipInfo) -> bool:
 
 def npy_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """Shape, Fortran order, dtype and length of the header of a .npy file in an archive."""
-    with archive.open(member) as file:
-        old = np.lib.format.read_magic(file) == (1, 0)
-        read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-        return shape, fortran, dtype, file.tell()
+    with archive.open(member) as opened:
+        file = io.BytesIO(opened.read(_MOST_HEADER))  # a header may say that it is 4 GB long
+    old = np.lib.format.read_magic(file) == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    return shape, fortran, dtype, file.tell()
 
 
 def _content_of(path: Path, member: zipfile.ZipInfo) -> int:
@@ -132,6 +137,7 @@ def _open_zarr(place: Place) -> Array:
             named = Place(place.path, place.array.strip("/"))
             name = chosen(named, sorted(arrays), lambda name: arrays[name].dtype.kind in NUMERIC)
             place, node = Place(place.path, name), arrays[name]
+        refuse_large_chunks(place, node.chunks, node.dtype)
         return Array(place, node.shape, node.dtype, lambda key: np.asarray(node[key]), node.chunks)
 
 
@@ -192,16 +198,18 @@ def _open_parquet(place: Place) -> Array:
     _only(place)
     parquet = needed("pyarrow.parquet", "Parquet files")
     file = parquet.ParquetFile(place.path)
-    in_memory(place, 8 * file.metadata.num_rows * file.metadata.num_columns, "a .npy file")
+    for column in file.schema_arrow:  # texts may be many times as large in memory as in the file
+        if not _is_numeric(column.type):
+            raise ValueError(f"column {column.name} is of {column.type}, and not of numbers")
+    in_memory(place, 8 * rows_of_parquet(file) * file.metadata.num_columns, "a .npy file")
     table = file.read()
-    columns = [_parquet_column(name, table.column(name).to_numpy()) for name in table.column_names]
-    return of_numpy(place, np.stack(columns, axis=1))
+    return of_numpy(place, np.stack([column.to_numpy().astype(np.float64) for column in table.columns], axis=1))
 
 
-def _parquet_column(name: str, values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind not in NUMERIC:
-        raise ValueError(f"column {name} is of {KINDS.get(values.dtype.kind, 'another kind of value')}")
-    return values.astype(np.float64)
+def _is_numeric(kind: Any) -> bool:
+    types = needed("pyarrow.types", "Parquet files")
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind))
 
 
 _OPENERS: dict[str, tuple[str, Callable[[Place], Array]]] = {

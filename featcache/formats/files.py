@@ -1,11 +1,15 @@
 """What every reader needs: regular files alone are opened, and what a library says of a broken one is one line."""
 
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from featcache.errors import DataError, FeatcacheError, first_line
+
+MOST_INFLATED = 1032  # times the size of its compressed data that zlib's data can have
+_AT_ONCE = 1 << 20
 
 
 def regular_file(path: Path) -> Path:
@@ -28,12 +32,21 @@ def regular_file(path: Path) -> Path:
 def reading(where: object, what: str) -> Iterator[None]:
     """Whatever a library raises on a broken file, raised as DataError with the first line of its message.
 
+    A header that lies may ask for more memory than there is, which is a DataError, too.
+
     what : what was to be read, as a message names it: 'an HDF5 file'
     """
     try:
         yield
-    except (FeatcacheError, MemoryError):
+    except FeatcacheError:
         raise
+    except MemoryError as error:
+        raise DataError(
+            where,
+            expected=f"{what} that fits into memory",
+            found=f"one that asks for more than there is ({first_line(error)})",
+            remedy="free memory, or copy the file again if it is smaller than that",
+        ) from error
     except Exception as error:  # parsers of broken files raise anything: zlib.error, IndexError, kinds of their own
         raise DataError(
             where,
@@ -41,3 +54,18 @@ def reading(where: object, what: str) -> Iterator[None]:
             found=f"one that cannot ({first_line(error)})",
             remedy="copy it again, or write it again with the program that made it",
         ) from error
+
+
+def inflates_beyond(pieces: Iterable[bytes], most: int) -> bool:
+    """Whether zlib's compressed data, in pieces, becomes more than so many bytes; no more than 1 MB is held.
+
+    Raises zlib.error for data that is broken before that.
+    """
+    inflate, n_bytes = zlib.decompressobj(), 0
+    for piece in pieces:
+        while piece:
+            n_bytes += len(inflate.decompress(piece, _AT_ONCE))
+            if n_bytes > most:
+                return True
+            piece = inflate.unconsumed_tail
+    return False

@@ -20,6 +20,7 @@ _Read = Callable[[Slices], np.ndarray]
 
 NUMERIC = "fiub"  # kinds of dtype: float, integer, unsigned, bool
 _BLOCK = 32 * 2**20  # bytes read at once: above it no file is read faster, and a result is built within it
+_SURELY_FREE = 64 * 2**20  # bytes up to which nobody asks how much memory is free
 _NEAR = 256 * 2**10  # bytes between two wanted rows that are read along, as one read is cheaper than two
 KINDS = {
     "f": "numbers",
@@ -97,8 +98,10 @@ class Array:
             raise TypeError(f"slices without a step, {self.ndim} at most; got {key!r}")
         full = keys + (slice(None),) * (self.ndim - len(keys))
         starts = [one.indices(n)[:2] for one, n in zip(full, self.shape, strict=True)]
+        spans = tuple(slice(start, max(start, stop)) for start, stop in starts)
+        refuse_too_large(self.place, self.dtype.itemsize * math.prod(one.stop - one.start for one in spans))
         with reading(self.place, "an array"):
-            return self._read(tuple(slice(start, max(start, stop)) for start, stop in starts))
+            return self._read(spans)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype=dtype)
@@ -188,6 +191,7 @@ def rows_of(array: Array | np.ndarray, rows: np.ndarray) -> np.ndarray:
     """
     rows = np.asarray(rows, dtype=np.int64)
     _refuse_strange_rows(array, rows)
+    refuse_too_large(getattr(array, "place", "array"), 4 * len(rows) * math.prod(array.shape[1:]))
     result = np.empty((len(rows), *array.shape[1:]), dtype=np.float32)
     order = np.argsort(rows, kind="stable")
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which callers refuse
@@ -281,6 +285,23 @@ def in_memory(place: Place, n_bytes: int, instead: str) -> None:
             found=size_of(n_bytes),
             remedy=f"save it as {instead}, which is read row by row",
         )
+
+
+def refuse_too_large(where: object, n_bytes: int) -> None:
+    """Raise DataError where values that are about to be read take more than the free memory."""
+    if n_bytes > _SURELY_FREE and n_bytes > free_memory():
+        raise DataError(
+            where,
+            expected="values that fit into memory",
+            found=size_of(n_bytes),
+            remedy="free memory, or copy the file again if it is smaller than that",
+        )
+
+
+def refuse_large_chunks(place: Place, chunks: Sequence[int] | None, dtype: np.dtype) -> None:
+    """Raise DataError where one chunk of a file, which is read as a whole, takes more than half of free memory."""
+    if chunks is not None:
+        in_memory(place, dtype.itemsize * math.prod(map(int, chunks)), "an array of smaller chunks")
 
 
 def chosen(place: Place, names: Sequence[str], numeric: Callable[[str], bool]) -> str:

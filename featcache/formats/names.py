@@ -3,11 +3,10 @@
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from featcache.formats.arrays import is_npy, is_zarr, npy_header
 from featcache.formats.files import reading, regular_file
-from featcache.formats.hdf5 import MATLAB_NUMBERS
+from featcache.formats.hdf5 import MATLAB_NUMBERS, hdf5_datasets
 from featcache.formats.lazy import NUMERIC
 from featcache.machine.extra import needed
 
@@ -51,15 +50,8 @@ def _list_safetensors(path: Path) -> list[str]:
 
 def _list_hdf5(path: Path) -> list[str]:
     h5py = needed("h5py", "HDF5 files")
-    names: list[str] = []
-
-    def visit(name: str, node: Any) -> None:
-        if isinstance(node, h5py.Dataset) and node.dtype.kind in NUMERIC and not name.startswith("#"):
-            names.append(name)
-
     with h5py.File(path, "r") as file:
-        file.visititems(visit)
-    return names
+        return [name for name, one in hdf5_datasets(file, h5py).items() if one.dtype.kind in NUMERIC]
 
 
 def _list_mat(path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from featcache.machine.extra import needed
 
 _DELIMITERS = ",;\t"
 _N_COLUMNS_SHOWN = 20
+_CELL = 60  # bytes of a Python text in a tuple
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ def column_names(path: Path) -> list[str]:
     if suffix == ".parquet":
         with reading(path, "a Parquet file"):
             return list(needed("pyarrow.parquet", "Parquet files").read_schema(path).names)
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+    with reading(path, "a table of text"), open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         line = file.readline(1_000_000)
-    return [name.strip() for name in next(csv.reader([line], delimiter=delimiter_of(path, line)), [])]
+        return [name.strip() for name in next(csv.reader([line], delimiter=delimiter_of(path, line)), [])]
 
 
 def delimiter_of(path: Path, first_line: str) -> str:
@@ -134,12 +135,32 @@ def _refuse_names(path: Path, names: Sequence[str]) -> None:
 def _parquet(path: Path) -> tuple[list[str], list[tuple[str, ...]]]:
     parquet = needed("pyarrow.parquet", "Parquet files")
     with reading(path, "a Parquet file"):
-        table = parquet.ParquetFile(path).read()
-        columns = [
-            tuple(_cell(path, name, value) for value in column.to_pylist())
-            for name, column in zip(table.column_names, table.columns, strict=True)
-        ]
+        file = parquet.ParquetFile(path)
+        groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+        n_cells = rows_of_parquet(file) * file.metadata.num_columns
+        in_memory(Place(path), 10 * sum(group.total_byte_size for group in groups) + _CELL * n_cells, "a .npy file")
+        # of texts that repeat, each is held once, as in the file
+        texts = [one.name for one in file.schema_arrow if str(one.type) in ("string", "large_string")]
+        table = parquet.ParquetFile(path, read_dictionary=texts).read()
+        columns = [_column(path, *column) for column in zip(table.column_names, table.columns, strict=True)]
     return list(table.column_names), columns
+
+
+def rows_of_parquet(file: Any) -> int:
+    """Rows of a Parquet file, by its own count or by those of its groups, whichever is more."""
+    groups = (file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups))
+    return max(int(file.metadata.num_rows), sum(map(int, groups)))
+
+
+def _column(path: Path, name: str, column: Any) -> tuple[str, ...]:
+    cells: list[str] = []
+    for chunk in column.chunks:
+        if not hasattr(chunk, "dictionary"):
+            cells += [_cell(path, name, value) for value in chunk.to_pylist()]
+            continue
+        known = [_cell(path, name, value) for value in chunk.dictionary.to_pylist()]
+        cells += ["" if number is None else known[number] for number in chunk.indices.to_pylist()]
+    return tuple(cells)
 
 
 def _cell(path: Path, column: str, value: Any) -> str:

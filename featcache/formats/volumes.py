@@ -1,7 +1,14 @@
 """Brain volumes and surfaces: responses and ROI labels of NIfTI, MGH, GIFTI and CIFTI files."""
 
+import binascii
+import gzip
+import math
 import os
+import re
+import struct
+import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +16,15 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import DataError
-from featcache.formats.files import reading, regular_file
-from featcache.formats.lazy import Array, Joined, Slices
+from featcache.formats.files import MOST_INFLATED, inflates_beyond, reading, regular_file
+from featcache.formats.lazy import Array, Joined, Place, Slices, in_memory
 from featcache.machine.extra import needed
+from featcache.machine.memory import free_memory
 
 _SAME_PLACE = 1e-3  # mm by which the same voxel of two files may lie apart: affines are rounded in files
 _BLOCK = 32 * 2**20  # bytes of whole volumes, as float64, that are held at once
+_PER_VOXEL = 24  # bytes: its number, its value as float64, and as much again while these are made
+_HEADER = 348  # bytes of a NIfTI-1 file; that of a NIfTI-2 file is longer
 _POINTS, _TRIANGLES = 1008, 1009  # NIfTI's numbers for arrays of coordinates and of triangles
 _ENDINGS = (".nii", ".nii.gz", ".mgh", ".mgz", ".gii")
 
@@ -136,7 +146,7 @@ def _rows(image: _Image, places: np.ndarray) -> Array:
     def read(key: Slices) -> np.ndarray:
         span, columns = key
         result = np.empty((span.stop - span.start, columns.stop - columns.start), dtype=np.float32)
-        n_read = len(result) if image.by_column else max(1, _BLOCK // (8 * int(np.prod(image.shape))))
+        n_read = len(result) if image.by_column else max(1, _BLOCK // (8 * math.prod(image.shape)))
         for start in range(span.start, span.stop, n_read):
             stop = min(start + n_read, span.stop)
             result[start - span.start : stop - span.start] = image.read(slice(start, stop), places[columns])
@@ -165,7 +175,7 @@ def _positions(image: _Image, places: np.ndarray) -> np.ndarray | None:
 
 def _inside(mask: Mask, image: _Image) -> np.ndarray:
     """Places inside the mask, (n_voxels,), as numbers in the file's own order; see `read_volumes`."""
-    order = np.arange(np.prod(image.shape)).reshape(image.shape, order="F").ravel()
+    order = np.arange(math.prod(image.shape)).reshape(image.shape, order="F").ravel()
     if mask is None:
         return order
     if isinstance(mask, np.ndarray):
@@ -237,6 +247,7 @@ def _open(path: Path) -> _Image:
     with reading(path, "a brain volume"):
         if path.suffix.lower() in (".mgh", ".mgz"):
             return _of_voxels(path, _mgh(path, nibabel))
+        _refuse_inflated(path)
         # The open file of a compressed image remembers where it is: the next block needs no reading from the start.
         image = nibabel.load(path, **({"keep_file_open": True} if path.suffix.lower() == ".gz" else {}))
         if isinstance(image, nibabel.GiftiImage):
@@ -244,6 +255,41 @@ def _open(path: Path) -> _Image:
         if isinstance(image, nibabel.Cifti2Image):
             return _of_cifti(path, image)
         return _of_voxels(path, image)
+
+
+def _refuse_inflated(path: Path) -> None:
+    """Raise DataError where what stands before the values, or all of a GIFTI file, takes too much memory.
+
+    nibabel reads it whole, whatever its length. A compressed header may say that 2 GB follow, and have them.
+    """
+    if path.suffix.lower() == ".gii":
+        _refuse_inflated_gifti(path)
+        return
+    if path.suffix.lower() != ".gz":
+        return
+    with gzip.open(path) as file:
+        header = file.read(_HEADER)
+    if len(header) < _HEADER:
+        raise ValueError("its header is cut off")
+    for order in "<>":
+        if struct.unpack_from(f"{order}i", header)[0] == 540:  # NIfTI-2
+            in_memory(Place(path), 2 * struct.unpack_from(f"{order}q", header, 168)[0], "a file without extensions")
+            return
+    for order in "<>":
+        offset = struct.unpack_from(f"{order}f", header, 108)[0]
+        if math.isfinite(offset) and struct.unpack_from(f"{order}i", header)[0] == 348:
+            in_memory(Place(path), 2 * int(offset), "a file without extensions")
+
+
+def _refuse_inflated_gifti(path: Path) -> None:
+    most = free_memory() // 2
+    in_memory(Place(path), 4 * path.stat().st_size, "NIfTI")  # text, and the values beside it
+    if MOST_INFLATED * path.stat().st_size <= most:
+        return
+    for data in re.finditer(rb"<Data>\s*([A-Za-z0-9+/=\s]+?)\s*</Data>", path.read_bytes()):
+        with suppress(binascii.Error, zlib.error):  # of another encoding, or broken: nibabel says so
+            if inflates_beyond([binascii.a2b_base64(data[1])], most):
+                in_memory(Place(path), MOST_INFLATED * len(data[1]), "NIfTI")
 
 
 def _mgh(path: Path, nibabel: Any) -> Any:
@@ -258,10 +304,11 @@ def _of_voxels(path: Path, image: Any) -> _Image:
     """NIfTI or MGH: (x, y, z) or (x, y, z, volume)."""
     _refuse_kind(path, image)
     data, shape = image.dataobj, tuple(map(int, image.shape))
-    if len(shape) not in (3, 4) or 0 in shape:
+    if len(shape) not in (3, 4) or min(shape) < 1:
         raise DataError(
             path, expected="3 axes of voxels and one of volumes", found=f"the shape {shape}", remedy="reshape it"
         )
+    in_memory(Place(path), _PER_VOXEL * math.prod(shape[:3]), "several files of fewer voxels")
     if path.suffix.lower() in (".nii", ".mgh"):
         data[tuple(slice(n - 1, n) for n in shape)]  # the last value: a file that was cut off is found here
 
@@ -291,6 +338,14 @@ def _of_cifti(path: Path, image: Any) -> _Image:
             expected="rows of brain structures (.dscalar.nii, .dtseries.nii or .dlabel.nii)",
             found=f"axes of the kinds {type(rows).__name__} and {type(structures).__name__}",
             remedy="name another file",
+        )
+
+    if image.shape != (len(rows), len(structures)):
+        raise DataError(
+            path,
+            expected=f"{len(rows)} rows of {len(structures)} values, as its axes say",
+            found=f"the shape {image.shape}",
+            remedy="write it again with the program that made it",
         )
 
     def read(span: slice, places: np.ndarray) -> np.ndarray:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from featcache.machine.documents import DocumentError, parse_json
+
 
 def append(path: Path, record: Mapping[str, Any]) -> bool:
     """Add one record; whether it could be written. A journal that cannot be kept fails no command."""
@@ -28,13 +30,15 @@ def append(path: Path, record: Mapping[str, Any]) -> bool:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Every record that is whole, oldest first; none where there is no journal."""
+    if not path.is_file():  # a pipe would wait for ever
+        return []
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
         return []
     records = []
     for line in lines:
-        with suppress(ValueError):  # torn, or not text
-            if isinstance(record := json.loads(line), dict):
+        with suppress(DocumentError):  # torn, or not text
+            if isinstance(record := parse_json(line), dict):
                 records.append(record)
     return records

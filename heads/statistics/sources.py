@@ -120,7 +120,7 @@ def _blends(stored: SubjectModels, work: Path) -> dict[Subject, Scored]:
         nested, members = read_unchanged(
             files.submission, lambda: (load_nested(files.saved_blend), _members(files.blend_weights))
         )
-    except (FeatcacheError, OSError, ValueError, KeyError, TypeError) as error:
+    except (FeatcacheError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         say(f"left out the last blend: {files.submission} cannot be read ({' '.join(str(error).split())})")
         return {}
     found, trainings = {}, Trainings(work)

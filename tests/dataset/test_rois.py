@@ -77,3 +77,21 @@ def test_a_damaged_file_is_refused(tmp_path, content):
     (tmp_path / "m.npy").write_bytes(content)
     with pytest.raises(DataError, match="expected a pickled dict"):
         read_mapping(tmp_path / "m.npy")
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        b"}r\xff\xff\xff\x0f.",  # a place of a memory of 2 GB
+        b"}(" + b"K\x01K\x02\x86q\x01" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(1, 60)) + b"K\x01s.",
+        b"\x8e" + b"\x7f" * 8,  # bytes without end
+        b"(" * 50_000 + b"t" * 50_000 + b".",
+        b"\x8f(K\x01\x90.",
+    ],
+)
+def test_a_pickle_that_takes_memory_or_time_without_end_is_refused(tmp_path, operations):
+    path = write_pickle(tmp_path / "m.npy", 0)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(b"\n", 10) + 1] + b"\x80\x04" + operations)
+    with pytest.raises(DataError, match="nothing in it was run"):
+        read_mapping(path)

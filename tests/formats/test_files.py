@@ -1,11 +1,12 @@
 """Only files are opened, and what a library says of a broken one becomes one line."""
 
 import os
+import zlib
 
 import pytest
 
 from featcache.errors import ConfigError, DataError
-from featcache.formats.files import reading, regular_file
+from featcache.formats.files import MOST_INFLATED, inflates_beyond, reading, regular_file
 
 
 def test_a_file_with_something_in_it_is_taken(tmp_path):
@@ -36,8 +37,22 @@ def test_the_first_line_of_any_error_is_kept():
     assert (error.value.where, error.value.found) == ("a.h5", "one that cannot (first)")
 
 
-@pytest.mark.parametrize("kind", [MemoryError(), ConfigError("x", expected="a", found="b", remedy="c")])
-def test_errors_that_are_not_of_the_file_pass(kind):
-    with pytest.raises(type(kind)) as error, reading("a.h5", "an HDF5 file"):
+def test_errors_that_are_not_of_the_file_pass():
+    kind = ConfigError("x", expected="a", found="b", remedy="c")
+    with pytest.raises(ConfigError) as error, reading("a.h5", "an HDF5 file"):
         raise kind
     assert error.value is kind
+
+
+def test_a_file_that_asks_for_more_memory_than_there_is_is_named():
+    with pytest.raises(DataError) as error, reading("a.h5", "an HDF5 file"):
+        raise MemoryError("9 GB")
+    assert (error.value.where, error.value.expected) == ("a.h5", "an HDF5 file that fits into memory")
+    assert "9 GB" in error.value.found
+
+
+def test_data_that_inflates_is_told_without_being_held():
+    data = zlib.compress(bytes(3_000_000))
+    pieces = [data[:1000], data[1000:]]
+    assert not inflates_beyond(pieces, 3_000_000) and inflates_beyond(pieces, 2_999_999)
+    assert len(data) * MOST_INFLATED > 3_000_000

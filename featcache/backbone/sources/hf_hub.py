@@ -1,8 +1,9 @@
 """Networks in timm's format on the Hugging Face hub: 'hf-hub:owner/name'."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import timm
 import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
@@ -13,7 +14,9 @@ from featcache.backbone.sources.timm import network_of_timm
 from featcache.backbone.weights import RANDOM_SEED, file_or_refuse, load_file_into, refuse_unreachable
 from featcache.config import BackboneConfig
 from featcache.errors import BackboneError, first_line
-from featcache.machine.documents import read_json
+from featcache.machine.documents import read_json, typed
+
+_Classes = Annotated[int, msgspec.Meta(ge=0, le=10_000_000)]
 
 
 def check(config: BackboneConfig) -> None:
@@ -75,11 +78,14 @@ def _description(config: BackboneConfig) -> dict[str, Any]:
     """What the repository says of the network: timm's name of it, its arguments and its transform."""
     file = _file(config, "config.json")
     try:
-        description: dict[str, Any] = read_json(file)
-        if timm.is_model(description["architecture"]):
+        description: dict[str, Any] = typed(read_json(file), dict[str, Any])
+        settings = typed(description.get("pretrained_cfg", {}), dict[str, Any])
+        typed(description.get("model_args") or {}, dict[str, Any])
+        typed([one.get("num_classes") for one in (description, settings)], list[_Classes | None])
+        if timm.is_model(typed(description["architecture"], str)):
             return description
         found = f"the architecture {description['architecture']!r}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         found = f"{file}, which is none ({first_line(error)})"
     raise BackboneError(
         "--backbone",
@@ -107,7 +113,7 @@ def _create(config: BackboneConfig, weights: Path | None = None) -> nn.Module:
             pretrained_cfg_overlay=None if weights is None else {"file": str(weights), "source": None},
             **arguments,
         )
-    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+    except Exception as error:  # what the repository says is handed to the network's own code
         raise BackboneError(
             "--backbone",
             expected=f"weights of {description['architecture']} in {_repository(config)}",

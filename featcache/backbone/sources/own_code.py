@@ -42,6 +42,7 @@ _IMAGENET: Mapping[str, Any] = {
     "crop_pct": 0.875,
     "crop_mode": "center",
 }
+_LARGEST_SIDE = 4096  # pixels of an image as a network reads it
 _SIZES_TRIED = ((640, 480), (300, 400))  # (width, height) of images that an own transform has to bring to one size
 
 
@@ -219,7 +220,7 @@ def _described(given: Mapping[str, Any], file: Path) -> dict[str, Any]:
     unknown = given.keys() - {"size", *_IMAGENET.keys()} - {"input_size"}
     size = given.get("size", _IMAGENET["input_size"][1:])
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
-    if unknown or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+    if unknown or len(sides) != 2 or not all(isinstance(side, int) and 0 < side <= _LARGEST_SIDE for side in sides):
         raise _no_transform(file, f"{sorted(unknown)}" if unknown else f"a size of {size!r}")
     settings = {**_IMAGENET, **{name: value for name, value in given.items() if name != "size"}}
     for name in ("mean", "std"):

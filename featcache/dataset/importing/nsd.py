@@ -44,6 +44,7 @@ _PICTURES = "imgBrick"  # array of nsd_stimuli.hdf5
 # Endings of files of responses, the first that is there is read, and by what their values are divided to be percent of
 # signal change. Integers are 300ths. HDF5 comes first: it has one chunk for each voxel, so that few bytes are read.
 _RESPONSES = {".hdf5": 300, ".nii.gz": 300, ".mgh": 1}
+_LABEL = re.compile("[0-9]{1,9}")
 _SESSION = re.compile(r"(?:(lh|rh)\.)?betas_session(\d+)(\.hdf5|\.nii\.gz|\.mgh)")
 
 
@@ -524,5 +525,5 @@ def _label_names(release: _Release, roi: str) -> dict[int, str]:
     for path in release.names(roi):
         if path.is_file():
             lines = [line.split() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-            return {int(words[0]): words[1] for words in lines if len(words) > 1 and words[0].isdecimal()}
+            return {int(words[0]): words[1] for words in lines if len(words) > 1 and _LABEL.fullmatch(words[0])}
     return {}
