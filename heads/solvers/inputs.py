@@ -7,6 +7,7 @@ it sees only the shape.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,10 @@ from sklearn.utils import validation as sklearn_validation
 from featcache.errors import ArgumentError, ConfigError, some_of
 
 _MIN_IMAGES = 3
+# How many times as much as a quarter of the columns do a column may vary. Columns of real layers are within 6 of it.
+_WIDEST = 16.0
+_NUMBERS_AT_ONCE = 1 << 22  # of features that are float64 at a time
+_CONSTANT = 8  # epsilons of a column's mean: less variation is rounding
 _ORDINARY = 2.0**20  # squares of numbers from 1 / this to this, and sums of them, are far from the ends of float32
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -41,6 +46,7 @@ def features_of(
         with _beyond_is_infinite():
             array = _validate(estimator, features, dtype=np.float32 if small and fits else wanted, **checks)
         return _tensor(array)
+    refuse_not_dense(features, "X")
     _validate(estimator, _shape_of(features), **{_FINITE: False}, **checks)
     return _checked_tensor(features, "X", dtype or _float_of(features.dtype))
 
@@ -52,6 +58,7 @@ def responses_of(estimator: Any, responses: Any, features: torch.Tensor) -> tupl
     """
     checks = {"ensure_2d": False, "input_name": "y", "estimator": estimator}
     if isinstance(responses, torch.Tensor):
+        refuse_not_dense(responses, "y")
         check_array(_shape_of(responses), **{_FINITE: False}, **checks)
         y = _checked_tensor(responses, "y", features.dtype)
     else:
@@ -59,6 +66,34 @@ def responses_of(estimator: Any, responses: Any, features: torch.Tensor) -> tupl
             y = _tensor(check_array(responses, dtype=_NUMPY[features.dtype], **checks))
     check_consistent_length(_shape_of(features), _shape_of(y))
     return y.reshape(len(y), -1).to(features.device), Form.of(responses, one_vertex=y.ndim == 1)
+
+
+def weights_of(estimator: Any, sample_weight: Any, features: torch.Tensor) -> torch.Tensor | None:
+    """(n_images,) weights of images, with a mean of 1 over those above 0; None where all are alike.
+
+    Raises ValueError for weights that are negative, not finite or of another number.
+    """
+    if sample_weight is None:
+        return None
+    if isinstance(sample_weight, torch.Tensor):
+        refuse_not_dense(sample_weight, "sample_weight")
+        sample_weight = sample_weight.detach().cpu().numpy()
+    if isinstance(sample_weight, Number):
+        sample_weight = np.full(len(features), sample_weight)
+    checks = {"ensure_2d": False, "ensure_min_samples": 0, "dtype": np.float64, "input_name": "sample_weight"}
+    values = check_array(sample_weight, estimator=estimator, **checks)
+    n_used = int((values > 0).sum())
+    if values.shape != (len(features),) or (values < 0).any() or n_used < _MIN_IMAGES:
+        raise ArgumentError(
+            "sample_weight",
+            expected=f"({len(features)},) numbers from 0, of which {_MIN_IMAGES} or more are above 0",
+            found=f"shape {values.shape}, {n_used} above 0, {(values < 0).sum()} below, the others zero",
+            remedy="pass a weight for each image",
+        )
+    if (values == values[0]).all():
+        return None
+    values = values / values.max()
+    return torch.as_tensor(values * (n_used / values.sum()), dtype=features.dtype, device=features.device)
 
 
 @dataclass(frozen=True)
@@ -113,9 +148,49 @@ def unit_of(values: torch.Tensor) -> torch.Tensor:
     return torch.where(ordinary, torch.ones_like(largest), torch.ldexp(torch.ones_like(largest), exponents))
 
 
+def column_units(features: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """(n_features,) float64 that columns are divided by, and the power of two among it that all columns share.
+
+    Penalties hang on the mean variance of the columns. One column of much larger numbers than the others, such as a
+    time stamp, would set it alone, and the penalties on offer would then leave nothing of the others. So a column
+    varies `_WIDEST` times as much as a quarter of them do, at most; it is divided by what is beyond. Where no column is
+    beyond, all have the one power of two, which is 1 for ordinary numbers. Columns that vary little are not multiplied:
+    one new image in which such a column is not small would then be predicted by it alone. A column that varies by no
+    more than rounding has infinity: it says nothing.
+    """
+    own = unit_of(features).double()
+    low, high, std, mean = _column_statistics(features, own)
+    noise = (low < high) & (std <= _CONSTANT * torch.finfo(features.dtype).eps * mean.abs())
+    std = (std * own).clamp_max(torch.finfo(torch.float64).max)
+    varying = std[(low < high) & ~noise].sort().values
+    excess = torch.ones_like(std)
+    if len(varying):
+        beyond = (std / (_WIDEST * varying[(len(varying) - 1) // 4])).clamp_min(1)
+        excess = torch.exp2(beyond.log2().ceil())  # a power of two changes no digit
+    largest = (torch.maximum(-low, high) * own / excess).clamp_max(torch.finfo(features.dtype).max)
+    shared = float(unit_of(largest[None].to(features.dtype)).max())
+    return torch.where(noise, torch.inf, excess * shared), shared
+
+
+def _column_statistics(features: torch.Tensor, units: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(n_features,) float64 smallest and largest value, standard deviation and mean of each column, in its unit."""
+    found = []
+    step = max(_NUMBERS_AT_ONCE // max(len(features), 1), 1)
+    for columns, of_columns in zip(features.split(step, 1), units.split(step), strict=True):
+        scaled = columns.double() / of_columns
+        found.append(torch.stack([*scaled.aminmax(dim=0), *torch.std_mean(scaled, 0, correction=0)]))
+    return tuple(torch.cat(found, 1))
+
+
 def in_units(values: torch.Tensor, unit: torch.Tensor | float) -> torch.Tensor:
     """The values divided by their unit; the values themselves if it is 1."""
-    return values if bool(torch.as_tensor(unit == 1).all()) else values / unit
+    if bool(torch.as_tensor(unit == 1).all()):
+        return values
+    if isinstance(unit, torch.Tensor) and unit.dtype != values.dtype:
+        if bool((unit[unit.isfinite()] > torch.finfo(values.dtype).max).any()):
+            return (values.double() / unit).to(values.dtype)
+        unit = unit.to(values.dtype)
+    return values / unit
 
 
 def means_of(features: torch.Tensor) -> torch.Tensor:
@@ -151,6 +226,17 @@ def _out_of_range(name: str, dtype: torch.dtype, found: str) -> ArgumentError:
     kind = str(dtype).removeprefix("torch.")
     remedy = "fit to responses or features in another unit" + (", or to float64 features" if kind == "float32" else "")
     return ArgumentError(name, expected=f"numbers in the range of {kind}", found=found, remedy=remedy)
+
+
+def penalties_in(given: Any) -> tuple[float, ...]:
+    """Penalties as numbers; one number is one penalty. Raises ArgumentError."""
+    try:
+        values = np.asarray(given, dtype=np.float64)
+        if values.ndim < 2 and not isinstance(given, str | Mapping):
+            return tuple(values.ravel().tolist())
+    except (TypeError, ValueError):  # refused by name
+        pass
+    raise ArgumentError("penalties", expected="a number or a list of numbers", found=repr(given), remedy="correct them")
 
 
 def columns_of(
@@ -249,6 +335,7 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 def _checked_tensor(values: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
     """The tensor in another dtype, without gradients. The errors have scikit-learn's words."""
+    refuse_not_dense(values, name)
     if values.is_complex():
         raise ValueError(f"Complex data not supported\n{name}")
     converted = values.detach().to(dtype)
@@ -256,6 +343,20 @@ def _checked_tensor(values: torch.Tensor, name: str, dtype: torch.dtype) -> torc
         kind = "NaN" if torch.isnan(converted).any() else f"infinity or a value too large for {dtype}"
         raise ValueError(f"Input {name} contains {kind}.")
     return converted
+
+
+def refuse_not_dense(values: torch.Tensor, name: str) -> None:
+    """Raise ArgumentError for a tensor that is not a plain array of numbers in memory."""
+    kind = "nested" if values.is_nested else "meta" if values.is_meta else str(values.layout).removeprefix("torch.")
+    kind = "quantized" if values.is_quantized else kind
+    if kind != "strided":
+        remedy = {"meta": "load its values", "nested": "pad it", "quantized": f"pass {name}.dequantize()"}
+        raise ArgumentError(
+            name,
+            expected="a dense tensor",
+            found=f"a {kind} one",
+            remedy=remedy.get(kind, f"pass {name}.to_dense()"),
+        )
 
 
 def _finite(values: torch.Tensor) -> bool:
