@@ -198,7 +198,7 @@ def estimator_cases(tally: Tally, n: int, seed: int) -> None:
         tally.add(f"{name} {np.dtype(dtype).name}, {case}", call)
 
 
-_QUICK = AdamWConfig(epochs=30, batch_size=40)
+_QUICK = AdamWConfig(epochs=40, batch_size=20, learning_rate=0.01)
 HEADS: dict[str, tuple[dict[str, Any], bool]] = {  # settings, and whether on maps
     "ridge": ({"loss": "mse"}, False),
     "ridge on layers": ({"loss": "mse"}, True),

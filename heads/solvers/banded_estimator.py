@@ -13,7 +13,13 @@ from sklearn.utils.validation import check_is_fitted
 from featcache.errors import ArgumentError
 from heads.solvers.banded import Fold, candidates, contributions, fit_bands
 from heads.solvers.estimator import Head, as_float64
-from heads.solvers.inputs import argument_errors, column_units, columns_of, in_units, means_of, penalties_in, rescaled
+from heads.solvers.inputs import (
+    argument_errors,
+    columns_of,
+    penalties_in,
+    rescaled,
+)
+from heads.solvers.units import column_units, in_units, means_of
 
 _BAND_PENALTIES = tuple(10.0 ** (k / 2) for k in range(-8, 11))  # ratios of noise to signal; two a decade
 

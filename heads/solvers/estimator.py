@@ -34,19 +34,16 @@ from heads.modules.linear import LinearMap
 from heads.solvers.banded import by_root, rooted_kernel
 from heads.solvers.inputs import (
     argument_errors,
-    column_units,
     features_of,
     in_range,
-    in_units,
-    means_of,
     penalties_in,
     refuse_not_dense,
     rescaled,
     responses_of,
-    unit_of,
     weights_of,
 )
 from heads.solvers.ridge import centre_kernel, eigenbasis, eigh_of, fit_on_axes, is_exact, penalties_of
+from heads.solvers.units import column_units, in_units, means_of, unit_of
 
 
 class Head(MultiOutputMixin, RegressorMixin, BaseEstimator):

@@ -18,11 +18,6 @@ from sklearn.utils import validation as sklearn_validation
 from featcache.errors import ArgumentError, ConfigError, some_of
 
 _MIN_IMAGES = 3
-# How many times as much as a quarter of the columns do a column may vary. Columns of real layers are within 6 of it.
-_WIDEST = 16.0
-_NUMBERS_AT_ONCE = 1 << 22  # of features that are float64 at a time
-_CONSTANT = 8  # epsilons of a column's mean: less variation is rounding
-_ORDINARY = 2.0**20  # squares of numbers from 1 / this to this, and sums of them, are far from the ends of float32
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -133,70 +128,6 @@ class Form:
             return array
         labels = {"name" if self.one_vertex else "columns": self.columns}
         return self.frame(array, index=features.index if hasattr(features, "iloc") else None, **labels)
-
-
-def unit_of(values: torch.Tensor) -> torch.Tensor:
-    """(n_columns,) powers of two to divide columns by, so that squares do not leave the range of the dtype.
-
-    1 for a column of ordinary numbers, which need no unit. A power of two changes no digit.
-    """
-    low, high = values.aminmax(dim=0)
-    largest = torch.maximum(-low, high)
-    most = int(np.log2(torch.finfo(values.dtype).max)) - 7
-    exponents = (torch.frexp(largest).exponent - 1).clamp(-most, most)
-    ordinary = (largest == 0) | ((largest >= 1 / _ORDINARY) & (largest <= _ORDINARY))
-    return torch.where(ordinary, torch.ones_like(largest), torch.ldexp(torch.ones_like(largest), exponents))
-
-
-def column_units(features: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """(n_features,) float64 that columns are divided by, and the power of two among it that all columns share.
-
-    Penalties hang on the mean variance of the columns. One column of much larger numbers than the others, such as a
-    time stamp, would set it alone, and the penalties on offer would then leave nothing of the others. So a column
-    varies `_WIDEST` times as much as a quarter of them do, at most; it is divided by what is beyond. Where no column is
-    beyond, all have the one power of two, which is 1 for ordinary numbers. Columns that vary little are not multiplied:
-    one new image in which such a column is not small would then be predicted by it alone. A column that varies by no
-    more than rounding has infinity: it says nothing.
-    """
-    own = unit_of(features).double()
-    low, high, std, mean = _column_statistics(features, own)
-    noise = (low < high) & (std <= _CONSTANT * torch.finfo(features.dtype).eps * mean.abs())
-    std = (std * own).clamp_max(torch.finfo(torch.float64).max)
-    varying = std[(low < high) & ~noise].sort().values
-    excess = torch.ones_like(std)
-    if len(varying):
-        beyond = (std / (_WIDEST * varying[(len(varying) - 1) // 4])).clamp_min(1)
-        excess = torch.exp2(beyond.log2().ceil())  # a power of two changes no digit
-    largest = (torch.maximum(-low, high) * own / excess).clamp_max(torch.finfo(features.dtype).max)
-    shared = float(unit_of(largest[None].to(features.dtype)).max())
-    return torch.where(noise, torch.inf, excess * shared), shared
-
-
-def _column_statistics(features: torch.Tensor, units: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(n_features,) float64 smallest and largest value, standard deviation and mean of each column, in its unit."""
-    found = []
-    step = max(_NUMBERS_AT_ONCE // max(len(features), 1), 1)
-    for columns, of_columns in zip(features.split(step, 1), units.split(step), strict=True):
-        scaled = columns.double() / of_columns
-        found.append(torch.stack([*scaled.aminmax(dim=0), *torch.std_mean(scaled, 0, correction=0)]))
-    return tuple(torch.cat(found, 1))
-
-
-def in_units(values: torch.Tensor, unit: torch.Tensor | float) -> torch.Tensor:
-    """The values divided by their unit; the values themselves if it is 1."""
-    if bool(torch.as_tensor(unit == 1).all()):
-        return values
-    if isinstance(unit, torch.Tensor) and unit.dtype != values.dtype:
-        if bool((unit[unit.isfinite()] > torch.finfo(values.dtype).max).any()):
-            return (values.double() / unit).to(values.dtype)
-        unit = unit.to(values.dtype)
-    return values / unit
-
-
-def means_of(features: torch.Tensor) -> torch.Tensor:
-    """(n_features,) means; of a constant column its value, so that nothing of it is left by rounding."""
-    low, high = features.aminmax(dim=0)
-    return torch.where(low == high, low, features.mean(0))
 
 
 def in_range(name: str, values: torch.Tensor) -> torch.Tensor:

@@ -11,16 +11,13 @@ from heads.solvers.estimator import RidgeHead
 from heads.solvers.inputs import (
     Form,
     argument_errors,
-    column_units,
     columns_of,
     features_of,
     in_range,
-    in_units,
-    means_of,
     rescaled,
     responses_of,
-    unit_of,
 )
+from heads.solvers.units import column_units, in_units, means_of, unit_of
 
 VALUES = np.arange(12.0).reshape(4, 3)
 
