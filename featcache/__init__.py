@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 _PUBLIC = {  # {name: where it is, and its name there if that is another}
     "AdamWConfig": "heads.config",
     "BackboneConfig": "featcache.config",
-    "BandedRidge": "heads.solvers.estimator",
+    "BandedRidge": "heads.solvers.banded_estimator",
     "BlendConfig": "heads.config",
     "CompareConfig": "heads.config",
     "CoreConfig": "heads.config",

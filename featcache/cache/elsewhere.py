@@ -33,6 +33,7 @@ _TABLES = (".csv", ".tsv", ".parquet")
 _ID_COLUMNS = ("id", "image_id", "image", "file", "filename", "name")
 _LAYER_NAME = re.compile(r"(?!zarr\.json|committed\.json)[^\W_][\w .+()-]{0,127}")  # it becomes that of a folder
 _BLOCK_BYTES = 64e6
+_SMALLEST = 2.0**-14  # of float16 with all its digits
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,5 +294,13 @@ def _blocks(store: Store, layer: str, array: Any, rows: np.ndarray) -> Iterator[
                 expected=f"finite numbers that {stored.dtype} can hold",
                 found=f"others in row {bad}",
                 remedy="correct or scale them",
+            )
+        largest = float(np.abs(values).max(initial=0))
+        if stored.dtype == np.float16 and 0 < largest < _SMALLEST:
+            raise DataError(
+                f"features {layer}",
+                expected=f"numbers that float16 can hold, some above {_SMALLEST:.0e}",
+                found=f"none above {largest:.1e} from row {wanted[0]} to row {wanted[-1]}",
+                remedy="scale them",
             )
         yield stored

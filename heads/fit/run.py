@@ -26,6 +26,7 @@ from featcache.machine.tensors import Spool, as_float32, write_tensors
 from featcache.workdir import Workdir
 from heads.config import HEADS, FitConfig
 from heads.features.sets import FeatureSet, choose, feature_sets, layer_of, say_partial, say_without
+from heads.fit.ends import refuse_ends
 from heads.fit.known_fits import agree, find_known_fit, take_known_fit
 from heads.fit.names import PredictionFacts, PredictionKey, prediction_key
 from heads.fit.out_of_fold import predict_surface
@@ -276,6 +277,9 @@ def _fit(problem: Problem, labels: Mapping[str, str]) -> Fitted:
         return Fitted(subject.name, key.model, path, weights, False, time.perf_counter() - began)
     refuse_leaks(subject, features, plan)
     known = find_known_fit(problem, key.to_json())
+    if known is None and problem.config.solver_spec.fits:
+        for trainee in problem.trainees or (problem,):
+            refuse_ends(trainee.subject, trainee.features, problem.config.head)
     solver = build_solver(problem) if known is None else None  # what cannot be fitted must not leave a store
     if store is None:
         facts = PredictionFacts(

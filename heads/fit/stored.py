@@ -39,7 +39,7 @@ def float16_suffices(predictions: np.ndarray, n_scored: int, n_together: int) ->
     n_together : as for `type_of`
     """
     n_vertices = predictions.shape[1]
-    shift = torch.from_numpy(predictions[:1].copy())
+    shift = torch.from_numpy(predictions[:1].copy()).double()
     errors, sums, squares = (torch.zeros(n_vertices, dtype=torch.float64) for _ in range(3))
     largest = torch.zeros(n_vertices)
     for start in range(0, len(predictions), _ROWS):
@@ -50,7 +50,7 @@ def float16_suffices(predictions: np.ndarray, n_scored: int, n_together: int) ->
         rows, halves = rows[: max(n_scored - start, 0)], halves[: max(n_scored - start, 0)]
         if len(rows):
             largest = torch.maximum(largest, rows.abs().amax(0))
-            errors += (halves.float() - rows).square_().sum(0)
+            errors += (halves.double() - rows).square_().sum(0)  # in float64: squares leave the range of float32
             rows = rows - shift
             sums += rows.sum(0)
             squares += rows.square_().sum(0)

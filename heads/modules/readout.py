@@ -239,7 +239,8 @@ class SavedHeads:
             values = _in_batches(self._module(key), self._on_device(rows))[:, vertices].cpu()
         if SCALE in parts:
             scale, shift = (self._tensors.read(parts[part], vertices) for part in (SCALE, SHIFT))
-            values = torch.addcmul(shift, values, scale)
+            # in float64: of heads that hardly vary, the product and the shift nearly cancel
+            values = torch.addcmul(shift.double(), values.double(), scale.double()).float()
         return values
 
     def _linear_names(self, parts: Mapping[str, str]) -> list[str]:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from featcache.errors import ConfigError
-from heads.solvers.ridge import VERTEX_BLOCK, centre_kernel, eigh_of, squared_errors
+from heads.solvers.ridge import VERTEX_BLOCK, centre_kernel, eigh_of, squared_errors, weighted_mean
 
 _CONCENTRATIONS = (0.1, 1.0)  # of the random weights, in turn: few bands with most of the weight, and any weights
 
@@ -40,6 +40,7 @@ class BandedFit:
     error : (n_vertices,) mean squared error on the held-out images of the inner folds, in the responses' unit squared
     kernel_means : (n_bands, n_images) mean over training images of each column of the kernels as given
     scales : (n_bands,) mean diagonal of the centred kernels of the training images; 1 for a band that is constant
+    shares : (n_images,) weights of the images in all means, with sum 1; None: all alike
     """
 
     weights: torch.Tensor
@@ -49,13 +50,14 @@ class BandedFit:
     error: torch.Tensor
     kernel_means: torch.Tensor
     scales: torch.Tensor
+    shares: torch.Tensor | None = None
 
     def centred(self, across: torch.Tensor) -> torch.Tensor:
         """Kernels of any images with the training images, centred and scaled as those of the training images.
 
         across : (n_bands, n, n_images), as the kernels given to `fit_bands` were made
         """
-        return centre_kernel(across, self.kernel_means) / self.scales[:, None, None]
+        return centre_kernel(across, self.kernel_means, self.shares) / self.scales[:, None, None]
 
 
 def candidates(n_bands: int, n_random: int, seed: int) -> torch.Tensor:
@@ -85,6 +87,7 @@ def fit_bands(
     weights: torch.Tensor,
     penalties: Sequence[float],
     inner_folds: Sequence[Fold],
+    image_weights: torch.Tensor | None = None,
 ) -> BandedFit:
     """Fit every vertex under the weights and the penalty that predict held-out images best.
 
@@ -97,6 +100,7 @@ def fit_bands(
     penalties : to choose from, above 0, in units of the mean diagonal of the weighted kernels
     inner_folds : rows to fit to and rows held out, of each fold. Rows of one group (such as one picture) must be in one
         of the two. Centring and fit use the rows to fit to alone
+    image_weights : (n_images,) above 0, with a mean of 1, of the squared errors; None: all alike
 
     Raises
     ------
@@ -104,21 +108,23 @@ def fit_bands(
     """
     _check(kernels, responses, weights, penalties, inner_folds)
     n_images, n_vertices = responses.shape
-    kernel_means = kernels.mean(1)
-    centred = centre_kernel(kernels, kernel_means)
-    scales = _scales(centred)
+    shares = None if image_weights is None else image_weights / image_weights.sum()
+    kernel_means = kernels.mean(1) if shares is None else shares @ kernels
+    centred = centre_kernel(kernels, kernel_means, shares)
+    scales = _scales(rooted_kernel(centred, image_weights))
     centred /= scales[:, None, None]
     weights = weights.to(kernels)
     offered = torch.as_tensor(penalties, dtype=kernels.dtype, device=kernels.device)
-    chosen, penalty, error = _choose(centred, responses, weights, offered, inner_folds)
-    mean = responses.mean(0)
+    chosen, penalty, error = _choose(centred, responses, weights, offered, inner_folds, image_weights)
+    mean = weighted_mean(responses, image_weights)
     coefficients = responses.new_zeros(n_images, n_vertices)
     for candidate in chosen.unique().tolist():
-        values, vectors = eigh_of(_mixed(centred, weights[candidate]))
+        values, vectors = eigh_of(rooted_kernel(_mixed(centred, weights[candidate]), image_weights))
+        vectors = by_root(vectors, image_weights)
         for columns in torch.nonzero(chosen == candidate)[:, 0].split(VERTEX_BLOCK):
             rotated = vectors.T @ (responses[:, columns] - mean[columns])
             coefficients[:, columns] = vectors @ (rotated / (values[:, None] + penalty[columns]))
-    return BandedFit(weights[chosen].T, penalty, coefficients, mean, error, kernel_means, scales)
+    return BandedFit(weights[chosen].T, penalty, coefficients, mean, error, kernel_means, scales, shares)
 
 
 def contributions(fit: BandedFit, across: torch.Tensor) -> torch.Tensor:
@@ -138,11 +144,12 @@ def _choose(
     weights: torch.Tensor,
     penalties: torch.Tensor,
     folds: Sequence[Fold],
+    image_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Number of the best candidate, best penalty and least mean squared error of every vertex, each (n_vertices,)."""
     n_vertices, device = responses.shape[1], responses.device
     rows = [tuple(torch.as_tensor(part, device=device) for part in fold) for fold in folds]
-    n_held_out = sum(len(held_out) for _, held_out in folds)
+    n_held_out = sum(len(y) if image_weights is None else float(image_weights[y].sum()) for _, y in rows)
     best = torch.zeros(n_vertices, dtype=torch.long, device=device)
     penalty = penalties.new_zeros(n_vertices)
     least = responses.new_full((n_vertices,), torch.inf)
@@ -150,7 +157,7 @@ def _choose(
         kernel = _mixed(kernels, of_bands)
         errors = responses.new_zeros(len(penalties), n_vertices)
         for train, held_out in rows:
-            _add_errors(errors, kernel, responses, penalties, train, held_out)
+            _add_errors(errors, kernel, responses, penalties, train, held_out, image_weights)
         error, which = (errors / n_held_out).min(0)
         better = error < least
         best[better], penalty[better], least[better] = candidate, penalties[which[better]], error[better]
@@ -164,19 +171,37 @@ def _add_errors(
     penalties: torch.Tensor,
     train: torch.Tensor,
     held_out: torch.Tensor,
+    image_weights: torch.Tensor | None,
 ) -> None:
     """Add the squared errors of one fold, summed over its held-out images. errors : (n_penalties, n_vertices)"""
+    own, others = (None if image_weights is None else image_weights[rows] for rows in (train, held_out))
+    shares = None if own is None else own / own.sum()
     across = kernel[:, train]
-    means = across[train].mean(0)
-    values, vectors = eigh_of(centre_kernel(across[train], means))
+    means = across[train].mean(0) if shares is None else shares @ across[train]
+    values, vectors = eigh_of(rooted_kernel(centre_kernel(across[train], means, shares), own))
     roots = values.sqrt()
-    scores, held_out_scores = vectors * roots, centre_kernel(across[held_out], means) @ (vectors / roots)
+    scores = vectors * roots
+    held_out_scores = by_root(centre_kernel(across[held_out], means, shares), others) @ by_root(vectors / roots, own)
     y, held_out_y = responses[train], responses[held_out]
     for start in range(0, responses.shape[1], VERTEX_BLOCK):
         block = slice(start, start + VERTEX_BLOCK)
-        mean = y[:, block].mean(0)
-        rotated = scores.T @ (y[:, block] - mean)
-        errors[:, block] += squared_errors(values, rotated, penalties, held_out_scores, held_out_y[:, block] - mean)
+        mean = weighted_mean(y[:, block], own)
+        rotated = scores.T @ by_root(y[:, block] - mean, own)
+        target = by_root(held_out_y[:, block] - mean, others)
+        errors[:, block] += squared_errors(values, rotated, penalties, held_out_scores, target)
+
+
+def by_root(rows: torch.Tensor, image_weights: torch.Tensor | None) -> torch.Tensor:
+    """(n_images, n) rows times the roots of their weights, so that a sum of squares is weighted."""
+    return rows if image_weights is None else rows * image_weights.sqrt()[:, None]
+
+
+def rooted_kernel(kernel: torch.Tensor, image_weights: torch.Tensor | None) -> torch.Tensor:
+    """(..., n, n) kernel times the roots of the weights of both images."""
+    if image_weights is None:
+        return kernel
+    roots = image_weights.sqrt()
+    return kernel * roots * roots[:, None]
 
 
 def _mixed(kernels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from featcache.dataset.subject import Subject
 from heads.config import FitConfig
 from heads.features.sets import FeatureSet
 from heads.solvers.held_out import FoldPlan
+from heads.solvers.units import varies
 
 T = TypeVar("T")
 
@@ -163,9 +164,12 @@ class Problem:
 
 
 def mean_and_std(predictions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each vertex over rows, (n_images, n_vertices); 1 where it is constant."""
+    """Mean and standard deviation of each vertex over rows, (n_images, n_vertices); 1 where it is constant.
+
+    A head is constant too where it varies by no more than rounding: scaled up, that would be noise.
+    """
     std, mean = torch.std_mean(predictions, 0, correction=0)
-    return mean, torch.where(std > 0, std, torch.ones_like(std))
+    return mean, torch.where(varies(std, mean), std, torch.ones_like(std))
 
 
 def piece_of(predictions: torch.Tensor, rows: np.ndarray, train_rows: np.ndarray) -> Piece:

@@ -18,6 +18,7 @@ from heads.solvers.base import Block, Fits, FoldFit, Problem, mean_and_std, piec
 from heads.solvers.held_out import FoldPlan, Split
 from heads.solvers.linear import FoldHeads, LinearPredictions
 from heads.solvers.memory import Sizes, announce_whole, whole_bytes
+from heads.solvers.units import to_train_on, varies
 
 # The first gradients of a correlation loss are the largest; with torch's 0.999 they would count for 1,000 steps.
 _BETAS = (0.9, 0.95)
@@ -70,7 +71,8 @@ class GradientSolver:
         loss = weighted_sum(self._config.terms)
         if hasattr(head, "unaveraged"):
             loss = head.outputs.averaged(loss, weighted_sum(self._config.roi_terms))
-        task = Task(standardised, block.responses, split.train_rows, split.choice_rows, block.noise_ceiling)
+        responses = to_train_on(block.responses, split.train_rows)
+        task = Task(standardised, responses, split.train_rows, split.choice_rows, block.noise_ceiling)
         best = train_head(head, [task], loss, self._config.adamw)
         return [self._unstandardised(head, mean, scale, features, split, block.responses) for head in best]
 
@@ -233,7 +235,9 @@ def calibration(predictions: torch.Tensor, responses: torch.Tensor) -> tuple[tor
     centred = predictions - predictions.mean(0)
     variance = centred.square().sum(0)
     covariance = (centred * (responses - responses.mean(0))).sum(0)
-    slope = (covariance / torch.where(variance > 0, variance, 1)).clamp_min(0)
+    # of a head that never changes but for rounding, nothing is known
+    known = varies((variance / len(predictions)).sqrt(), predictions.mean(0))
+    slope = torch.where(known, covariance / torch.where(variance > 0, variance, 1), 0).clamp_min(0)
     return slope, responses.mean(0) - slope * predictions.mean(0)
 
 
@@ -247,6 +251,6 @@ def _score(head: Any, features: Any, responses: torch.Tensor, noise_ceiling: np.
 
 
 def _standardisation(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each feature; 1 for a feature that never changes."""
+    """Mean and standard deviation of each feature; infinite for one that varies by no more than rounding."""
     scale, mean = torch.std_mean(features, 0)
-    return mean, torch.where(scale > 0, scale, torch.ones_like(scale))
+    return mean, torch.where((scale == 0) | varies(scale, mean), torch.where(scale > 0, scale, 1), torch.inf)

@@ -7,6 +7,7 @@ it sees only the shape.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from sklearn.utils import validation as sklearn_validation
 from featcache.errors import ArgumentError, ConfigError, some_of
 
 _MIN_IMAGES = 3
-_ORDINARY = 2.0**20  # squares of numbers from 1 / this to this, and sums of them, are far from the ends of float32
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -41,6 +41,7 @@ def features_of(
         with _beyond_is_infinite():
             array = _validate(estimator, features, dtype=np.float32 if small and fits else wanted, **checks)
         return _tensor(array)
+    refuse_not_dense(features, "X")
     _validate(estimator, _shape_of(features), **{_FINITE: False}, **checks)
     return _checked_tensor(features, "X", dtype or _float_of(features.dtype))
 
@@ -52,6 +53,7 @@ def responses_of(estimator: Any, responses: Any, features: torch.Tensor) -> tupl
     """
     checks = {"ensure_2d": False, "input_name": "y", "estimator": estimator}
     if isinstance(responses, torch.Tensor):
+        refuse_not_dense(responses, "y")
         check_array(_shape_of(responses), **{_FINITE: False}, **checks)
         y = _checked_tensor(responses, "y", features.dtype)
     else:
@@ -59,6 +61,34 @@ def responses_of(estimator: Any, responses: Any, features: torch.Tensor) -> tupl
             y = _tensor(check_array(responses, dtype=_NUMPY[features.dtype], **checks))
     check_consistent_length(_shape_of(features), _shape_of(y))
     return y.reshape(len(y), -1).to(features.device), Form.of(responses, one_vertex=y.ndim == 1)
+
+
+def weights_of(estimator: Any, sample_weight: Any, features: torch.Tensor) -> torch.Tensor | None:
+    """(n_images,) weights of images, with a mean of 1 over those above 0; None where all are alike.
+
+    Raises ValueError for weights that are negative, not finite or of another number.
+    """
+    if sample_weight is None:
+        return None
+    if isinstance(sample_weight, torch.Tensor):
+        refuse_not_dense(sample_weight, "sample_weight")
+        sample_weight = sample_weight.detach().cpu().numpy()
+    if isinstance(sample_weight, Number):
+        sample_weight = np.full(len(features), sample_weight)
+    checks = {"ensure_2d": False, "ensure_min_samples": 0, "dtype": np.float64, "input_name": "sample_weight"}
+    values = check_array(sample_weight, estimator=estimator, **checks)
+    n_used = int((values > 0).sum())
+    if values.shape != (len(features),) or (values < 0).any() or n_used < _MIN_IMAGES:
+        raise ArgumentError(
+            "sample_weight",
+            expected=f"({len(features)},) numbers from 0, of which {_MIN_IMAGES} or more are above 0",
+            found=f"shape {values.shape}, {n_used} above 0, {(values < 0).sum()} below, the others zero",
+            remedy="pass a weight for each image",
+        )
+    if (values == values[0]).all():
+        return None
+    values = values / values.max()
+    return torch.as_tensor(values * (n_used / values.sum()), dtype=features.dtype, device=features.device)
 
 
 @dataclass(frozen=True)
@@ -100,30 +130,6 @@ class Form:
         return self.frame(array, index=features.index if hasattr(features, "iloc") else None, **labels)
 
 
-def unit_of(values: torch.Tensor) -> torch.Tensor:
-    """(n_columns,) powers of two to divide columns by, so that squares do not leave the range of the dtype.
-
-    1 for a column of ordinary numbers, which need no unit. A power of two changes no digit.
-    """
-    low, high = values.aminmax(dim=0)
-    largest = torch.maximum(-low, high)
-    most = int(np.log2(torch.finfo(values.dtype).max)) - 7
-    exponents = (torch.frexp(largest).exponent - 1).clamp(-most, most)
-    ordinary = (largest == 0) | ((largest >= 1 / _ORDINARY) & (largest <= _ORDINARY))
-    return torch.where(ordinary, torch.ones_like(largest), torch.ldexp(torch.ones_like(largest), exponents))
-
-
-def in_units(values: torch.Tensor, unit: torch.Tensor | float) -> torch.Tensor:
-    """The values divided by their unit; the values themselves if it is 1."""
-    return values if bool(torch.as_tensor(unit == 1).all()) else values / unit
-
-
-def means_of(features: torch.Tensor) -> torch.Tensor:
-    """(n_features,) means; of a constant column its value, so that nothing of it is left by rounding."""
-    low, high = features.aminmax(dim=0)
-    return torch.where(low == high, low, features.mean(0))
-
-
 def in_range(name: str, values: torch.Tensor) -> torch.Tensor:
     """The values, if all are numbers of their dtype. Raises ArgumentError."""
     if not _finite(values):
@@ -151,6 +157,17 @@ def _out_of_range(name: str, dtype: torch.dtype, found: str) -> ArgumentError:
     kind = str(dtype).removeprefix("torch.")
     remedy = "fit to responses or features in another unit" + (", or to float64 features" if kind == "float32" else "")
     return ArgumentError(name, expected=f"numbers in the range of {kind}", found=found, remedy=remedy)
+
+
+def penalties_in(given: Any) -> tuple[float, ...]:
+    """Penalties as numbers; one number is one penalty. Raises ArgumentError."""
+    try:
+        values = np.asarray(given, dtype=np.float64)
+        if values.ndim < 2 and not isinstance(given, str | Mapping):
+            return tuple(values.ravel().tolist())
+    except (TypeError, ValueError):  # refused by name
+        pass
+    raise ArgumentError("penalties", expected="a number or a list of numbers", found=repr(given), remedy="correct them")
 
 
 def columns_of(
@@ -249,6 +266,7 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 def _checked_tensor(values: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
     """The tensor in another dtype, without gradients. The errors have scikit-learn's words."""
+    refuse_not_dense(values, name)
     if values.is_complex():
         raise ValueError(f"Complex data not supported\n{name}")
     converted = values.detach().to(dtype)
@@ -256,6 +274,20 @@ def _checked_tensor(values: torch.Tensor, name: str, dtype: torch.dtype) -> torc
         kind = "NaN" if torch.isnan(converted).any() else f"infinity or a value too large for {dtype}"
         raise ValueError(f"Input {name} contains {kind}.")
     return converted
+
+
+def refuse_not_dense(values: torch.Tensor, name: str) -> None:
+    """Raise ArgumentError for a tensor that is not a plain array of numbers in memory."""
+    kind = "nested" if values.is_nested else "meta" if values.is_meta else str(values.layout).removeprefix("torch.")
+    kind = "quantized" if values.is_quantized else kind
+    if kind != "strided":
+        remedy = {"meta": "load its values", "nested": "pad it", "quantized": f"pass {name}.dequantize()"}
+        raise ArgumentError(
+            name,
+            expected="a dense tensor",
+            found=f"a {kind} one",
+            remedy=remedy.get(kind, f"pass {name}.to_dense()"),
+        )
 
 
 def _finite(values: torch.Tensor) -> bool:

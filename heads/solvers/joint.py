@@ -26,6 +26,7 @@ from heads.solvers.gradient import Task, fold_fit, train_head
 from heads.solvers.held_out import FoldPlan, Split, clean_parts
 from heads.solvers.memory import FEATURE_SHARE, announce, spatial_bytes
 from heads.solvers.trained import predict
+from heads.solvers.units import to_train_on
 
 Statistics = dict[str, tuple[torch.Tensor, torch.Tensor]]  # {array: (mean, variance) of each channel}
 
@@ -138,6 +139,7 @@ class JointTraining:
         ceilings = [ceiling for ceiling in subject.noise_ceiling.values() if ceiling is not None]
         ceiling = np.concatenate(ceilings) if len(ceilings) == len(surfaces) else None
         responses = torch.from_numpy(np.concatenate(surfaces, 1)).to(self.device)
+        responses = to_train_on(responses, split.train_rows)
         return Task(self.trainees[number].fold_rows(k), responses, split.train_rows, split.choice_rows, ceiling)
 
     def _refuse_leaks(self, tasks: Sequence[Task], k: int) -> None:

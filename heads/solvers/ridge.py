@@ -19,7 +19,7 @@ Golub, Heath and Wahba 1979, https://doi.org/10.1080/00401706.1979.10489751
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -81,15 +81,25 @@ def penalties_of(values: torch.Tensor, multiples: Sequence[float]) -> torch.Tens
     return torch.as_tensor(multiples, dtype=values.dtype, device=values.device) * scale
 
 
-def eigenbasis(features: torch.Tensor) -> Eigenbasis:
-    """Axes of (n_images, n_features) rows, from the smaller of the two Gram matrices."""
+def eigenbasis(features: torch.Tensor, image_weights: torch.Tensor | None = None) -> Eigenbasis:
+    """Axes of (n_images, n_features) rows, from the smaller of the two Gram matrices.
+
+    image_weights : (n_images,) with a mean of 1; the axes are those of the centred rows times their roots
+    """
     n_images, n_features = features.shape
-    mean = features.mean(0)
+    mean = weighted_mean(features, image_weights)
     centred = features - mean
+    if image_weights is not None:
+        centred *= image_weights.sqrt()[:, None]
     if n_images > n_features:
         return eigenbasis_of_gram(centred.T @ centred, mean, n_images)
     values, left = eigh_of(centred @ centred.T)
     return Eigenbasis(n_images, mean, values, left / values.sqrt(), centred)
+
+
+def weighted_mean(values: torch.Tensor, image_weights: torch.Tensor | None) -> torch.Tensor:
+    """(n_columns,) mean over images. image_weights : (n_images,); None: all alike"""
+    return values.mean(0) if image_weights is None else (image_weights / image_weights.sum()) @ values
 
 
 def eigenbasis_of_gram(gram: torch.Tensor, mean: torch.Tensor, n_images: int) -> Eigenbasis:
@@ -97,15 +107,20 @@ def eigenbasis_of_gram(gram: torch.Tensor, mean: torch.Tensor, n_images: int) ->
     return Eigenbasis(n_images, mean, *eigh_of(gram))
 
 
-def centre_kernel(across: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+def centre_kernel(across: torch.Tensor, means: torch.Tensor, shares: torch.Tensor | None = None) -> torch.Tensor:
     """(..., n, n_train) kernels of any images with the training images, as if the features were centred over these.
 
     across : (..., n, n_train) kernels of the features as they are
     means : (..., n_train) mean over the training images of each column of their kernel
+    shares : (n_train,) weights of the training images in means, with sum 1; None: all alike
     """
-    centred = across - across.mean(-1, keepdim=True)
+    if shares is None:
+        rows, whole = across.mean(-1), means.mean(-1)
+    else:
+        rows, whole = across @ shares, means @ shares
+    centred = across - rows[..., None]
     centred -= means[..., None, :]
-    centred += means.mean(-1)[..., None, None]
+    centred += whole[..., None, None]
     return centred
 
 
@@ -152,14 +167,15 @@ def penalty_errors(
     rotated: torch.Tensor,
     response_squares: torch.Tensor,
     penalties: torch.Tensor,
-    rows: tuple[torch.Tensor, torch.Tensor] | None,
+    rows: tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
 ) -> torch.Tensor:
     """(n_penalties, n_vertices) mean squared leave-one-out error, exact or generalised.
 
     values : (rank,) eigenvalues of X'X
     rotated : (rank, n_vertices) U'X'Y
     response_squares : (n_vertices,) squares of the centred responses, summed over images
-    rows : scores XU (n_images, rank) and centred responses (n_images, n_vertices) for the exact one; None: generalised
+    rows : scores XU (n_images, rank) and centred responses (n_images, n_vertices) for the exact one, and weights of
+        images, if both were multiplied by their roots; None: generalised
     """
     shrinkage = values / (values + penalties[:, None])  # (n_penalties, rank)
     freedom = (shrinkage.sum(1) + 1) / n_images  # the intercept is one degree of freedom
@@ -195,12 +211,20 @@ def _gcv_errors(
 
 
 def _loo_errors(
-    values: torch.Tensor, rotated: torch.Tensor, shrinkage: torch.Tensor, scores: torch.Tensor, responses: torch.Tensor
+    values: torch.Tensor,
+    rotated: torch.Tensor,
+    shrinkage: torch.Tensor,
+    scores: torch.Tensor,
+    responses: torch.Tensor,
+    image_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(n_penalties, n_vertices) mean over images of ((y - h y) / (1 - h_ii))^2."""
     left = scores / values.sqrt()  # left singular vectors
     target = rotated / values.sqrt()[:, None]
-    one_minus_leverage = (1 - 1 / len(scores) - left.square() @ shrinkage.T).clamp_min(1e-6)  # (n_images, n_penalties)
+    of_intercept: Any = 1 / len(scores)
+    if image_weights is not None:
+        of_intercept = (image_weights / image_weights.sum())[:, None]
+    one_minus_leverage = (1 - of_intercept - left.square() @ shrinkage.T).clamp_min(1e-6)  # (n_images, n_penalties)
     n_at_once = max(MAX_NUMBERS_AT_ONCE // max(responses.numel(), 1), 1)
     errors = []
     for shrinkages, divisors in zip(shrinkage.split(n_at_once), one_minus_leverage.split(n_at_once, 1), strict=True):
@@ -300,23 +324,32 @@ class AxesFit(NamedTuple):
 
 
 def fit_on_axes(
-    values: torch.Tensor, scores: torch.Tensor, responses: torch.Tensor, offered: torch.Tensor, *, exact: bool
+    values: torch.Tensor,
+    scores: torch.Tensor,
+    responses: torch.Tensor,
+    offered: torch.Tensor,
+    *,
+    exact: bool,
+    image_weights: torch.Tensor | None = None,
 ) -> AxesFit:
     """Give each vertex the penalty with the least leave-one-out error, exact or generalised, and fit it.
 
     values, scores : (rank,) eigenvalues, and (n_images, rank) scores of the images on their axes
     responses : (n_images, n_vertices), not centred
     offered : (n_penalties,) penalties to choose from, in the units of the eigenvalues
+    image_weights : (n_images,) with a mean of 1, by whose roots the scores were multiplied
     """
     n_images, n_vertices = responses.shape
     mean, penalties = responses.new_empty(2, n_vertices)
     on_axes = responses.new_empty(len(values), n_vertices)
     for start in range(0, n_vertices, VERTEX_BLOCK):
         block = slice(start, start + VERTEX_BLOCK)
-        mean[block] = responses[:, block].mean(0)
+        mean[block] = weighted_mean(responses[:, block], image_weights)
         centred = responses[:, block] - mean[block]
+        if image_weights is not None:
+            centred *= image_weights.sqrt()[:, None]
         rotated = scores.T @ centred
-        rows = (scores, centred) if exact else None
+        rows = (scores, centred, image_weights) if exact else None
         errors = penalty_errors(values, n_images, rotated, sum_of_squares(centred), offered, rows)
         penalties[block] = offered[errors.argmin(0)]
         torch.div(rotated, values[:, None] + penalties[block], out=on_axes[:, block])

@@ -1,6 +1,6 @@
 """Ridge heads in closed form on all folds but one, for each fold in turn, with a penalty per vertex."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -19,6 +19,7 @@ from heads.solvers.ridge import (
     maps_of_penalties,
     penalty_errors,
 )
+from heads.solvers.units import column_units, in_units
 
 
 def build(problem: Problem) -> Solver:
@@ -26,11 +27,41 @@ def build(problem: Problem) -> Solver:
     if problem.features.is_layered:
         return build_layered(problem)
     features = [rows.dense() for rows in problem.features.read(problem.device, 0)]
+    # of features alone, in powers of two, and 1 unless a column varies 16 times as much as others: no choice of a fold
+    units = [column_units(x[: problem.plan.n_train])[0] for x in features]
+    features = [in_units(x, of_store) for x, of_store in zip(features, units, strict=True)]
+    solver: Solver
     if problem.plan.backbone_trained:
         announce_whole(problem, features[0].shape[1], "closed form")
-        return TrainedBackboneRidge(features, problem.plan, problem.config.ridge)
-    block = choose_block(problem, features[0].shape[1])
-    return RidgeFolds(features[0], problem.plan, problem.config.ridge, vertex_block=block)
+        solver = TrainedBackboneRidge(features, problem.plan, problem.config.ridge)
+    else:
+        block = choose_block(problem, features[0].shape[1])
+        solver = RidgeFolds(features[0], problem.plan, problem.config.ridge, vertex_block=block)
+    if all(bool((of_store == 1).all()) for of_store in units):
+        return solver
+    return _OfStored(solver, dict(zip(problem.plan.prefixes, units, strict=True)))
+
+
+class _OfStored:
+    """A solver whose features are in units, and which saves weights on the features as they are stored.
+
+    units : {prefix of saved heads: (n_features,)}
+    """
+
+    def __init__(self, solver: Solver, units: Mapping[str, torch.Tensor]) -> None:
+        self._solver, self._units = solver, units
+        self.vertex_block = solver.vertex_block
+
+    def memory(self, n_vertices: int) -> float:
+        return self._solver.memory(n_vertices)
+
+    def fit(self, block: Block) -> Fits:
+        fits = self._solver.fit(block)
+        saved = {
+            (prefix, part): (values.double() / self._units[prefix][:, None]).float() if part == "weights" else values
+            for (prefix, part), values in fits.saved.items()
+        }
+        return fits._replace(saved=saved)
 
 
 class RidgeFolds:

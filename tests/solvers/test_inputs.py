@@ -14,12 +14,10 @@ from heads.solvers.inputs import (
     columns_of,
     features_of,
     in_range,
-    in_units,
-    means_of,
     rescaled,
     responses_of,
-    unit_of,
 )
+from heads.solvers.units import column_units, in_units, means_of, unit_of
 
 VALUES = np.arange(12.0).reshape(4, 3)
 
@@ -148,3 +146,21 @@ def test_names_need_a_data_frame():
 def test_settings_are_refused_as_value_errors():
     with pytest.raises(ValueError, match="here: expected 1; found 2; correct it"), argument_errors():
         raise ConfigError("here", expected=1, found=2, remedy="correct it")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_columns_far_beyond_the_others_are_divided_by_powers_of_two(dtype):
+    x = torch.randn(200, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    units, shared = column_units(x)
+    assert shared == 1 and (units == 1).all()
+    x[:, 0] *= 1e30
+    x[:, 1] = 1000 + x[:, 1] * 1000 * torch.finfo(dtype).eps  # of rounding
+    x[:, 2] = 7.3
+    units, shared = column_units(x)
+    assert shared == 1 and (units[2:] == 1).all() and torch.isinf(units[1])
+    np.testing.assert_array_equal(np.log2(units.numpy()[[0]]) % 1, 0)
+    scaled = in_units(x, units)
+    assert scaled.dtype == dtype and 6 < scaled[:, 0].std() < 20 and not scaled[:, 1].any()
+    assert torch.equal(scaled[:, 2:], x[:, 2:])
+    small, shared = column_units(x * 1e-33 if dtype == torch.float32 else x * 1e-300)
+    assert shared < 1e-30 and small[3] == shared

@@ -16,6 +16,7 @@ import torch
 from featcache.machine.threads import side_by_side
 from heads.features.rows import LayerRows
 from heads.solvers.layers.priors import Prior, depths_of
+from heads.solvers.units import widest_of
 
 _MAX_DUAL_NUMBERS = 1 << 23  # in the dual weights of the places that are multiplied at once
 _PRODUCT_NUMBERS, _LEAST_ROWS = 1 << 23, 64  # in the inner products of single places at a time, and images at least
@@ -192,10 +193,13 @@ def _stds(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
     """(n_channels,) standard deviations; infinite for a channel that is constant: it says nothing at any scale.
 
     A channel that hardly varies among these images may vary a lot in an image that is held out. Scaled to unit
-    variance, it would decide that image's predictions alone. So its variance counts as FLOOR of the mean over channels.
+    variance, it would decide that image's predictions alone. So its variance counts as FLOOR of the mean over channels,
+    to which a channel of much larger numbers than the others (see WIDEST) adds no more than the widest may.
     """
     varies = variance > _CONSTANT * mean.square().mean(0)
-    return torch.where(varies, variance.clamp_min(FLOOR * variance.mean()), torch.inf).sqrt()
+    widest = widest_of(torch.where(varies, variance, 0.0).sqrt())
+    typical = variance if widest is None else variance.clamp_max(widest.square())
+    return torch.where(varies, variance.clamp_min(FLOOR * typical.mean()), torch.inf).sqrt()
 
 
 def _blur_matrix(grid: tuple[int, int]) -> torch.Tensor:
