@@ -1,7 +1,7 @@
 """Backbones: networks that read images. What is asked of one, and those that are torch modules, of whatever source."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, Self
@@ -14,7 +14,8 @@ from torch import nn
 from featcache.backbone.extent import TIMM_SETTINGS
 from featcache.backbone.fuse import fuse_batch_norms
 from featcache.backbone.hooks import device_of, find_layers
-from featcache.backbone.sources.table import Network, OwnTransform, source_of
+from featcache.backbone.sizes import refused_layers, refused_size, without_numbers
+from featcache.backbone.sources.table import Network, OwnTransform, check_backbone, source_of
 from featcache.backbone.taps import TIMM, Reader, Taps, choose_taps, map_shapes, read_together
 from featcache.backbone.weights import weights_digest
 from featcache.config import DEFAULT_FIT, BackboneConfig, LayerConfig
@@ -168,13 +169,15 @@ class TorchBackbone:
 
     def taps(self, config: LayerConfig) -> Taps:
         """What these settings mean for this network at its size. Raises ConfigError (see `choose_taps`)."""
-        with self._takes_its_size():
-            return choose_taps(self.model, config, self.transform_settings["input_size"], self.reader)
+        size = self.transform_settings["input_size"]
+        with layers_or_refuse(self.name, self.model, size, self.reader):
+            return choose_taps(self.model, config, size, self.reader)
 
     def shapes(self, taps: Taps) -> dict[str, tuple[int, ...]]:
         """{array: shape of a row}, from one empty image. Raises BackboneError if the network cannot take its size."""
-        with self._takes_its_size(), torch.inference_mode():
-            outputs = self.read(torch.zeros(1, *self.transform_settings["input_size"], device=self._device), taps)
+        size = self.transform_settings["input_size"]
+        with refused_size(self.name, size[-1]), torch.inference_mode():
+            outputs = self.read(torch.zeros(1, *size, device=self._device), taps)
         return {name: tuple(rows.shape[1:]) for name, rows in outputs.items()}
 
     def optimised(self, taps: Taps) -> Self:
@@ -222,9 +225,6 @@ class TorchBackbone:
     @property
     def _device(self) -> torch.device:
         return device_of(self.model)
-
-    def _takes_its_size(self) -> AbstractContextManager[None]:
-        return refused_size(self.name, self.transform_settings["input_size"][-1])
 
 
 def _run_filled(
@@ -299,35 +299,41 @@ def reader_of(network: Network, config: BackboneConfig, size: Sequence[int]) -> 
         return find_layers(network.model, size, network.layers)
 
 
-@contextmanager
-def refused_size(name: str, size: object) -> Iterator[None]:
-    """Raise BackboneError for what a network says of images of a size that it cannot take."""
-    try:
-        yield
-    except NotImplementedError:  # an operation that has no form without numbers, on a network without weights
-        raise
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-        raise BackboneError(
-            "--size",
-            expected=f"a size that {name} can take",
-            found=f"{size} ({first_line(error)[:120]})",
-            remedy="choose another, such as the default",
-        ) from error
-
-
 def described_layers(config: BackboneConfig) -> dict[str, tuple[int, int, int]]:
-    """{layer: (n_channels, height, width)} of a network by name, without weights or arithmetic where it is possible."""
-    try:
-        return _described(config, "meta")
-    except NotImplementedError:  # some operation of the network has to compute something
-        return _described(config, "cpu")
+    """{layer: (n_channels, height, width)} of a network by name, without weights or arithmetic where it is possible.
+
+    Raises BackboneError as `extract` does: for a name that is none, and for layers that cannot be read at the size.
+    """
+    check_backbone(config)
+    return without_numbers(lambda device: _described(config, device), config.size is None)
 
 
 def _described(config: BackboneConfig, device: str) -> dict[str, tuple[int, int, int]]:
-    network = source_of(config).outline(config, device)
-    size = settings_of(network, config)["input_size"]
-    model = network.model.eval()
-    return map_shapes(model, size, reader_of(network, config, size))
+    model, settings, reader = outlined(config, device)
+    size = settings["input_size"]
+    with layers_or_refuse(config.resolved_name, model, size, reader):
+        return map_shapes(model, size, reader)
+
+
+def outlined(config: BackboneConfig, device: str) -> tuple[nn.Module, dict[str, Any], Reader]:
+    """A network for its shapes alone, the settings of its transform and what reads its layers. Raises BackboneError.
+
+    device : where it is, if it can be there
+    """
+    with refused_size(config.resolved_name, config.size or "its own"):
+        network = source_of(config).outline(config, device)
+    model, settings = network.model.eval(), settings_of(network, config)
+    return model, settings, reader_of(network, config, settings["input_size"])
+
+
+def layers_or_refuse(name: str, model: nn.Module, size: Sequence[int], reader: Reader) -> AbstractContextManager[None]:
+    """Raise BackboneError where a network takes no images of (3, height, width), or its layers cannot be read there."""
+
+    def whole() -> None:
+        with torch.inference_mode():
+            reader.pooled(model, torch.zeros(1, *size, device=device_of(model)))
+
+    return refused_layers(name, size[-1], whole)
 
 
 def _of_timm(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,14 +76,27 @@ def _create(config: BackboneConfig, pretrained: bool = False, **overlay: Any) ->
     It is built with the classifier that the weights have, and loses it afterwards: asked for a network without one,
     timm's loader is no longer strict and takes the file of any other network without a word.
     """
-    model: nn.Module = timm.create_model(
+    model = timm.create_model(
         config.resolved_name,
         pretrained=pretrained or bool(overlay),
         pretrained_cfg_overlay=overlay or None,
         **fixed_size(config),
     )
-    model.reset_classifier(0)  # type: ignore[operator]
-    return model
+    return without_classifier(model, config.resolved_name)
+
+
+def without_classifier(model: Any, name: str) -> nn.Module:
+    """A network of timm after it lost its classifier. Raises BackboneError for one that gives no vector of an image."""
+    if not hasattr(model, "reset_classifier"):
+        raise BackboneError(
+            "--backbone",
+            expected="a network that gives one vector of each image",
+            found=f"{name}, a part of larger ones that gives none",
+            remedy="name the network that classifies with it, if timm has one, or another",
+        )
+    model.reset_classifier(0)
+    network: nn.Module = model
+    return network
 
 
 def fixed_size(config: BackboneConfig) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def feature_key(source: Source, config: ExtractConfig, images: ImageList) -> Fea
         dtype=config.dtype,
         fold=source.fold,
         fused=backbone.fused,
-        code=backbone.code,
+        code={**backbone.code, **taps.code},
     )
 
 

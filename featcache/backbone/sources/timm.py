@@ -7,10 +7,10 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
+from featcache.backbone.sizes import refused_size
 from featcache.backbone.sources.table import Network
-from featcache.backbone.weights import build_network, fixed_size, refuse_unknown, refuse_unpackaged
+from featcache.backbone.weights import build_network, fixed_size, refuse_unknown, refuse_unpackaged, without_classifier
 from featcache.config import BackboneConfig
-from featcache.errors import BackboneError, first_line
 
 
 def check(config: BackboneConfig) -> None:
@@ -23,15 +23,8 @@ def check(config: BackboneConfig) -> None:
 def load(config: BackboneConfig) -> Network:
     """The network without its classifier. Raises BackboneError, which names what else can be done."""
     refuse_unknown(config.resolved_name)
-    try:
+    with refused_size(config.resolved_name, config.size or "its own"):
         model, origin = build_network(config)
-    except AssertionError as error:
-        raise BackboneError(
-            "--size",
-            expected=f"one that {config.resolved_name} can take",
-            found=f"{config.size} ({first_line(error)})",
-            remedy="choose another",
-        ) from error
     return network_of_timm(model, origin)
 
 
@@ -39,9 +32,8 @@ def outline(config: BackboneConfig, device: str) -> Network:
     """The network without its classifier and with no weights of use."""
     check(config)
     with torch.device(device):
-        model: Any = timm.create_model(config.resolved_name, **fixed_size(config)).eval()
-        model.reset_classifier(0)
-    return network_of_timm(model, "")
+        model = timm.create_model(config.resolved_name, **fixed_size(config))
+    return network_of_timm(without_classifier(model, config.resolved_name), "")
 
 
 def network_of_timm(model: nn.Module, origin: str) -> Network:
