@@ -11,10 +11,10 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import nn
 
-from featcache.backbone.extent import TIMM_SETTINGS
+from featcache.backbone.extent import TIMM_SETTINGS, in_words
 from featcache.backbone.fuse import fuse_batch_norms
 from featcache.backbone.hooks import device_of, find_layers
-from featcache.backbone.sizes import refused_layers, refused_size, without_numbers
+from featcache.backbone.sizes import refused_layers, refused_size, unread_pixels, without_numbers
 from featcache.backbone.sources.table import Network, OwnTransform, check_backbone, source_of
 from featcache.backbone.taps import TIMM, Reader, Taps, choose_taps, map_shapes, read_together
 from featcache.backbone.weights import weights_digest
@@ -42,6 +42,14 @@ class Backbone(Protocol):
     @property
     def origin(self) -> str:
         """Where its weights came from, in words."""
+
+    @property
+    def reads(self) -> str:
+        """How an image becomes its input, whose transform that is, and which pixels it leaves out, in words."""
+
+    @property
+    def other_tags(self) -> str:
+        """What is said where its weights may be of another name, which has another transform; '' for nothing."""
 
     @property
     def code(self) -> Mapping[str, str]:
@@ -100,6 +108,7 @@ class TorchBackbone:
     origin : where the weights came from, in words
     reader : how its layers are read
     code : what decides the rows besides timm, weights and transform, {name: version or digest}
+    reads, other_tags : what is said of its transform; see `Backbone`
     fused : whether batch norms are part of the convolutions before them; the digest is of the weights as they were
     run : reads some taps of the module for a batch of images
     """
@@ -113,6 +122,8 @@ class TorchBackbone:
     reader: Reader = TIMM
     code: Mapping[str, str] = field(default_factory=dict)
     memory_format: torch.memory_format = torch.channels_last
+    reads: str = ""
+    other_tags: str = ""
     fused: bool = False
     run: Run = read_together
     _scales: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
@@ -263,7 +274,33 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> TorchBackbone:
         reader,
         network.code,
         network.memory_format,
+        _in_words(network, settings, model),
+        network.other_tags,
     )
+
+
+def _in_words(network: Network, settings: Mapping[str, Any], model: nn.Module) -> str:
+    """What `Backbone.reads` says."""
+    words = f"images of {in_words(settings)}"
+    if network.transform_origin and "own" not in settings:
+        words += f", {network.transform_origin}"
+    _, *sides = settings["input_size"]
+    rows, columns = unread_pixels(model, settings["input_size"])
+    if rows or columns:
+        words += f"; it does not read the last {rows} rows and {columns} columns of pixels"
+        if sides[0] == sides[1] and rows == columns:
+            words += f", and reads all of --size {sides[0] - rows}"
+    return words
+
+
+def say_how_it_reads(backbone: Backbone, trained: bool) -> None:
+    """Say how images become the input of a network, and what to do if its weights were read in another way.
+
+    trained : its weights are of a checkpoint, which knows the name of its network
+    """
+    say(f"{backbone.name}: {backbone.reads}")
+    if backbone.other_tags and not trained:
+        say(f"{backbone.name}: {backbone.other_tags}")
 
 
 def settings_of(network: Network, config: BackboneConfig) -> dict[str, Any]:

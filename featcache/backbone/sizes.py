@@ -115,7 +115,9 @@ def unread_pixels(model: nn.Module, size: Sequence[int]) -> tuple[int, int]:
             seen.append(module)
         raise _ReadError
 
-    with_weights = [one for one in model.modules() if any(True for _ in one.parameters(recurse=False))]
+    # a module that is made of others may have weights too, such as tokens, and is no operation
+    single = [one for one in model.modules() if not any(True for _ in one.children())]
+    with_weights = [one for one in single if any(True for _ in one.parameters())]
     hooks = [one.register_forward_pre_hook(keep) for one in with_weights]
     try:
         with torch.inference_mode():

@@ -17,7 +17,7 @@ import torch
 
 from featcache.backbone.checkpoint import prune_backbone
 from featcache.backbone.extent import TIMM_SETTINGS, fit_of
-from featcache.backbone.network import Backbone
+from featcache.backbone.network import Backbone, say_how_it_reads
 from featcache.backbone.taps import Taps
 from featcache.cache.forward import BeyondFloat16Error, Rows, as_stored, start_rows
 from featcache.cache.keys import FeatureFacts, FeatureKey
@@ -79,6 +79,7 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path | str
     for number, (checkpoint, served) in enumerate(choices):
         source = load_source(checkpoint, config, device)
         if number == 0:  # the others have rows of the same size, unless their backbones differ
+            say_how_it_reads(source.backbone, checkpoint is not None)
             _announce(source, [subject for _, its_subjects in choices for subject in its_subjects], work)
         with matrix_products(config.dtype):
             fitting = _fitting(source, config)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from featcache.backbone.network import described_layers
+from featcache.backbone.network import described_layers, load_backbone
 from featcache.backbone.outline import outline
-from featcache.backbone.sizes import without_numbers
+from featcache.backbone.sizes import unread_pixels, without_numbers
 from featcache.cache.sources import load_source
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
 from featcache.errors import BackboneError
@@ -97,3 +97,36 @@ def test_a_look_up_is_tried_with_numbers_and_nothing_else_is():
         return torch.ones(2, device=device) + 1
 
     assert without_numbers(add, own_size=False).is_meta and devices == ["meta"]
+
+
+@pytest.mark.parametrize(
+    ("network", "size"),
+    [
+        (nn.Conv2d(3, 4, 16, 16), (3, 100, 112)),  # patches
+        (nn.Conv2d(3, 4, 3, 2), (3, 64, 65)),
+        (nn.Conv2d(3, 4, 7, 2, 3), (3, 100, 100)),
+        (nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 4, 4)), (3, 30, 32)),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2)), (3, 8, 8)),
+    ],
+)
+def test_pixels_that_nothing_depends_on_are_counted(network, size):
+    """Against outputs on images in which one row or column after the other is changed."""
+    image = torch.randn(1, *size)
+
+    def matters(*place):
+        changed = image.clone()
+        changed[place] += 1
+        return not torch.equal(network(changed), network(image))
+
+    with torch.no_grad():
+        rows = [matters(..., row, slice(None)) for row in range(size[1])]
+        columns = [matters(..., slice(None), column) for column in range(size[2])]
+    expected = tuple(len(seen) - 1 - max(k for k, one in enumerate(seen) if one) for seen in (rows, columns))
+    assert unread_pixels(network, size) == expected
+
+
+@pytest.mark.parametrize(("size", "left_out"), [(100, 4), (112, 0)])
+def test_a_transformer_says_which_pixels_it_leaves_out(size, left_out):
+    reads = load_backbone(BackboneConfig(name="deit_tiny_patch16_224", weights="none", size=size)).reads
+    said = "does not read the last 4 rows and 4 columns of pixels, and reads all of --size 96"
+    assert (said in reads) == bool(left_out) and f"images of {size} px" in reads

@@ -38,21 +38,28 @@ def load(config: BackboneConfig) -> Network:
             return network_of_timm(
                 without_classifier(_create(config, file), config.resolved_name),
                 f"weights of {_repository(config)} on the hub",
+                _whose(config),
             )
         case "none":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(RANDOM_SEED)
-                return network_of_timm(without_classifier(_create(config), config.resolved_name), "random weights")
+                return network_of_timm(
+                    without_classifier(_create(config), config.resolved_name), "random weights", _whose(config)
+                )
         case path:
             model = without_classifier(_create(config), config.resolved_name)
             load_file_into(model, Path(path), config.label, spare=_classifiers(model))
-            return network_of_timm(model, f"file {Path(path).name}")
+            return network_of_timm(model, f"file {Path(path).name}", _whose(config))
 
 
 def outline(config: BackboneConfig, device: str) -> Network:
     """The network without its classifier and with no weights of use."""
     with torch.device(device):
         return network_of_timm(without_classifier(_create(config), config.resolved_name), "")
+
+
+def _whose(config: BackboneConfig) -> str:
+    return f"as {_repository(config)} has it in its config.json"
 
 
 def _repository(config: BackboneConfig) -> str:
