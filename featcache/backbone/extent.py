@@ -26,6 +26,17 @@ def size_of(transform: Mapping[str, Any]) -> int | None:
     return int(transform["input_size"][-1]) if transform else None
 
 
+def in_words(transform: Mapping[str, Any]) -> str:
+    """What a transform does with an image, on one line."""
+    _, height, width = transform["input_size"]
+    size = f"{width} px" if height == width else f"{width} x {height} px"
+    if "own" in transform:
+        return f"{size} by its own function, {transform['own']}"
+    scaled = {"crop": f"crop {transform['crop_pct']:g}", "whole": "the whole image", "pad": "the whole image, padded"}
+    mean, std = (" ".join(f"{value:g}" for value in transform[name]) for name in ("mean", "std"))
+    return f"{size}, {scaled[fit_of(transform)]}, {transform['interpolation']}, mean {mean}, std {std}"
+
+
 @dataclass(frozen=True)
 class Extent:
     """The part of an image that a network sees, as parts of the image's width (left, right) and height (top, bottom).

@@ -2,7 +2,8 @@
 
 What an output is, is told by its shape on two images: (n, channels, height, width) and (n, height, width, channels) are
 maps; (n, tokens, channels) and (tokens, n, channels) are maps too, behind up to 8 tokens that belong to no place, the
-first of which is taken for the class token; (n, channels) is a map of one place.
+first of which is taken for the class token, unless the network names registers among its parameters and no class token;
+(n, channels) is a map of one place.
 
 Where nobody names layers they are chosen so. Parts are the outermost submodules that are made of others. Of a network
 whose parts differ in resolution they are the last part of each, which is where a stage ends. Of one with a single
@@ -11,10 +12,11 @@ one without parts they are the last convolution, norm or the like at each resolu
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -24,6 +26,10 @@ from torch import nn
 from featcache.errors import BackboneError, some_of
 
 _MOST_PREFIX_TOKENS = 8
+# In the key of features of networks that have registers and no class token. Earlier versions kept the first register of
+# some of them as a class token: their features have that array, and are not these.
+REGISTERS = {"tokens": "registers"}
+_REGISTERS = re.compile(r"(reg|register|storage)(_?tokens?|s)?")
 _PROBES = 2  # images of the pass that finds the layers: two, so that their axis is told from others
 
 
@@ -33,6 +39,7 @@ class Layout:
 
     axes : numbers of the axes of images, then places (none, one of tokens, or height and width), then channels
     n_prefix : tokens before those of places
+    has_class : whether the first of these is a class token
     grid : (height, width) of the places
     """
 
@@ -40,6 +47,7 @@ class Layout:
     n_prefix: int
     grid: tuple[int, int]
     n_channels: int
+    has_class: bool = True
 
     def split(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The map, (n_images, n_channels, height, width), and the class token, (n_images, n_channels), or None."""
@@ -48,7 +56,7 @@ class Layout:
             return values.permute(0, 3, 1, 2), None
         tokens = values[:, None] if len(self.axes) == 2 else values
         places = tokens[:, self.n_prefix :].transpose(1, 2).unflatten(2, self.grid)
-        return places, tokens[:, 0] if self.n_prefix else None
+        return places, tokens[:, 0] if self.n_prefix and self.has_class else None
 
     def vector(self, output: torch.Tensor) -> torch.Tensor:
         """(n_images, n_channels): the output itself, its class token, or the mean over its places."""
@@ -112,6 +120,10 @@ class HookReader:
     def others(self, model: nn.Module) -> list[str]:
         """All layers that may be named, in the order in which they run."""
         return [name for name in self.layouts if name]
+
+    def code(self, model: nn.Module) -> dict[str, str]:
+        """What keys say of registers that are no class token."""
+        return dict(REGISTERS) if any(one.n_prefix and not one.has_class for one in self.layouts.values()) else {}
 
     def forward(
         self, model: nn.Module, images: torch.Tensor, layers: Sequence[str], pooled: bool
@@ -217,7 +229,14 @@ def _probe(model: nn.Module, size: Sequence[int]) -> dict[str, Layout]:
     with torch.inference_mode(), _hooked(model, [name for name, _ in model.named_modules()], keep):
         model(torch.zeros(_PROBES, *size, device=device_of(model)))
     layouts = {name: layout_of(shape, size) for name, shape in shapes.items() if runs[name] == 1}
-    return {name: layout for name, layout in layouts.items() if layout is not None}
+    has_class = not _has_registers_alone(model)
+    return {name: replace(layout, has_class=has_class) for name, layout in layouts.items() if layout is not None}
+
+
+def _has_registers_alone(model: nn.Module) -> bool:
+    """Whether a network has parameters that are registers by their name, and none that is a class token."""
+    names = [name.rpartition(".")[2] for name, _ in model.named_parameters()]
+    return any(map(_REGISTERS.fullmatch, names)) and not any("cls" in name or "class" in name for name in names)
 
 
 def _choose(model: nn.Module, layouts: Mapping[str, Layout]) -> list[str]:

@@ -1,7 +1,7 @@
 """Backbones: networks that read images. What is asked of one, and those that are torch modules, of whatever source."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, Self
@@ -11,10 +11,11 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import nn
 
-from featcache.backbone.extent import TIMM_SETTINGS
+from featcache.backbone.extent import TIMM_SETTINGS, in_words
 from featcache.backbone.fuse import fuse_batch_norms
 from featcache.backbone.hooks import device_of, find_layers
-from featcache.backbone.sources.table import Network, OwnTransform, source_of
+from featcache.backbone.sizes import refused_layers, refused_size, unread_pixels, without_numbers
+from featcache.backbone.sources.table import Network, OwnTransform, check_backbone, source_of
 from featcache.backbone.taps import TIMM, Reader, Taps, choose_taps, map_shapes, read_together
 from featcache.backbone.weights import weights_digest
 from featcache.config import DEFAULT_FIT, BackboneConfig, LayerConfig
@@ -41,6 +42,14 @@ class Backbone(Protocol):
     @property
     def origin(self) -> str:
         """Where its weights came from, in words."""
+
+    @property
+    def reads(self) -> str:
+        """How an image becomes its input, whose transform that is, and which pixels it leaves out, in words."""
+
+    @property
+    def other_tags(self) -> str:
+        """What is said where its weights may be of another name, which has another transform; '' for nothing."""
 
     @property
     def code(self) -> Mapping[str, str]:
@@ -99,6 +108,7 @@ class TorchBackbone:
     origin : where the weights came from, in words
     reader : how its layers are read
     code : what decides the rows besides timm, weights and transform, {name: version or digest}
+    reads, other_tags : what is said of its transform; see `Backbone`
     fused : whether batch norms are part of the convolutions before them; the digest is of the weights as they were
     run : reads some taps of the module for a batch of images
     """
@@ -112,6 +122,8 @@ class TorchBackbone:
     reader: Reader = TIMM
     code: Mapping[str, str] = field(default_factory=dict)
     memory_format: torch.memory_format = torch.channels_last
+    reads: str = ""
+    other_tags: str = ""
     fused: bool = False
     run: Run = read_together
     _scales: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
@@ -168,13 +180,15 @@ class TorchBackbone:
 
     def taps(self, config: LayerConfig) -> Taps:
         """What these settings mean for this network at its size. Raises ConfigError (see `choose_taps`)."""
-        with self._takes_its_size():
-            return choose_taps(self.model, config, self.transform_settings["input_size"], self.reader)
+        size = self.transform_settings["input_size"]
+        with layers_or_refuse(self.name, self.model, size, self.reader):
+            return choose_taps(self.model, config, size, self.reader)
 
     def shapes(self, taps: Taps) -> dict[str, tuple[int, ...]]:
         """{array: shape of a row}, from one empty image. Raises BackboneError if the network cannot take its size."""
-        with self._takes_its_size(), torch.inference_mode():
-            outputs = self.read(torch.zeros(1, *self.transform_settings["input_size"], device=self._device), taps)
+        size = self.transform_settings["input_size"]
+        with refused_size(self.name, size[-1]), torch.inference_mode():
+            outputs = self.read(torch.zeros(1, *size, device=self._device), taps)
         return {name: tuple(rows.shape[1:]) for name, rows in outputs.items()}
 
     def optimised(self, taps: Taps) -> Self:
@@ -223,9 +237,6 @@ class TorchBackbone:
     def _device(self) -> torch.device:
         return device_of(self.model)
 
-    def _takes_its_size(self) -> AbstractContextManager[None]:
-        return refused_size(self.name, self.transform_settings["input_size"][-1])
-
 
 def _run_filled(
     run: Run, batch_size: int, model: nn.Module, images: torch.Tensor, taps: Sequence[Taps]
@@ -263,7 +274,33 @@ def load_backbone(config: BackboneConfig, device: str = "cpu") -> TorchBackbone:
         reader,
         network.code,
         network.memory_format,
+        _in_words(network, settings, model),
+        network.other_tags,
     )
+
+
+def _in_words(network: Network, settings: Mapping[str, Any], model: nn.Module) -> str:
+    """What `Backbone.reads` says."""
+    words = f"images of {in_words(settings)}"
+    if network.transform_origin and "own" not in settings:
+        words += f", {network.transform_origin}"
+    _, *sides = settings["input_size"]
+    rows, columns = unread_pixels(model, settings["input_size"])
+    if rows or columns:
+        words += f"; it does not read the last {rows} rows and {columns} columns of pixels"
+        if sides[0] == sides[1] and rows == columns:
+            words += f", and reads all of --size {sides[0] - rows}"
+    return words
+
+
+def say_how_it_reads(backbone: Backbone, trained: bool) -> None:
+    """Say how images become the input of a network, and what to do if its weights were read in another way.
+
+    trained : its weights are of a checkpoint, which knows the name of its network
+    """
+    say(f"{backbone.name}: {backbone.reads}")
+    if backbone.other_tags and not trained:
+        say(f"{backbone.name}: {backbone.other_tags}")
 
 
 def settings_of(network: Network, config: BackboneConfig) -> dict[str, Any]:
@@ -299,35 +336,41 @@ def reader_of(network: Network, config: BackboneConfig, size: Sequence[int]) -> 
         return find_layers(network.model, size, network.layers)
 
 
-@contextmanager
-def refused_size(name: str, size: object) -> Iterator[None]:
-    """Raise BackboneError for what a network says of images of a size that it cannot take."""
-    try:
-        yield
-    except NotImplementedError:  # an operation that has no form without numbers, on a network without weights
-        raise
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-        raise BackboneError(
-            "--size",
-            expected=f"a size that {name} can take",
-            found=f"{size} ({first_line(error)[:120]})",
-            remedy="choose another, such as the default",
-        ) from error
-
-
 def described_layers(config: BackboneConfig) -> dict[str, tuple[int, int, int]]:
-    """{layer: (n_channels, height, width)} of a network by name, without weights or arithmetic where it is possible."""
-    try:
-        return _described(config, "meta")
-    except NotImplementedError:  # some operation of the network has to compute something
-        return _described(config, "cpu")
+    """{layer: (n_channels, height, width)} of a network by name, without weights or arithmetic where it is possible.
+
+    Raises BackboneError as `extract` does: for a name that is none, and for layers that cannot be read at the size.
+    """
+    check_backbone(config)
+    return without_numbers(lambda device: _described(config, device), config.size is None)
 
 
 def _described(config: BackboneConfig, device: str) -> dict[str, tuple[int, int, int]]:
-    network = source_of(config).outline(config, device)
-    size = settings_of(network, config)["input_size"]
-    model = network.model.eval()
-    return map_shapes(model, size, reader_of(network, config, size))
+    model, settings, reader = outlined(config, device)
+    size = settings["input_size"]
+    with layers_or_refuse(config.resolved_name, model, size, reader):
+        return map_shapes(model, size, reader)
+
+
+def outlined(config: BackboneConfig, device: str) -> tuple[nn.Module, dict[str, Any], Reader]:
+    """A network for its shapes alone, the settings of its transform and what reads its layers. Raises BackboneError.
+
+    device : where it is, if it can be there
+    """
+    with refused_size(config.resolved_name, config.size or "its own"):
+        network = source_of(config).outline(config, device)
+    model, settings = network.model.eval(), settings_of(network, config)
+    return model, settings, reader_of(network, config, settings["input_size"])
+
+
+def layers_or_refuse(name: str, model: nn.Module, size: Sequence[int], reader: Reader) -> AbstractContextManager[None]:
+    """Raise BackboneError where a network takes no images of (3, height, width), or its layers cannot be read there."""
+
+    def whole() -> None:
+        with torch.inference_mode():
+            reader.pooled(model, torch.zeros(1, *size, device=device_of(model)))
+
+    return refused_layers(name, size[-1], whole)
 
 
 def _of_timm(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from featcache.backbone.hooks import device_of
-from featcache.backbone.network import pixel_dtype, reader_of, refused_size, settings_of
-from featcache.backbone.sources.table import source_of
+from featcache.backbone.network import layers_or_refuse, outlined, pixel_dtype
+from featcache.backbone.sizes import without_numbers
+from featcache.backbone.sources.table import check_backbone
 from featcache.backbone.taps import choose_taps
 from featcache.config import BackboneConfig, LayerConfig
 
@@ -52,19 +53,14 @@ def outline(config: BackboneConfig, layers: LayerConfig, precision: str = "float
     Raises BackboneError for a name that timm lacks and for a size that the network cannot take, ConfigError for layers
     that it lacks.
     """
-    with refused_size(config.resolved_name, config.size or "its own"):
-        try:
-            return _outline(config, layers, precision, "meta")
-        except NotImplementedError:  # some operation of the network has to compute something
-            return _outline(config, layers, precision, "cpu")
+    check_backbone(config)
+    return without_numbers(lambda device: _outline(config, layers, precision, device), config.size is None)
 
 
 def _outline(config: BackboneConfig, layers: LayerConfig, precision: str, device: str) -> Outline:
-    network = source_of(config).outline(config, device)
-    model, settings = network.model.eval(), settings_of(network, config)
+    model, settings, reader = outlined(config, device)
     size = tuple(settings["input_size"])
-    reader = reader_of(network, config, size)
-    with torch.inference_mode():
+    with layers_or_refuse(config.resolved_name, model, size, reader), torch.inference_mode():
         taps = choose_taps(model, layers, size, reader)
         with _LayerSizes(model, precision) as sizes:
             rows = taps.read(model, torch.zeros(1, *size, device=device_of(model)))

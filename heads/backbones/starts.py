@@ -14,7 +14,7 @@ from featcache.backbone.checkpoint import (
     usable,
 )
 from featcache.backbone.keys import Split, StartKey
-from featcache.backbone.network import TorchBackbone, load_backbone
+from featcache.backbone.network import TorchBackbone, load_backbone, say_how_it_reads
 from featcache.config import BackboneConfig
 from featcache.dataset.image_lists import SubjectDigests
 from featcache.dataset.subject import Subject
@@ -69,7 +69,9 @@ class Starts:
     def _load_start(self, source: Path | BackboneConfig) -> Start:
         """Load weights as they come, or those of the checkpoint in a folder."""
         if isinstance(source, BackboneConfig):
-            return Start(load_backbone(source), None, source)
+            backbone = load_backbone(source)
+            say_how_it_reads(backbone, trained=False)
+            return Start(backbone, None, source)
         checkpoint = open_checkpoint(source)
         trained = checkpoint.key.backbone
         network = self._config.backbone.name or checkpoint.network

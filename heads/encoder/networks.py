@@ -6,6 +6,7 @@ from typing import Any
 import timm
 
 from featcache.backbone.extent import fit_of, size_of
+from featcache.backbone.hooks import REGISTERS
 from featcache.backbone.network import TorchBackbone, load_backbone
 from featcache.config import BackboneConfig, label_of
 from featcache.errors import BackboneError
@@ -35,7 +36,9 @@ def as_it_read(part: FeaturePart, backbone: TorchBackbone) -> TorchBackbone:
     """
     key = part.key
     _refuse(part, "weights", key.weights, backbone.digest)
-    _refuse(part, "code", dict(key.code), dict(backbone.code))
+    code = {name: value for name, value in key.code.items() if name not in REGISTERS}
+    _refuse(part, "code", code, dict(backbone.code))
+    _refuse_other_tokens(part, part.taps(backbone).code)
     if "own" in key.transform:
         _refuse(part, "transform", dict(key.transform), dict(backbone.transform_settings))
     elif dict(backbone.transform_settings) != dict(key.transform):
@@ -52,6 +55,17 @@ def _refuse(part: FeaturePart, what: str, expected: Any, found: Any) -> None:
             expected=f"the {what} that made the features, {_words(expected)}",
             found=_words(found),
             remedy="name the network with --backbone and its weights with --weights",
+        )
+
+
+def _refuse_other_tokens(part: FeaturePart, code: Mapping[str, str]) -> None:
+    """Raise BackboneError where the first register was kept as a class token, as earlier versions did."""
+    if (kept := {name: value for name, value in part.key.code.items() if name in REGISTERS}) != code:
+        raise BackboneError(
+            part.network,
+            expected=f"features whose tokens are {_words(code) or 'as they were'}",
+            found=f"those of an earlier version, with {_words(kept) or 'a register as a class token'}",
+            remedy="extract them again, and fit heads on them",
         )
 
 

@@ -47,7 +47,8 @@ class FeaturePart:
 
     def taps(self, backbone: TorchBackbone) -> Taps:
         """What is read of the network."""
-        return Taps(self.key.layers, dict(self.key.grids), self.key.pool, backbone.reader)
+        code = backbone.reader.code(backbone.model) if self.key.grids else {}
+        return Taps(self.key.layers, dict(self.key.grids), self.key.pool, backbone.reader, code)
 
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> "FeaturePart":

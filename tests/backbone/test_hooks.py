@@ -48,6 +48,45 @@ def test_places_and_the_class_token_are_where_they_were_put(order):
     assert torch.equal(found.vector(values), cls)
 
 
+class Tokens(nn.Module):
+    """Patches behind tokens of these names, and one layer on them."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.names = names
+        self.patches, self.layer = nn.Conv2d(3, 5, 8, 8), nn.Sequential(nn.Linear(5, 5))
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.randn(1, 1, 5)))
+
+    def forward(self, images):
+        places = self.patches(images).flatten(2).transpose(1, 2)
+        before = [getattr(self, name).expand(len(images), -1, -1) for name in self.names]
+        return self.layer(torch.cat([*before, places], 1))
+
+
+@pytest.mark.parametrize(
+    ("names", "stored"),
+    [
+        (("cls_token", "reg_token"), True),
+        (("class_embedding",), True),
+        (("prefix",), True),  # of which nothing is known
+        (("reg_token",), False),
+        (("register_tokens",), False),
+        (("storage_tokens", "registers"), False),
+    ],
+)
+def test_registers_are_no_class_token(names, stored):
+    model = Tokens(*names).eval()
+    reader = find_layers(model, SIZE, ("layer",))
+    taps = choose_taps(model, LayerConfig(layers=("all",), grid="native"), SIZE, reader)
+    images = torch.randn(2, *SIZE)
+    with torch.inference_mode():
+        rows, sequence = taps.read(model, images), model(images)
+    assert ("layer.cls" in rows) == stored and taps.code == ({} if stored else {"tokens": "registers"})
+    torch.testing.assert_close(rows["layer"].flatten(1, 2), sequence[:, len(names) :])
+    torch.testing.assert_close(rows["pooled"], sequence[:, 0] if stored else sequence[:, len(names) :].mean(1))
+
+
 def test_a_map_without_a_class_token_becomes_a_vector_by_its_mean():
     values = torch.randn(2, 5, 8, 8)
     found = layout_of(values.shape, SIZE)
@@ -89,7 +128,7 @@ class Block(nn.Module):
         return tokens + self.mlp(self.norm(tokens))
 
 
-class Tokens(nn.Module):
+class Blocks(nn.Module):
     """A small transformer without attention, whose blocks are in a list, and which gives a dictionary."""
 
     def __init__(self) -> None:
@@ -118,8 +157,8 @@ class Wrapped(nn.Module):
     [
         (Stages(), ("stem", "two", "three")),
         (Wrapped(Stages()), ("network.stem", "network.two", "network.three")),
-        (Wrapped(Wrapped(Tokens())), tuple(f"network.network.blocks.{k}" for k in range(4))),
-        (Tokens(), tuple(f"blocks.{k}" for k in range(4))),
+        (Wrapped(Wrapped(Blocks())), tuple(f"network.network.blocks.{k}" for k in range(4))),
+        (Blocks(), tuple(f"blocks.{k}" for k in range(4))),
         (nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 4, 3, 2), nn.BatchNorm2d(4)), ("0", "3")),
         (nn.Sequential(nn.Flatten(), nn.Linear(3072, 7), nn.ReLU(), nn.Linear(7, 5)), ("3",)),
     ],
@@ -128,7 +167,7 @@ def test_stages_end_at_a_resolution_and_blocks_are_alike(network, layers):
     assert find_layers(network.eval(), SIZE).chosen == layers
 
 
-@pytest.mark.parametrize("network", [Stages().eval(), Tokens().eval()])
+@pytest.mark.parametrize("network", [Stages().eval(), Blocks().eval()])
 def test_rows_are_what_hooks_of_torch_alone_see(network):
     reader = find_layers(network, SIZE)
     images, seen = torch.randn(3, *SIZE), {}

@@ -70,7 +70,7 @@ def test_a_size_that_the_network_cannot_take_is_refused():
 
 
 def test_a_size_refused_while_building_is_one_line():
-    with pytest.raises(BackboneError, match="--size: expected one that xcit_nano_12_p16_224 can take; found 100"):
+    with pytest.raises(BackboneError, match="--size: expected a size that xcit_nano_12_p16_224 can take; found 100"):
         load_backbone(BackboneConfig(name="xcit_nano_12_p16_224", weights="none", size=100))
 
 

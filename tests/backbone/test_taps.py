@@ -1,5 +1,7 @@
 """What is read of a network is what its modules say, layer by layer, and the pooled vector is its own output."""
 
+import warnings
+
 import numpy as np
 import pytest
 import timm
@@ -110,6 +112,54 @@ def test_a_class_token_before_registers_is_told_from_them():
         rows = taps.read(model, images)
     torch.testing.assert_close(rows["blocks.0.cls"], seen["blocks.0"][:, 0])
     torch.testing.assert_close(rows["blocks.0"].flatten(1, 2), seen["blocks.0"][:, 3:])
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("test_vit", {"class_token": True, "reg_tokens": 0}),
+        ("test_vit", {"class_token": True, "reg_tokens": 2}),
+        ("test_vit", {"class_token": False, "reg_tokens": 2, "global_pool": "avg"}),
+        ("test_vit", {"class_token": True, "reg_tokens": 2, "no_embed_class": True}),
+        ("vit_tiny_patch16_dinov3_qkvb", {"class_token": True, "num_reg_tokens": 1, "img_size": 64}),
+        ("vit_tiny_patch16_dinov3_qkvb", {"class_token": False, "num_reg_tokens": 3, "img_size": 64}),
+        ("deit_tiny_distilled_patch16_224", {"img_size": 64}),
+        ("naflexvit_base_patch16_gap", {"embed_dim": 48, "num_heads": 3, "class_token": False, "reg_tokens": 2}),
+        ("naflexvit_base_patch16_gap", {"embed_dim": 48, "num_heads": 3, "class_token": True, "reg_tokens": 2}),
+    ],
+)
+def test_a_class_token_is_the_one_that_the_network_has_under_that_name(name, tokens):
+    """The token is found by its parameter: tokens that change with it before any block mixes them."""
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = timm.create_model(name, depth=1, **tokens).eval()
+    images = torch.randn(2, 3, 64, 64) if name != "test_vit" else torch.randn(2, 3, 160, 160)
+    coming, rows = [], {}
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: coming.append(inputs[0].clone()))
+
+    def read():
+        taps = choose_taps(model, LayerConfig(layers=("0",), grid="native"), tuple(images.shape[1:]))
+        with torch.inference_mode():
+            rows.update(taps.read(model, images))
+        return coming[-1]
+
+    before = read()
+    moved = {}
+    for key, parameter in model.named_parameters():
+        if key.endswith("_token"):
+            parameter.data += 1
+            moved[key.rpartition(".")[2]] = (read() - before).abs().amax((0, 2)).nonzero().flatten().tolist()
+            parameter.data -= 1
+    read()
+    _, seen = hooked(model, images, ("blocks.0",))
+    assert ("blocks.0.cls" in rows) == ("cls_token" in moved)
+    if "cls_token" in moved:
+        (place,) = moved["cls_token"]
+        torch.testing.assert_close(rows["blocks.0.cls"], seen["blocks.0"][:, place])
+    without_place = {place for places in moved.values() for place in places}
+    places = [place for place in range(before.shape[1]) if place not in without_place]
+    torch.testing.assert_close(rows["blocks.0"].flatten(1, 2), seen["blocks.0"][:, places])
 
 
 def test_a_transformer_without_any_prefix_tokens_is_read_too():

@@ -11,7 +11,13 @@ from torch import nn
 
 from featcache.backbone.sources.table import Network
 from featcache.backbone.sources.timm import network_of_timm
-from featcache.backbone.weights import RANDOM_SEED, file_or_refuse, load_file_into, refuse_unreachable
+from featcache.backbone.weights import (
+    RANDOM_SEED,
+    file_or_refuse,
+    load_file_into,
+    refuse_unreachable,
+    without_classifier,
+)
 from featcache.config import BackboneConfig
 from featcache.errors import BackboneError, first_line
 from featcache.machine.documents import read_json, typed
@@ -32,21 +38,31 @@ def load(config: BackboneConfig) -> Network:
     match config.resolved_weights:
         case "hub":
             file = _file(config, "model.safetensors")
-            return network_of_timm(_bare(_create(config, file)), f"weights of {_repository(config)} on the hub")
+            return network_of_timm(
+                without_classifier(_create(config, file), config.resolved_name),
+                f"weights of {_repository(config)} on the hub",
+                _whose(config),
+            )
         case "none":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(RANDOM_SEED)
-                return network_of_timm(_bare(_create(config)), "random weights")
+                return network_of_timm(
+                    without_classifier(_create(config), config.resolved_name), "random weights", _whose(config)
+                )
         case path:
-            model = _bare(_create(config))
+            model = without_classifier(_create(config), config.resolved_name)
             load_file_into(model, Path(path), config.label, spare=_classifiers(model))
-            return network_of_timm(model, f"file {Path(path).name}")
+            return network_of_timm(model, f"file {Path(path).name}", _whose(config))
 
 
 def outline(config: BackboneConfig, device: str) -> Network:
     """The network without its classifier and with no weights of use."""
     with torch.device(device):
-        return network_of_timm(_bare(_create(config)), "")
+        return network_of_timm(without_classifier(_create(config), config.resolved_name), "")
+
+
+def _whose(config: BackboneConfig) -> str:
+    return f"as {_repository(config)} has it in its config.json"
 
 
 def _repository(config: BackboneConfig) -> str:
@@ -120,11 +136,6 @@ def _create(config: BackboneConfig, weights: Path | None = None) -> nn.Module:
             found=first_line(error),
             remedy="name another network",
         ) from error
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    model.reset_classifier(0)  # type: ignore[operator]
-    return model
 
 
 def _classifiers(model: Any) -> tuple[str, ...]:

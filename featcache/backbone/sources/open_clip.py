@@ -94,6 +94,7 @@ def _create(config: BackboneConfig, tag: str | None, origin: str) -> Network:
         model=both.visual,
         transform=_transform(both.visual.preprocess_cfg),
         origin=origin,
+        transform_origin=f"as open_clip's {_name_and_tag(config)[0]}{f'/{tag}' if tag else ''} has it",
         code={"open_clip": version("open_clip_torch")},
         memory_format=torch.contiguous_format,
     )

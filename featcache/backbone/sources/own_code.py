@@ -79,6 +79,7 @@ def load(config: BackboneConfig) -> Network:
         model=model,
         transform=transform,
         origin=origin,
+        transform_origin=f"as {file.name} has it",
         code={"source": blake2b(text.encode(), digest_size=16).hexdigest(), "function": function},
         timm_layers=_timm_reads(model) and _layers(built) is None,
         layers=_layers(built),

@@ -48,6 +48,8 @@ class Network:
     transform : settings of timm's transform, all of input_size, interpolation, mean, std, crop_pct and crop_mode; or a
         function that takes its place
     origin : where the weights came from, in words
+    transform_origin : whose transform it is, in words
+    other_tags : what is said where the weights may be of another name, which has another transform; '' for nothing
     code : what decides the rows besides timm, weights and transform, {name: version or digest}
     timm_layers : whether timm reads its layers; else they are submodules, and hooks read them
     layers : submodules that may be read, by name; None: those that `hooks.find_layers` chooses
@@ -57,6 +59,8 @@ class Network:
     model: nn.Module
     transform: Mapping[str, Any] | OwnTransform
     origin: str
+    transform_origin: str = ""
+    other_tags: str = ""
     code: Mapping[str, str] = field(default_factory=dict)
     timm_layers: bool = False
     layers: tuple[str, ...] | None = None

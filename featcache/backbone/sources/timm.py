@@ -1,16 +1,18 @@
 """Networks of timm, by its own names."""
 
+from dataclasses import replace
 from typing import Any
 
 import timm
 import torch
-from timm.data.config import resolve_model_data_config
+from timm.data.config import resolve_data_config, resolve_model_data_config
 from torch import nn
 
+from featcache.backbone.sizes import refused_size
 from featcache.backbone.sources.table import Network
-from featcache.backbone.weights import build_network, fixed_size, refuse_unknown, refuse_unpackaged
+from featcache.backbone.weights import build_network, fixed_size, refuse_unknown, refuse_unpackaged, without_classifier
 from featcache.config import BackboneConfig
-from featcache.errors import BackboneError, first_line
+from featcache.errors import some_of
 
 
 def check(config: BackboneConfig) -> None:
@@ -23,30 +25,59 @@ def check(config: BackboneConfig) -> None:
 def load(config: BackboneConfig) -> Network:
     """The network without its classifier. Raises BackboneError, which names what else can be done."""
     refuse_unknown(config.resolved_name)
-    try:
+    with refused_size(config.resolved_name, config.size or "its own"):
         model, origin = build_network(config)
-    except AssertionError as error:
-        raise BackboneError(
-            "--size",
-            expected=f"one that {config.resolved_name} can take",
-            found=f"{config.size} ({first_line(error)})",
-            remedy="choose another",
-        ) from error
-    return network_of_timm(model, origin)
+    return replace(network_of_timm(model, origin), other_tags=_other_tags(config))
 
 
 def outline(config: BackboneConfig, device: str) -> Network:
     """The network without its classifier and with no weights of use."""
     check(config)
     with torch.device(device):
-        model: Any = timm.create_model(config.resolved_name, **fixed_size(config)).eval()
-        model.reset_classifier(0)
-    return network_of_timm(model, "")
+        model = timm.create_model(config.resolved_name, **fixed_size(config))
+    return network_of_timm(without_classifier(model, config.resolved_name), "")
 
 
-def network_of_timm(model: nn.Module, origin: str) -> Network:
-    """A model of timm with the transform of its weights."""
-    return Network(model=model, transform=transform_of(model), origin=origin, timm_layers=True)
+def _other_tags(config: BackboneConfig) -> str:
+    """What is said of a file whose tag nobody named, where other tags of the network have another transform."""
+    name = config.resolved_name
+    if config.resolved_weights in ("hub", "packaged", "none") or "." in name:
+        return ""
+    own = _transform_of_tag(name)
+    others = [tag for tag in timm.list_pretrained(f"{name}.*") if _transform_of_tag(tag) != own]
+    if not others:
+        return ""
+    return (
+        f"weights of {some_of(others)} are read behind other transforms: if the file has those, name them with "
+        f"--backbone, such as {others[0]}"
+    )
+
+
+def _transform_of_tag(name: str) -> dict[str, Any]:
+    known: Any = timm.models.get_pretrained_cfg(name)
+    settings: dict[str, Any] = resolve_data_config(pretrained_cfg=known.to_dict())  # type: ignore[no-untyped-call]
+    return settings
+
+
+def network_of_timm(model: nn.Module, origin: str, whose: str = "") -> Network:
+    """A model of timm with the transform of its weights.
+
+    whose : where its transform came from, in words; '' where timm has it
+    """
+    return Network(
+        model=model,
+        transform=transform_of(model),
+        origin=origin,
+        transform_origin=whose or transform_origin_of(model),
+        timm_layers=True,
+    )
+
+
+def transform_origin_of(model: Any) -> str:
+    """Whose transform timm has for one of its models, in words."""
+    settings = model.pretrained_cfg
+    tag = settings.get("tag")
+    return f"as timm's {settings.get('architecture')}{f'.{tag}' if tag else ', which has no tag,'} has it"
 
 
 def transform_of(model: nn.Module) -> dict[str, Any]:

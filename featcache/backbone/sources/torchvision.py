@@ -74,6 +74,7 @@ def _network(model: nn.Module, name: str, origin: str) -> Network:
         model=model,
         transform=_transform(name),
         origin=origin,
+        transform_origin=f"as torchvision's {_weights(name)} has it",
         code={"torchvision": torchvision.__version__},
     )
 

@@ -1,6 +1,8 @@
 """Networks of timm are as they always were: their keys have nothing of other sources."""
 
 import timm
+import torch
+from safetensors.torch import save_file
 
 from featcache.backbone.keys import BackboneKey
 from featcache.backbone.network import load_backbone
@@ -59,3 +61,17 @@ def test_timm_reads_the_layers_with_the_transform_of_the_weights():
     loaded, outlined = load(CONFIG), outline(CONFIG, "meta")
     assert loaded.timm_layers and outlined.timm_layers and loaded.transform == outlined.transform
     assert not loaded.code and next(outlined.model.parameters()).is_meta
+
+
+def test_the_transform_is_said_with_the_tag_that_it_came_from(tmp_path):
+    """One file under a name and under a tag of it: what timm does for each."""
+    with torch.random.fork_rng(devices=[]):
+        save_file(timm.create_model("resnet18").state_dict(), tmp_path / "w.safetensors")
+    bare, tagged = (
+        load_backbone(BackboneConfig(name=name, weights=str(tmp_path / "w.safetensors")))
+        for name in ("resnet18", "resnet18.tv_in1k")
+    )
+    assert "crop 0.95, bicubic, mean 0.485 0.456 0.406" in bare.reads and "timm's resnet18.a1_in1k has it" in bare.reads
+    assert "crop 0.875, bilinear" in tagged.reads and "timm's resnet18.tv_in1k has it" in tagged.reads
+    assert "resnet18.tv_in1k" in bare.other_tags and "--backbone" in bare.other_tags and tagged.other_tags == ""
+    assert load_backbone(BackboneConfig(name="resnet18", weights="none")).other_tags == ""
