@@ -6,8 +6,8 @@ estimator  RidgeHead().fit and predict, on other numbers each time
 stores     fit_heads on stores of features, in closed form and by gradient in turn, each a new model; every tenth
            time they are blended and predict images, and the work folder is emptied of them
 
-Each part is run n times. What is made once has been made after a fifth of the runs, or after 20. From there on memory may grow by
-GROWTH, and the numbers of open files, mapped files and threads not at all.
+Each part is run n times. What is made once has been made after a fifth of the runs, or after 20. From there on memory may
+grow by GROWTH, and the numbers of open files, mapped files and threads not at all.
 """
 
 import argparse
