@@ -6,8 +6,8 @@ estimator  RidgeHead().fit and predict, on other numbers each time
 stores     fit_heads on stores of features, in closed form and by gradient in turn, each a new model; every tenth
            time they are blended and predict images, and the work folder is emptied of them
 
-Each part is run n times. What is made once has been made after a fifth of the runs, or after 20. From there on memory may
-grow by GROWTH, and the numbers of open files, mapped files and threads not at all.
+Each part is run n times. What is made once has been made after a fifth of the runs, or after 20. From there on memory
+may grow by GROWTH, the number of threads by POOL, and the numbers of open and mapped files not at all.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from heads.fit.run import fit_heads
 from heads.solvers.estimator import RidgeHead
 
 GROWTH = 32e6  # bytes: what allocators move about in a process of 10^9
+POOL = 4  # threads, which a pool of a library makes when several of its calls first meet
 
 _TREE = SimulateConfig(
     n_subjects=1, n_train=20, n_test=2, n_shared=0, n_vertices=(40, 40), image_size=16, n_reference=50, workers=1
@@ -115,7 +116,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="faults-") as folder, silenced(True):
             more = grown(PARTS[part](Path(folder), np.random.default_rng(given.seed)), given.n)
         print(f"{part}, {given.n} runs: more " + ", ".join(f"{what} {size:,}" for what, size in more.items()))
-        if more.pop("memory") > GROWTH or any(size > 0 for size in more.values()):
+        if more.pop("memory") > GROWTH or more.pop("threads") > POOL or any(size > 0 for size in more.values()):
             broken.append(part)
     print(f"tried {len(given.parts.split(','))}, grown {len(broken)}")
     return 1 if broken else 0
