@@ -49,8 +49,11 @@ def numbers(folder: Path) -> dict[str, np.ndarray]:
         elif path.suffix == ".safetensors":
             found |= {f"{name}: {key}": values for key, values in load_file(path).items()}
         elif path.suffix in (".npy", ".npz"):
-            loaded = np.load(path)
+            loaded = np.load(
+                path, allow_pickle=True
+            )  # the challenge's names of ROIs are pickled; these are our own files
             arrays = {"": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+            arrays = {key: values for key, values in arrays.items() if values.dtype.kind in "biuf"}
             found |= {f"{name}: {key}": values for key, values in arrays.items()}
         elif path.suffix == ".csv":
             words = re.split(r"[,\n]", path.read_text())
