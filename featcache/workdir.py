@@ -185,8 +185,8 @@ class Workdir:
         return self.root / "submission"
 
     @property
-    def submission_staging(self) -> Path:
-        """Folder in which a blend is written before it becomes `submission`, whole or not at all."""
+    def earlier_staging(self) -> Path:
+        """Folder in which earlier versions put a blend together, and left what they could not end."""
         return self.root / ".submission"
 
     @property
@@ -216,8 +216,13 @@ class Workdir:
 
     @property
     def submission_zip(self) -> Path:
-        """The file to hand in: the predictions of every subject of the challenge."""
+        """The file to hand in: the predictions of every subject of the challenge. The one below by another name."""
         return self.root / "submission.zip"
+
+    @property
+    def blend_zip(self) -> Path:
+        """The same file where it belongs, with the blend that it is of."""
+        return self.submission / self.submission_zip.name
 
 
 def data_folder(data: Path | None, work: Path) -> Path:

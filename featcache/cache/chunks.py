@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import google_crc32c  # zarr's own
@@ -47,6 +48,31 @@ def read_rows(folder: Path, rows: np.ndarray, chunk: int, start: int, checksums:
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as threads:  # Python lets them read side by side
         list(threads.map(fill, range(start // chunk, -(-stop // chunk))))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The file of a chunk of an array.
+
+    n_bytes : of its numbers, after which the checksum comes
+    checksum : that the store recorded; None in stores of earlier versions
+    """
+
+    path: Path
+    n_bytes: int
+    checksum: int | None
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with the file, which is read; '' where nothing is."""
+        try:
+            stored = _read_chunk(self.path, np.empty(self.n_bytes, np.uint8))
+        except FileNotFoundError:
+            return "it is missing"
+        except (OSError, ValueError) as error:
+            return f"it fails its checksum ({error})"
+        known = self.checksum in (None, stored)
+        return "" if known else "it is of another array, or of other rows"
 
 
 def chunk_file(folder: Path, index: int, ndim: int) -> Path:

@@ -24,6 +24,7 @@ from featcache.formats.files import reading, regular_file
 from featcache.formats.lazy import Place, numbers, rows_of, vector
 from featcache.formats.names import array_names
 from featcache.formats.tables import read_table
+from featcache.machine.files import partial_path
 from featcache.machine.progress import bar, say
 from featcache.workdir import Workdir
 
@@ -257,20 +258,22 @@ def _store(subject: Subject, made: Made, rows: np.ndarray, name: str, work: Path
     if done == len(rows):
         say(f"{subject.name}: already added, {store.path}")
     else:
-        try:
-            _append(store, made, rows, f"{subject.name} {name}")
-        except DataError:  # no run could complete it
-            shutil.rmtree(store.path)
-            raise
+        _append(store, made, rows, f"{subject.name} {name}")
     return Extracted(subject.name, store.path, len(rows), len(rows) - done, time.perf_counter() - began)
 
 
 def _append(store: Store, made: Made, rows: np.ndarray, label: str) -> None:
     with store.writing(), bar(label, len(rows) * len(made.arrays), "rows") as advance:
-        for layer, array in made.arrays.items():
-            for values in _blocks(store, layer, array, rows):
-                store.append({layer: values})
-                advance(len(values))
+        store = open_store(store.path)  # as the writer before this one left it
+        try:
+            for layer, array in made.arrays.items():
+                for values in _blocks(store, layer, array, rows):
+                    store.append({layer: values})
+                    advance(len(values))
+        except DataError:  # no run could complete it
+            store.path.rename(gone := partial_path(store.path))  # at once, for whoever looks through the folder
+            shutil.rmtree(gone, ignore_errors=True)
+            raise
 
 
 def _blocks(store: Store, layer: str, array: Any, rows: np.ndarray) -> Iterator[np.ndarray]:

@@ -219,6 +219,7 @@ def _extract_subject(subject: Subject, source: Source, config: ExtractConfig, wo
             label, n_train = _label(subject, source), len(subject.train)
             store = create_store(folder, label, key.to_json(), subject.image_ids, n_train, source.rows, facts)
         with bar(f"{subject.name} {source.label}", n_images, "images", done) as advance, store.writing():
+            store = open_store(path)  # as the writer before this one left it
             n_new = _fill(store, reader, source, config, known, advance)
     return Extracted(subject.name, path, n_images, n_new, time.perf_counter() - began)
 

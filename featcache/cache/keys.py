@@ -11,6 +11,7 @@ from typing import Any, Self
 from featcache.cache.store import Store
 from featcache.dataset.splits import SplitKey
 from featcache.errors import StoreError
+from featcache.machine.documents import of_its_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,8 @@ class _TrainingKey:
         """Key of a training, from the JSON of a store. Raises KeyError for what is missing."""
         names = [one.name for one in fields(cls) if one.name not in ("soup", "split")]
         values: dict[str, Any] = {name: mapping[name] for name in names}
-        return cls(**values, soup=mapping.get("soup"), split=SplitKey.from_json(mapping.get("split")))
+        split = SplitKey.from_json(mapping.get("split"))
+        return of_its_types(cls(**values, soup=mapping.get("soup"), split=split))
 
     def to_json(self) -> dict[str, Any]:
         """The key as stores have it."""
@@ -113,7 +115,7 @@ class FeatureKey:
         """Key of an open store. Raises StoreError if the store does not hold features."""
         try:
             return cls.from_json(store.key)
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(
                 store.path,
                 expected="a feature store",
@@ -125,7 +127,7 @@ class FeatureKey:
     def from_json(cls, mapping: Mapping[str, Any]) -> Self:
         """Key of features, from the JSON of a store. Raises KeyError for what is missing."""
         fold = mapping["fold"]
-        return cls(
+        key = cls(
             layers=tuple(mapping["layers"]),
             grids={layer: (height, width) for layer, (height, width) in mapping.get("grids", {}).items()},
             pool=mapping.get("pool"),
@@ -141,6 +143,7 @@ class FeatureKey:
             fused="batch_norm" in mapping,
             code=dict(mapping.get("code", {})),
         )
+        return of_its_types(key)
 
     def to_json(self) -> dict[str, Any]:
         """The key as stores have it; stores of pooled vectors alone have neither grids nor pool, of timm no code."""
@@ -192,7 +195,7 @@ class FeatureFacts:
     def from_json(cls, mapping: Mapping[str, Any]) -> Self:
         """Facts of features, from the JSON of a store."""
         seen_ids = mapping.get("seen_ids")
-        return cls(
+        facts = cls(
             origin=mapping.get("origin"),
             torch=mapping.get("torch"),
             device=mapping.get("device"),
@@ -203,6 +206,7 @@ class FeatureFacts:
             network=mapping.get("network"),
             weights=mapping.get("weights"),
         )
+        return of_its_types(facts)
 
     def to_json(self) -> dict[str, Any]:
         """The facts as stores have them."""

@@ -26,7 +26,7 @@ from featcache.config import fingerprint
 from featcache.dataset.digests import image_digest
 from featcache.dataset.images import load_image
 from featcache.dataset.subject import Subject
-from featcache.errors import StoreError
+from featcache.errors import StoreError, first_line
 from featcache.machine.documents import Count, read_document, write_document
 from featcache.machine.files import only_writer
 from featcache.machine.progress import bar, say, size_of
@@ -181,6 +181,29 @@ def _committed(path: Path, subject: Subject, backbone: Backbone) -> _Record:
         return nothing
 
 
+def forget_pixels(path: Path) -> None:
+    """Have a pixel file decoded again: remove it and its record."""
+    _record(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def pixel_fault(path: Path) -> tuple[str, bool]:
+    """What is wrong with a pixel file, '' where nothing is, and whether its record has checksums. All of it is read."""
+    try:
+        record = read_document(_record(path), _Record)
+        if path.stat().st_size != record.bytes or record.file not in ("", path.name):
+            return "its record is of another file", True
+        if record.checksums is None:
+            return "", False
+        array = np.load(path, mmap_mode="r")
+        bad = [block for block, known in enumerate(record.checksums) if _checksum(array, block) != known]
+    except FileNotFoundError:
+        return "it has no record", True
+    except (OSError, ValueError, EOFError) as error:
+        return f"it cannot be read ({first_line(error)})", True
+    return (f"images {bad[0] * _COMMIT} to {(bad[0] + 1) * _COMMIT} are not what was written" if bad else ""), True
+
+
 def _shape(subject: Subject, backbone: Backbone) -> tuple[int, ...]:
     channels, height, width = backbone.transform_settings["input_size"]
     return (len(subject.image_ids), height, width, channels)
@@ -258,8 +281,7 @@ def _make_room(folder: Path, needed: Sequence[Path], total: int, new: int, limit
     while others and total + sum(path.stat().st_size for path in others) > limit_gb * 1e9:
         oldest = others.pop(0)
         say(f"removed {oldest}, to keep the images below {limit_gb:g} GB")
-        _record(oldest).unlink(missing_ok=True)
-        oldest.unlink()
+        forget_pixels(oldest)
     if new > shutil.disk_usage(folder).free:
         raise _no_room(folder, new)
 

@@ -22,7 +22,7 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from featcache.cache.chunks import chunk_file, read_rows, stored_checksum
+from featcache.cache.chunks import Chunk, chunk_file, read_rows, stored_checksum
 from featcache.config import differences, fingerprint
 from featcache.errors import StoreError
 from featcache.machine.documents import (
@@ -278,6 +278,14 @@ class Store:
         array = self.arrays[name]
         return chunk_file(self.path / name, row // array.chunks[0], array.ndim)
 
+    def chunks(self, name: str) -> list[Chunk]:
+        """The chunks of an array that have its committed rows, in order."""
+        array, record = self.arrays[name], self._record
+        n_bytes = math.prod(array.chunks) * array.dtype.itemsize
+        starts = range(0, record.rows[name], array.chunks[0])
+        checksums = dict(zip(starts, record.checksums.get(name, ()), strict=False))
+        return [Chunk(self._chunk(name, start), n_bytes, checksums.get(start)) for start in starts]
+
     def read(self, name: str, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """Rows `start` to `stop` of one array, all of them by default.
 
@@ -450,12 +458,12 @@ def list_stores(folder: Path) -> list[Store]:
         if (stamp := _stamp(path)) is None and not path.is_dir():
             continue
         entry = known.get(path.name)
-        if stamp is not None and entry and entry[0] == stamp:
-            stores.append(Store(path, entry[1]))
-        else:
+        if entry is None or entry[0] != stamp:
             stores.append(open_store(path))
-            entry = (stamp, msgspec.structs.replace(stores[-1].description, image_ids=None, facts=None))
-        if stamp is not None:
+            if stamp is not None:
+                entries[path.name] = stamp, msgspec.structs.replace(stores[-1].description, image_ids=None, facts=None)
+        else:
+            stores.append(Store(path, entry[1]))
             entries[path.name] = entry
     if sum(known.get(name) is not entry for name, entry in entries.items()) > _UNINDEXED:
         with suppress(OSError):  # a folder that cannot be written to has no index

@@ -1,9 +1,9 @@
 """Digests of contents: equal for files with equal contents, whatever their names and folders."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import blake2b
 from os import stat_result
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from featcache.config import fingerprint, usual_workers
 from featcache.dataset.images import array_row
 from featcache.dataset.subject import ArrayImage, ImageSource, Subject
-from featcache.machine.files import replace_json
+from featcache.machine.documents import DocumentError, HexDigest, read_document, write_document
 from featcache.workdir import Workdir
 
 
@@ -69,6 +69,9 @@ def _digest_arrays(arrays: dict[str, Any]) -> dict[str, str | None]:
     }
 
 
+_Entry = tuple[int, int, HexDigest]  # bytes, nanoseconds and digest of a file
+
+
 class DigestIndex:
     """Digests of file contents, remembered as long as a file keeps its size and modification time.
 
@@ -78,11 +81,9 @@ class DigestIndex:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            known = json.loads(path.read_text())
-        except (FileNotFoundError, ValueError):  # no index yet, or a damaged one: the files are read again
-            known = {}
-        self._known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
+        self._known: dict[str, _Entry] = {}
+        with suppress(OSError, DocumentError):  # no index yet, or a damaged one: the files are read again
+            self._known = read_document(path, dict[str, _Entry])
 
     def digest(self, sources: Iterable[ImageSource]) -> str:
         """Digest of the contents of some files and rows of arrays, in their order; names and folders do not matter."""
@@ -90,20 +91,22 @@ class DigestIndex:
 
     def digests(self, sources: Iterable[ImageSource]) -> list[str]:
         """Digest of the content of each of some files and rows of arrays."""
-        times, entries = FileTimes(), dict[str, list[Any]]()
+        times, entries = FileTimes(), dict[str, _Entry]()
         named = [(source_key(source), source) for source in sources]
         new: dict[str, ImageSource] = {}
         for name, source in named:
-            now, known = list(times.of(source)), self._known.get(name)
-            entries[name] = known if known and known[:2] == now else now
-            if entries[name] is now:
+            now, known = times.of(source), self._known.get(name)
+            if known and known[:2] == now:
+                entries[name] = known
+            else:
+                entries[name] = (*now, "")
                 new[name] = source
         if new:
             with ThreadPoolExecutor(usual_workers()) as pool:  # Python lets them read and hash side by side
                 for name, digest in zip(new, pool.map(content_digest, new.values()), strict=True):
-                    entries[name].append(digest)
+                    entries[name] = (*entries[name][:2], digest)
             self._known |= entries
-            replace_json(self.path, self._known)
+            write_document(self.path, self._known)
         return [entries[name][2] for name, _ in named]
 
 

@@ -16,22 +16,25 @@ a file of many, `array` and `row` say which. docs/data.md describes the format f
 """
 
 import csv
-import json
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from featcache.dataset.rois import FSAVERAGE_VERTICES
 from featcache.dataset.subject import ArrayImage, Dataset, Fault, Images, ImageSource, Subject, listed
-from featcache.errors import DataError
+from featcache.errors import DataError, first_line
 from featcache.formats.volumes import Grid
-from featcache.machine.files import only_writer, partial_path, replace_json
+from featcache.machine.documents import DocumentError, read_document, write_document
+from featcache.machine.files import file_checksum, only_writer
+from featcache.machine.folders import replace_folder, restore_folder, staged_folder
+from featcache.workdir import is_file_name
 
 FORMAT = 1
 _RECORD, _IMAGES = "subject.json", "images.csv"
@@ -52,6 +55,27 @@ def check_name(name: str, what: str) -> str:
             remedy="give it another name",
         )
     return name
+
+
+class _Surface(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What the record of a subject says of one surface: names of its ROIs, and the grid of its volume."""
+
+    rois: list[str]
+    grid: dict[str, Any] | None = None
+
+
+class _Described(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What the record of a subject has.
+
+    about : how it was made, in plain values
+    files : checksum of each of its files, by its path; none in records of earlier versions
+    """
+
+    format: int
+    name: str
+    surfaces: dict[str, _Surface]
+    about: dict[str, Any]
+    files: dict[str, str] = {}
 
 
 @dataclass
@@ -106,9 +130,10 @@ class SubjectWriter:
             table.writerow([*OWN_COLUMNS, *columns])
             table.writerows([*row, *more] for row, more in zip(rows, _across(columns, len(rows)), strict=True))
         surfaces = {surface: self._facts(surface) for surface in self.n_vertices}
-        replace_json(
-            self.folder / _RECORD, {"format": FORMAT, "name": self.name, "surfaces": surfaces, "about": dict(about)}
-        )
+        written = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        checksums = {path.relative_to(self.folder).as_posix(): file_checksum(path) for path in written}
+        record = {"format": FORMAT, "name": self.name, "surfaces": surfaces, "about": dict(about), "files": checksums}
+        write_document(self.folder / _RECORD, record)
 
     def _facts(self, surface: str) -> dict[str, Any]:
         facts: dict[str, Any] = {"rois": list(self.rois.get(surface, ()))}
@@ -135,21 +160,10 @@ def writing(root: Path, name: str) -> Iterator[SubjectWriter]:
     """Write a subject under `root`; it takes the place of one of the same name once the block ends without an error."""
     target = root / check_name(name, "the name of a subject")
     with only_writer(root, wait=True):
-        staging = partial_path(target)
-        new, older = staging / "new", staging / "older"
-        try:
-            new.mkdir(parents=True)
-            yield SubjectWriter(new, name)
-            if target.exists():
-                target.rename(older)
-            try:
-                new.rename(target)
-            except BaseException:
-                if older.exists():
-                    older.rename(target)
-                raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        restore_folder(target)
+        with staged_folder(target) as staging:
+            yield SubjectWriter(staging, name)
+            replace_folder(staging, target)
 
 
 def is_folder(root: Path) -> bool:
@@ -160,9 +174,8 @@ def is_folder(root: Path) -> bool:
 def about_subject(root: Path, name: str) -> dict[str, Any]:
     """How a subject was made; empty where it is not there."""
     try:
-        record = json.loads((root / name / _RECORD).read_text(encoding="utf-8"))
-        return dict(record["about"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_document(root / name / _RECORD, _Described).about
+    except (OSError, DocumentError):
         return {}
 
 
@@ -183,7 +196,11 @@ def scan_folder(root: Path) -> tuple[Dataset, list[Fault]]:
 
 def _read_subject(folder: Path) -> Subject:
     record = _record(folder / _RECORD)
-    name, surfaces = record["name"], record["surfaces"]
+    name, surfaces = record.name, record.surfaces
+    checksums = {folder / file: known for file, known in record.files.items()}
+    for file, known in record.files.items():
+        if file.split("/")[0] not in RESPONSES.values():  # large: looked at where they are used
+            _refuse_changed(folder, file, known)
     images, columns = _read_images(folder / _IMAGES)
     paths = {split: _paths(folder, RESPONSES[split], surfaces) for split in _SPLITS}
     n_vertices = {s: _responses(paths["train"][s], len(images["train"])) for s in surfaces}
@@ -197,18 +214,19 @@ def _read_subject(folder: Path) -> Subject:
         test=images["test"],
         response_paths=paths["train"],
         n_vertices=n_vertices,
-        rois={
-            surface: _rois(folder, surface, facts["rois"], n_vertices[surface]) for surface, facts in surfaces.items()
-        },
+        rois={surface: _rois(folder, surface, facts.rois, n_vertices[surface]) for surface, facts in surfaces.items()},
         noise_ceiling=ceilings["train"],
         fsaverage={surface: _fsaverage(folder, surface, n) for surface, n in n_vertices.items()},
         test_response_paths=paths["test"],
         test_noise_ceiling=ceilings["test"] if paths["test"] else {},
         positions=_positions(folder, n_vertices),
         grids={
-            surface: _grid(folder / _RECORD, facts["grid"]) for surface, facts in surfaces.items() if "grid" in facts
+            surface: _grid(folder / _RECORD, facts.grid)
+            for surface, facts in surfaces.items()
+            if facts.grid is not None
         },
         columns=columns,
+        checksums=checksums,
     )
 
 
@@ -225,21 +243,38 @@ def moved_faults(subjects: Sequence[Subject]) -> list[Fault]:
     return faults
 
 
-def _record(path: Path) -> dict[str, Any]:
+def _record(path: Path) -> _Described:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        whole = (
-            record["format"] == FORMAT
-            and record["name"] == path.parent.name
-            and record["surfaces"]
-            and all(isinstance(name, str) for facts in record["surfaces"].values() for name in facts["rois"])
-            and all(_NAME.fullmatch(surface) for surface in record["surfaces"])
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
+        record = read_document(path, _Described)
+    except (OSError, DocumentError) as error:
+        found = f"another file ({first_line(error)})"
+        raise _damaged(path, f"a subject named {path.parent.name}, in format {FORMAT}", found) from error
+    named = record.format == FORMAT and record.name == path.parent.name
+    if not named or not record.surfaces or not all(_NAME.fullmatch(surface) for surface in record.surfaces):
         raise _damaged(path, f"a subject named {path.parent.name}, in format {FORMAT}", "another file")
-    return dict(record)
+    return record
+
+
+def subject_records(root: Path) -> list[Path]:
+    """The file of each subject under `root` that says what there is of it."""
+    return sorted(path for path in root.glob(f"*/{_RECORD}") if not path.parent.name.startswith("."))
+
+
+def record_files(record: Path) -> dict[str, Callable[[], bool]]:
+    """{file of a subject: a check of its checksum, which raises DataError}. Raises DataError for a damaged record."""
+    folder = record.parent
+    return {name: partial(_refuse_changed, folder, name, known) for name, known in _record(record).files.items()}
+
+
+def _refuse_changed(folder: Path, name: str, checksum: str) -> bool:
+    """Raise DataError for a file of a subject that is not what was written, or leads out of its folder; else True."""
+    path = folder / name
+    parts = name.split("/")
+    if not all(map(is_file_name, parts)):
+        raise _damaged(folder / _RECORD, "names of files in the folder", repr(name))
+    if not path.is_file() or file_checksum(path) != checksum:
+        raise _damaged(path, "the file that was written", "another" if path.exists() else "none")
+    return True
 
 
 def _damaged(path: Path, expected: str, found: str) -> DataError:

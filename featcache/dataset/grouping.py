@@ -1,6 +1,5 @@
 """The split that --split names: its groups over all subjects of a dataset, and how the work folder remembers them."""
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +10,7 @@ from featcache.dataset.split_files import read_split
 from featcache.dataset.splits import BY_ID, Split, SplitKey
 from featcache.dataset.subject import SESSION, SESSIONS_JOINED_BY, Subject
 from featcache.errors import DataError, StoreError
+from featcache.machine.documents import read_json
 from featcache.machine.files import replace_json
 from featcache.machine.progress import say
 from featcache.workdir import Workdir
@@ -61,7 +61,8 @@ def recall(key: SplitKey, work: Path | str) -> Split:
 def _read(path: Path, mtime_ns: int) -> Split | None:
     """The split in a file, as it was at that time; None for a damaged one."""
     try:
-        return Split.from_json(json.loads(path.read_text()))
+        split = Split.from_json(read_json(path))
+        return split if split.digest == path.stem else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -4,8 +4,6 @@ Folds go by image id. So one picture under two ids could be trained on and score
 """
 
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,22 +19,12 @@ from featcache.dataset.pictures import SIDE, Picture, alike, look_at, near_copie
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Dataset, Fault, Images, ImageSource, Subject, listed
 from featcache.errors import DataError
+from featcache.machine.documents import DAMAGED_NPZ, parse_json
 from featcache.machine.files import only_writer, whole_file
 from featcache.machine.prefetch import prefetch
 from featcache.workdir import Workdir
 
 UNSEEN = -1  # in place of the number of a picture that was not decoded
-_DAMAGED = (  # what NumPy, zipfile and json raise on a missing or damaged index
-    OSError,
-    ValueError,
-    LookupError,
-    EOFError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 # Another release of Pillow, or of its JPEG library, may decode a file to other pixels.
 _FORMAT = f"1, Pillow {PIL.__version__}, JPEG {features.version('jpg')}"
 _AHEAD = 4  # images for each thread that are decoded before their turn
@@ -125,7 +113,7 @@ class _Index:
         looked = Looked.nothing(len(self._keys))
         try:
             with self._path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-                described = json.loads(file["keys"].tobytes())
+                described = parse_json(file["keys"].tobytes())
                 pictures, hashes, thumbnails = (file[name] for name in ("pictures", "hashes", "thumbnails"))
             if described["format"] != _FORMAT:
                 return looked
@@ -137,7 +125,7 @@ class _Index:
                 hashes[at],
                 thumbnails[at],
             )
-        except _DAMAGED:
+        except DAMAGED_NPZ:
             return Looked.nothing(len(self._keys))
         return looked
 

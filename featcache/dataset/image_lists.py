@@ -4,22 +4,30 @@ Keys of stores and checkpoints name images by two digests, which change when a s
 are remembered by these digests, and an image that is in an old list and in the list of today is found by its content.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from featcache.config import fingerprint
 from featcache.dataset.digests import digest_of_ids, image_digests, response_digest, whole_digest
 from featcache.dataset.subject import Subject
-from featcache.machine.files import replace_json
+from featcache.machine.documents import Count, DocumentError, HexDigest, Id, read_document, write_document
 from featcache.workdir import Workdir
 
 _GUESSES = 300  # of each kind; each takes about 2 ms where a subject has 10,000 images
+
+
+class _Remembered(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What is remembered of a list of images."""
+
+    n_train: Count
+    ids: tuple[Id, ...]
+    digests: tuple[HexDigest, ...]
 
 
 @dataclass(frozen=True)
@@ -127,17 +135,16 @@ class ImageList:
     def _remember(self) -> None:
         path = self._path(self.key)
         if not path.exists():
-            replace_json(path, {"n_train": self.n_train, "ids": self.ids, "digests": self.digests})
+            write_document(path, {"n_train": self.n_train, "ids": self.ids, "digests": self.digests})
 
     def _recall(self, key: Mapping[str, Any]) -> "ImageList | None":
         """The remembered list of a key; None where there is none, or a damaged one."""
         try:
-            known = json.loads(self._path(key).read_text())
-            ids, digests = (tuple(known[name]) for name in ("ids", "digests"))
-            images = replace(self, ids=ids, digests=digests, n_train=int(known["n_train"]))
-            return images if len(ids) == len(digests) and images.key == key else None
-        except (OSError, ValueError, KeyError, TypeError):
+            known = read_document(self._path(key), _Remembered)
+        except (OSError, DocumentError):
             return None
+        images = replace(self, ids=known.ids, digests=known.digests, n_train=known.n_train)
+        return images if len(known.ids) == len(known.digests) and images.key == key else None
 
 
 @dataclass(frozen=True)

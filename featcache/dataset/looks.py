@@ -5,7 +5,6 @@ a picture is like at a glance, not what it shows (Oliva and Torralba, Modeling t
 of nearly one description are always in one group. The rest is k-means.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from featcache.dataset.images import load_image
 from featcache.dataset.pictures import Picture, look_at, near_copies
 from featcache.dataset.splits import Split
 from featcache.dataset.subject import ImageSource, Subject
+from featcache.machine.documents import read_json
 from featcache.machine.files import replace_json
 from featcache.machine.progress import bar
 from featcache.workdir import Workdir
@@ -70,7 +70,7 @@ def _look(sources: Sequence[ImageSource]) -> tuple[np.ndarray, list[Picture]]:
 def _known(path: Path) -> dict[int, str] | None:
     """Clusters that an earlier run wrote; None where there are none, or they are damaged: they are made again."""
     try:
-        return dict(Split.from_json(json.loads(path.read_text())).groups)
+        return dict(Split.from_json(read_json(path)).groups)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

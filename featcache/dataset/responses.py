@@ -1,6 +1,5 @@
 """Responses that a fit can use: looked through before it starts, and not half-way through it."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 from featcache.dataset.digests import DigestIndex
 from featcache.dataset.subject import Fault, Subject
 from featcache.errors import DataError
-from featcache.machine.files import replace_json
+from featcache.machine.documents import DocumentError, read_document, write_document
 from featcache.machine.progress import say
 from featcache.workdir import Workdir
 
@@ -51,15 +50,14 @@ def refuse_unfit(subjects: Sequence[Subject], work: Path) -> None:
         digest = index.digest([*subject.response_paths.values(), *subject.test_response_paths.values()])
         if _known(path) != digest:
             _refuse_unfit(subject)
-            replace_json(path, {"responses": digest})
+            write_document(path, {"responses": digest})
 
 
 def _known(path: Path) -> str | None:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):  # not looked through yet, or a damaged file: once more
+        return read_document(path, dict[str, str]).get("responses")
+    except (OSError, DocumentError):  # not looked through yet, or a damaged file: once more
         return None
-    return content.get("responses") if isinstance(content, dict) else None
 
 
 def _refuse_empty(subject: Subject) -> None:

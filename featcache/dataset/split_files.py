@@ -10,7 +10,6 @@ columns image, name, label, file and stimulus.
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from featcache.config import split_name
 from featcache.dataset.splits import Split
 from featcache.dataset.subject import Subject, listed
 from featcache.errors import DataError
+from featcache.machine.documents import DocumentError, parse_json
 from featcache.machine.progress import say
 
 _IDS, _GROUPS = ("id", "image", "name"), ("group", "fold", "split")  # columns of a table
@@ -160,8 +160,8 @@ def _once(path: Path, pairs: Iterator[tuple[str, str]]) -> dict[str, str]:
 
 def _from_json(path: Path, text: str) -> Iterator[tuple[str, str]]:
     try:
-        said = json.loads(text)
-    except ValueError as error:
+        said = parse_json(text)
+    except DocumentError as error:
         raise DataError(path, expected="JSON", found=f"a mistake in it: {error}", remedy="correct it") from error
     if isinstance(said, dict) and isinstance(variants := said.get("variants"), list):
         if len(variants) != 1:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from featcache.config import fingerprint
 from featcache.dataset.subject import listed
 from featcache.errors import ConfigError, FeatcacheError, LeakError
+from featcache.machine.documents import Count, Id, of_its_types, typed
 
 
 def assign_folds(image_ids: ArrayLike, n_folds: int, seed: int) -> NDArray[np.int64]:
@@ -72,7 +73,7 @@ class SplitKey:
     @classmethod
     def from_json(cls, json: Mapping[str, str] | None) -> Self:
         """The split that a key names; a key that names none is of the split by image id. Raises KeyError."""
-        return cls() if json is None else cls(json["name"], json["digest"])
+        return cls() if json is None else of_its_types(cls(json["name"], json["digest"]))
 
     def to_json(self) -> dict[str, dict[str, str]]:
         """What a key says of it, {'split': ...}; nothing of the split by image id, which the oldest keys have."""
@@ -181,8 +182,10 @@ class Split:
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> Self:
         """Read what `to_json` gave. Raises KeyError, TypeError or ValueError for what is damaged."""
-        groups = {int(i): group for group, ids in json["groups"].items() for i in ids}
-        split = cls(json["name"], groups, dict(json["numbers"]), json["alone"])
+        said = typed(json["groups"], dict[str, list[Id]])
+        groups = {image_id: group for group, ids in said.items() for image_id in ids}
+        numbers = typed(json["numbers"], dict[str, Count])
+        split = cls(typed(json["name"], str), groups, numbers, typed(json["alone"], str))
         if split.digest != json["digest"]:
             raise ValueError("the groups are not those that were written")
         return split

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from featcache.errors import DataError
 from featcache.formats.volumes import Grid
+from featcache.machine.files import file_checksum
 
 SESSION, SESSIONS_JOINED_BY = "session", "+"  # the column of images with the sessions of their trials, '1' or '1+5'
 _N_SHOWN = 5  # enough to look them up, few enough for one line
@@ -24,6 +26,12 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.where}: expected {self.expected}; found {self.found}"
+
+
+@lru_cache(maxsize=1024)
+def _checksum(path: Path, _n_bytes: int, _time: int) -> str:
+    """Checksum of a file, which is read once in a process as long as it keeps its size and time."""
+    return file_checksum(path)
 
 
 def refuse_faults(faults: Sequence[Fault]) -> None:
@@ -113,6 +121,8 @@ class Subject:
     positions : (n_vertices, 3) float32, where each vertex is, in mm; an empty dict where not known
     grids : the grid of voxels that the positions are of; an empty dict where not known
     columns : what else is known of each image, such as its session: {name: (n_train + n_test,) texts}
+    checksums : of its files as they were written, which files of responses are held against when they are opened; none
+        of a dataset that somebody else wrote
     """
 
     name: str
@@ -128,6 +138,7 @@ class Subject:
     positions: dict[str, np.ndarray] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    checksums: dict[Path, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         vertices = ", ".join(f"{n} vertices of {surface}" for surface, n in self.n_vertices.items())
@@ -145,8 +156,7 @@ class Subject:
 
     def responses(self, surface: str) -> np.ndarray:
         """Training responses, (n_train, n_vertices), as a memory map: slice it, then cast to float32."""
-        responses: np.ndarray = np.load(self.response_paths[surface], mmap_mode="r")
-        return responses
+        return self._opened(self.response_paths[surface])
 
     @property
     def has_test_responses(self) -> bool:
@@ -155,7 +165,18 @@ class Subject:
 
     def test_responses(self, surface: str) -> np.ndarray:
         """Test responses, (n_test, n_vertices), as a memory map. Only where `has_test_responses`."""
-        responses: np.ndarray = np.load(self.test_response_paths[surface], mmap_mode="r")
+        return self._opened(self.test_response_paths[surface])
+
+    def _opened(self, path: Path) -> np.ndarray:
+        """A file of responses as a memory map. Raises DataError for one that is not what was written."""
+        known = self.checksums.get(path)
+        if known is not None:
+            status = path.stat()
+            if _checksum(path, status.st_size, status.st_mtime_ns) != known:
+                raise DataError(
+                    path, expected="the responses that were imported", found="others", remedy="run 'import' again"
+                )
+        responses: np.ndarray = np.load(path, mmap_mode="r")
         return responses
 
     @property

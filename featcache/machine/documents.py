@@ -8,6 +8,9 @@ import json
 import os
 import re
 import stat
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -26,6 +29,19 @@ DIGEST = "digest"  # name of the digest among the names of a document
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # of an image
 HexDigest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+DAMAGED_NPZ = (  # what NumPy and zipfile raise on a .npz file that is missing or damaged
+    OSError,
+    ValueError,
+    LookupError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+)
 _MOST_BYTES = 1 << 30  # an index of a million images takes a quarter of it
 _MOST_DEPTH = 64
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
@@ -99,6 +115,12 @@ def read_document(path: Path, kind: type[T]) -> T:
     return typed(unsealed(path.name, read_json(path)), kind)
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a document has a digest. Raises as `read_json`."""
+    document = read_json(path)
+    return isinstance(document, dict) and DIGEST in document
+
+
 def sealed(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a document, as JSON has it, with its digest. name : of its file"""
     plain = json.loads(json.dumps(content))
@@ -133,7 +155,8 @@ def of_its_types(instance: T) -> T:
 
     Fields that are dataclasses themselves are left to them.
     """
-    for name, hint in _hints(type(instance)).items():
+    kind: Any = type(instance)
+    for name, hint in _hints(kind).items():
         value = getattr(instance, name)
         if not is_dataclass(value):
             try:

@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there, folders with one writer, and room on the disk."""
 
+import errno
 import itertools
 import json
 import os
@@ -8,17 +9,23 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+import google_crc32c
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from featcache.errors import StoreError
+from featcache.machine.progress import say, size_of
 
-_LOCK = ".writing.lock"
+_AT_ONCE = 16 << 20  # bytes that are read at a time
+_LOCK, _MARKER = ".writing.lock", ".writing.marker"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a disk without locks
+_PATIENCE = 10  # seconds after which a wait is said
+_NEVER_WRITTEN = 60  # seconds after which a marker without a number is nobody's
 _PARTIAL = re.compile(r"\.([0-9a-f]{8})-(\d+)-\d+\.partial\..+", re.DOTALL)
 _EARLIER = re.compile(r"\.(\d+)\..+|\..+\.(\d+)|\..+\.partial-\w+", re.DOTALL)  # as earlier versions called them
 _FORGOTTEN = 7 * 86400  # seconds after which what is not finished is nobody's, whichever machine began it
@@ -29,19 +36,65 @@ _numbers = itertools.count()
 def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold a folder, which is made where it is missing, for one writer.
 
-    The lock ends with its process, however that ends. Where the file system has no such locks, a file stands for it.
+    The lock ends with its process, however that ends. Where the file system has no such locks, a file with the
+    process's number and machine stands for it; that of a process of this machine that is gone does not count.
 
     Raises StoreError where another writer holds the folder, unless `wait`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    lock: BaseFileLock = FileLock(folder / _LOCK, fallback_to_soft=False)
+    held_by: Path | None = None
     try:
-        lock = FileLock(folder / _LOCK).acquire(timeout=-1 if wait else 0)
-    except Timeout as error:
-        raise StoreError(
-            folder, expected="to be the only writer", found="another process writing", remedy="wait for it to end"
-        ) from error
-    with lock:
+        held = _acquired(lock, wait, folder, held_by)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        # not the file of the lock: it stays when its writer is gone, also where a folder is copied from another disk
+        held_by = folder / _MARKER
+        lock = SoftFileLock(held_by)
+        held = _acquired(lock, wait, folder, held_by)
+    with held:
         yield
+
+
+def _acquired(lock: BaseFileLock, wait: bool, folder: Path, marker: Path | None) -> AbstractContextManager[object]:
+    """The lock, held. Raises StoreError where another writer holds it, unless `wait`; a long wait is said once."""
+    said = False
+    while True:
+        try:
+            return lock.acquire(timeout=_PATIENCE if wait else 0)
+        except Timeout as error:
+            if marker is not None and _was_never_written(marker):
+                marker.unlink(missing_ok=True)
+                continue
+            gone = "" if marker is None else f"; if that process is gone, delete {marker}"
+            if not wait:
+                raise StoreError(
+                    folder,
+                    expected="to be the only writer",
+                    found=f"another process writing{_holder(marker)}",
+                    remedy=f"wait for it to end{gone}",
+                ) from error
+            if not said:
+                say(f"{folder}: waits for another process that writes there{_holder(marker)}{gone}")
+                said = True
+
+
+def _holder(marker: Path | None) -> str:
+    """Process and machine that a marker names, in words; '' for a lock of the file system, which names none."""
+    try:
+        process, machine = (marker.read_text() if marker is not None else "").split()[:2]
+    except (OSError, ValueError):
+        return ""
+    return f", process {process} of {machine}"
+
+
+def _was_never_written(marker: Path) -> bool:
+    """Whether a marker's process ended between making the file and writing its number into it."""
+    with suppress(OSError):
+        status = marker.stat()
+        return status.st_size == 0 and time.time() - status.st_mtime > _NEVER_WRITTEN
+    return False
 
 
 def refuse_full_disk(folder: Path, n_bytes: int) -> None:
@@ -51,10 +104,19 @@ def refuse_full_disk(folder: Path, n_bytes: int) -> None:
     if n_bytes > free:
         raise StoreError(
             folder,
-            expected=f"{n_bytes / 1e9:.1f} GB of free disk",
-            found=f"{free / 1e9:.1f} GB",
+            expected=f"{size_of(n_bytes)} of free disk",
+            found=size_of(free),
             remedy="make room or choose another --work",
         )
+
+
+def file_checksum(path: Path) -> str:
+    """crc32c of a file's content, 8 hexadecimal digits. It tells damage, at several times the speed of a digest."""
+    checksum = 0
+    with path.open("rb") as file:
+        while content := file.read(_AT_ONCE):
+            checksum = google_crc32c.extend(checksum, content)
+    return f"{checksum:08x}"
 
 
 def partial_path(path: Path) -> Path:
@@ -89,7 +151,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
     removed = []
     with suppress(OSError):  # no such folder yet
         for path in [Path(entry) for entry in os.scandir(folder) if entry.name.startswith(".")]:
-            if _is_leftover(path):
+            if is_leftover(path):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else _unlink(path)
                 removed.append(path)
     return removed
@@ -100,7 +162,8 @@ def _unlink(path: Path) -> None:
         path.unlink()
 
 
-def _is_leftover(path: Path) -> bool:
+def is_leftover(path: Path) -> bool:
+    """Whether a file or folder is what a process that is gone left unfinished."""
     if (partial := _PARTIAL.fullmatch(path.name)) and partial[1] == _this_machine():
         return not _runs(int(partial[2]))
     if partial or _EARLIER.fullmatch(path.name):
@@ -142,7 +205,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside `path`, which takes that name once the block ends; an error in the block removes it.
 
-    `path` must not exist, or be an empty folder.
+    `path` must not exist, or be an empty folder. Raises StoreError where it has files by then.
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,9 +213,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        if path.exists():
-            path.rmdir()  # not every system renames onto a folder
-        partial.rename(path)
+        try:
+            with suppress(FileNotFoundError):
+                path.rmdir()  # not every system renames onto a folder
+            partial.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise StoreError(
+                path,
+                expected="a folder that is new or empty",
+                found="what another process has put there meanwhile",
+                remedy="look at it, and choose another name or remove it",
+            ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -1,19 +1,26 @@
-"""Tensors that may be larger than the memory: written to safetensors one after the other, and held in files."""
+"""Tensors that may be larger than the memory: written to safetensors one after the other, and held in files.
+
+A file of tensors says the checksum of its own content in its header, so that a changed one is noticed.
+"""
 
 import errno
 import json
 import math
 import mmap
 import os
+import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
+import google_crc32c
 import numpy as np
 import torch
 
+from featcache.machine.documents import DocumentError, parse_json
 from featcache.machine.files import whole_file
 
 _NAMES = {
@@ -38,6 +45,9 @@ _NAMES = {
 }
 _NO_PROMISE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system that cannot promise room
 _ALIGNED = 8  # bytes; the header is filled up to a multiple
+_CHECKSUM = "crc32c"  # name of the checksum in the metadata of a header
+_UNKNOWN = "0" * 8  # stands for it while it is computed
+_MOST_HEADER = 100_000_000  # bytes, which is the library's limit
 _IN_MEMORY = 32 << 20  # bytes up to which `Spool.zeros` takes main memory
 _AT_ONCE = 64 << 20  # bytes that are copied at a time
 
@@ -111,26 +121,88 @@ def write_tensors(
     digest : takes in the bytes of the file as they are written, so that nobody has to read it again
     spool : that holds the large ones
 
+    Where there is no digest, the header has a checksum of the whole file, its own eight digits as zeros.
+
     The library's own writer makes a copy of all tensors first. This one copies `_AT_ONCE` bytes at a time, so that
     tensors of a spool need no memory.
 
     Source: the format, https://huggingface.co/docs/safetensors
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    known = dict(metadata) | ({_CHECKSUM: _UNKNOWN} if digest is None else {})
+    header: dict[str, object] = {"__metadata__": known}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNED)
+    checksum = 0
     with whole_file(path) as partial, partial.open("wb") as file:
         header_bytes: list[bytes | memoryview] = [len(text).to_bytes(8, "little") + text]
         for content in chain(header_bytes, chain.from_iterable(map(_pieces, tensors.values()))):
             file.write(content)
-            if digest is not None:
+            if digest is None:
+                checksum = google_crc32c.extend(checksum, np.frombuffer(content, np.uint8))
+            else:
                 digest.update(content)
             if spool is not None:
                 spool.let_go()
+        if digest is None:
+            file.seek(len(header_bytes[0]) - len(text) + _checksum_at(text))
+            file.write(f"{checksum:08x}".encode())
+
+
+def _checksum_at(header: bytes) -> int:
+    """Where the digits of the checksum are in the text of a header. Raises DocumentError where they cannot be told."""
+    name = f'"{_CHECKSUM}":"'.encode()
+    if header.count(name) != 1:
+        raise DocumentError("its header has not one checksum")
+    return header.index(name) + len(name)
+
+
+def refuse_changed_tensors(path: Path, known: Collection[str]) -> None:
+    """Raise DocumentError for a safetensors file that is not what was written, OSError for one that cannot be read.
+
+    known : names of the metadata that `write_tensors` was given; of others, a damaged name cannot be told
+
+    A file is read once in a process, as long as it keeps its size and time. Files of earlier versions have no checksum,
+    and pass.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DocumentError("it is not a regular file")
+    if fault := _fault(path.absolute(), status.st_size, status.st_mtime_ns, frozenset(known)):
+        raise DocumentError(fault)
+
+
+def has_checksum(path: Path) -> bool:
+    """Whether a whole safetensors file says its own checksum. Raises OSError, or DocumentError for a broken header."""
+    with path.open("rb") as file:
+        text = file.read(min(int.from_bytes(file.read(8), "little"), _MOST_HEADER))
+    return _CHECKSUM in parse_json(text).get("__metadata__", {})
+
+
+@lru_cache(maxsize=4096)
+def _fault(path: Path, n_bytes: int, _time: int, known: frozenset[str]) -> str:
+    """What is wrong with a file of tensors; '' where nothing is."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(_MOST_HEADER, n_bytes - 8):
+                return "its header is cut short"
+            text = file.read(length)
+            metadata = parse_json(text).get("__metadata__", {})
+            if _CHECKSUM not in metadata:
+                others = metadata.keys() - known
+                return f"its header has {', '.join(sorted(map(repr, others)))}, which nobody wrote" if others else ""
+            at = _checksum_at(text)
+            checksum = google_crc32c.value(start + text[:at] + _UNKNOWN.encode() + text[at + len(_UNKNOWN) :])
+            while content := file.read(_AT_ONCE):
+                checksum = google_crc32c.extend(checksum, np.frombuffer(content, np.uint8))
+        return "" if metadata[_CHECKSUM] == f"{checksum:08x}" else "it is not what was written"
+    except (DocumentError, AttributeError, TypeError) as error:
+        return f"its header cannot be read ({error})"
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[bytes | memoryview]:

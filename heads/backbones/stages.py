@@ -21,14 +21,13 @@ import timm
 import torch
 
 from featcache.backbone.checkpoint import (
-    DESCRIPTION,
     Checkpoint,
     checkpoint_path,
     find_same_training,
     open_checkpoint,
     prune,
 )
-from featcache.backbone.keys import BackboneKey, CheckpointFacts, CheckpointKey, Split
+from featcache.backbone.keys import DESCRIPTION, BackboneKey, CheckpointFacts, CheckpointKey, Split
 from featcache.backbone.network import Backbone
 from featcache.backbone.outline import outline
 from featcache.cache.pixels import cache_pixels
@@ -146,8 +145,12 @@ def _train_fold(
     encoder = Encoder(backbone.model, heads, taps, config.compile).requires_grad_(True)
     if device == "cuda":
         _say_memory(encoder, start, checkpoint.facts.label, device, config)
-    run = EncoderTraining(encoder, start.backbone, images, config.train, accelerator, checkpoint, config.save_every)
     with only_writer(checkpoint.path) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        if (checkpoint := _as_left(checkpoint)).finished:
+            say(f"trained by another process meanwhile, {checkpoint.path}")
+            return Trained(checkpoint, False, time.perf_counter() - began)
+        run = EncoderTraining(encoder, start.backbone, images, config.train, accelerator, checkpoint, config.save_every)
         trained = run.train()
     del run, encoder, backbone, first
     gc.collect()  # mixed precision leaves cycles, which would keep this network in memory beside the next one
@@ -187,6 +190,14 @@ def _checkpoint(
         label=key.label, origin=start.backbone.origin, versions=versions, network=_network(start.settings)
     )
     return Checkpoint(path, key, facts)
+
+
+def _as_left(checkpoint: Checkpoint) -> Checkpoint:
+    """The same as the writer before this one left it; itself where nothing was saved yet."""
+    if not (checkpoint.path / DESCRIPTION).exists():
+        return checkpoint
+    facts = open_checkpoint(checkpoint.path).facts
+    return replace(checkpoint, facts=replace(facts, seen_ids=checkpoint.facts.seen_ids, taps=checkpoint.facts.taps))
 
 
 def _backbone_key(start: Start) -> BackboneKey:

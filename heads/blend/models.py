@@ -12,7 +12,7 @@ from featcache.dataset.digests import image_digest, response_digest, subject_dig
 from featcache.dataset.grouping import recall
 from featcache.dataset.splits import BY_ID, Split, SplitKey, refuse_leak
 from featcache.dataset.subject import Subject
-from featcache.errors import ConfigError, StoreError, some_of
+from featcache.errors import ConfigError, StoreError, first_line, some_of
 from featcache.workdir import Workdir
 from heads.features.sets import keep, matches, newer_fault, say_without, subject_stores
 from heads.fit.names import PredictionFacts, PredictionKey
@@ -29,7 +29,15 @@ class Model:
     @classmethod
     def from_store(cls, store: Store) -> "Model":
         """The model whose predictions a store has."""
-        return cls(store, PredictionKey.from_json(store.key), PredictionFacts.from_json(store.facts))
+        try:
+            return cls(store, PredictionKey.from_json(store.key), PredictionFacts.from_json(store.facts))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(
+                store.path,
+                expected="a prediction store",
+                found=f"a key that cannot be read ({first_line(error)})",
+                remedy="move it out of this folder, or delete it and run 'fit-heads' again",
+            ) from error
 
     @property
     def name(self) -> str:

@@ -1,24 +1,28 @@
 """Prediction stores of the work folder -> blend, scores on folds it was not learnt on, weights and submission."""
 
 import importlib.metadata
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from featcache.dataset.splits import SplitKey
+from featcache.dataset.splits import Split, SplitKey
 from featcache.dataset.subject import Dataset, Subject
-from featcache.machine.files import replace_json
+from featcache.machine.documents import write_document
+from featcache.machine.files import only_writer, refuse_full_disk, replace_bytes
+from featcache.machine.folders import link_or_copy, read_unchanged, replace_folder, restore_folder, staged_folder
 from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import bar, say
 from featcache.workdir import Workdir
 from heads.blend.models import Model, SubjectModels, chosen_on, find_models, has_ceilings, names_of, split_of_models
 from heads.blend.plot import Shares, plot_scores, plot_weights
 from heads.blend.products import N_FOLDS, SEED
-from heads.blend.saved import Coefficients, load_blend, refuse_strangers, save_blend
+from heads.blend.saved import Coefficients, SavedBlend, load_blend, refuse_strangers, save_blend
 from heads.blend.scores import write_scores
 from heads.blend.subject import Blended, blend_subject, mean_weights, vertex_scores
 from heads.blend.submission import PREDICTIONS, write_predictions, write_zip
@@ -63,13 +67,24 @@ def blend(
     Raises StoreError or ConfigError where there is nothing to blend.
     """
     work = Path(work)
+    files = Workdir(work)
     keep_freed_memory()
+    _tidy(files)
     models = find_models(dataset.subjects if subjects is None else subjects, work, config.models, config.exclude)
     by = split_of_models(models, work)
     _say_what_is_unusual(models)
-    files, accuracy = Workdir(work), has_ceilings(list(models))
-    several = len(names_of(models)) > 1  # one model alone is its own best single, and uniform
-    staging = _new_staging(files)
+    accuracy = has_ceilings(list(models))
+    refuse_full_disk(work, _bytes_of(models, dataset))
+    with staged_folder(files.submission) as staging:
+        ensemble = _blend(models, config, work, by, accuracy, staging)
+        return replace(ensemble, submission=_publish(staging, files, dataset, models))
+
+
+def _blend(
+    models: SubjectModels, config: BlendConfig, work: Path, by: Split, accuracy: bool, staging: Path
+) -> Ensemble:
+    """Blend the models of every subject, and write all but the zip into an empty folder."""
+    files, several = Workdir(work), len(names_of(models)) > 1  # one model alone is its own best single, and uniform
     blends: dict[Subject, Blended] = {}
     test_scores: list[VertexScores] = []
     with bar(f"blend {config.label}", len(models), "subjects") as advance:
@@ -98,12 +113,12 @@ def blend(
         {subject.name: blended.nested for subject, blended in blends.items()},
         {subject.name: of_subject[0].key.responses for subject, of_subject in models.items()},
     )
-    replace_json(staging / files.blend_weights.name, _description(models, config, by.key, blends, ensemble))
+    write_document(staging / files.blend_weights.name, _description(models, config, by.key, blends, ensemble))
     on_test = {f"{name}, test images": scores for name, scores in ensemble.test.items()}
     write_scores(staging / files.blend_scores.name, {**ensemble.scores, **on_test})
     plot_scores(staging / files.scores_picture.name, ensemble.scores["blend"])
     plot_weights(staging / files.blend_picture.name, ensemble.weights, {subject.name: subject for subject in blends})
-    return replace(ensemble, submission=_publish(files, dataset, models))
+    return ensemble
 
 
 def apply(dataset: Dataset, saved: Path, work: Path, subjects: Sequence[Subject] | None = None) -> Path | None:
@@ -113,18 +128,28 @@ def apply(dataset: Dataset, saved: Path, work: Path, subjects: Sequence[Subject]
 
     Raises StoreError for a file that is no blend, a subject that it does not have, or a model that is not there.
     """
-    coefficients = load_blend(saved)
-    models = find_models(dataset.subjects if subjects is None else subjects, work)
-    refuse_strangers(saved, coefficients, models)
     files = Workdir(work)
-    staging = _new_staging(files)
-    for subject, of_subject in models.items():
-        _write_test(staging, subject, coefficients[subject.name], of_subject)
-    shutil.copyfile(saved, staging / files.saved_blend.name)
+    _tidy(files)
+    models = find_models(dataset.subjects if subjects is None else subjects, work)
+    coefficients, contents = read_unchanged(saved.parent, partial(_read_saved, saved, models, files))
+    refuse_full_disk(work, _bytes_of(models, dataset))
+    with staged_folder(files.submission) as staging:
+        for subject, of_subject in models.items():
+            _write_test(staging, subject, coefficients[subject.name], of_subject)
+        for name, content in contents.items():
+            replace_bytes(staging / name, content)
+        return _publish(staging, files, dataset, models)
+
+
+def _read_saved(saved: Path, models: SubjectModels, files: Workdir) -> tuple[SavedBlend, dict[str, bytes]]:
+    """A blend, and its file and those beside it as they are. Raises StoreError for one that is not of these models."""
+    coefficients = load_blend(saved)
+    refuse_strangers(saved, coefficients, models)
+    contents = {files.saved_blend.name: saved.read_bytes()}
     for file in (files.blend_weights, files.blend_picture, files.blend_scores, files.scores_picture):
         if (beside := saved.with_name(file.name)).is_file():
-            shutil.copyfile(beside, staging / file.name)
-    return _publish(files, dataset, models)
+            contents[file.name] = beside.read_bytes()
+    return coefficients, contents
 
 
 def _say_what_is_unusual(models: SubjectModels) -> None:
@@ -200,26 +225,52 @@ def _description(
     }
 
 
-def _new_staging(files: Workdir) -> Path:
-    """An empty folder in which a submission is put together."""
-    staging = files.submission_staging
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    return staging
+def _bytes_of(models: SubjectModels, dataset: Dataset) -> int:
+    """About the bytes of a submission: predictions in the folder and in the zip, and coefficients out of fold."""
+    n_bytes = 0
+    for subject, of_subject in models.items():
+        coefficients = (len(of_subject) + 1) * (N_FOLDS + 1)
+        n_bytes += 4 * sum(subject.n_vertices.values()) * ((1 + dataset.challenge) * len(subject.test) + coefficients)
+    return n_bytes
 
 
-def _publish(files: Workdir, dataset: Dataset, models: SubjectModels) -> Path | None:
-    """Replace an older submission as a whole, and zip the challenge's. None, and no zip, where that is incomplete.
+def _tidy(files: Workdir) -> None:
+    """Put right what a process left that ended while it handed in a blend, and remove what it had begun."""
+    if not files.root.is_dir():
+        return
+    shutil.rmtree(files.earlier_staging, ignore_errors=True)
+    with only_writer(files.root, wait=True):
+        restore_folder(files.submission)
+        if files.blend_zip.is_file() and not files.submission_zip.exists():
+            link_or_copy(files.blend_zip, files.submission_zip)
+
+
+def _publish(staging: Path, files: Workdir, dataset: Dataset, models: SubjectModels) -> Path | None:
+    """Replace an older submission as a whole, with the challenge's zip. None, and no zip, where that is incomplete.
+
+    The zip is in the folder, so that it is of the same blend at any time; the name beside the folder is given to it
+    afterwards. Of several blends at once, the last one stays.
 
     Subjects of another blend are not kept beside those of this one: weights and scores in the folder are of one blend.
     """
+    whole = dataset.challenge and len(models) == len(dataset.subjects)
+    if whole:
+        write_zip(staging, dataset.subjects, staging / files.blend_zip.name)
     blended = {subject.name for subject in models}
-    if gone := sorted({path.parent.name for path in files.submission.glob(f"*/{PREDICTIONS}")} - blended):
-        say(f"{files.submission}: predictions of {', '.join(gone)} by an earlier blend were removed: it has one blend")
-    shutil.rmtree(files.submission, ignore_errors=True)
-    files.submission_staging.rename(files.submission)
-    path = files.submission_zip
-    if not dataset.challenge or len(models) < len(dataset.subjects):
-        path.unlink(missing_ok=True)  # an older blend's
-        return None
-    return write_zip(files.submission, dataset.subjects, path)
+    with only_writer(files.root, wait=True):
+        restore_folder(files.submission)
+        if gone := sorted({path.parent.name for path in files.submission.glob(f"*/{PREDICTIONS}")} - blended):
+            names = ", ".join(gone)
+            say(f"{files.submission}: predictions of {names} by an earlier blend were removed: it has one blend")
+        _take_away_zip(files)
+        replace_folder(staging, files.submission)
+        if whole:
+            link_or_copy(files.blend_zip, files.submission_zip)
+    return files.submission_zip if whole else None
+
+
+def _take_away_zip(files: Workdir) -> None:
+    """Have the older zip in its folder alone. One of an earlier version, which is not there, goes there first."""
+    if files.submission_zip.exists() and files.submission.is_dir() and not files.blend_zip.exists():
+        os.replace(files.submission_zip, files.blend_zip)
+    files.submission_zip.unlink(missing_ok=True)

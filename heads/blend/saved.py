@@ -1,20 +1,21 @@
 """A blend as a file: a coefficient for each model and vertex, which apply to any predictions of the same models."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from featcache.cache.store import Store
 from featcache.dataset.subject import Subject
-from featcache.errors import StoreError
-from featcache.machine.files import replace_bytes
-from featcache.machine.tensors import as_float32
+from featcache.errors import StoreError, first_line
+from featcache.machine.documents import parse_json, typed
+from featcache.machine.tensors import as_float32, refuse_changed_tensors, write_tensors
 from heads.blend.models import SubjectModels
 from heads.blend.products import N_FOLDS, Gathered, surface_blocks
 from heads.blend.weights import nested_sums
@@ -180,7 +181,8 @@ def save_blend(
                 out_of_fold = nested[subject][surface]
                 tensors[f"{subject}.{surface}.nested"] = out_of_fold.of_models
                 tensors[f"{subject}.{surface}.nested_intercept"] = out_of_fold.intercept
-    replace_bytes(path, save(tensors, {_ORIGIN: json.dumps(models), _RESPONSES: json.dumps(dict(responses or {}))}))
+    about = {_ORIGIN: json.dumps(models), _RESPONSES: json.dumps(dict(responses or {}))}
+    write_tensors(path, {name: torch.from_numpy(values) for name, values in sorted(tensors.items())}, about)
 
 
 def load_blend(path: Path) -> SavedBlend:
@@ -197,23 +199,41 @@ def _load(
     path: Path, kind: str, intercept: str, make: Callable[[tuple[str, ...], np.ndarray, np.ndarray], T]
 ) -> dict[str, dict[str, T]]:
     """{subject: {surface: coefficients}} of one kind."""
+    with _reading(path) as file:
+        models = typed(parse_json((file.metadata() or {})[_ORIGIN]), dict[str, list[str]])
+        blend: dict[str, dict[str, T]] = {}
+        for name in sorted(file.keys()):
+            owner, _, tensor = name.rpartition(".")
+            if tensor == kind:
+                subject = max((one for one in models if owner.startswith(f"{one}.")), key=len)
+                surface = owner.removeprefix(f"{subject}.")
+                values = _checked(file.get_tensor(name), file.get_tensor(f"{owner}.{intercept}"), models[subject])
+                blend.setdefault(subject, {})[surface] = make(tuple(models[subject]), *values)
+        return blend
+
+
+def _checked(of_models: np.ndarray, intercept: np.ndarray, models: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients and intercept as `save_blend` writes them. Raises ValueError for others."""
+    fits = of_models.shape == (*intercept.shape[:-1], len(models), *intercept.shape[-1:])
+    if not fits or of_models.dtype != np.float32 or intercept.dtype != np.float32:
+        raise ValueError(f"coefficients of shape {of_models.shape} for {len(models)} models")
+    if not np.isfinite(of_models).all() or not np.isfinite(intercept).all():
+        raise ValueError("coefficients that are not finite")
+    return of_models, intercept
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """The opened file of a blend that is as it was written. Raises StoreError for another."""
     try:
+        refuse_changed_tensors(path, (_ORIGIN, _RESPONSES))
         with safe_open(path, "numpy") as file:
-            models = json.loads((file.metadata() or {})[_ORIGIN])
-            blend: dict[str, dict[str, T]] = {}
-            for name in sorted(file.keys()):
-                owner, _, tensor = name.rpartition(".")
-                if tensor == kind:
-                    subject = max((one for one in models if owner.startswith(f"{one}.")), key=len)
-                    surface = owner.removeprefix(f"{subject}.")
-                    values = file.get_tensor(name), file.get_tensor(f"{owner}.{intercept}")
-                    blend.setdefault(subject, {})[surface] = make(tuple(models[subject]), *values)
-            return blend
+            yield file
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise StoreError(
             path,
             expected="a blend, as 'blend' writes it to submission/blend.safetensors",
-            found=f"none that can be read ({error})",
+            found=f"none that can be read ({first_line(error)})",
             remedy="run 'blend' again",
         ) from error
 
@@ -222,9 +242,8 @@ def _responses_of(path: Path) -> dict[str, str]:
     """{subject: digest of the responses that a blend was learnt on}; {} in a blend of an earlier version."""
     if not path.is_file():
         return {}
-    with safe_open(path, "numpy") as file:
-        digests: dict[str, str] = json.loads((file.metadata() or {}).get(_RESPONSES, "{}"))
-        return digests
+    with _reading(path) as file:
+        return typed(parse_json((file.metadata() or {}).get(_RESPONSES, "{}")), dict[str, str])
 
 
 def refuse_strangers(path: Path, blend: SavedBlend, models: SubjectModels) -> None:

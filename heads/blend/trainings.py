@@ -16,6 +16,7 @@ from featcache.backbone.keys import CheckpointKey
 from featcache.backbone.trainings import Trainings
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, some_of
+from featcache.machine.folders import renewed_folder
 from featcache.machine.progress import say
 from featcache.workdir import Workdir
 from heads.blend.models import Model, find_models
@@ -123,10 +124,10 @@ def compare_trainings(
     members = _members(subjects, work, models, exclude)
     arms = _against(members, reference)
     files = Workdir(work)
-    files.trainings.mkdir(parents=True, exist_ok=True)
-    _write_arms(files.training_arms, arms)
-    _write_values(files.training_values, arms)
-    plot_arms(files.trainings_picture, {arm.name: arm.subjects for arm in arms})
+    with renewed_folder(files.trainings) as folder:
+        _write_arms(folder / files.training_arms.name, arms)
+        _write_values(folder / files.training_values.name, arms)
+        plot_arms(folder / files.trainings_picture.name, {arm.name: arm.subjects for arm in arms})
     return arms
 
 

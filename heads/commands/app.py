@@ -33,6 +33,7 @@ from heads.commands import (
     training,
     trainings,
     trees,
+    verifying,
 )
 from heads.commands.options import OneValueCommand
 from heads.recipes.jobs import Job, usage_fault
@@ -95,6 +96,7 @@ COMMANDS = {
         "compare": comparing.compare,
         "trainings": trainings.trainings,
         "report": reporting.report,
+        "verify": verifying.verify,
     },
     "All at once": {"run": running.run},
 }

@@ -1,7 +1,7 @@
 """Feature stores -> shares of variance of feature spaces, in files, as a table and as a picture."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from featcache.dataset.grouping import split_of
 from featcache.dataset.responses import refuse_unfit
 from featcache.dataset.splits import Split
 from featcache.dataset.subject import Dataset, Subject
-from featcache.errors import ConfigError, StoreError
+from featcache.errors import ConfigError, StoreError, first_line
 from featcache.machine.device import resolve_device
 from featcache.machine.device_memory import block_on, on_cuda, said_on
-from featcache.machine.files import replace_json, whole_file
+from featcache.machine.documents import DAMAGED_NPZ, parse_json, read_document, write_document
+from featcache.machine.files import only_writer, whole_file
+from featcache.machine.folders import link_or_copy, renewed_folder
 from featcache.machine.memory import give_back_memory, keep_freed_memory, memory_at_start, spare_memory
 from featcache.machine.progress import bar, say
 from featcache.workdir import Workdir
@@ -172,8 +174,14 @@ def _name(task: _Task, config: CompareConfig) -> str:
 def _is_done(path: Path, task: _Task) -> bool:
     if not path.is_file():
         return False
-    with np.load(path, allow_pickle=False) as arrays:
-        return bool(json.loads(str(arrays["key"])) == json.loads(json.dumps(task.key)))
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:  # which holds each of them against its checksum
+                _ = arrays[name]
+            return bool(parse_json(str(arrays["key"])) == json.loads(json.dumps(task.key)))
+    except DAMAGED_NPZ as error:
+        say(f"{path}: compared again, because the file is damaged ({first_line(error)})")
+        return False
 
 
 def _compute(task: _Task, config: CompareConfig, device: str, path: Path) -> None:
@@ -277,7 +285,8 @@ def _save(path: Path, task: _Task, sums: GroupSums, vertices: dict[str, np.ndarr
     measures = measures_of(len(task.bands))
     names = [task.bands[measure.band].name if measure.band is not None else "" for measure in measures]
     arrays = {name: np.asarray(part) for name, part in sums._asdict().items()}
-    with whole_file(path) as partial:
+    # the folder may be renewed meanwhile by a process that compares other subjects in the same way
+    with only_writer(path.parent.parent, wait=True), whole_file(path) as partial:
         np.savez_compressed(
             partial,
             allow_pickle=False,
@@ -296,21 +305,31 @@ def _read_sums(path: Path) -> GroupSums:
 
 
 def _write(found: Comparison, tasks: Sequence[_Task], config: CompareConfig, files: Workdir, name: str) -> None:
-    with whole_file(files.compared_shares(name)) as partial:
-        write_table(partial, found.table())
-    if config.per == "vertex":
-        with whole_file(files.compared_vertices(name)) as partial:
-            write_table(partial, list(vertex_records(found)))
     content = {
         "bands": found.made_of,
         "keys": {task.subject.name: task.key for task in tasks},
         "versions": {"featcache": featcache.__version__, "torch": torch.__version__},
         "rows": [row.to_json() for row in found.rows],
     }
-    replace_json(files.compared_json(name), content)
-    if can_draw("the shares"):
-        with whole_file(files.compared_picture(name)) as partial:
-            plot_shares(partial, found)
+    drawn = can_draw("the shares")
+    with renewed_folder(files.comparison(name), keep="*.npz") as folder:
+        write_table(folder / files.compared_shares(name).name, found.table())
+        if config.per == "vertex":
+            write_table(folder / files.compared_vertices(name).name, list(vertex_records(found)))
+        elif files.compared_vertices(name).is_file() and _is_of(files.compared_json(name), content):
+            link_or_copy(files.compared_vertices(name), folder / files.compared_vertices(name).name)
+        write_document(folder / files.compared_json(name).name, content)
+        if drawn:
+            plot_shares(folder / files.compared_picture(name).name, found)
+
+
+def _is_of(path: Path, content: Mapping[str, Any]) -> bool:
+    """Whether an earlier description is of the same bands, subjects and responses."""
+    try:
+        earlier = read_document(path, dict[str, Any])
+        return bool(earlier["keys"] == json.loads(json.dumps(content["keys"])))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def vertex_records(found: Comparison) -> Iterator[dict[str, Any]]:

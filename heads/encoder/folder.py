@@ -28,6 +28,7 @@ from featcache.backbone.network import TorchBackbone
 from featcache.config import BackboneConfig, fingerprint
 from featcache.dataset.digests import file_digest
 from featcache.errors import FeatcacheError, StoreError, first_line
+from featcache.machine.documents import parse_json, read_json, typed
 from featcache.machine.files import replace_json, whole_folder
 from featcache.machine.progress import bar
 from featcache.machine.tensors import write_tensors
@@ -195,7 +196,7 @@ def _renamed(part: FeaturePart, network: BackboneConfig | None) -> FeaturePart:
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        description: dict[str, Any] = typed(read_json(path), dict[str, Any])
         version = description["format"]
         if isinstance(version, int) and version > FORMAT:
             raise StoreError(
@@ -256,7 +257,7 @@ def _read_subjects(
     rois: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     ceilings: dict[tuple[str, str], np.ndarray] = {}
     for name, values in safetensors.numpy.load_file(path).items():
-        subject, surface, kind, *roi = json.loads(name)
+        subject, surface, kind, *roi = typed(parse_json(name), list[str])
         if kind == "roi":
             rois.setdefault((subject, surface), {})[roi[0]] = values
         else:

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,11 @@ def write_predictions(
     chosen = {subject: encoder.choice(subject, wanted.model) for subject in wanted.subjects}
     means: dict[str, list[dict[str, np.ndarray]]] = {}
     label = f"predict by {', '.join(dict.fromkeys(chosen.values()))}"
-    with whole_folder(out) as partial, bar(label, len(pictures), "images") as advance:
+    with (
+        nullcontext() if table is None else whole_file(table) as partial_table,  # in its place after the folder
+        whole_folder(out) as partial,
+        bar(label, len(pictures), "images") as advance,
+    ):
         group = zarr.open_group(partial, mode="w", zarr_format=3)
         group.attrs["featcache"] = _description(wanted, chosen, names)
         n_vertices = {subject: encoder.surfaces(subject) for subject in vertices}
@@ -86,9 +91,9 @@ def write_predictions(
                     means.setdefault(subject, []).append(roi_means(encoder, subject, of_subject, vertices[subject]))
             done += n_images
             advance(n_images)
-        if table is not None:
+        if partial_table is not None:
             ids = np.asarray(group["image_ids"][:])  # type: ignore[index]
-            write_table(table, names, ids, {subject: _joined(parts) for subject, parts in means.items()})
+            write_table(partial_table, names, ids, {subject: _joined(parts) for subject, parts in means.items()})
     return chosen
 
 
@@ -171,7 +176,7 @@ def write_table(
 ) -> None:
     """Write a row for each image and subject, with a column for each ROI of any subject; empty where it has none."""
     rois = list(dict.fromkeys(roi for of_subject in means.values() for roi in of_subject))
-    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["image", "id", "subject", *rois])
         for number, name in enumerate(names):

@@ -13,6 +13,7 @@ from featcache.cache.store import Store, open_store
 from featcache.config import BackboneConfig, fingerprint
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError
+from featcache.machine.folders import read_unchanged
 from featcache.machine.progress import say
 from featcache.workdir import Workdir
 from heads.blend.models import Model, choose_names, names_of, usable_models
@@ -53,6 +54,12 @@ def models_to_use(
 
     Raises StoreError or ConfigError where there is nothing to predict with.
     """
+    return read_unchanged(Workdir(work).submission, lambda: _models_to_use(subjects, work, model))
+
+
+def _models_to_use(
+    subjects: Sequence[Subject], work: Path, model: str | None
+) -> tuple[dict[Subject, list[Model]], SavedBlend, set[str] | None]:
     path = Workdir(work).saved_blend
     blend = load_blend(path) if model in (None, BLEND) and path.is_file() else {}
     if model == BLEND and not blend:

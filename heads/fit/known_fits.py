@@ -92,6 +92,7 @@ def take_known_fit(
         heads = InFile(weights, source.name)
         predicted = dict(_predicted(problem, known, store, heads, by))
         with store.writing():
+            store = open_store(store.path)  # as the writer before this one left it
             for surface in problem.subject.surfaces:
                 if source.arrays[surface].dtype != store.arrays[surface].dtype == np.float16:
                     store.widen(surface)  # what is known is float32 because float16 is too coarse, or was not asked for

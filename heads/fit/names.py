@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from featcache.dataset.digests import response_digest, subject_digests
 from featcache.dataset.splits import SplitKey
 from featcache.dataset.subject import Subject
 from featcache.machine.device import resolve_dtype
+from featcache.machine.documents import of_its_types, typed
 from heads.config import HEADS, FitConfig
 from heads.config.fitting import default_settings
 from heads.config.solvers import HeadSpec, solver_of
@@ -31,6 +32,18 @@ VERSION = 2
 
 # {solver of an earlier version: its settings where nothing was asked for}; its stores are still read and blended
 RETIRED: dict[str, dict[str, Any]] = {"moments": {"steps": 128, "learning_rate": 0.25, "momentum": 0.9}}
+
+
+class _Features(TypedDict):
+    """What the key of predictions says of features in any case."""
+
+    images: str
+    image_ids: str
+    backbone: str
+    layers: list[str]
+    transform: dict[str, Any]
+    dtype: str
+    fold: dict[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +84,12 @@ class PredictionKey:
 
     @classmethod
     def from_json(cls, key: Mapping[str, Any]) -> "PredictionKey":
-        """Read the key of a prediction store."""
+        """Read the key of a prediction store. Raises KeyError, TypeError or ValueError for what is none."""
         names = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in key.items() if name in names})
+        found = of_its_types(cls(**{name: value for name, value in key.items() if name in names}))
+        typed(found.features, _Features)
+        _ = found.training
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """The key as stores keep it."""
@@ -190,9 +206,9 @@ class PredictionFacts:
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> "PredictionFacts":
-        """Read the facts of a prediction store."""
+        """Read the facts of a prediction store. Raises TypeError or ValueError for what are none."""
         names = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in facts.items() if name in names})
+        return of_its_types(cls(**{name: value for name, value in facts.items() if name in names}))
 
     def to_json(self) -> dict[str, Any]:
         """The facts as stores keep them."""

@@ -18,7 +18,7 @@ from featcache.dataset.splits import Split, refuse_leak
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, StoreError
 from featcache.machine.device import check_products, matrix_products, resolve_device
-from featcache.machine.files import refuse_full_disk
+from featcache.machine.files import refuse_full_disk, remove_leftovers
 from featcache.machine.memory import give_back_memory, keep_freed_memory, memory_at_start
 from featcache.machine.progress import bar, say
 from featcache.machine.tensors import Spool, as_float32, write_tensors
@@ -72,6 +72,8 @@ def fit_heads(
     if device == "cpu":
         keep_freed_memory()
     memory_at_start()
+    for folder in (Workdir(work).predictions, Workdir(work).heads):  # of runs that were killed, also if all is fitted
+        remove_leftovers(folder)
     check_products("products", config.products, config.device)
     variants = config.variants()
     _refuse_missing_rois(subjects, variants[0])
@@ -290,7 +292,7 @@ def _fit(problem: Problem, labels: Mapping[str, str]) -> Fitted:
     with matrix_products(problem.config.products):
         new = known is None or not _take(problem, known, store)
         if new:
-            _fill(
+            new = _fill(
                 problem,
                 solver or build_solver(problem),
                 store,
@@ -325,15 +327,24 @@ def refuse_leaks(subject: Subject, features: FeatureSet, plan: FoldPlan) -> None
         refuse_leak(seen, subject.test.ids, f"the test split of {subject.name}")
 
 
-def _fill(problem: Problem, solver: Solver, store: Store, weights: Path, label: str) -> None:
-    """Fit every surface; one surface's predictions are stored before the next has its own. label : of the bar"""
+def _fill(problem: Problem, solver: Solver, store: Store, weights: Path, label: str) -> bool:
+    """Fit every surface; one surface's predictions are stored before the next has its own. label : of the bar
+
+    False where another process has filled the store since it was opened.
+    """
     subject = problem.subject
     tensors: dict[str, torch.Tensor] = {}
     spool = Spool(Workdir(problem.work).heads)
-    with store.writing(), bar(label, sum(problem.n_vertices), "vertices") as advance:
-        for surface in subject.surfaces:
-            tensors |= _fill_surface(problem, solver, store, surface, spool, advance)
-        write_tensors(weights, tensors, _metadata(store), spool=spool)
+    with store.writing():
+        store = open_store(store.path)  # as the writer before this one left it
+        if store.complete and weights.exists():
+            say(f"{subject.name}: fitted by another process meanwhile, {store.path}")
+            return False
+        with bar(label, sum(problem.n_vertices), "vertices") as advance:
+            for surface in subject.surfaces:
+                tensors |= _fill_surface(problem, solver, store, surface, spool, advance)
+            write_tensors(weights, tensors, _metadata(store), spool=spool)
+    return True
 
 
 def _fill_surface(

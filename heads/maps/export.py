@@ -13,6 +13,7 @@ from featcache.backbone.extent import Extent, extent_of
 from featcache.dataset.images import image_shape
 from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
+from featcache.machine.files import whole_file
 from featcache.machine.progress import say
 from featcache.workdir import Workdir
 from heads.blend.models import Model, choose_names, names_of
@@ -56,7 +57,6 @@ def _export(subject: Subject, model: Model, shapes: Shapes, work: Path, draws: b
         say(f"{subject.name}: left out {model.name}: no weights on places are kept of it")
         return []
     folder = Workdir(work).maps
-    folder.mkdir(parents=True, exist_ok=True)
     vertices, table, picture = (folder / f"{model.store.name}.{end}" for end in ("npz", "csv", "png"))
     _write_vertices(vertices, maps)
     rois = list(roi_means(subject, model, maps))
@@ -65,7 +65,8 @@ def _export(subject: Subject, model: Model, shapes: Shapes, work: Path, draws: b
         return [vertices]
     _write_table(table, rois)
     if draws:
-        plot_maps(picture, rois, f"{subject.name}, {model.name}", extent)
+        with whole_file(picture) as partial:
+            plot_maps(partial, rois, f"{subject.name}, {model.name}", extent)
     return [vertices, table, *([picture] if draws else [])]
 
 
@@ -126,11 +127,12 @@ def _write_vertices(path: Path, maps: Mapping[str, VertexMaps]) -> None:
     for surface, of_surface in maps.items():
         arrays |= {f"{surface}/{name}": values for name, values in of_surface.places.items()}
         arrays |= {f"{surface}/layer_shares": of_surface.shares, f"{surface}/fields": of_surface.fields()}
-    np.savez_compressed(path, **arrays)
+    with whole_file(path) as partial:
+        np.savez_compressed(partial, **arrays)
 
 
 def _write_table(path: Path, rois: Sequence[RoiMaps]) -> None:
-    with path.open("w", newline="") as file:
+    with whole_file(path) as partial, partial.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["roi", "vertices", *(f"share {name}" for name in rois[0].shares), "x", "y", "size"])
         for roi in rois:

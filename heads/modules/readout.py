@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from featcache.errors import StoreError, first_line
+from featcache.machine.documents import DocumentError
+from featcache.machine.tensors import refuse_changed_tensors
 from heads.config import HEADS
 from heads.config.registry import load
 from heads.modules.core import CORE, CoreFront, front_of
@@ -33,6 +35,7 @@ from heads.modules.linear import SMALL, linear_layer
 from heads.modules.saved import tensors_under
 from heads.modules.spatial import Rows, Shapes, readout_of
 
+HEAD_METADATA = ("model", "predictions", "features")  # what the header of a file of heads says
 SCALE, SHIFT = "scale", "shift"
 _BATCH = 256  # images a pass of modules
 _MEMBER = re.compile(rf"{CORE}(\d+)\.")
@@ -88,10 +91,11 @@ class InFile:
             with safe_open(path, "pt") as file:
                 owner = (file.metadata() or {}).get("predictions", predictions)
                 self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+            if owner != predictions:
+                raise StoreError(path, expected=self._expected, found=f"those of {owner}", remedy=remedy)
+            refuse_changed_tensors(path, HEAD_METADATA)
+        except (OSError, SafetensorError, DocumentError) as error:
             raise self._unreadable(error) from error
-        if owner != predictions:
-            raise StoreError(path, expected=self._expected, found=f"those of {owner}", remedy=remedy)
 
     @property
     def _expected(self) -> str:

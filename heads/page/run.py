@@ -1,9 +1,9 @@
 """The page of a work folder: what is there is shown, and of what is missing it says which command makes it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import numpy as np
 from featcache import __version__
 from featcache.dataset.subject import Dataset
 from featcache.errors import StoreError
+from featcache.machine.documents import read_document
 from featcache.machine.extra import needed
 from featcache.machine.files import replace_bytes
+from featcache.machine.folders import read_unchanged
 from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import bar, say
 from featcache.workdir import Workdir
@@ -157,13 +159,15 @@ def _find(dataset: Dataset, work: Path) -> _Found:
     ranked = sorted(means, key=lambda name: (-len(means[name]), -float(np.mean(means[name]))))
     found.names, found.n_models = ranked[:MOST_MODELS], len(ranked)
     try:
-        if files.saved_blend.is_file():
-            found.blend = load_blend(files.saved_blend)
-        if files.blend_weights.is_file():
-            found.weights = dict(json.loads(files.blend_weights.read_text()))
+        found.blend, found.weights = read_unchanged(files.submission, partial(_read_blend, files))
     except (StoreError, ValueError, OSError) as error:
         say(f"left out the blend: {error}")
     return found
+
+
+def _read_blend(files: Workdir) -> tuple[SavedBlend, dict[str, Any]]:
+    blend = load_blend(files.saved_blend) if files.saved_blend.is_file() else {}
+    return blend, read_document(files.blend_weights, dict[str, Any]) if files.blend_weights.is_file() else {}
 
 
 Filled = dict[str, Any]  # what the template shows of one section

@@ -1,6 +1,5 @@
 """The models that are scored: prediction stores, and the last blend out of fold."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from featcache.dataset.grouping import recall
 from featcache.dataset.splits import Split
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, FeatcacheError, some_of
+from featcache.machine.documents import read_document, typed
+from featcache.machine.folders import read_unchanged
 from featcache.machine.progress import say
 from featcache.workdir import Workdir
 from heads.blend.models import Model, SubjectModels, choose_names, find_models, split_of_models
@@ -116,7 +117,9 @@ def _blends(stored: SubjectModels, work: Path) -> dict[Subject, Scored]:
     if not files.saved_blend.exists():
         return {}
     try:
-        nested, members = load_nested(files.saved_blend), _members(files.blend_weights)
+        nested, members = read_unchanged(
+            files.submission, lambda: (load_nested(files.saved_blend), _members(files.blend_weights))
+        )
     except (FeatcacheError, OSError, ValueError, KeyError, TypeError) as error:
         say(f"left out the last blend: {files.submission} cannot be read ({' '.join(str(error).split())})")
         return {}
@@ -142,10 +145,10 @@ def _blends(stored: SubjectModels, work: Path) -> dict[Subject, Scored]:
 
 def _members(path: Path) -> dict[str, dict[str, str]]:
     """{subject: {model: name of its prediction store}} of the last blend."""
-    description: dict[str, Any] = json.loads(path.read_text())
+    members = typed(read_document(path, dict[str, Any])["members"], dict[str, dict[str, dict[str, str]]])
     return {
         subject: {model: facts["predictions"] for model, facts in of_subject.items()}
-        for subject, of_subject in description["members"].items()
+        for subject, of_subject in members.items()
     }
 
 

@@ -58,7 +58,7 @@ def test_interrupted_between_any_two_files_it_ends_with_the_same_bits(
         return save
 
     with monkeypatch.context() as patch:
-        for name in ("write_tensors", "replace_json"):
+        for name in ("write_tensors", "write_description", "write_document"):
             patch.setattr(checkpoint_module, name, stopping(getattr(checkpoint_module, name)))
         patch.setattr(checkpoint_module.torch, "save", stopping(torch.save))
         with pytest.raises(KeyboardInterrupt):

@@ -54,7 +54,7 @@ def trained_model(subject, work, seen_ids):
         path.write_text(path.stem)
     features = {"backbone": "net", "layers": ["pooled"], "images": image_digest(subject, work), "dtype": "float32"}
     features |= {"fold": {"stage": "pretrain", "training": "", "n_folds": 5, "seed": 0, "held_out": list(range(5))}}
-    features |= {"transform": {"input_size": [3, 8, 8]}}
+    features |= {"transform": {"input_size": [3, 8, 8]}, "image_ids": ""}
     key = {"subject": subject.name, "features": features, "responses": response_digest(subject, work), "n_folds": 5}
     key |= {"head": "linear", "solver": "exact", "objective": "ridge", "seed": 0}
     facts = {"model": "net", "features": "+".join(f"features {fold}" for fold in range(5))}

@@ -10,7 +10,7 @@ import pytest
 
 import cli
 import heads.blend.run
-from featcache.cache.store import open_store
+from featcache.cache.store import create_store, open_store
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.subject import Dataset
 from featcache.errors import StoreError
@@ -245,16 +245,12 @@ def test_a_damaged_store_stops_a_blend_and_costs_nothing(filled, capfd):
 
 def test_models_that_lack_rows_or_vertices_are_left_out_by_name(filled, capfd):
     short, narrow, *_ = sorted((filled / "predictions.zarr").glob("subj01-*"))
-    committed = json.loads((short / "committed.json").read_text())
-    committed["lh"] = 4
-    (short / "committed.json").write_text(json.dumps(committed))
-    shutil.rmtree(narrow / "rh")
-    about = json.loads((narrow / "zarr.json").read_text())
-    about["attributes"]["featcache"]["arrays"] = ["lh"]
-    (narrow / "zarr.json").write_text(json.dumps(about))
-    (narrow / "committed.json").write_text(
-        json.dumps({"lh": json.loads((narrow / "committed.json").read_text())["lh"]})
-    )
+    open_store(short).commit({"lh": 4})
+    whole = open_store(narrow)
+    key, facts, ids, rows = whole.key, whole.facts, whole.image_ids, whole.read("lh")
+    shutil.rmtree(narrow)
+    label, width = narrow.name.rpartition("-")[0], {"lh": rows.shape[1]}
+    create_store(narrow.parent, label, key, ids, whole.n_train, width, facts).append({"lh": rows.astype(np.float32)})
     blended, _, err = run(capfd, "blend")
     assert f"left out {short.name}: not complete" in err and f"left out {narrow.name}: it has" in err
     assert len(blended["weights"]["subj01"]["lh"]["all"]) == 3 and len(blended["weights"]["subj02"]["lh"]["all"]) == 5

@@ -19,10 +19,13 @@ from support.keys import feature_key
 NOISE = {"mse": 1.0, "smooth_l1": 3.0}
 
 
+FACTS = {"label": "", "origin": "", "seen_ids": []}
+
+
 def checkpoint_description(key, work):
     path = Workdir(work).checkpoints / f"{key.label}-{fingerprint(key.to_json())}"
     path.mkdir(parents=True)
-    (path / "checkpoint.json").write_text(json.dumps({"format": 1, "recipe": key.to_json(), "facts": {}}))
+    (path / "checkpoint.json").write_text(json.dumps({"format": 1, "recipe": key.to_json(), "facts": FACTS}))
 
 
 def predict(subject, work, training, noise, seed, held_out=range(N_FOLDS)):

@@ -117,6 +117,7 @@ def stores_of(folder: Path, predictions) -> list[Store]:
     stores = []
     for model, of_model in enumerate(predictions):
         features = {"backbone": f"net{model // 2}", "layers": ["pooled"], "fold": None}
+        features |= {"images": "", "image_ids": "", "transform": {}, "dtype": "float32"}
         fit = {"responses": "", "head": "linear", "solver": "exact", "objective": "ridge", "n_folds": 5, "seed": 0}
         key = {"subject": "subj01", "model": model, "features": features} | fit
         facts = {"model": f"model {model}", "features": f"features {model // 2}"}

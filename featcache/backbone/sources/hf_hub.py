@@ -1,6 +1,5 @@
 """Networks in timm's format on the Hugging Face hub: 'hf-hub:owner/name'."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from featcache.backbone.sources.timm import network_of_timm
 from featcache.backbone.weights import RANDOM_SEED, file_or_refuse, load_file_into, refuse_unreachable
 from featcache.config import BackboneConfig
 from featcache.errors import BackboneError, first_line
+from featcache.machine.documents import read_json
 
 
 def check(config: BackboneConfig) -> None:
@@ -75,7 +75,7 @@ def _description(config: BackboneConfig) -> dict[str, Any]:
     """What the repository says of the network: timm's name of it, its arguments and its transform."""
     file = _file(config, "config.json")
     try:
-        description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        description: dict[str, Any] = read_json(file)
         if timm.is_model(description["architecture"]):
             return description
         found = f"the architecture {description['architecture']!r}"
