@@ -16,7 +16,7 @@ from pathlib import Path
 import google_crc32c  # zarr's own
 import numpy as np
 
-_CHECKSUM = np.dtype("<u4")
+_CHECKSUM_BYTES = 4
 
 
 def read_rows(folder: Path, rows: np.ndarray, chunk: int, start: int, checksums: Sequence[int] | None = None) -> None:
@@ -83,8 +83,8 @@ def chunk_file(folder: Path, index: int, ndim: int) -> Path:
 def stored_checksum(path: Path) -> int:
     """The crc32c that the file of a chunk ends with. Raises OSError for one that cannot be read."""
     with _opened(path) as file:
-        file.seek(-_CHECKSUM.itemsize, os.SEEK_END)
-        return int(np.frombuffer(file.read(_CHECKSUM.itemsize), _CHECKSUM)[0])
+        file.seek(-_CHECKSUM_BYTES, os.SEEK_END)
+        return int.from_bytes(file.read(_CHECKSUM_BYTES), "little")
 
 
 def _opened(path: Path) -> io.FileIO:
@@ -99,13 +99,13 @@ def _opened(path: Path) -> io.FileIO:
 def _read_chunk(path: Path, values: np.ndarray) -> int:
     """Fill `values` with a whole chunk, check them against its checksum, and return that."""
     with _opened(path) as file:
-        if os.fstat(file.fileno()).st_size != values.nbytes + _CHECKSUM.itemsize:
+        if os.fstat(file.fileno()).st_size != values.nbytes + _CHECKSUM_BYTES:
             raise ValueError(f"{path.name} is {os.fstat(file.fileno()).st_size} bytes")
-        content = values.reshape(-1).view(np.uint8)
+        content = values.ravel().view(np.uint8)
         done = 0
-        while done < len(content) and (n := file.readinto(content.data[done:])):
+        while n := file.readinto(content.data[done:]):  # nothing once all is read, or where the file was cut meanwhile
             done += n
-        stored = int(np.frombuffer(file.read(_CHECKSUM.itemsize), _CHECKSUM)[0])
+        stored = int.from_bytes(file.read(_CHECKSUM_BYTES), "little")
     if (computed := google_crc32c.value(content)) != stored:
         raise ValueError(f"stored {stored}, computed {computed}")
     return stored

@@ -132,7 +132,7 @@ class Split:
     def _placed(self, n_folds: int, seed: int) -> dict[str, int]:
         """{group: its fold}"""
         sizes = Counter(self.groups.values())
-        given = {group: fold for group, fold in self.numbers.items() if fold < n_folds and group in sizes}
+        given = {group: fold for group, fold in self.numbers.items() if fold < n_folds}
         placed = given | ({self.alone: 0} if self.alone else {})
         loads = np.zeros(n_folds)
         for group, fold in placed.items():
@@ -211,8 +211,6 @@ def refuse_leak(trained_ids: ArrayLike, scored_ids: ArrayLike, what: str, split:
             found=f"{shared.size} on both sides of the split (id {listed(shared)})",
             remedy="split both by the same image ids, --folds and seed, and train it again",
         )
-    if not split.groups:
-        return
     sides = [{split.groups.get(i) for i in np.asarray(ids).tolist()} - {None} for ids in (trained_ids, scored_ids)]
     if both := sorted(str(group) for group in sides[0] & sides[1]):
         raise LeakError(

@@ -279,12 +279,12 @@ def _in_roi(score: VertexScores, roi: str, zero_ceiling: ZeroCeiling) -> tuple[F
 
 def _check_distinct(scores: Sequence[VertexScores]) -> None:
     keys = [(score.subject, score.surface) for score in scores]
-    twice = [" ".join(key) for key in keys if keys.count(key) > 1]
+    twice = next((" ".join(key) for key in keys if keys.count(key) > 1), None)
     if twice or not keys:
         raise FeatcacheError(
             "a summary",
             expected="scores of a surface or more, each once",
-            found=f"{twice[0]} twice" if twice else "none",
+            found=f"{twice} twice" if twice else "none",
             remedy="score each surface once",
         )
 
@@ -365,7 +365,7 @@ def _mean_dominates(sums: Float64s, squares: Float64s, n_images: int) -> NDArray
 def _sums(predictions: Array, responses: Array, shifts: Float64s) -> tuple[Float64s, Float64s, Float64s]:
     """Sums over images of both matrices minus ``shifts``, (2, n_block), of their squares, and of p y, (n_block,)."""
     n_images, n_block = predictions.shape
-    n_rows = max(1, _TILE_NUMBERS // n_block)
+    n_rows = _TILE_NUMBERS // n_block  # 16 or more, as no block is wider than a tile
     sums, squares, products = np.zeros((2, n_block)), np.zeros((2, n_block)), np.zeros(n_block)
     buffer, ones = np.empty((2, min(n_rows, n_images), n_block)), np.ones(n_rows)
     for first in range(0, n_images, n_rows):

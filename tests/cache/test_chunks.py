@@ -1,5 +1,7 @@
 """Rows read from chunk files are those that zarr reads, and a chunk that is not whole is noticed."""
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec
 
-from featcache.cache.chunks import read_rows
+from featcache.cache.chunks import chunk_file, read_rows, stored_checksum
 
 CHUNK = 4
 
@@ -65,3 +67,35 @@ def test_a_chunk_that_was_cut_short_or_changed_is_refused(folder, change):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=r"bytes|stored .* computed"):
         read_rows(folder, np.empty((10, 3), np.float32), CHUNK, 0)
+
+
+def test_a_whole_chunk_of_another_array_or_place_is_refused(folder, tmp_path):
+    """Both are whole and of one size, so nothing but the checksums that were written down can tell them apart."""
+    other = stored(tmp_path / "other", -np.arange(30, dtype=np.float32).reshape(10, 3))
+    files = [chunk_file(folder, index, 2) for index in range(3)]
+    checksums = [stored_checksum(path) for path in files]
+    rows = np.empty((10, 3), np.float32)
+    read_rows(folder, rows, CHUNK, 0, checksums)
+    assert rows[-1].tolist() == [27, 28, 29]
+    for wrong in (chunk_file(tmp_path / "other", 1, other.ndim), files[0]):
+        shutil.copy(wrong, files[1])
+        with pytest.raises(ValueError, match="chunk 1 is of another array"):
+            read_rows(folder, rows, CHUNK, 0, checksums)
+        read_rows(folder, rows[8:], CHUNK, 8, checksums)
+
+
+def test_a_chunk_that_is_a_pipe_is_refused_and_not_waited_for(folder):
+    path = chunk_file(folder, 1, 2)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="not a regular file"):
+        read_rows(folder, np.empty((10, 3), np.float32), CHUNK, 0)
+    with pytest.raises(ValueError, match="not a regular file"):
+        stored_checksum(path)
+
+
+def test_rows_are_read_where_the_number_of_cores_is_not_known(folder, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    rows = np.empty((10, 3), np.float32)
+    read_rows(folder, rows, CHUNK, 0)
+    assert rows.ravel().tolist() == list(range(30))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from featcache.dataset.splits import BY_ID, Split, SplitKey, _splitmix64, assign_folds, check_folds, refuse_leak
@@ -11,10 +11,10 @@ from featcache.errors import ConfigError, FeatcacheError, LeakError
 N_IMAGES = 73_000  # ids in NSD
 ids_lists = st.lists(st.integers(0, 2**40), max_size=40)
 fold_counts = st.integers(2, 20)
-seeds = st.integers(0, 2**63)
+seeds = st.integers(-(2**63), 2**65)
 
 
-def slow_fold(image_id: int, n_folds: int, seed: int) -> int:
+def slow_hash(image_id: int, seed: int) -> int:
     """The same hash on Python's unbounded integers."""
 
     def splitmix64(key: int) -> int:
@@ -23,12 +23,30 @@ def slow_fold(image_id: int, n_folds: int, seed: int) -> int:
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % 2**64
         return mixed ^ (mixed >> 31)
 
-    return splitmix64((splitmix64(seed % 2**64) + image_id) % 2**64) % n_folds
+    return splitmix64((splitmix64(seed % 2**64) + image_id) % 2**64)
+
+
+def slow_fold(image_id: int, n_folds: int, seed: int) -> int:
+    return slow_hash(image_id, seed) % n_folds
+
+
+def slow_group_folds(groups: dict[int, str], n_folds: int, seed: int) -> dict[str, int]:
+    """{group: fold}: the largest into the emptiest fold, those between two powers of two in the order of their hash."""
+    images = {group: sorted(i for i in groups if groups[i] == group) for group in groups.values()}
+    powers = {group: max(power for power in range(10) if 2**power <= len(ids)) for group, ids in images.items()}
+    filled, folds = [0] * n_folds, {}
+    for group in sorted(images, key=lambda group: (-powers[group], slow_hash(images[group][0], seed))):
+        folds[group] = filled.index(min(filled))
+        filled[folds[group]] += len(images[group])
+    return folds
 
 
 @pytest.mark.slow
 @settings(deadline=None)
 @given(ids_lists, fold_counts, seeds)
+@example(list(range(20)), 5, 2**63)
+@example(list(range(20)), 5, 2**64 + 3)
+@example(list(range(20)), 5, -1)
 def test_folds_are_those_of_each_image_alone(image_ids, n_folds, seed):
     folds = assign_folds(image_ids, n_folds, seed)
     assert folds.dtype == np.int64
@@ -171,6 +189,16 @@ def test_a_group_is_on_one_side_in_any_order_and_company(groups, others, n_folds
         refuse_leak(*sides, "a head", split)
 
 
+@settings(deadline=None)
+@given(groupings, st.integers(2, 6), seeds)
+@example({i: "abcdef"[i % 6] for i in range(30)}, 3, 2**63)
+@example({i: "abcdef"[i % 6] for i in range(30)}, 3, 2**64 + 3)
+def test_groups_are_put_where_the_rule_puts_them(groups, n_folds, seed):
+    expected = slow_group_folds(groups, n_folds, seed)
+    found = Split("a", groups).folds(list(groups), n_folds, seed)
+    assert found.dtype == np.int64 and found.tolist() == [expected[group] for group in groups.values()]
+
+
 @given(groupings, st.integers(2, 6), seeds)
 def test_folds_of_groups_differ_by_the_images_of_one_group_at_most(groups, n_folds, seed):
     ids = list(groups)
@@ -220,6 +248,38 @@ def test_a_group_alone_has_fold_0_and_nothing_else_has(n_folds):
     if n_folds > 2:
         np.testing.assert_array_equal(folds[folds != 0], 1 + assign_folds(others, n_folds - 1, 3))
     assert set(folds.tolist()) == set(range(n_folds))
+
+
+def test_beside_a_group_alone_other_groups_share_the_other_folds():
+    groups = {i: "ood" if i < 40 else str(i // 20) for i in range(400)}
+    split, ids = Split("file:ood.json", groups, {"19": 2, "gone": 1}, "ood"), np.arange(400)
+    folds = split.folds(ids, 4, 0)
+    np.testing.assert_array_equal(np.flatnonzero(folds == 0), np.arange(40))
+    assert np.bincount(folds).tolist() == [40, 120, 120, 120] and set(folds[380:].tolist()) == {2}
+    np.testing.assert_array_equal(Split("none", {}, {}, "ood").folds(ids, 4, 0), assign_folds(ids, 4, 0))
+
+
+def test_a_split_is_called_by_its_name_and_six_digits_and_cannot_be_edited():
+    split = Split("session", {1: "a", 2: "b"})
+    assert str(split.key) == f"session ({split.digest[:6]})" and str(BY_ID.key) == "id"
+    assert split.key != BY_ID.key and len({split.key, SplitKey("session", split.digest)}) == 1
+    for one in (split, split.key):
+        with pytest.raises(AttributeError):
+            one.name = "another"
+
+
+@pytest.mark.parametrize(("n_groups", "whole"), [(7, False), (8, True)])
+def test_parts_keep_groups_whole_from_twice_as_many_groups_as_parts_on(n_groups, whole):
+    ids = np.arange(600)
+    split = Split("a", {i: str(i % n_groups) for i in range(0, 560)})
+    parts = split.parts(ids, 4, 2)
+    together = [len(set(parts[k:560:n_groups].tolist())) == 1 for k in range(n_groups)]
+    assert all(together) if whole else not any(together)
+    by_id = assign_folds(ids, 4, 2)
+    np.testing.assert_array_equal(parts[560:], by_id[560:])  # images without a group
+    if whole:
+        np.testing.assert_array_equal(parts[:560], by_id[np.arange(560) % n_groups])  # with the first of their group
+    assert parts.dtype == np.int64
 
 
 def test_parts_keep_groups_whole_where_there_are_enough_of_them():

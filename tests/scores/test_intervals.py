@@ -7,11 +7,12 @@ from scipy import stats
 from heads.scores.intervals import paired_interval
 
 
-def test_an_interval_is_that_of_the_paired_t_test():
-    first, second = np.random.default_rng(0).normal(size=(2, 9))
+@pytest.mark.parametrize("n_pairs", [2, 3, 9])
+def test_an_interval_is_that_of_the_paired_t_test(n_pairs):
+    first, second = np.random.default_rng(0).normal(size=(2, n_pairs))
     found = paired_interval(list(first - second))
     low, high = stats.ttest_rel(first, second).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((low, high)) and found.n_pairs == 9
+    assert (found.low, found.high) == pytest.approx((low, high)) and found.n_pairs == n_pairs
     assert found.mean == pytest.approx((first - second).mean())
 
 

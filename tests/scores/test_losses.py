@@ -91,6 +91,12 @@ def test_gradient_is_that_of_finite_differences(name, zero_ceiling):
 
 
 @all_losses
+def test_the_gradient_may_be_that_of_the_responses(name):
+    predictions, responses, ceiling = (torch.tensor(values) for values in matrices((6, 4)))
+    assert torch.autograd.gradcheck(lambda y: LOSSES[name](predictions, y, ceiling), responses.requires_grad_())
+
+
+@all_losses
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("constant", [0.0, 0.1, -1e4])
 def test_constant_columns_have_finite_gradients(name, dtype, constant):
@@ -202,6 +208,23 @@ def test_a_ceiling_is_checked_before_it_goes_to_the_device_of_losses(bad):
         ceiling_on(ceiling, 3, "cpu")
 
 
+@pytest.mark.parametrize("bad", [1.01, -0.1, float("nan")])
+def test_a_ceiling_on_a_device_that_is_no_fraction_shows_up_in_the_loss(pretended_cuda, bad):
+    """An error would wait for the device at every step."""
+    predictions, responses, ceiling = (torch.tensor(values) for values in matrices())
+    on_device = [values.to("cuda") for values in (predictions, responses)]
+    ceiling[1] = 0
+    right = LOSSES["mnnpc"](*on_device, ceiling.to("cuda"))
+    assert right.item() == pytest.approx(LOSSES["mnnpc"](predictions, responses, ceiling).item())
+    ceiling[2] = bad
+    no_ceiling = ceiling.to("cuda")
+    pretended_cuda.waits.clear()
+    loss = LOSSES["mnnpc"](*on_device, no_ceiling)
+    assert not pretended_cuda.waits and torch.isnan(loss).item()
+    with pytest.raises(FeatcacheError, match=r"expected \(7,\); found \(6,\)"):
+        LOSSES["mnnpc"](*on_device, ceiling[:6].to("cuda"))
+
+
 @all_losses
 @pytest.mark.parametrize("shape", [(12, 1), (1, 7), (7,), (12, 6), (12, 7, 1), (7, 12)])
 def test_wrong_shape_is_refused(name, shape):
@@ -302,6 +325,13 @@ def test_weighted_sum_adds_what_it_names():
     assert loss(*arguments).shape == ()
     assert loss(*arguments).item() == pytest.approx(expected.item(), rel=1e-12)
     assert loss(*arguments[:2]).item() != pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_terms_that_change_later_do_not_change_the_sum():
+    arguments, terms = matrices(), [(1.0, "mse")]
+    loss = weighted_sum(terms)
+    terms.append((1.0, "pearson"))
+    assert loss(*arguments).item() == LOSSES["mse"](*arguments).item()
 
 
 def test_weighted_sum_keeps_the_gradient():

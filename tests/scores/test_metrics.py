@@ -91,6 +91,31 @@ def test_tiles_join_at_their_real_size():
     np.testing.assert_allclose(pearson_r(predictions, responses)[some], expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("n_vertices", "cores", "n_tiles"),
+    [
+        (25_001, 1, 3),
+        (10_000, 1, 1),
+        (1_500, 4, 1),
+        (2_048, 4, 2),
+        (100, 4, 1),
+        (9_000, 4, 4),
+        (3_000, None, 1),
+        (0, 4, 0),
+    ],
+)
+def test_tiles_are_no_wider_than_a_cache_and_as_many_as_cores_where_they_are_wide_enough(
+    monkeypatch, n_vertices, cores, n_tiles
+):
+    widths, block_r = [], metrics._block_r
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr(metrics, "_block_r", lambda p, y: widths.append(p.shape[1]) or block_r(p, y))
+    predictions, responses = matrices((4, n_vertices), dtype=np.float32)
+    assert pearson_r(predictions, responses).shape == (n_vertices,)
+    assert len(widths) == n_tiles and sum(widths) == n_vertices
+    assert max(widths, default=0) <= 10_000 and max(widths, default=0) - min(widths, default=0) < max(n_tiles, 1)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int32])
 def test_every_dtype_is_summed_in_float64(dtype):
     predictions, responses = (100 * values for values in matrices((300, 5)))
@@ -229,8 +254,26 @@ def test_r_from_sums_of_weighted_images_is_that_of_repeated_ones():
     np.testing.assert_allclose(r, pearson_r(np.repeat(p, weights, 0), np.repeat(y, weights, 0)), rtol=0, atol=1e-9)
 
 
-def test_sums_over_no_images_have_no_r():
+def test_sums_over_no_images_or_one_have_no_r():
     assert r_from_sums(*np.zeros((6, 3))).tolist() == [0, 0, 0]
+    p, y = np.array([3.0, -2.0]), np.array([0.5, 7.0])
+    assert r_from_sums(np.array(1), p, p**2, p * y, y, y**2).tolist() == [0, 0]
+
+
+def test_sums_of_a_side_that_is_0_everywhere_have_an_r_of_0():
+    p, zeros = np.array([1.0, 2.0, 4.0]), np.zeros(1)
+    sums = [np.array([p.sum()]), np.array([(p**2).sum()])]
+    assert r_from_sums(np.array(3), *sums, zeros, zeros, zeros).tolist() == [0]
+    assert r_from_sums(np.array(3), zeros, zeros, zeros, *sums).tolist() == [0]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_r_from_sums_that_were_rounded_is_never_beyond_1(sign):
+    p = np.random.default_rng(0).normal(size=(30, 400)).astype(np.float32)
+    y = sign * 3 * p
+    r = r_from_sums(np.array(30), *(values.sum(0, dtype=np.float32) for values in (p, p**2, p * y, y, y**2)))
+    np.testing.assert_allclose(r, sign, atol=1e-5)
+    assert np.abs(r).max() == 1
 
 
 def test_no_argument_is_edited():
@@ -279,6 +322,10 @@ def test_the_explained_share_of_many_blends_is_the_accuracy_of_each():
     share = explained_share(r, ceiling)
     for part, of_part in zip(r.reshape(6, 9), share.reshape(6, 9), strict=True):
         np.testing.assert_allclose(100 * of_part, accuracy_from_r(part, ceiling), rtol=1e-12)
+
+
+def test_an_r_of_1_is_all_of_the_variance_and_of_minus_1_none():
+    np.testing.assert_allclose(accuracy_from_r([1, -1, 1, 1], [1, 1, 0.5, 1e-300]), [100, 0, 100, 100])
 
 
 def test_ceiling_is_not_edited():
@@ -447,6 +494,13 @@ def test_scores_are_checked_when_built(changes, message):
     fields = {"subject": "subj01", "surface": "lh", "r": np.array([0.1, 0.2])}
     with pytest.raises(FeatcacheError, match=message):
         VertexScores(**(fields | changes))
+
+
+def test_scores_and_summaries_cannot_be_edited():
+    (scores, *_), row = two_subjects(), summarize(two_subjects())[0]
+    for one, name in ((scores, "r"), (row, "mean_r")):
+        with pytest.raises(AttributeError):
+            setattr(one, name, 0)
 
 
 def test_accuracy_falls_as_the_ceiling_rises():

@@ -1,10 +1,12 @@
 """On features of a trained backbone every choice is made on held-out images, and none on the image it is scored by."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from featcache.dataset.splits import assign_folds
+from featcache.dataset.splits import BY_ID, Split, assign_folds
 from featcache.errors import ConfigError, LeakError
 from heads.config import AdamWConfig, FitConfig, RidgeConfig
 from heads.scores.metrics import pearson_r
@@ -127,6 +129,57 @@ def test_a_frozen_backbones_plan_holds_every_fold_out_in_turn():
         assert set(plan.folds[plan.inside(k)]) == {k} and k not in plan.folds[plan.outside(k)]
         (part,) = plan.parts(k)
         assert np.array_equal(part, plan.inside(k)) and plan.n_choices(k) == 1
+
+
+def trained_under(split, n_folds=3, seed=4, held_out=(2, 0)):
+    """Features of a backbone that was trained once for each of some folds, and a subject with 60 images."""
+    trainings = [SimpleNamespace(split=split.key, n_folds=n_folds, seed=seed, fold=fold) for fold in held_out]
+    features = SimpleNamespace(backbone_trained=True, trainings=trainings, title="net 123456", held_out=held_out)
+    return SimpleNamespace(name="subj01", train=SimpleNamespace(ids=np.arange(60) * 3)), features
+
+
+@pytest.mark.parametrize("split", [BY_ID, Split("session", {3 * i: str(i // 5) for i in range(60)})])
+def test_features_of_a_trained_backbone_have_the_folds_of_its_training(split):
+    subject, features = trained_under(split)
+    plan = FoldPlan.of_features(subject, features, 5, 0, split)
+    np.testing.assert_array_equal(plan.folds, split.folds(subject.train.ids, 3, 4))
+    assert plan.held_out == (2, 0) and plan.backbone_trained and plan.by is split
+    frozen = FoldPlan.of_features(subject, SimpleNamespace(backbone_trained=False), 5, 0, split)
+    np.testing.assert_array_equal(frozen.folds, split.folds(subject.train.ids, 5, 0))
+    assert frozen.held_out == (0, 1, 2, 3, 4) and not frozen.backbone_trained and frozen.by is split
+
+
+def test_features_of_a_backbone_that_was_trained_under_another_split_are_refused():
+    groups = {3 * i: str(i // 5) for i in range(60)}
+    session = Split("session", groups)
+    subject, features = trained_under(session)
+    with pytest.raises(LeakError, match=r"net 123456 of subj01: .*; found id; give --split session, or choose other"):
+        FoldPlan.of_features(subject, features, 3, 4)
+    with pytest.raises(LeakError, match="train it again: the groups have changed since"):
+        FoldPlan.of_features(subject, features, 3, 4, Split("session", groups | {0: "another"}))
+
+
+def test_a_fold_of_a_training_without_images_is_refused():
+    subject, features = trained_under(BY_ID, n_folds=500)
+    with pytest.raises(ConfigError, match="expected an image in each of the 500 folds"):
+        FoldPlan.of_features(subject, features, 3, 4)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("held_out", [[0], [1, 3], [0, 1, 2], [0, 1, 2, 3], [4, 3, 2, 1, 0]])
+def test_no_image_of_a_fold_has_a_say_in_the_scales_of_its_features(held_out, trained):
+    """And all other folds have one if the backbone was trained; else two sets of scales are enough for all folds."""
+    plan = plan_of(200, 5, held_out=held_out, trained=trained)
+    assert plan.n_scales == (len(held_out) if trained else min(len(held_out), 2))
+    assert {plan.scales(k) for k in range(len(plan))} == set(range(plan.n_scales))
+    assert sorted(k for number in range(plan.n_scales) for k in plan.users(number)) == list(range(len(plan)))
+    for k in range(len(plan)):
+        rows = plan.scale_rows(plan.scales(k))
+        assert len(rows) and not np.intersect1d(rows, plan.inside(k)).size
+        if trained:
+            assert np.array_equal(rows, plan.outside(k))
+    sizes = [len(plan.users(number)) for number in range(plan.n_scales)]
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_a_plan_of_empty_folds_is_refused():
