@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/faults/corruption.py [--n 1000] [--seed 0] [--repair 20]
 
 Each case flips a bit, writes zeros, cuts off, removes a file, or exchanges two files of one kind. Then `verify` looks
-at the folder, and commands read it: a new fit, a blend, predictions of new images, features of another layer. A case is right where each command ends as it does on the undamaged folder, with the same files, or with exit
-code 1 and one line. In `--repair` of the cases, `verify --repair` has to bring back the undamaged folder.
+at the folder, and commands read it: a new fit, a blend, predictions of new images, features of another layer. A case
+is right where each command ends as it does on the undamaged folder, with the same files, or with exit code 1 and one line. In `--repair` of the cases, `verify --repair` has to bring back the undamaged folder.
 """
 
 import os

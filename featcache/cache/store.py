@@ -234,6 +234,7 @@ class Store:
 
     def put(self, name: str, start: int, values: np.ndarray) -> None:
         """Write rows of an array from row `start` on, as `append` does, and leave it to `commit` to make them count."""
+        self._refuse_gone()
         array = self.arrays[name]
         stop = start + len(values)
         if values.shape[1:] != array.shape[1:] or stop > array.shape[0]:
@@ -264,6 +265,7 @@ class Store:
 
     def commit(self, stops: Mapping[str, int]) -> None:
         """Record that some arrays are whole up to a row, {name: row}, all in one step."""
+        self._refuse_gone()
         record = self._record
         checksums = dict(record.checksums)
         for name, stop in stops.items():
@@ -273,6 +275,13 @@ class Store:
             checksums[name] = known + [stored_checksum(self._chunk(name, start)) for start in starts]
         whole = _Committed(self._digits, {**record.rows, **stops}, checksums)
         write_document(self.path / _COMMITTED, msgspec.to_builtins(whole))
+
+    def _refuse_gone(self) -> None:
+        """Raise StoreError where somebody removed the store: what is written would make a part of it again."""
+        if not (self.path / _DESCRIPTION).exists():
+            raise StoreError(
+                self.path, expected="the store that was opened", found="that it is gone", remedy="run the command again"
+            )
 
     def _chunk(self, name: str, row: int) -> Path:
         """The file that has a row."""

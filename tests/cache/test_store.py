@@ -176,7 +176,7 @@ def test_a_miss_names_the_nearest_store_and_the_setting(store, tmp_path):
 
 def test_a_store_that_cannot_fit_on_the_disk_is_refused_before_it_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 100})())
-    with pytest.raises(StoreError, match=r"GB of free disk; found 0.0 GB"):
+    with pytest.raises(StoreError, match=r"kB of free disk; found 0.1 kB"):
         create_store(tmp_path / "f", "a", KEY, IDS, 7, {"pooled": 3}, {})
     assert list((tmp_path / "f").iterdir()) == []
 
