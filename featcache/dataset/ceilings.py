@@ -10,7 +10,7 @@ import numpy as np
 _LARGEST_NO_PERCENT = 4
 # Shares of the values above 0 and below 0.2 that are below 0.05. In 16 files of NSD it is 0.08 to 0.25 of ceilings, and
 # 0.01 to 0.05 of the ncsnr that they are made from: a ceiling goes with the square of the ncsnr.
-_LOW, _LOWER, _FEW, _ENOUGH = 0.2, 0.05, (0.002, 0.065), 1000
+_LOW, _LOWER, _FEW, _ENOUGH = 0.2, 0.05, (0.002, 0.065), 500
 NCSNR = "ncsnr are no ceilings, which are ncsnr^2 / (ncsnr^2 + 1/n) of n trials an image"
 
 

@@ -83,14 +83,14 @@ def _take_away(owner: Path, faults: Sequence[Finding]) -> str:
 
 
 def lines_for(findings: Sequence[Finding], work: Path) -> list[Line]:
-    """Command lines of the journal that make again what is damaged, in their order, each once.
+    """Command lines of the journal that make again what is damaged in a work folder, in their order, each once.
 
     Of blends, the last alone. A command that ended with an error is not among them.
     """
     wanted = {name for finding in findings if finding.fault for name in _COMMANDS.get(finding.kind, ())}
     found: dict[tuple[str, ...], Line] = {}
     for entry in read(Workdir(work).journal):
-        line = _line(entry)
+        line = _line(entry, work)
         if line is None or entry.get("exit") != 0 or line.words[0] not in wanted:
             continue
         if line.words[0] == "blend":
@@ -99,12 +99,19 @@ def lines_for(findings: Sequence[Finding], work: Path) -> list[Line]:
     return list(found.values())
 
 
-def _line(entry: Mapping[str, object]) -> Line | None:
+def _line(entry: Mapping[str, object], work: Path) -> Line | None:
+    """The command line of a record, on the folder as it is called now; None for what is no record of one."""
     command, words, environment = (entry.get(name) for name in ("command", "arguments", "environment"))
     if not isinstance(command, str) or not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         return None
+    kept = [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if before != "--work" and word != "--work" and not word.startswith("--work=")
+    ]
     texts = environment.items() if isinstance(environment, dict) else ()
-    return Line((command, *words), {str(name): str(value) for name, value in texts if name.startswith("FEATCACHE_")})
+    known = {str(name): str(value) for name, value in texts if str(name).startswith("FEATCACHE_")}
+    return Line((command, *kept, "--work", str(work)), known)
 
 
 def run_again(lines: Sequence[Line], call: Callable[..., "subprocess.CompletedProcess[bytes]"] = subprocess.run) -> int:
