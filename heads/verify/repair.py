@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
 from pathlib import Path
@@ -114,13 +114,12 @@ def _line(entry: Mapping[str, object], work: Path) -> Line | None:
     return Line((command, *kept, "--work", str(work)), known)
 
 
-def run_again(lines: Sequence[Line], call: Callable[..., "subprocess.CompletedProcess[bytes]"] = subprocess.run) -> int:
+def run_again(lines: Sequence[Line]) -> int:
     """Run command lines one after the other, each in a process of its own. The exit code of the first that fails."""
     for line in lines:
         say(f"again: {' '.join(line.words)}")
-        done = call(
-            [sys.executable, "-m", "featcache", *line.words], env={**os.environ, **line.environment}, check=False
-        )
+        words = [sys.executable, "-m", "featcache", *line.words]
+        done = subprocess.run(words, env={**os.environ, **line.environment}, check=False)
         if done.returncode:
             return done.returncode
     return 0
