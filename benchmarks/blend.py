@@ -43,10 +43,11 @@ def write(folder: Path, n_images: int, n_vertices: int, n_models: int, bits: int
     for hemisphere, columns in parts.items():
         np.save(path / f"{hemisphere}_training_fmri.npy", responses[:, columns])
     rows = {hemisphere: Row((columns.stop - columns.start,), f"float{bits}") for hemisphere, columns in parts.items()}
+    unread = {"images": "", "image_ids": "", "transform": {}, "dtype": "float32"}
     for model in range(n_models):
         key = {
             "subject": "subj01",
-            "features": {"backbone": f"m{model}", "layers": ["pooled"], "fold": None},
+            "features": {"backbone": f"m{model}", "layers": ["pooled"], "fold": None} | unread,
             **{"responses": "", "head": "linear", "solver": "exact", "objective": "ridge", "n_folds": 5, "seed": 0},
         }
         facts = {"model": f"m{model}", "features": f"m{model}"}

@@ -18,6 +18,7 @@ from measure import Figure, options, report
 
 from featcache.cache.store import create_store, list_stores, open_store
 from featcache.config import fingerprint
+from featcache.machine.documents import sealed, unsealed
 
 _SUBJECTS = 8
 
@@ -29,9 +30,11 @@ def write_stores(folder: Path, n_stores: int, n_images: int) -> None:
     first = create_store(folder, "subj01", {**key, "subject": "subj01"}, ids, n_images - 10, rows, {"scores": [0.5]})
     texts = {path.relative_to(first.path): path.read_text() for path in first.path.rglob("zarr.json")}
     description = json.loads(texts[Path("zarr.json")])
+    about = unsealed("zarr.json", description["attributes"]["featcache"])
     for number in range(1, n_stores):
         subject = f"subj0{number % _SUBJECTS + 1}"
-        description["attributes"]["featcache"]["recipe"] = new = {**key, "subject": subject, "seed": number}
+        new = {**key, "subject": subject, "seed": number}
+        description["attributes"]["featcache"] = sealed("zarr.json", {**about, "recipe": new})
         path = folder / f"{subject}-{fingerprint(new)}"
         for name, text in texts.items():
             (path / name).parent.mkdir(parents=True, exist_ok=True)

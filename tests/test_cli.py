@@ -232,7 +232,7 @@ def test_a_store_of_an_older_format_is_one_line(work, capfd):
     run(capfd, "extract", "--layers", "pooled")
     description = next((work / "features.zarr").iterdir()) / "zarr.json"
     description.write_text(description.read_text().replace('"format": 1', '"format": 0'))
-    assert "expected store format 1; found 0; delete it" in fails(capfd, "fit-heads")
+    assert "expected store format 1; found 0; use the version" in fails(capfd, "fit-heads")
 
 
 @pytest.mark.slow

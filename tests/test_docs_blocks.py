@@ -96,7 +96,7 @@ def start(tiny, lab, tmp_path, tmp_path_factory, monkeypatch):
 @pytest.fixture
 def page(capfd, monkeypatch, tables):
     """Runs blocks, at small sizes. Maps are not drawn, which takes longer than all else."""
-    monkeypatch.setattr("heads.maps.export.plot_maps", lambda *_: None)
+    monkeypatch.setattr("heads.maps.export.plot_maps", lambda path, *_: path.write_bytes(b""))
     for name, value in NETWORK.items():
         monkeypatch.setenv(name, value)
     return Page(capfd, monkeypatch, TINY, SMALLER)

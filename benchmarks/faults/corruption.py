@@ -4,7 +4,8 @@
 
 Each case flips a bit, writes zeros, cuts off, removes a file, or exchanges two files of one kind. Then `verify` looks
 at the folder, and commands read it: a new fit, a blend, predictions of new images, features of another layer. A case
-is right where each command ends as it does on the undamaged folder, with the same files, or with exit code 1 and one line. In `--repair` of the cases, `verify --repair` has to bring back the undamaged folder.
+is right where each command ends as it does on the undamaged folder, with the same files, or with exit code 1 and one
+line. In `--repair` of the cases, `verify --repair` has to make the folder whole again.
 """
 
 import os

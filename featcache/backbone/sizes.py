@@ -122,7 +122,7 @@ def unread_pixels(model: nn.Module, size: Sequence[int]) -> tuple[int, int]:
     try:
         with torch.inference_mode():
             model(torch.zeros(1, *size, device=device_of(model)))
-    except _ReadError:
+    except (_ReadError, *_REFUSALS):  # a size that it cannot take is refused where its layers are read
         pass
     finally:
         for hook in hooks:

@@ -75,7 +75,8 @@ def _refuse_responses(subject: Subject, surface: str) -> None:
     std = sample.std(0)
     low, high = _RESPONSES
     constant = std <= 1e-6 * np.abs(sample).max(0, initial=0)  # but for rounding
-    bad = np.flatnonzero(~constant & ~((std >= low) & (std <= high)))
+    # NaN is refused where responses are read, which names the row
+    bad = np.flatnonzero(~constant & np.isfinite(std) & ~((std >= low) & (std <= high)))
     if len(bad):
         raise DataError(
             subject.response_paths[surface],

@@ -124,6 +124,7 @@ def test_a_planted_leak_of_a_session_is_refused(grouped, tmp_path, capfd):
     (path,) = (one for one in Workdir(work).features.iterdir() if "fold0" in one.name)
     group = zarr.open_group(path, mode="r+")
     about = dict(group.attrs["featcache"])
+    del about["digest"]  # as of an earlier version
     ids = subject.train.ids
     held_out = ids[split.folds(ids, 2, 0) == 0].tolist()
     sessions = {split.groups[i] for i in held_out}

@@ -137,6 +137,7 @@ def test_older_stores_without_what_the_network_was_called_are_guessed(work, subj
         for facts in facts_in(content):
             forgotten += sum(facts.pop(name, None) is not None for name in ("network", "weights"))
         if json.dumps(content) != text:
+            content["attributes"]["featcache"].pop("digest")
             path.write_text(json.dumps(content))
     assert forgotten > 0
     found = encoder_of_work(subjects, work)

@@ -126,7 +126,7 @@ def test_what_all_fits_need_of_the_disk_is_there_before_the_first(planted, work,
     free[0] = 0
     assert not any(fit.new for fit in fit_heads(subjects[:1], both, work)) and asked[1] == 0
     before, free[0] = files_of(work), asked[0] // 2
-    with pytest.raises(StoreError, match="GB of free disk"):
+    with pytest.raises(StoreError, match="of free disk"):
         fit_heads(subjects, both, work)
     assert files_of(work) == before
 

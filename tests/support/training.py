@@ -69,4 +69,5 @@ def edit(checkpoint: Checkpoint, part: str, **values: Any) -> None:
     path = checkpoint.path / "checkpoint.json"
     description = json.loads(path.read_text())
     description[part] |= values
+    description.pop("digest", None)  # as of an earlier version
     path.write_text(json.dumps(description))
