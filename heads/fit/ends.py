@@ -11,7 +11,7 @@ from heads.features.sets import FeatureSet
 _SAMPLE = 256  # rows that say how large numbers usually are
 _ROWS = 512  # that are looked through at a time
 _RANGE = (1e-12, 1e12)  # of an image's largest feature; beyond it, squares and their sums leave the range of float32
-_LEAST_MODULE = 1e-2  # the same of modules on maps, which add 1e-5 to the variance of a channel
+_LEAST_MODULE = 1e-3  # the same of modules on maps, which add 1e-5 to the variance of a channel
 _FAR = 1e4  # times an image's usual largest feature: what a head gives for it, it gives for no other image
 _RESPONSES = (1e-6, 1e6)  # of the standard deviation of a vertex
 
@@ -44,7 +44,9 @@ def _refuse_features(store: Store, name: str, least: float) -> None:
             where,
             expected=f"numbers whose largest of an image is from {least:.0e} to {_RANGE[1]:.0e}",
             found=f"{usual:.1e} in a usual image",
-            remedy="scale them, such as to a standard deviation of 1, and run 'add-features' again",
+            remedy="use other layers, weights or --head linear"
+            if store.key.get("transform")
+            else "scale them, such as to a standard deviation of 1, and run 'add-features' again",
         )
     if not usual or store.arrays[name].dtype == np.float16:
         return
