@@ -20,6 +20,7 @@ def subject_of(folder: Path, responses: np.ndarray) -> SimpleNamespace:
 def features_of(values: np.ndarray) -> SimpleNamespace:
     store = SimpleNamespace(
         name="made",
+        key={"transform": {}},
         image_ids=np.arange(len(values)),
         arrays={"pooled": values},
         chunk_rows=lambda name: 16,
