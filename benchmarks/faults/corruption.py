@@ -108,7 +108,7 @@ def read(room: Room, name: str) -> tuple[Ended, Mapping[str, str]]:
 
 def answer(name: str, ended: Ended) -> str:
     """The numbers that a command says and writes nowhere."""
-    return ended.out.rpartition('"seconds"')[0] if name == "scores" else ""
+    return (ended.out.splitlines() or [""])[-1].rpartition('"seconds"')[0] if name == "scores" else ""
 
 
 def undamaged(room: Room, last: str) -> dict[str, tuple[Ended, Mapping[str, str]]]:
