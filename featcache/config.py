@@ -251,6 +251,9 @@ class ExtractConfig:
         at_least("image-cache", self.image_cache, 0)
 
 
+_FINGERPRINTED = re.compile(r".+-([0-9a-f]{12})")
+
+
 def fingerprint(key: Mapping[str, Any]) -> str:
     """Name of a key: 12 hexadecimal digits that change with any of its values, and never with the order of its names.
 
@@ -258,6 +261,12 @@ def fingerprint(key: Mapping[str, Any]) -> str:
     """
     canonical = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def is_named_by(name: str, key: Mapping[str, Any]) -> bool:
+    """Whether the name of a folder, '<label>-<fingerprint>', is of a key; a name without a fingerprint is of any."""
+    named = _FINGERPRINTED.fullmatch(name)
+    return named is None or named[1] == fingerprint(key)
 
 
 def _flatten(key: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,6 @@ On the disk both are JSON in `checkpoint.json`. `to_json` leaves out what does n
 folder's name never changes.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,13 +11,12 @@ from typing import Any, Self
 
 import msgspec
 
-from featcache.config import fingerprint
+from featcache.config import fingerprint, is_named_by
 from featcache.dataset.splits import SplitKey
 from featcache.machine.documents import DocumentError, of_its_types, read_document, write_document
 
 DESCRIPTION = "checkpoint.json"  # in the folder of a checkpoint
 FORMAT = 1
-_NAMED_BY_KEY = re.compile(r".+-([0-9a-f]{12})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,8 +216,7 @@ def read_description(folder: Path) -> tuple[CheckpointKey, CheckpointFacts]:
         raise DocumentError(f"it is of format {description.format}, and not {FORMAT}")
     try:
         key = CheckpointKey.from_json(description.recipe)
-        named = _NAMED_BY_KEY.fullmatch(folder.name)
-        if named and named[1] != fingerprint(key.to_json()):
+        if not is_named_by(folder.name, key.to_json()):
             raise DocumentError("its key is not the one that the folder is named by")
         return key, CheckpointFacts.from_json(description.facts)
     except (LookupError, TypeError, AttributeError) as error:

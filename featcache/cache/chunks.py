@@ -5,9 +5,7 @@ that it can be read into the rows that it fills (benchmarks/store_read.py). Only
 the same numbers.
 """
 
-import io
 import os
-import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +13,8 @@ from pathlib import Path
 
 import google_crc32c  # zarr's own
 import numpy as np
+
+from featcache.machine.files import open_regular
 
 _CHECKSUM_BYTES = 4
 
@@ -82,23 +82,14 @@ def chunk_file(folder: Path, index: int, ndim: int) -> Path:
 
 def stored_checksum(path: Path) -> int:
     """The crc32c that the file of a chunk ends with. Raises OSError for one that cannot be read."""
-    with _opened(path) as file:
+    with open_regular(path) as file:
         file.seek(-_CHECKSUM_BYTES, os.SEEK_END)
         return int.from_bytes(file.read(_CHECKSUM_BYTES), "little")
 
 
-def _opened(path: Path) -> io.FileIO:
-    """A file that is open to be read; what is no regular file, and would be waited for, raises ValueError."""
-    file = io.FileIO(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ValueError(f"{path.name} is not a regular file")
-    return file
-
-
 def _read_chunk(path: Path, values: np.ndarray) -> int:
     """Fill `values` with a whole chunk, check them against its checksum, and return that."""
-    with _opened(path) as file:
+    with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size != values.nbytes + _CHECKSUM_BYTES:
             raise ValueError(f"{path.name} is {os.fstat(file.fileno()).st_size} bytes")
         content = values.ravel().view(np.uint8)

@@ -8,7 +8,6 @@ cannot be read. The record has the checksum of every chunk, so that a whole chun
 
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,12 +22,11 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from featcache.cache.chunks import Chunk, chunk_file, read_rows, stored_checksum
+from featcache.cache.records import COMMITTED, DESCRIPTION, FORMAT, Committed, Description, refuse_other_array
 from featcache.config import differences, fingerprint
 from featcache.errors import StoreError
 from featcache.machine.documents import (
-    Count,
     DocumentError,
-    Id,
     read_document,
     read_json,
     sealed,
@@ -37,18 +35,11 @@ from featcache.machine.documents import (
     write_document,
 )
 from featcache.machine.files import only_writer, partial_path, refuse_full_disk
-from featcache.workdir import inside, is_file_name
+from featcache.workdir import inside
 
-FORMAT = 1
 _CHUNK_BYTES = 16 << 20  # largest chunk: large enough to be read at the speed of the disk
 _CHUNK_ROWS = 256  # most rows of a chunk: what an interruption can cost, in images
-_COMMITTED, _DESCRIPTION = "committed.json", "zarr.json"
 _UNINDEXED = 32  # stores, at most, whose descriptions are read rather than put into the index
-_NAMED_BY_KEY = re.compile(r".+-([0-9a-f]{12})")
-_CODECS = [
-    {"name": "bytes", "configuration": {"endian": "little"}},
-    {"name": "crc32c"},
-]
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,7 @@ class _Arrays(Mapping[str, "zarr.Array[Any]"]):
         array = self._opened[name]
         if array is None:
             try:
-                _refuse_other_array(read_json(self._path / name / _DESCRIPTION))
+                refuse_other_array(read_json(self._path / name / DESCRIPTION))
                 array = zarr.open_array(self._path / name, mode="r+", zarr_format=3)
             except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
                 raise _damaged(self._path, f"the description of {name} cannot be read ({error})") from error
@@ -92,41 +83,6 @@ class _Arrays(Mapping[str, "zarr.Array[Any]"]):
         return len(self._opened)
 
 
-def _refuse_other_array(description: Any) -> None:
-    """Raise DocumentError for an array that is not as `_create_array` makes it, which would be read wrongly."""
-    rows, *shape = description["shape"]
-    chunk_rows, *chunk = description["chunk_grid"]["configuration"]["chunk_shape"]
-    codecs = [{name: value for name, value in codec.items() if value != {}} for codec in description["codecs"]]
-    if description["data_type"] not in ("float16", "float32"):
-        raise DocumentError(f"its numbers are {description['data_type']!r}")
-    if codecs != _CODECS or chunk != [max(side, 1) for side in shape] or not 0 < chunk_rows <= max(rows, 1):
-        raise DocumentError("its chunks are not whole rows of numbers with a checksum")
-
-
-class _Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
-    """What a store's `zarr.json` says of it. In the index are neither facts nor ids, which may be long."""
-
-    format: int
-    recipe: dict[str, Any]
-    n_train: Count
-    arrays: list[str]
-    facts: dict[str, Any] | None = None
-    image_ids: list[Id] | None = None
-
-
-class _Committed(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """What `committed.json` says of the arrays of a store.
-
-    key : fingerprint of the key of the store
-    rows : of each array, that are whole
-    checksums : crc32c of each of the chunks that have these rows; none in records of earlier versions
-    """
-
-    key: str
-    rows: dict[str, Count]
-    checksums: dict[str, list[Count]]
-
-
 @dataclass(frozen=True, eq=False)
 class Store:
     """An open store.
@@ -135,7 +91,7 @@ class Store:
     """
 
     path: Path
-    description: _Description = field(repr=False)
+    description: Description = field(repr=False)
 
     @property
     def key(self) -> Mapping[str, Any]:
@@ -163,7 +119,7 @@ class Store:
         return _Arrays(self.path, self.description.arrays)
 
     @cached_property
-    def _whole(self) -> _Description:
+    def _whole(self) -> Description:
         return self.description if self.description.image_ids is not None else open_store(self.path).description
 
     @property
@@ -177,23 +133,23 @@ class Store:
         return self._record.rows
 
     @property
-    def _record(self) -> _Committed:
+    def _record(self) -> Committed:
         try:
-            return self._checked(read_document(self.path / _COMMITTED, dict[str, Any]))
+            return self._checked(read_document(self.path / COMMITTED, dict[str, Any]))
         except FileNotFoundError:
-            return _Committed(self._digits, dict.fromkeys(self.arrays, 0), {name: [] for name in self.arrays})
+            return Committed(self._digits, dict.fromkeys(self.arrays, 0), {name: [] for name in self.arrays})
         except (OSError, ValueError) as error:
-            raise _damaged(self.path, f"{_COMMITTED} cannot be read ({error})") from error
+            raise _damaged(self.path, f"{COMMITTED} cannot be read ({error})") from error
 
     @cached_property
     def _digits(self) -> str:
         return fingerprint(self.key)
 
-    def _checked(self, content: dict[str, Any]) -> _Committed:
+    def _checked(self, content: dict[str, Any]) -> Committed:
         """The record of this store. Raises DocumentError for that of another, or of more rows than there are."""
         if content.keys() == self.arrays.keys():  # of an earlier version
             content = {"key": self._digits, "rows": content, "checksums": {}}
-        record = typed(content, _Committed)
+        record = typed(content, Committed)
         n_rows = len(self.image_ids)
         if record.key != self._digits or record.rows.keys() != self.arrays.keys():
             raise DocumentError("it is another store's")
@@ -273,12 +229,12 @@ class Store:
             known = checksums.get(name, [])[: min(record.rows[name], stop) // self.chunk_rows(name)]
             starts = range(len(known) * self.chunk_rows(name), stop, self.chunk_rows(name))
             checksums[name] = known + [stored_checksum(self._chunk(name, start)) for start in starts]
-        whole = _Committed(self._digits, {**record.rows, **stops}, checksums)
-        write_document(self.path / _COMMITTED, msgspec.to_builtins(whole))
+        whole = Committed(self._digits, {**record.rows, **stops}, checksums)
+        write_document(self.path / COMMITTED, msgspec.to_builtins(whole))
 
     def _refuse_gone(self) -> None:
         """Raise StoreError where somebody removed the store: what is written would make a part of it again."""
-        if not (self.path / _DESCRIPTION).exists():
+        if not (self.path / DESCRIPTION).exists():
             raise StoreError(
                 self.path, expected="the store that was opened", found="that it is gone", remedy="run the command again"
             )
@@ -314,7 +270,7 @@ class Store:
             )
         checksums = record.checksums.get(name)
         if checksums is not None and len(checksums) * self.chunk_rows(name) < stop:
-            raise _damaged(self.path, f"{_COMMITTED} has not a checksum for each chunk of {name}")
+            raise _damaged(self.path, f"{COMMITTED} has not a checksum for each chunk of {name}")
         array = self.arrays[name]
         rows = np.empty((stop - start, *array.shape[1:]), array.dtype) if out is None else out
         if rows.shape != (stop - start, *array.shape[1:]) or rows.dtype != array.dtype:
@@ -363,7 +319,7 @@ def create_store(
         "arrays": list(arrays),
     }
     try:
-        group = zarr.create_group(partial, zarr_format=3, attributes={"featcache": sealed(_DESCRIPTION, description)})
+        group = zarr.create_group(partial, zarr_format=3, attributes={"featcache": sealed(DESCRIPTION, description)})
         for name, row in arrays.items():
             _create_array(group, name, len(image_ids), row)
         os.replace(partial, path)
@@ -407,7 +363,7 @@ def open_store(path: Path) -> Store:
     Raises StoreError if there is none, or if it is damaged or of another format.
     """
     try:
-        document = read_json(path / _DESCRIPTION)
+        document = read_json(path / DESCRIPTION)
         content = document["attributes"]["featcache"]
         if isinstance(version := content["format"], int) and version != FORMAT:
             raise StoreError(
@@ -418,36 +374,23 @@ def open_store(path: Path) -> Store:
             )
         if document["node_type"] != "group" or document["zarr_format"] != 3:
             raise DocumentError("it is no group of Zarr 3")
-        content = unsealed(_DESCRIPTION, content)
-        store = Store(path, typed(content, _Description))
+        content = unsealed(DESCRIPTION, content)
+        store = Store(path, typed(content, Description))
         if store.description.facts is None or store.description.image_ids is None:
             raise DocumentError("it has no facts or no ids")
-        _refuse_other(path, store)
+        store.description.refuse_other(path)
         return store
     except (FileNotFoundError, NotADirectoryError) as error:
-        if path.is_dir() and any(path.glob(f"*/{_DESCRIPTION}")):
-            raise _damaged(path, f"its description, {_DESCRIPTION}, is missing") from error
+        if path.is_dir() and any(path.glob(f"*/{DESCRIPTION}")):
+            raise _damaged(path, f"its description, {DESCRIPTION}, is missing") from error
         raise StoreError(
             path,
             expected="a store, as 'extract' and 'fit-heads' write it",
-            found="no such folder" if not path.exists() else f"no {_DESCRIPTION} in it",
+            found="no such folder" if not path.exists() else f"no {DESCRIPTION} in it",
             remedy="name a folder in features.zarr or predictions.zarr",
         ) from error
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise _damaged(path, f"its description cannot be read ({error})") from error
-
-
-def _refuse_other(path: Path, store: Store) -> None:
-    """Raise DocumentError for a name that is of another key, or arrays that are no names of folders in the store."""
-    try:
-        named = _NAMED_BY_KEY.fullmatch(path.name)
-        if named and named[1] != fingerprint(store.key):
-            raise DocumentError("its key is not the one that the folder is named by")
-    except RecursionError as error:
-        raise DocumentError("its key is nested too deeply") from error
-    names = store.description.arrays
-    if len(set(names)) < len(names) or not all(is_file_name(name) for name in names):
-        raise DocumentError("its arrays have names that no folder can have")
 
 
 def store_path(folder: Path, label: str, key: Mapping[str, Any]) -> Path:
@@ -463,7 +406,7 @@ def list_stores(folder: Path) -> list[Store]:
     """
     index, known = folder.with_suffix(".index.json"), _read_index(folder)
     stores: list[Store] = []
-    entries: dict[str, tuple[Any, _Description]] = {}
+    entries: dict[str, tuple[Any, Description]] = {}
     for path in sorted(folder.glob("[!.]*")):
         if (stamp := _stamp(path)) is None and not path.is_dir():
             continue
@@ -481,10 +424,10 @@ def list_stores(folder: Path) -> list[Store]:
     return stores
 
 
-def _read_index(folder: Path) -> dict[str, tuple[tuple[int, int], _Description]]:
+def _read_index(folder: Path) -> dict[str, tuple[tuple[int, int], Description]]:
     """{name of a store: (stamp, what the index has of its description)}; none where there is no index that is whole."""
     try:
-        return read_document(folder.with_suffix(".index.json"), dict[str, tuple[tuple[int, int], _Description]])
+        return read_document(folder.with_suffix(".index.json"), dict[str, tuple[tuple[int, int], Description]])
     except (OSError, ValueError):
         return {}
 
@@ -492,7 +435,7 @@ def _read_index(folder: Path) -> dict[str, tuple[tuple[int, int], _Description]]
 def _stamp(path: Path) -> tuple[int, int] | None:
     """Time and size of a store's description, which change with it; None where there is none."""
     try:
-        status = os.stat(path / _DESCRIPTION)
+        status = os.stat(path / DESCRIPTION)
         return status.st_mtime_ns, status.st_size
     except OSError:
         return None

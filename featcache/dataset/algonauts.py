@@ -15,8 +15,8 @@ import numpy as np
 from featcache.dataset.ceilings import NCSNR, is_named_ncsnr, is_percent, note_on_unit, out_of_range
 from featcache.dataset.rois import FSAVERAGE_VERTICES, HEMISPHERES, class_order, read_mapping
 from featcache.dataset.subject import Dataset, Fault, Images, Subject, listed, refuse_faults
-from featcache.errors import DataError, first_line
-from featcache.machine.files import regular_status
+from featcache.errors import DataError
+from featcache.formats.npy import open_npy
 
 # [0-9], because \d takes digits of every script; an id of 18 digits fits into int64
 _IMAGE_NAME = re.compile(
@@ -39,12 +39,9 @@ class _Scan:
     def array(self, path: Path, n_dimensions: int) -> np.ndarray | None:
         """Memory map of a .npy file of numbers with so many dimensions; None, and a fault, where it is not one."""
         try:
-            regular_status(path)  # opening a pipe would wait for ever
-            array = np.lib.format.open_memmap(path, mode="r")  # np.load would also open a zip or a pickle
-        except FileNotFoundError:
-            self.fault(path, "a .npy file", "none")
-        except Exception as error:  # NumPy raises anything on a broken header: TokenError, OverflowError, TypeError
-            self.fault(path, "a whole .npy file of numbers", f"one that cannot be read ({first_line(error)})")
+            array = open_npy(path)
+        except DataError as error:
+            self.fault(path, "a whole .npy file of numbers", error.found)
         else:
             if array.ndim == n_dimensions and array.dtype.kind in "fiub":
                 return array

@@ -30,6 +30,7 @@ import numpy as np
 from featcache.dataset.rois import FSAVERAGE_VERTICES
 from featcache.dataset.subject import ArrayImage, Dataset, Fault, Images, ImageSource, Subject, listed
 from featcache.errors import DataError, first_line
+from featcache.formats.npy import open_npy
 from featcache.formats.volumes import Grid
 from featcache.machine.documents import DocumentError, read_document, write_document
 from featcache.machine.files import file_checksum, only_writer, regular_status
@@ -334,12 +335,9 @@ def _responses(path: Path, n_images: int, n_vertices: int | None = None) -> int:
 
 def _array(path: Path) -> np.ndarray:
     try:
-        regular_status(path)  # opening a pipe would wait for ever
-        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # NumPy raises anything on a broken header: TokenError, OverflowError, TypeError
-        found = "none" if isinstance(error, FileNotFoundError) else f"one that cannot be read ({first_line(error)})"
-        raise _damaged(path, "a whole .npy file", found) from error
-    return array
+        return open_npy(path)
+    except DataError as error:
+        raise _damaged(path, "a whole .npy file", error.found) from error
 
 
 def _vector(folder: Path, part: str, surface: str, n_vertices: int) -> np.ndarray | None:

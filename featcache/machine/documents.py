@@ -5,9 +5,7 @@ exchanged one is noticed. Those of earlier versions have none; they are read by 
 """
 
 import json
-import os
 import re
-import stat
 import struct
 import zipfile
 import zlib
@@ -21,7 +19,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import msgspec
 
 from featcache.errors import first_line
-from featcache.machine.files import replace_bytes
+from featcache.machine.files import replace_bytes, small_bytes
 
 T = TypeVar("T")
 
@@ -55,19 +53,9 @@ class DocumentError(ValueError):
 def read_json(path: Path) -> Any:
     """The JSON of a file: a regular file of at most 2^30 bytes, 64 levels and integers of 64 bits.
 
-    Raises DocumentError for another, OSError for one that cannot be opened.
+    Raises DocumentError for another, OSError for one that is not regular or cannot be opened.
     """
-    with open(path, "rb", opener=_open_at_once) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise DocumentError("it is not a regular file")
-        if status.st_size > _MOST_BYTES:
-            raise DocumentError(f"it is {status.st_size} bytes long")
-        return parse_json(file.read())
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a FIFO would wait for a writer for ever
+    return parse_json(small_bytes(path, _MOST_BYTES))
 
 
 def parse_json(text: bytes | str) -> Any:

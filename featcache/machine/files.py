@@ -1,6 +1,7 @@
 """Files and folders that are whole or not there, folders with one writer, and room on the disk."""
 
 import errno
+import io
 import itertools
 import json
 import os
@@ -44,11 +45,21 @@ def regular_status(path: Path) -> os.stat_result:
     return status
 
 
+def open_regular(path: Path) -> io.FileIO:
+    """A regular file that is open to be read. Raises OSError as `regular_status`, and waits for no pipe's writer."""
+    file = io.FileIO(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("no regular file")
+    return file
+
+
 def small_bytes(path: Path, most: int) -> bytes:
     """Content of a regular file of `most` bytes or fewer. Raises OSError for a missing, special or larger one."""
-    if (size := regular_status(path).st_size) > most:
-        raise OSError(f"{size:,} bytes, more than {most:,}")
-    return path.read_bytes()
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise OSError(f"{size:,} bytes, more than {most:,}")
+        return file.readall()
 
 
 @contextmanager
@@ -217,36 +228,6 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path`, which takes that name once the block ends; an error in the block removes it.
-
-    `path` must not exist, or be an empty folder. Raises StoreError where it has files by then.
-    """
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    partial.mkdir()
-    try:
-        yield partial
-        try:
-            with suppress(FileNotFoundError):
-                path.rmdir()  # not every system renames onto a folder
-            partial.rename(path)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise
-            raise StoreError(
-                path,
-                expected="a folder that is new or empty",
-                found="what another process has put there meanwhile",
-                remedy="look at it, and choose another name or remove it",
-            ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

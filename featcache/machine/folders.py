@@ -1,13 +1,15 @@
 """Folders that take the place of an older one in one step, and reading a folder that may be replaced meanwhile."""
 
 import ctypes
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+from featcache.errors import StoreError
 from featcache.machine.files import only_writer, partial_path
 
 _AT_WORKING_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
@@ -29,6 +31,30 @@ def staged_folder(path: Path) -> Iterator[Path]:
         yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, which takes that name once the block ends; an error in the block removes it.
+
+    `path` must not exist, or be an empty folder. Raises StoreError where it has files by then.
+    """
+    path = path.absolute()
+    with staged_folder(path) as partial:
+        yield partial
+        try:
+            with suppress(FileNotFoundError):
+                path.rmdir()  # not every system renames onto a folder
+            partial.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise StoreError(
+                path,
+                expected="a folder that is new or empty",
+                found="what another process has put there meanwhile",
+                remedy="look at it, and choose another name or remove it",
+            ) from error
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import json
 import math
 import mmap
 import os
-import stat
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from featcache.machine.documents import DocumentError, parse_json
-from featcache.machine.files import whole_file
+from featcache.machine.files import regular_status, whole_file
 
 _NAMES = {
     torch.float64: "F64",
@@ -168,9 +167,7 @@ def refuse_changed_tensors(path: Path, known: Collection[str]) -> None:
     A file is read once in a process, as long as it keeps its size and time. Files of earlier versions have no checksum,
     and pass.
     """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise DocumentError("it is not a regular file")
+    status = regular_status(path)
     if fault := _fault(path.absolute(), status.st_size, status.st_mtime_ns, frozenset(known)):
         raise DocumentError(fault)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from featcache.dataset.algonauts import image_folder, image_name, response_files
 from featcache.dataset.rois import CLASSES, FSAVERAGE_VERTICES, HEMISPHERES
 from featcache.errors import ConfigError
-from featcache.machine.files import whole_folder
+from featcache.machine.folders import whole_folder
 from featcache.simulate.anatomy import Vertices, mapping, roi_labels
 from featcache.simulate.config import SimulateConfig, blocks, generator
 from featcache.simulate.features import CHANNELS, N_FEATURES, channel_scales, encode

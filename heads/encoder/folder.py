@@ -29,7 +29,8 @@ from featcache.config import BackboneConfig, fingerprint
 from featcache.dataset.digests import file_digest
 from featcache.errors import FeatcacheError, StoreError, first_line
 from featcache.machine.documents import parse_json, read_json, typed
-from featcache.machine.files import replace_json, whole_folder
+from featcache.machine.files import replace_json
+from featcache.machine.folders import whole_folder
 from featcache.machine.progress import bar
 from featcache.machine.tensors import write_tensors
 from heads.blend.saved import BLEND, load_blend, save_blend

@@ -14,7 +14,8 @@ from zarr.codecs import Crc32cCodec
 from featcache.dataset.inputs import Picture, decoded, name_of
 from featcache.dataset.pictures import picture_id
 from featcache.errors import ConfigError, StoreError
-from featcache.machine.files import refuse_full_disk, whole_file, whole_folder
+from featcache.machine.files import refuse_full_disk, whole_file
+from featcache.machine.folders import whole_folder
 from featcache.machine.prefetch import prefetch
 from featcache.machine.progress import bar
 from heads.encoder.encoder import Encoder, Responses

@@ -176,7 +176,8 @@ def _state(checkpoint: Checkpoint) -> Iterator[Look]:
 
 def _check_state(folder: Path) -> bool:
     if not (folder / "state.json").exists():
-        return not (folder / "state.pt").stat().st_size  # of an earlier version
+        _ = (folder / "state.pt").stat()  # of an earlier version: whether it is there is all that can be told
+        return False
     return _check_digest(folder / "state.pt", read_document(folder / "state.json", dict[str, str])["state.pt"])
 
 

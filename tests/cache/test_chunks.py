@@ -88,9 +88,9 @@ def test_a_chunk_that_is_a_pipe_is_refused_and_not_waited_for(folder):
     path = chunk_file(folder, 1, 2)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(ValueError, match="not a regular file"):
+    with pytest.raises(OSError, match="no regular file"):
         read_rows(folder, np.empty((10, 3), np.float32), CHUNK, 0)
-    with pytest.raises(ValueError, match="not a regular file"):
+    with pytest.raises(OSError, match="no regular file"):
         stored_checksum(path)
 
 

@@ -162,12 +162,12 @@ DAMAGE = {
     "responses that are cut off": (
         lambda r: (r / "subj01/responses/V4.npy").write_bytes((r / "subj01/responses/V4.npy").read_bytes()[:-5]),
         "responses/V4.npy",
-        "cannot be read",
+        "one that cannot",
     ),
     "empty responses": (
         lambda r: (r / "subj01/responses/V4.npy").write_bytes(b""),
         "responses/V4.npy",
-        "cannot be read",
+        "0 bytes",
     ),
     "responses of fewer images": (
         lambda r: save(r, "responses/V4.npy", np.zeros((5, 4), np.float32)),

@@ -84,7 +84,7 @@ def test_numbers_of_64_bits_and_digits_in_texts_are_read():
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs on this system")
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.json")
-    with pytest.raises(DocumentError, match="not a regular file"):
+    with pytest.raises(OSError, match="no regular file"):
         read_json(tmp_path / "a.json")
     with pytest.raises(OSError):
         read_json(tmp_path)

@@ -19,7 +19,6 @@ from featcache.machine.files import (
     replace_bytes,
     replace_json,
     whole_file,
-    whole_folder,
 )
 
 WRITER = """
@@ -163,32 +162,3 @@ def test_an_error_leaves_the_older_file_and_nothing_else(tmp_path, error):
         partial.write_text("half")
         raise error
     assert path.read_text() == "1" and list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_folder_appears_once_it_is_filled(tmp_path, exists):
-    path = tmp_path / "folder"
-    if exists:
-        path.mkdir()
-    with whole_folder(path) as partial:
-        (partial / "a").write_text("content")
-        assert not (path / "a").exists()
-    assert (path / "a").read_text() == "content" and list(tmp_path.iterdir()) == [path]
-
-
-def test_an_error_leaves_no_folder(tmp_path):
-    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "folder") as partial:
-        (partial / "a").write_text("content")
-        _ = 1 / 0
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_another_process_filled_meanwhile_stays_as_it_is(tmp_path):
-    with (
-        pytest.raises(StoreError, match="found what another process has put there"),
-        whole_folder(tmp_path / "a") as new,
-    ):
-        (new / "content").write_text("second")
-        (tmp_path / "a").mkdir()
-        (tmp_path / "a" / "content").write_text("first")
-    assert (tmp_path / "a" / "content").read_text() == "first" and len(list(tmp_path.iterdir())) == 1

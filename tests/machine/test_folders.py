@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from featcache.errors import StoreError
 from featcache.machine import folders
 from featcache.machine.folders import (
     link_or_copy,
@@ -15,6 +16,7 @@ from featcache.machine.folders import (
     replace_folder,
     restore_folder,
     staged_folder,
+    whole_folder,
 )
 from support.dying import dies_before
 
@@ -120,3 +122,32 @@ def test_what_a_reader_raises_of_a_folder_that_stays_is_raised(tmp_path):
     with pytest.raises(ZeroDivisionError):
         read_unchanged(tmp_path / "folder", lambda: calls.append(1) or 1 / 0)
     assert calls == [1]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_appears_once_it_is_filled(tmp_path, exists):
+    path = tmp_path / "folder"
+    if exists:
+        path.mkdir()
+    with whole_folder(path) as partial:
+        (partial / "a").write_text("content")
+        assert not (path / "a").exists()
+    assert (path / "a").read_text() == "content" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_leaves_no_folder(tmp_path):
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "folder") as partial:
+        (partial / "a").write_text("content")
+        _ = 1 / 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_another_process_filled_meanwhile_stays_as_it_is(tmp_path):
+    with (
+        pytest.raises(StoreError, match="found what another process has put there"),
+        whole_folder(tmp_path / "a") as new,
+    ):
+        (new / "content").write_text("second")
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "content").write_text("first")
+    assert (tmp_path / "a" / "content").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
