@@ -139,6 +139,9 @@ def read_together(model: Any, images: torch.Tensor, taps: Sequence[Taps]) -> lis
     return [each._rows(pooled, dict(zip(layers, maps, strict=True))) for each in taps]
 
 
+STEM = "stem"  # what a layer is called to which timm gives no name, as that of TResNet before its stages
+
+
 def layer_names(model: nn.Module) -> list[str]:
     """Names of the layers that timm can read in this network, first those nearest to the image.
 
@@ -152,7 +155,7 @@ def layer_names(model: nn.Module) -> list[str]:
             found=f"{type(model).__name__}, which has none",
             remedy="use --layers pooled, or another backbone",
         )
-    return [layer["module"] for layer in known]
+    return [layer["module"] or STEM for layer in known]
 
 
 def choose_taps(model: nn.Module, config: LayerConfig, size: Sequence[int], reader: Reader = TIMM) -> Taps:

@@ -303,3 +303,15 @@ def test_a_grid_that_is_none_is_refused(grid):
 def test_a_pool_that_is_none_is_refused():
     with pytest.raises(ConfigError, match="--pool: expected one of avg, max; found 'median'"):
         LayerConfig(pool="median")
+
+
+def test_a_layer_without_a_name_is_the_stem():
+    """timm names no module for the first map of a TResNet, which is what its stages begin from."""
+    model = timm.create_model("tresnet_m", num_classes=0).eval()
+    taps = choose_taps(model, LayerConfig(layers=("all",), grid="native"), (3, 64, 64))
+    assert taps.layers[:3] == ("pooled", "stem", "body.layer1") and "" not in taps.layers
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        rows = taps.read(model, images)
+        expected = model.forward_intermediates(images, indices=[0], intermediates_only=True)[0]
+    torch.testing.assert_close(rows["stem"], expected.permute(0, 2, 3, 1))
