@@ -91,7 +91,13 @@ def largest_difference(here: Mapping[str, np.ndarray], wanted: Mapping[str, np.n
 def again(room: Room, stage: str, *more: str, threads: int = 1) -> str | None:
     """Run a stage once more on what it found; what it says if it fails."""
     room.restore(room.before(stage))
-    ended = room.run(stage, *more, hurt=lambda: torch.set_num_threads(threads))
+    line = list(stages.STAGES[stage])
+    for name, value in zip(more[::2], more[1::2], strict=True):
+        if name in line:
+            line[line.index(name) + 1] = value
+        else:
+            line += [name, value]
+    ended = room.run(stage, arguments=line, hurt=lambda: torch.set_num_threads(threads))
     return None if ended.code == 0 else f"exit code {ended.code}: {ended.last}"
 
 

@@ -151,7 +151,7 @@ ALONE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "two images of one id": (repeat_id, "expected an image id once in a split; found 1 more than once: "),
     "pipe for responses": (lambda root: pipe(root / RESPONSES), "something that is no file"),
     "pipe for a mapping": (lambda root: pipe(root / MASKS / "mapping_streams.npy"), "something else (no regular file)"),
-    "pipe for labels": (lambda root: pipe(root / MASKS / "lh.streams_challenge_space.npy"), "something that is no file"),
+    "pipe for labels": (lambda root: pipe(root / MASKS / "lh.streams_challenge_space.npy"), "that is no file"),
     "pipe for a ceiling": (lambda root: pipe(root / "noise_ceiling/subj01/rh.npy"), "something that is no file"),
     "pipe for an image": (lambda root: pipe(first(root / TEST)), "cannot be decoded (no regular file)"),
     "two labels of one name": (name_twice, "expected a name once; found 'early' for several labels"),
