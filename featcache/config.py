@@ -266,7 +266,10 @@ def fingerprint(key: Mapping[str, Any]) -> str:
 def is_named_by(name: str, key: Mapping[str, Any]) -> bool:
     """Whether the name of a folder, '<label>-<fingerprint>', is of a key; a name without a fingerprint is of any."""
     named = _FINGERPRINTED.fullmatch(name)
-    return named is None or named[1] == fingerprint(key)
+    try:
+        return named is None or named[1] == fingerprint(key)
+    except ValueError:  # no folder was ever named by such a key
+        return False
 
 
 def _flatten(key: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -131,6 +131,7 @@ def main() -> int:
     given = stages.options(__doc__, n=1000)
     rng = random.Random(given.seed)
     counts: Counter[str] = Counter()
+    missed: Counter[str] = Counter()
     broken: list[str] = []
     with stages.built(_STAGES) as (room, _):
         whole, work = _STAGES[-1], room.case / "work"
@@ -143,6 +144,8 @@ def main() -> int:
             counts[how] += 1
             looked = room.run("extract", arguments=("verify",))
             counts["found by verify"] += looked.code == 1
+            if looked.code == 0:
+                missed[f"{how} {path.relative_to(work).parts[0]} {path.name}"] += 1
             counts["tracebacks"] += looked.traceback
             hurt = room.root / "snapshots" / "hurt"
             room.keep(hurt)
@@ -172,6 +175,7 @@ def main() -> int:
                     broken.append(f"{what}: not repaired: {mended.last} {again.out.strip()[-200:]}")
     for line in broken:
         print(line)
+    print("not found by verify: " + ", ".join(f"{what} {n}" for what, n in missed.most_common()))
     print(", ".join(f"{what} {n}" for what, n in counts.items()))
     return 1 if broken else 0
 

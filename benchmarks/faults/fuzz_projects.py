@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fuzz_mutations as m
+import google_crc32c
 import numpy as np
 import torch
 from fuzz_reader import Reader, of_npz, place_of
@@ -23,6 +25,7 @@ from featcache.backbone.sources import hf_hub, own_code
 from featcache.cache import elsewhere
 from featcache.cache.store import list_stores, open_store
 from featcache.config import BackboneConfig, LayerConfig
+from featcache.dataset.digests import file_digest
 from featcache.dataset.folder import about_subject, scan_folder
 from featcache.dataset.identity import remembered
 from featcache.dataset.image_lists import ImageList
@@ -33,7 +36,8 @@ from featcache.dataset.responses import refuse_unfit, response_fault
 from featcache.dataset.rois import read_mapping
 from featcache.dataset.split_files import read_split
 from featcache.dataset.subject import Dataset, refuse_faults
-from featcache.machine.documents import sealed
+from featcache.formats.lazy import rows_of
+from featcache.machine.documents import sealed, write_document
 from heads.blend.saved import load_blend, load_nested
 from heads.encoder.folder import DESCRIPTION, load_encoder
 from heads.modules.readout import HeadKind, InFile, SavedHeads
@@ -88,6 +92,7 @@ def datasets(folder: Path) -> Iterator[Reader]:
     yield _imported(folder)
     yield _split(folder, open_dataset(tree))
     yield _importing(folder)
+    yield _nsd(folder)
 
 
 def _lab(root: Path) -> dict[str, Any]:
@@ -117,6 +122,33 @@ def _importing(folder: Path) -> Reader:
     config = ImportConfig(**_lab(root))
     kinds = {"responses.npy": [m.of_npy], "ceiling.npy": [m.of_npy], "rois.csv": [m.of_text], "table.csv": [m.of_text]}
     return Reader("import", root, kinds, lambda path: read_material(config))
+
+
+def _nsd(folder: Path) -> Reader:
+    """A small copy of the Natural Scenes Dataset, as the tests make it."""
+    sys.path.insert(0, str(_ROOT / "tests"))
+    from support.nsd import SUBJECT, build_nsd
+
+    root = place_of(folder, "nsd")
+    build_nsd(root)
+    config = ImportConfig(nsd=root, subject=str(SUBJECT))
+    kinds = {
+        ".hdf5": [m.of_bytes],
+        ".mat": [m.of_deflated],
+        ".gz": [m.of_nifti],
+        ".mgz": [m.of_bytes],
+        ".mgh": [m.of_bytes],
+        ".ctab": [m.of_text, m.of_bytes],
+    }
+    names = {
+        str(path.relative_to(root)): kinds[path.suffix] for path in sorted(root.rglob("*")) if path.suffix in kinds
+    }
+
+    def read(path: Path) -> None:
+        for recording in read_material(config).recordings.values():
+            rows_of(recording.trials, np.array([len(recording.trials) - 1, 0]))
+
+    return Reader("nsd", root, names, read)
 
 
 def _imported(folder: Path) -> Reader:
@@ -180,7 +212,13 @@ def networks(folder: Path) -> Iterator[Reader]:
     root = place_of(folder, "state")
     (root / "inside").mkdir(exist_ok=True)
     checkpoint.save_state(root / "inside", {"epoch": 1, "optimizer": {"a": torch.ones(3)}, "rng": [1, 2]})
-    yield Reader("state", root, {"inside/state.pt": [m.of_pth]}, lambda path: checkpoint.load_state(path.parent))
+
+    def read_state(path: Path) -> None:
+        if path.is_file() and path.stat().st_size < 1 << 20:  # its digest fits whatever was changed
+            write_document(path.with_name("state.json"), {path.name: file_digest(path)})
+        checkpoint.load_state(path.parent)
+
+    yield Reader("state", root, {"inside/state.pt": [m.of_pth]}, read_state)
     yield _hub(folder)
     root = place_of(folder, "own-code")
     settings = {"size": 32, "mean": [0.5, 0.5, 0.5], "std": [1, 1, 1], "interpolation": "bilinear", "crop_pct": 0.9}
@@ -208,9 +246,10 @@ import json
 from pathlib import Path
 import torch
 class Built:
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3))
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 32, stride=32, padding=16))
 def build():
-    given = json.loads(Path(__file__).with_name("settings.json").read_bytes())
+    path = Path(__file__).with_name("settings.json")
+    given = json.loads(path.read_bytes()) if path.is_file() else {}
     Built.transform, Built.layers = given.get("transform"), given.get("layers")
     return Built
 """
@@ -354,13 +393,23 @@ def _resealed(name: str, content: bytes, rng: random.Random) -> bytes:
     return m.of_json(content, rng)
 
 
+def _with_checksum(content: bytes, rng: random.Random) -> bytes:
+    """A file of tensors that was changed and whose checksum fits, for the same reason."""
+    changed = m.of_safetensors(content, rng)
+    if found := re.search(rb'"crc32c": ?"([0-9a-f]{8})"', changed):
+        start, stop = found.span(1)
+        checksum = google_crc32c.value(changed[:start] + b"00000000" + changed[stop:])
+        changed = changed[:start] + f"{checksum:08x}".encode() + changed[stop:]
+    return changed
+
+
 def _shapes(work: Path, predictions: str) -> dict[str, tuple[int, ...]]:
     features = next(iter(list_stores(work / "features.zarr")))
     return {name: tuple(features.arrays[name].shape[1:]) for name in features.arrays}
 
 
 def _of_work(name: str, work: Path, patterns: Sequence[str], read: Callable[[Path], object]) -> Reader:
-    kinds = {".json": [m.of_json, m.of_bytes, _resealed], ".npz": [of_npz], ".safetensors": [m.of_safetensors]}
+    kinds = {".json": [m.of_json, m.of_bytes, _resealed], ".npz": [of_npz], ".safetensors": [_with_checksum]}
     files = {
         str(path.relative_to(work)): [
             partial(one, path.name) if one is _resealed else one for one in kinds[path.suffix]
@@ -374,10 +423,11 @@ def _of_work(name: str, work: Path, patterns: Sequence[str], read: Callable[[Pat
 def _encoder(root: Path) -> Reader:
     """The folder of an encoder, whose digests fit whatever was changed: they protect from damage, not from malice."""
     from featcache.config import fingerprint
-    from featcache.dataset.digests import file_digest
 
     def read(path: Path) -> None:
         with suppress(ValueError, TypeError, KeyError, OSError, RecursionError, AttributeError):
+            if not (root / DESCRIPTION).is_file():  # a pipe would wait for ever
+                raise OSError
             description = json.loads((root / DESCRIPTION).read_text())
             if path.is_file() and path.name != DESCRIPTION:
                 description["digests"][str(path.relative_to(root))] = file_digest(path)

@@ -21,7 +21,7 @@ _MADE = {
     formats.tables: {"table", "parquet table"},
     formats.volumes: {"nifti", "nifti.gz", "mgh", "gifti", "cifti"},
     formats.images: {"image files", "arrays of images"},
-    projects.datasets: {"label names", "tree", "folder", "split file", "import"},
+    projects.datasets: {"label names", "tree", "folder", "split file", "import", "nsd"},
     projects.networks: {"weights", "weights of timm", "state", "hub", "own code", "features elsewhere"},
     formats.texts: {"recipe", "journal"},
     projects.work: {

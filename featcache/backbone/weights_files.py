@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 
+from featcache.machine.files import regular_status
+
 # Averages over a training come before what they are averages of, as timm takes them.
 CONTAINERS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "state_dict", "model_state_dict", "model"),
@@ -58,6 +60,7 @@ def read_tensors(path: Path, parameters: Sequence[str]) -> Tensors:
     No code is run: torch opens tensors, numbers, texts and containers of these alone. What torch and safetensors raise
     of a file is passed on.
     """
+    regular_status(path)
     content: Any = load_file(path) if path.suffix == ".safetensors" else _load(path)
     wanted = set(parameters)
     nearest, most = Tensors({}), 0

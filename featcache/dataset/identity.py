@@ -20,7 +20,7 @@ from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import Dataset, Fault, Images, ImageSource, Subject, listed
 from featcache.errors import DataError
 from featcache.machine.documents import DAMAGED_NPZ, parse_json
-from featcache.machine.files import only_writer, whole_file
+from featcache.machine.files import only_writer, open_regular, whole_file
 from featcache.machine.prefetch import prefetch
 from featcache.workdir import Workdir
 
@@ -112,7 +112,7 @@ class _Index:
     def _read(self) -> Looked:
         looked = Looked.nothing(len(self._keys))
         try:
-            with self._path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            with open_regular(self._path) as opened, np.load(opened, allow_pickle=False) as file:
                 described = parse_json(file["keys"].tobytes())
                 pictures, hashes, thumbnails = (file[name] for name in ("pictures", "hashes", "thumbnails"))
             if described["format"] != _FORMAT:

@@ -128,8 +128,10 @@ def _content_of(path: Path, member: zipfile.ZipInfo) -> int:
 def _open_zarr(place: Place) -> Array:
     import zarr
 
+    from featcache.formats.zarr_folder import open_zarr
+
     with reading(place.path, "a Zarr store"):
-        node = zarr.open(place.path, mode="r")
+        node = open_zarr(place.path)
         if isinstance(node, zarr.Array):
             _only(place)
         else:

@@ -28,7 +28,9 @@ def array_names(path: Path) -> list[str]:
 def _list_zarr(path: Path) -> list[str]:
     import zarr
 
-    node = zarr.open(path, mode="r")
+    from featcache.formats.zarr_folder import open_zarr
+
+    node = open_zarr(path)
     if isinstance(node, zarr.Array):
         return [""]
     members = dict(node.members(max_depth=None))

@@ -7,6 +7,7 @@ exchanged one is noticed. Those of earlier versions have none; they are read by 
 import json
 import re
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -35,7 +36,10 @@ DAMAGED_NPZ = (  # what NumPy and zipfile raise on a .npz file that is missing o
     TypeError,
     AttributeError,
     RuntimeError,
+    ArithmeticError,
     MemoryError,
+    SyntaxError,
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
     struct.error,

@@ -143,7 +143,7 @@ def refuse_full_disk(folder: Path, n_bytes: int) -> None:
 def file_checksum(path: Path) -> str:
     """crc32c of a file's content, 8 hexadecimal digits. It tells damage, at several times the speed of a digest."""
     checksum = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while content := file.read(_AT_ONCE):
             checksum = google_crc32c.extend(checksum, content)
     return f"{checksum:08x}"

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from featcache.machine.documents import DocumentError, parse_json
-from featcache.machine.files import regular_status, whole_file
+from featcache.machine.files import open_regular, regular_status, whole_file
 
 _NAMES = {
     torch.float64: "F64",
@@ -174,7 +174,7 @@ def refuse_changed_tensors(path: Path, known: Collection[str]) -> None:
 
 def has_checksum(path: Path) -> bool:
     """Whether a whole safetensors file says its own checksum. Raises OSError, or DocumentError for a broken header."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         text = file.read(min(int.from_bytes(file.read(8), "little"), _MOST_HEADER))
     return _CHECKSUM in parse_json(text).get("__metadata__", {})
 

@@ -20,7 +20,7 @@ from featcache.errors import ConfigError, StoreError, first_line
 from featcache.machine.device import resolve_device
 from featcache.machine.device_memory import block_on, on_cuda, said_on
 from featcache.machine.documents import DAMAGED_NPZ, parse_json, read_document, write_document
-from featcache.machine.files import only_writer, whole_file
+from featcache.machine.files import only_writer, open_regular, whole_file
 from featcache.machine.folders import link_or_copy, renewed_folder
 from featcache.machine.memory import give_back_memory, keep_freed_memory, memory_at_start, spare_memory
 from featcache.machine.progress import bar, say
@@ -175,7 +175,7 @@ def _is_done(path: Path, task: _Task) -> bool:
     if not path.is_file():
         return False
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
             for name in arrays.files:  # which holds each of them against its checksum
                 _ = arrays[name]
             return bool(parse_json(str(arrays["key"])) == json.loads(json.dumps(task.key)))
@@ -299,7 +299,7 @@ def _save(path: Path, task: _Task, sums: GroupSums, vertices: dict[str, np.ndarr
 
 
 def _read_sums(path: Path) -> GroupSums:
-    with np.load(path, allow_pickle=False) as arrays:
+    with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
         groups = [(str(surface), str(roi)) for surface, roi in arrays["groups"]]
         return GroupSums(groups, *(arrays[name] for name in GroupSums._fields[1:]))
 
@@ -335,7 +335,7 @@ def _is_of(path: Path, content: Mapping[str, Any]) -> bool:
 def vertex_records(found: Comparison) -> Iterator[dict[str, Any]]:
     """A record for each vertex, measure and band, with its interval, from the files of subjects."""
     for subject, path in found.subjects.items():
-        with np.load(path, allow_pickle=False) as arrays:
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
             measures = list(zip(arrays["measures"].tolist(), arrays["bands"].tolist(), strict=True))
             for surface in dict.fromkeys(str(surface) for surface, _ in arrays["groups"]):
                 numbers = [arrays[f"{surface}/{one}"] for one in ("values", "low", "high")]

@@ -27,6 +27,7 @@ from torch import nn
 
 from featcache.errors import StoreError, first_line
 from featcache.machine.documents import DocumentError
+from featcache.machine.files import regular_status
 from featcache.machine.tensors import refuse_changed_tensors
 from heads.config import HEADS
 from heads.config.registry import load
@@ -88,6 +89,7 @@ class InFile:
     def __init__(self, path: Path, predictions: str, remedy: str = "delete it and run 'fit-heads' again") -> None:
         self._path, self._predictions, self._remedy, self.where = path, predictions, remedy, str(path)
         try:
+            regular_status(path)
             with safe_open(path, "pt") as file:
                 owner = (file.metadata() or {}).get("predictions", predictions)
                 self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

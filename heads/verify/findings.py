@@ -20,7 +20,7 @@ from featcache.dataset.folder import record_files, subject_records
 from featcache.dataset.splits import Split
 from featcache.errors import FeatcacheError
 from featcache.machine.documents import DAMAGED_NPZ, DocumentError, is_sealed, read_document, read_json
-from featcache.machine.files import is_leftover
+from featcache.machine.files import is_leftover, open_regular
 from featcache.machine.progress import bar
 from featcache.machine.tensors import has_checksum, refuse_changed_tensors
 from featcache.workdir import Workdir
@@ -217,7 +217,7 @@ def _check_zip(path: Path) -> bool:
 
 
 def _check_npz(path: Path) -> bool:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+    with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
         for name in arrays.files:
             _ = arrays[name]
     return True
