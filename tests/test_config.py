@@ -1,6 +1,6 @@
 import pytest
 
-from featcache.config import BackboneConfig, ExtractConfig, LayerConfig, differences, fingerprint
+from featcache.config import BackboneConfig, ExtractConfig, LayerConfig, differences, fingerprint, is_named_by
 from featcache.errors import ConfigError
 
 
@@ -9,6 +9,12 @@ def test_fingerprint_ignores_the_order_of_keys_and_nothing_else():
     assert fingerprint(key) == fingerprint({"b": {"d": None, "c": [1, 2]}, "a": 1})
     for changed in ({"a": 1.5, "b": key["b"]}, {"a": 1, "b": {"c": [2, 1], "d": None}}, {"a": 1}):
         assert fingerprint(changed) != fingerprint(key)
+
+
+def test_a_folder_is_named_by_one_key():
+    assert is_named_by(f"a-{fingerprint({'a': 1})}", {"a": 1}) and is_named_by("a", {"a": 2})
+    assert not is_named_by(f"a-{fingerprint({'a': 1})}", {"a": 2})
+    assert not is_named_by(f"a-{fingerprint({'a': 1})}", {"a": float("nan")})
 
 
 def test_fingerprint_refuses_what_json_cannot_say():

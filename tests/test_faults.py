@@ -15,6 +15,10 @@ SCRIPTS = {
     "same": ("--n", "1", *STAGES),
     "long": ("--n", "60"),
     "corruption": ("--n", "6", "--repair", "2"),
+    "fuzz": ("--n", "90", "--readers", "npy,npz,zarr,nifti,table,recipe,weights,hub,features elsewhere"),
+    "scales": ("--n", "2"),
+    "tokens": ("--networks", "vit_tiny_patch16_224,vit_medium_patch16_rope_reg1_gap_256"),
+    "networks": ("--networks", "mvitv2_tiny", "--sizes", "112,100"),
 }
 
 

@@ -1,6 +1,7 @@
 """Weights files as trainings write them give the network its weights; what cannot be loaded has a true reason."""
 
 import argparse
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -129,6 +130,13 @@ def test_a_truncated_file_is_told_to_be_one(name, kept, weights, tmp_path):
     with pytest.raises(BackboneError, match=r"expected a whole .* cannot be read \(.+\); copy it again") as error:
         load_backbone(BackboneConfig(name=NAME, weights=str(path)))
     assert "\n" not in str(error.value) and "name the backbone" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_a_pipe_is_not_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match="no regular file"):
+        read_tensors(tmp_path / name, [])
 
 
 EXTRA = {"decoder.0.weight": torch.zeros(2), "decoder.0.bias": torch.zeros(2)}

@@ -1,6 +1,8 @@
 """Pictures are told by their pixels: planted duplicates share an id and a fold; an id of two pictures is a fault."""
 
 import os
+import struct
+import zipfile
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +100,30 @@ def test_a_damaged_index_is_looked_at_again(copies, tmp_path, content):
         path.write_bytes(damaged)
         assert len(remembered(subject, work).unseen) == 5
         assert np.array_equal(look(subject, work, 2).pictures, before.pictures)
+
+
+@pytest.mark.parametrize("header", ["{'descr': '<f4', 'shape': (", "{'shape': (1" + "0" * 30 + ",)}"])
+def test_an_index_whose_header_lies_is_looked_at_again(copies, tmp_path, header):
+    subject, work = copies.subjects[0], tmp_path / "work"
+    look(subject, work, 2)
+    path = Workdir(work).picture_index(subject.name)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    text = f"{header}\n".encode()
+    members["pictures.npy"] = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert len(remembered(subject, work).unseen) == 5
+
+
+def test_an_index_that_is_a_pipe_is_not_waited_for(copies, tmp_path):
+    subject, work = copies.subjects[0], tmp_path / "work"
+    look(subject, work, 2)
+    path = Workdir(work).picture_index(subject.name)
+    path.unlink()
+    os.mkfifo(path)
+    assert len(remembered(subject, work).unseen) == 5
 
 
 def test_an_index_of_another_decoder_is_not_believed(copies, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Files that lie or are broken are refused by a DataError, before memory is taken; whatever is in them."""
 
 import gzip
+import os
 import struct
 import sys
 import zipfile
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import scipy.io
+import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -52,6 +54,22 @@ def test_a_member_of_a_zip_that_inflates_is_refused_before_it_is_read(tmp_path, 
         open_array(Place(tmp_path / "a.npz", "x"))
     with pytest.raises(DataError, match="lies is said to be"):
         open_array(Place(tmp_path / "a.npz", "lies"))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_pipe_in_a_zarr_folder_is_not_waited_for(tmp_path, version):
+    path = tmp_path / "a.zarr"
+    zarr.open_group(path, mode="w", zarr_format=version).create_array("x", data=VALUES, chunks=(5, 4))
+    for file in [one for one in path.rglob("*") if one.is_file()]:
+        content = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        with pytest.raises(DataError, match="no regular file"):
+            array_names(path)
+            np.asarray(open_array(Place(path, "x"))[:])
+        file.unlink()
+        file.write_bytes(content)
+    np.testing.assert_array_equal(open_array(Place(path, "x"))[:], VALUES)
 
 
 def test_a_matlab_array_that_inflates_is_refused_whatever_its_header_says(tmp_path, little_memory):
