@@ -159,14 +159,14 @@ def _supervise(options: argparse.Namespace) -> int:
         worker = subprocess.Popen(
             [sys.executable, __file__, *arguments, "--worker", str(following)],
             stdout=subprocess.PIPE,
-            text=True,
+            bufsize=0,  # or a line could wait in a buffer, where `select` does not see it
         )
         assert worker.stdout is not None
         running: tuple[int, str] | None = None
         while True:
             ready, _, _ = select.select([worker.stdout], [], [], PATIENCE if running else None)
-            line = worker.stdout.readline() if ready else ""
-            if not line.endswith("\n"):
+            line = worker.stdout.readline() if ready else b""
+            if not line.endswith(b"\n"):
                 break
             said = json.loads(line)
             if "start" in said:

@@ -122,7 +122,7 @@ def of_text(content: bytes, rng: random.Random) -> bytes:
     """A number, a word or a line of a text is exchanged, is missing, or is there twice."""
     text = content.decode("utf-8", "surrogateescape")
     for _ in range(rng.choice((1, 1, 2))):
-        pattern = rng.choice((r"-?\d+(?:\.\d+)?", r"\w+", r'"[^"]*"', r"[^\n]*\n", r"[\[\]{},:=\"<>/]"))
+        pattern = rng.choice((r"-?\d+(?:\.\d+)?", r"\w+", r'"[^"]*"', r"(?m)^[^\n]*\n", r"[\[\]{},:=\"<>/]"))
         if not (found := list(re.finditer(pattern, text))):
             continue
         at = rng.choice(found)

@@ -22,6 +22,9 @@ import random
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import timm
@@ -61,7 +64,7 @@ def small(name: str) -> Any:
         model = timm.create_model(name, depth=FEW_BLOCKS)
     except (TypeError, AssertionError, RuntimeError, ValueError, IndexError):
         model = timm.create_model(name)
-    if hasattr(model, "reset_classifier"):
+    with suppress(AttributeError, NotImplementedError):  # of a network that never had one
         model.reset_classifier(0)
     return model.eval()
 
@@ -107,6 +110,32 @@ def places_of_tokens(model: Any, images: torch.Tensor, layers: list[str], first:
     return found
 
 
+def _is_map_of(tokens: torch.Tensor, image_map: torch.Tensor, shown_where_it_is: Callable[[], bool]) -> bool:
+    """Whether a map (n_images, height, width, n_channels) is these tokens, in their order or in that of the image."""
+    places = image_map.flatten(1, 2)
+    if torch.allclose(places, tokens, atol=1e-4, rtol=1e-3):
+        return True
+    nearest = torch.cdist(places[0], tokens[0]).min(1)  # some networks keep the tokens of a window together
+    order = nearest.indices
+    in_order = torch.allclose(places, tokens[:, order], atol=1e-4, rtol=1e-3)
+    return in_order and len(order.unique()) == len(order) and shown_where_it_is()
+
+
+def shown_at(taps: Any, model: Any, images: torch.Tensor, layer: str) -> bool:
+    """Whether a spot in an image changes a map most at the place of the spot, to one place."""
+    before = taps.read(model, images)[layer]
+    sides, places = images.shape[-2:], before.shape[1:3]
+    for spot in ((0.05, 0.22), (0.45, 0.1), (0.9, 0.9), (0.27, 0.67), (0.15, 0.4)):
+        at = [int(share * side) for share, side in zip(spot, sides, strict=True)]
+        changed = images.clone()
+        changed[..., at[0] - 1 : at[0] + 2, at[1] - 1 : at[1] + 2] += 3
+        change = (taps.read(model, changed)[layer] - before).abs().sum((0, 3))
+        most = divmod(int(change.argmax()), places[1])
+        if any(abs(one - share * n) > 1.5 for one, share, n in zip(most, spot, places, strict=True)):
+            return False
+    return True
+
+
 def verdict(model: Any, images: torch.Tensor) -> tuple[str, str]:
     """What became of the tokens of a network, and what there is to say about it."""
     layers = layer_names(model)
@@ -134,7 +163,9 @@ def verdict(model: Any, images: torch.Tensor) -> tuple[str, str]:
         n_before = sequence.shape[1] - n_places
         places = [place for place in range(sequence.shape[1]) if place not in without_place]
         places = places if len(places) == n_places else list(range(n_before, sequence.shape[1]))
-        if n_before < 0 or not torch.allclose(rows[layer].flatten(1, 2), sequence[:, places], atol=1e-4, rtol=1e-3):
+        if n_before < 0 or not _is_map_of(
+            sequence[:, places], rows[layer], partial(shown_at, taps, model, images, layer)
+        ):
             return "broken", f"the map of {layer} is not its places"
         token = rows.get(layer + CLASS_TOKEN)
         if token is not None and not torch.allclose(token, sequence[:, of_class[0]], atol=1e-4, rtol=1e-3):
@@ -162,7 +193,7 @@ def main() -> None:
         images = torch.randn(N_IMAGES, *model.pretrained_cfg["input_size"])
         try:
             what, why = verdict(model, images)
-        except BackboneError as error:
+        except (BackboneError, NotImplementedError) as error:  # the second by a network that gives no vector
             what, why = "refused", str(error)
         except Exception as error:  # what a user would see as a traceback
             what, why = "broken", f"{type(error).__name__}: {error}"
