@@ -200,6 +200,11 @@ class Workdir:
         return self.submission / "weights.json"
 
     @property
+    def blend_files(self) -> Path:
+        """Checksums of the files of the last blend."""
+        return self.submission / "files.json"
+
+    @property
     def blend_picture(self) -> Path:
         """The same weights as a picture, where matplotlib is installed."""
         return self.submission / "weights.png"

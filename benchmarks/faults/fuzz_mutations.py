@@ -1,6 +1,7 @@
 """Hostile forms of a valid file: of its bytes, and of what its format is made of."""
 
 import contextlib
+import copy
 import gzip
 import io
 import json
@@ -166,7 +167,7 @@ def of_json(content: bytes, rng: random.Random) -> bytes:
         elif action == 5 and isinstance(holder[key], dict):
             holder[key] = rng.choice((list(holder[key]), list(holder[key].values()), {**holder[key], "x": 1}))
         else:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = copy.deepcopy(rng.choice(VALUES))  # a list in itself would be no JSON
     level = rng.choice(('{"a":', "["))
     text = json.dumps(root[0]).replace(f'"{_DEEP_MARK}"', level * DEEP + "1" + {"[": "]"}.get(level, "}") * DEEP)
     return text.encode()

@@ -136,7 +136,7 @@ class Checkpoint:
                 found="that 'extract --prune' removed it",
                 remedy="delete the folder and train it again",
             )
-        if not path.is_file():
+        if not os.path.isfile(path):  # which raises nothing for a name that no file can have
             raise _damaged(self.path, f"{path.name} is missing")
         written = self.facts.digests.get(f"{folder}/{path.name}")
         if written and written != file_digest(path):

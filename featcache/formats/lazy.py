@@ -299,8 +299,13 @@ def refuse_too_large(where: object, n_bytes: int) -> None:
 
 
 def refuse_large_chunks(place: Place, chunks: Sequence[int] | None, dtype: np.dtype) -> None:
-    """Raise DataError where one chunk of a file, which is read as a whole, takes more than half of free memory."""
+    """Raise DataError where one chunk of a file, which is read as a whole, takes more than half of free memory.
+
+    Raises ValueError for a chunk of nothing.
+    """
     if chunks is not None:
+        if min(chunks, default=1) < 1:
+            raise ValueError(f"chunks of {tuple(chunks)}")
         in_memory(place, dtype.itemsize * math.prod(map(int, chunks)), "an array of smaller chunks")
 
 

@@ -217,7 +217,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Another name, in the same folder and with the same ending, under which to write the file.
 
     The file takes its own name, in place of any older one, once the block ends and all of it is on the disk. An error
-    in the block removes what it wrote and leaves the older file.
+    in the block removes what it wrote and leaves the older file. Raises StoreError where a folder has its name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
@@ -225,6 +225,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
+        if path.is_dir():
+            raise StoreError(path, expected="a file, or nothing", found="a folder", remedy="remove it")
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

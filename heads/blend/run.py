@@ -14,7 +14,7 @@ import torch
 from featcache.dataset.splits import Split, SplitKey
 from featcache.dataset.subject import Dataset, Subject
 from featcache.machine.documents import write_document
-from featcache.machine.files import only_writer, refuse_full_disk, replace_bytes
+from featcache.machine.files import file_checksum, only_writer, refuse_full_disk, replace_bytes
 from featcache.machine.folders import link_or_copy, read_unchanged, replace_folder, restore_folder, staged_folder
 from featcache.machine.memory import keep_freed_memory
 from featcache.machine.progress import bar, say
@@ -256,6 +256,7 @@ def _publish(staging: Path, files: Workdir, dataset: Dataset, models: SubjectMod
     whole = dataset.challenge and len(models) == len(dataset.subjects)
     if whole:
         write_zip(staging, dataset.subjects, staging / files.blend_zip.name)
+    _record_files(staging, files)
     blended = {subject.name for subject in models}
     with only_writer(files.root, wait=True):
         restore_folder(files.submission)
@@ -267,6 +268,14 @@ def _publish(staging: Path, files: Workdir, dataset: Dataset, models: SubjectMod
         if whole:
             link_or_copy(files.blend_zip, files.submission_zip)
     return files.submission_zip if whole else None
+
+
+def _record_files(staging: Path, files: Workdir) -> None:
+    """Write the checksums of what is handed in or read again, by which `verify` finds a changed or missing file."""
+    names = (f"*/{PREDICTIONS}", files.saved_blend.name, files.blend_weights.name, files.blend_zip.name)
+    paths = sorted(path for name in names for path in staging.glob(name))
+    checksums = {path.relative_to(staging).as_posix(): file_checksum(path) for path in paths}
+    write_document(staging / files.blend_files.name, checksums)
 
 
 def _take_away_zip(files: Workdir) -> None:

@@ -115,6 +115,8 @@ def _blends(stored: SubjectModels, work: Path) -> dict[Subject, Scored]:
     """The last blend of each subject; where it cannot be read out of fold, a message says why."""
     files = Workdir(work)
     if not files.saved_blend.exists():
+        if files.blend_weights.exists():
+            say(f"left out the last blend: {files.saved_blend} is missing; run 'blend' again")
         return {}
     try:
         nested, members = read_unchanged(

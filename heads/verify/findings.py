@@ -20,7 +20,7 @@ from featcache.dataset.folder import record_files, subject_records
 from featcache.dataset.splits import Split
 from featcache.errors import FeatcacheError
 from featcache.machine.documents import DAMAGED_NPZ, DocumentError, is_sealed, read_document, read_json
-from featcache.machine.files import is_leftover, open_regular
+from featcache.machine.files import file_checksum, is_leftover, open_regular
 from featcache.machine.progress import bar
 from featcache.machine.tensors import has_checksum, refuse_changed_tensors
 from featcache.workdir import Workdir
@@ -116,8 +116,11 @@ def _stores(kind: str, folder: Path) -> Iterator[Look]:
         except FeatcacheError as error:
             yield partial(_found, kind, path, path, error.found)
             continue
-        sealed = is_sealed(path / "committed.json") or not any(store.committed.values())
-        yield partial(_found, kind, path / "zarr.json", path, sealed=sealed)
+        committed = path / "committed.json"
+        if committed.exists():
+            yield partial(_found, kind, path / "zarr.json", path, sealed=is_sealed(committed))
+        elif any(path.glob("*/c/*")):  # before the first rows there is none
+            yield partial(_found, kind, committed, path, "it is missing")
         for name, of_array in chunks.items():
             for number, chunk in enumerate(of_array):
                 yield partial(_chunk, kind, store, name, number, chunk)
@@ -192,10 +195,27 @@ def _blend(files: Workdir) -> Iterator[Look]:
         yield partial(_checked, BLEND, files.saved_blend, files.submission, partial(_check_blend, files.saved_blend))
     if files.blend_weights.exists():
         yield partial(_checked, BLEND, files.blend_weights, files.submission, partial(_check_json, files.blend_weights))
-    if files.submission_zip.exists():
+    try:
+        known = read_document(files.blend_files, dict[str, str])
+    except (OSError, DocumentError) as error:
+        known = {}
+        if not isinstance(error, FileNotFoundError):  # an earlier version wrote none
+            yield partial(_found, BLEND, files.blend_files, files.submission, str(error))
+    handed_in = [(files.submission / name, checksum) for name, checksum in known.items()]
+    if files.blend_zip.name in known:
+        handed_in.append((files.submission_zip, known[files.blend_zip.name]))
+    elif files.submission_zip.exists():
         yield partial(
             _checked, BLEND, files.submission_zip, files.submission, partial(_check_zip, files.submission_zip)
         )
+    for path, checksum in handed_in:
+        yield partial(_checked, BLEND, path, files.submission, partial(_check_checksum, path, checksum))
+
+
+def _check_checksum(path: Path, checksum: str) -> bool:
+    if file_checksum(path) != checksum:
+        raise DocumentError("it is not what was written")
+    return True
 
 
 def _check_blend(path: Path) -> bool:

@@ -240,6 +240,9 @@ def test_weights_that_are_missing_are_refused(made):
         (made.path / "epoch-001" / f"{name}.safetensors").unlink()
         with pytest.raises(CheckpointError, match=f"expected a whole checkpoint; found that {name}.safetensors"):
             load()
+    long = replace(made, facts=replace(made.facts, weights="x" * 5_000))
+    with pytest.raises(CheckpointError, match=r"heads.safetensors is missing"):
+        long.heads()
 
 
 def test_a_run_without_a_finished_epoch_has_no_weights(made):

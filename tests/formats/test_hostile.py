@@ -72,6 +72,14 @@ def test_a_pipe_in_a_zarr_folder_is_not_waited_for(tmp_path, version):
     np.testing.assert_array_equal(open_array(Place(path, "x"))[:], VALUES)
 
 
+def test_a_zarr_array_with_chunks_of_nothing_is_refused(tmp_path):
+    zarr.create_array(tmp_path / "a.zarr", data=VALUES, chunks=(5, 4), zarr_format=2)
+    path = tmp_path / "a.zarr/.zarray"
+    path.write_text(path.read_text().replace("5,", "0,", 1))
+    with pytest.raises(DataError, match="cannot"):
+        rows_of(open_array(tmp_path / "a.zarr"), np.array([3, 1]))
+
+
 def test_a_matlab_array_that_inflates_is_refused_whatever_its_header_says(tmp_path, little_memory):
     scipy.io.savemat(tmp_path / "a.mat", {"x": np.zeros(10_000_000)}, do_compression=True)
     with pytest.raises(DataError, match="fits into memory"):

@@ -162,3 +162,10 @@ def test_an_error_leaves_the_older_file_and_nothing_else(tmp_path, error):
         partial.write_text("half")
         raise error
     assert path.read_text() == "1" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(StoreError, match=r"a.json: expected a file, or nothing; found a folder; remove it"):
+        replace_json(tmp_path / "a.json", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

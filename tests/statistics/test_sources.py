@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import cli
 from featcache.dataset.splits import BY_ID
 from featcache.errors import ConfigError
+from featcache.workdir import Workdir
 from heads.blend.saved import NestedCoefficients
 from heads.statistics.sources import BlendedModel, Folding, Scored, reference_of
 from support.statistics import Given, subject_with
@@ -41,3 +43,11 @@ def test_a_reference_is_one_of_the_models(tmp_path: Path):
     for pattern in ("net*", "nothing"):
         with pytest.raises(ConfigError, match="--against"):
             reference_of(found, pattern)
+
+
+def test_a_blend_whose_file_is_gone_is_left_out_and_that_is_said(filled, capfd):
+    assert cli.run(["blend"]) == 0
+    capfd.readouterr()
+    Workdir(filled).saved_blend.unlink()
+    assert cli.run(["scores"]) == 0
+    assert "blend.safetensors is missing; run 'blend' again" in capfd.readouterr().err

@@ -1,13 +1,18 @@
 """Every file of a work folder is looked at, and one that changed is found."""
 
+from pathlib import Path
+
 import pytest
 
-from heads.verify.findings import FEATURES, HEADS, INDEXES, PREDICTIONS, verify
+import cli
+from featcache.workdir import Workdir
+from heads.verify.findings import BLEND, FEATURES, HEADS, INDEXES, PREDICTIONS, verify
 from support.damage import first, flip
 
 DAMAGES = {
     "a chunk": (lambda work: flip(first(work, "features.zarr/*/pooled/c/0/0")), FEATURES),
     "a chunk that is gone": (lambda work: first(work, "predictions.zarr/*/lh/c/0/0").unlink(), PREDICTIONS),
+    "a record of rows that is gone": (lambda work: first(work, "features.zarr/*/committed.json").unlink(), FEATURES),
     "a record of rows": (lambda work: flip(first(work, "features.zarr/*/committed.json")), FEATURES),
     "a description": (lambda work: flip(first(work, "predictions.zarr/*/zarr.json")), PREDICTIONS),
     "heads": (lambda work: flip(first(work, "heads/*.safetensors")), HEADS),
@@ -42,3 +47,28 @@ def test_chunks_of_two_stores_that_changed_places_are_found(filled):
     assert [finding.fault for finding in verify(filled, 1) if finding.fault] == [
         "it is of another array, or of other rows"
     ] * 2
+
+
+@pytest.mark.parametrize("hurt", [flip, Path.unlink])
+def test_every_file_that_is_handed_in_or_read_again_is_looked_at(filled, hurt):
+    assert cli.run(["blend"]) == 0
+    files = Workdir(filled)
+    assert not [finding for finding in verify(filled, 1) if finding.fault]
+    predictions = sorted(files.submission.glob("*/*_pred_test.npy"))
+    assert len(predictions) == 4
+    for path in (*predictions, files.submission_zip, files.saved_blend, files.blend_weights):
+        whole = path.read_bytes()
+        hurt(path)
+        faulty = [finding for finding in verify(filled, 1) if finding.fault]
+        assert path in {finding.path for finding in faulty} and {finding.kind for finding in faulty} == {BLEND}
+        path.write_bytes(whole)
+    assert not [finding for finding in verify(filled, 1) if finding.fault]
+
+
+def test_a_submission_of_an_earlier_version_is_looked_at_without_its_checksums(filled):
+    assert cli.run(["blend"]) == 0
+    files = Workdir(filled)
+    files.blend_files.unlink()
+    assert not [finding for finding in verify(filled, 1) if finding.fault]
+    flip(files.submission_zip)
+    assert {finding.path for finding in verify(filled, 1) if finding.fault} == {files.submission_zip}
