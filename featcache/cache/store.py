@@ -150,7 +150,7 @@ class Store:
         if content.keys() == self.arrays.keys():  # of an earlier version
             content = {"key": self._digits, "rows": content, "checksums": {}}
         record = typed(content, Committed)
-        n_rows = len(self.image_ids)
+        n_rows = max(record.rows.values(), default=0) and len(self.image_ids)  # which a list of stores does not read
         if record.key != self._digits or record.rows.keys() != self.arrays.keys():
             raise DocumentError("it is another store's")
         if any(n > n_rows for n in record.rows.values()):
@@ -322,6 +322,8 @@ def create_store(
         group = zarr.create_group(partial, zarr_format=3, attributes={"featcache": sealed(DESCRIPTION, description)})
         for name, row in arrays.items():
             _create_array(group, name, len(image_ids), row)
+        nothing = Committed(fingerprint(key), dict.fromkeys(arrays, 0), {name: [] for name in arrays})
+        write_document(partial / COMMITTED, msgspec.to_builtins(nothing))
         os.replace(partial, path)
     except OSError:
         if not path.is_dir():

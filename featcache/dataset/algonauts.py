@@ -68,10 +68,10 @@ def scan_tree(root: Path, noise_ceiling: Path | None = None) -> tuple[Dataset, l
 
 
 def _misnamed(root: Path, folders: Sequence[Path]) -> list[Fault]:
-    """Faults of folders of one number, subj1 and subj01, and of numbers in digits of other scripts."""
+    """Faults of folders of one number, subj1 and subj01, of other letters, and of digits of other scripts."""
     faults = []
-    for path in sorted(root.glob("subj*")):
-        if re.fullmatch(r"subj\d+", path.name) and path not in folders and path.is_dir():
+    for path in sorted(root.glob("[sS]*")):
+        if re.fullmatch(r"(?i)subj\d+", path.name) and path not in folders and path.is_dir():
             faults.append(Fault(path, "subj and a number of up to nine digits from 0 to 9", repr(path.name)))
     first: dict[int, Path] = {}
     for path in folders:

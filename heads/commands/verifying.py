@@ -53,8 +53,13 @@ def verify(
             "kinds": dict(Counter(finding.kind for finding in findings)),
             "damaged": [{"kind": one.kind, "path": str(one.path), "fault": one.fault} for one in damaged],
         }
+        partly = list(dict.fromkeys(str(one.owner) for one in findings if not one.complete))
+        result["incomplete"] = partly
+        for one in partly[:_MOST_SAID]:
+            say(f"{one}: not complete; the command that makes it goes on with it")
         earlier = f"; {unsealed} of an earlier version have no digest" if unsealed else ""
         message = f"{work}: {len(findings)} files, {size_of(n_bytes)}, {len(damaged)} damaged{earlier}"
+        message += f"; {len(partly)} not complete" if partly else ""
         if not damaged or not repair:
             hint = "; --repair makes them again" if damaged else ""
             return Outcome(message + hint, result, 1 if damaged else 0)
@@ -64,6 +69,11 @@ def verify(
             say(line)
         code = run_again(lines)
         again = [" ".join(line.words) for line in lines]
-        return Outcome(f"{message}; repaired by {len(again)} commands", result | {"taken": taken, "again": again}, code)
+        ended = (
+            f"repaired by {len(again)} command{'' if len(again) == 1 else 's'}"
+            if code == 0
+            else "not repaired, since a command failed"
+        )
+        return Outcome(f"{message}; {ended}", result | {"taken": taken, "again": again}, code)
 
     return Job(None, call)

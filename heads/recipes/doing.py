@@ -46,6 +46,7 @@ def _record(job: Job, began: datetime, seconds: float, code: int, wrote: list[st
     return {
         "command": job.line[0] if job.line else "",
         "arguments": list(job.line[1:]),
+        "folder": os.getcwd(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FEATCACHE_")},
         "began": began.isoformat(timespec="seconds"),
         "seconds": round(seconds, 2),

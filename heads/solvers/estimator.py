@@ -147,7 +147,7 @@ class RidgeHead(Head):
         fit = fit_on_axes(self._basis.values, scores, y, offered, exact=exact, image_weights=image_weights)
         self._on_axes, self._mean = fit.on_axes, fit.mean
         self._map: LinearMap | None = None
-        self.penalties_ = self._form.attribute(fit.penalties.double() * self._unit**2)
+        self.penalties_ = self._form.attribute(fit.penalties.double() * self._unit * self._unit)
         return self
 
     @property
@@ -281,7 +281,7 @@ class KernelHead(Head):
 
     @property
     def _unit_of_kernel(self) -> float:
-        return self._kernel_unit * self._unit**2
+        return self._kernel_unit * self._unit * self._unit
 
     def _kernels(self, x: torch.Tensor) -> torch.Tensor:
         """(n, n_images) float64 kernels of any images with the training images: centring takes differences of them."""

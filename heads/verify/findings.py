@@ -4,7 +4,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from featcache.machine.progress import bar
 from featcache.machine.tensors import has_checksum, refuse_changed_tensors
 from featcache.workdir import Workdir
 from heads.blend.saved import load_blend, load_nested
-from heads.modules.readout import HEAD_METADATA
+from heads.modules.readout import HEAD_METADATA, InFile
 
 FEATURES, PREDICTIONS, HEADS, CHECKPOINTS = "features", "predictions", "heads", "checkpoints"
 BLEND, COMPARISONS, PIXELS, DATASET, INDEXES, UNFINISHED = (
@@ -47,6 +47,7 @@ class Finding:
     fault : what is wrong with it; '' where nothing is
     sealed : whether it has a digest or a checksum; False in files of earlier versions
     part, row : of a store, the array and the first row of the chunk
+    complete : whether a store has all its rows; those of a command that was interrupted have not
     """
 
     kind: str
@@ -57,6 +58,7 @@ class Finding:
     n_bytes: int = 0
     part: str = ""
     row: int = 0
+    complete: bool = True
 
 
 Look = Callable[[], Finding]
@@ -118,7 +120,8 @@ def _stores(kind: str, folder: Path) -> Iterator[Look]:
             continue
         committed = path / "committed.json"
         if committed.exists():
-            yield partial(_found, kind, path / "zarr.json", path, sealed=is_sealed(committed))
+            described = _found(kind, path / "zarr.json", path, sealed=is_sealed(committed))
+            yield partial(replace, described, complete=store.complete)
         elif any(path.glob("*/c/*")):  # before the first rows there is none
             yield partial(_found, kind, committed, path, "it is missing")
         for name, of_array in chunks.items():
@@ -134,7 +137,7 @@ def _chunk(kind: str, store: Store, name: str, number: int, chunk: Chunk) -> Fin
 
 def _heads(files: Workdir) -> Iterator[Look]:
     for path in sorted(files.heads.glob("[!.]*.safetensors")):
-        yield partial(_checked, HEADS, path, path, partial(_check_tensors, path, HEAD_METADATA))
+        yield partial(_checked, HEADS, path, path, partial(_check_heads, path))
     for store in sorted(files.predictions.glob("[!.]*")):
         path = files.heads / f"{store.name}.safetensors"
         if store.is_dir() and not path.exists() and _is_complete(store):
@@ -148,8 +151,9 @@ def _is_complete(path: Path) -> bool:
         return False
 
 
-def _check_tensors(path: Path, known: tuple[str, ...]) -> bool:
-    refuse_changed_tensors(path, known)
+def _check_heads(path: Path) -> bool:
+    refuse_changed_tensors(path, HEAD_METADATA)
+    InFile(path, path.stem)  # which refuses those of another store
     return has_checksum(path)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dataclasses import replace as with_changes
 from pathlib import Path
 
+import featcache
 from featcache.backbone.checkpoint import open_checkpoint, record
 from featcache.cache.pixels import forget_pixels
 from featcache.cache.store import open_store
@@ -40,10 +41,11 @@ _COMMANDS = {  # that make what is taken away; what is not here is made again wh
 
 @dataclass(frozen=True)
 class Line:
-    """A command line of the journal, and the variables that it was run with."""
+    """A command line of the journal, the variables that it was run with, and the folder; '' where that is not known."""
 
     words: tuple[str, ...]
     environment: Mapping[str, str]
+    folder: str = ""
 
 
 def take_away(findings: Sequence[Finding]) -> list[str]:
@@ -111,15 +113,22 @@ def _line(entry: Mapping[str, object], work: Path) -> Line | None:
     ]
     texts = environment.items() if isinstance(environment, dict) else ()
     known = {str(name): str(value) for name, value in texts if str(name).startswith("FEATCACHE_")}
-    return Line((command, *kept, "--work", str(work)), known)
+    folder = entry.get("folder")
+    return Line((command, *kept, "--work", str(work.absolute())), known, folder if isinstance(folder, str) else "")
 
 
 def run_again(lines: Sequence[Line]) -> int:
-    """Run command lines one after the other, each in a process of its own. The exit code of the first that fails."""
+    """Run command lines one after the other, each in a process of its own. The exit code of the first that fails.
+
+    A line is run in its folder, for its paths may be relative, or in the present one where that is gone.
+    """
     for line in lines:
         say(f"again: {' '.join(line.words)}")
         words = [sys.executable, "-m", "featcache", *line.words]
-        done = subprocess.run(words, env={**os.environ, **line.environment}, check=False)
+        folder = line.folder if os.path.isdir(line.folder) else None
+        paths = os.pathsep.join(filter(None, [str(Path(featcache.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+        variables = {**os.environ, **line.environment, "PYTHONPATH": paths}  # in another folder it must be found, too
+        done = subprocess.run(words, env=variables, cwd=folder, check=False)
         if done.returncode:
             return done.returncode
     return 0

@@ -156,6 +156,10 @@ ALONE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "pipe for an image": (lambda root: pipe(first(root / TEST)), "cannot be decoded (no regular file)"),
     "two labels of one name": (name_twice, "expected a name once; found 'early' for several labels"),
     "subj1 beside subj01": (lambda root: copy_subject(root, "subj1"), "found one more of that number, subj01"),
+    "other letters": (
+        lambda root: copy_subject(root, "Subj07"),
+        "a number of up to nine digits from 0 to 9",
+    ),
     "digits of another script": (
         lambda root: copy_subject(root, "subj\u0660\u0663"),
         "a number of up to nine digits from 0 to 9",

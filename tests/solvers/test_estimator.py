@@ -724,6 +724,15 @@ def test_the_scale_of_one_column_does_not_decide(kind, dtype, scale):
             np.testing.assert_allclose(by_weights, head.predict(x[200:]), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", [RidgeHead, KernelHead, BandedRidge])
+def test_features_near_the_largest_float64_are_fitted(kind):
+    features, responses = planted64(300, 20)
+    before, after = (
+        kind().fit(x[:200], responses[:200]).score(x[200:], responses[200:]) for x in (features, features * 1e300)
+    )
+    assert after > before - 0.02
+
+
 def test_columns_of_like_scales_keep_theirs():
     features, responses = planted64(60, 20)
     scales = 10 ** np.linspace(-0.5, 0.5, 20)

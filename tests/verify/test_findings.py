@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import cli
+from featcache.cache.store import create_store
 from featcache.workdir import Workdir
 from heads.verify.findings import BLEND, FEATURES, HEADS, INDEXES, PREDICTIONS, verify
 from support.damage import first, flip
@@ -72,3 +74,21 @@ def test_a_submission_of_an_earlier_version_is_looked_at_without_its_checksums(f
     assert not [finding for finding in verify(filled, 1) if finding.fault]
     flip(files.submission_zip)
     assert {finding.path for finding in verify(filled, 1) if finding.fault} == {files.submission_zip}
+
+
+def test_heads_of_two_stores_that_changed_places_are_found(filled):
+    one, other = sorted(filled.glob("heads/subj01-*.safetensors"))[:2]
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    faulty = [finding for finding in verify(filled, 1) if finding.fault]
+    assert [finding.path for finding in faulty] == [one, other]
+    assert all(finding.fault.startswith("those of subj01-") for finding in faulty)
+
+
+def test_a_store_that_was_only_begun_is_not_complete_and_not_damaged(tmp_path):
+    create_store(tmp_path / "features.zarr", "a", {"a": 1}, np.arange(3), 3, {"x": 2}, {})
+    (finding,) = [one for one in verify(tmp_path, 1) if one.kind == FEATURES]
+    assert not finding.fault and not finding.complete
+    first(tmp_path, "features.zarr/*/zarr.json").with_name("committed.json").unlink()
+    assert not [one for one in verify(tmp_path, 1) if one.fault]  # as an earlier version left it

@@ -291,6 +291,14 @@ def _refuse_short_sessions(material: Material) -> None:
             found=f"one in {material.session_names[short[0]] if material.session_names else short[0]}",
             remedy="leave that trial out, or do not z-score (--no-zscore)",
         )
+    images = np.unique(np.stack([material.session, material.shown]), axis=1)[0]
+    if len(short := np.flatnonzero((counts > 0) & (np.bincount(images, minlength=len(counts)) == 1))):
+        raise DataError(
+            f"sessions of {material.name}",
+            expected="two or more images in each, as z-scoring within a session of one leaves zeros",
+            found=f"one in {material.session_names[short[0]] if material.session_names else short[0]}",
+            remedy="name the column that has the sessions (--session-column), or do not z-score (--no-zscore)",
+        )
 
 
 def _refuse_some_test(name: str, n_tested: int, n_test: int) -> None:

@@ -298,6 +298,14 @@ CASES: dict[str, tuple[Make, Sequence[str]]] = {
         lambda d: d.trials(image=[names[0]] * N),
         ["2 or more different training images", "found 1 (0 to predict)"],
     ),
+    "sessions of one image each": (
+        lambda d: (
+            *d.trials(image=[names[n // 2] for n in range(N)], run=[n // 2 for n in range(N)]),
+            "--session-column",
+            "run",
+        ),
+        ["two or more images in each", "subj01", "found one in 0", "--no-zscore"],
+    ),
     "a session of one trial": (
         lambda d: (*d.trials(run=[1] * (N - 1) + [2]), "--session-column", "run"),
         ["two or more trials in each", "subj01", "found one in 2"],
