@@ -28,7 +28,7 @@ from stages import Room
 
 # Of float16 stores: one step of rounding is 2^-11 of a number. Training adds up rounding over its steps.
 TOLERANCE = 2e-3
-TRAINED = 0.1  # in two epochs; of another training it says nothing
+TRAINED = 0.25  # in two epochs on 24 images, which is the worst of cases: docs/reliability.md has a real one
 BY_GRADIENTS = ("pretrain", "finetune", "fit-adamw", "fit-spatial", "fit-joint", "fit-core")
 
 _FITS = tuple(name for name in stages.STAGES if name.startswith("fit-"))

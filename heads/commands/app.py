@@ -4,6 +4,7 @@ A command reads its options, builds its settings and gives back a Job, which `ru
 whole, by the same parsers and settings, before the first of its steps is done.
 """
 
+import errno
 import json
 import os
 import re
@@ -45,6 +46,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+_WRITABLE = "make the folder writable, or choose another --work"
+_ROOM = "make room or choose another --work"
+_NO_FOLDER = "a file is where a folder is needed, or the other way round: rename it, or choose another --work"
+_REMEDIES = {  # of what the system says, by its number; anything else is a disk that fails
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _ROOM),
+    errno.EFBIG: "allow larger files (ulimit -f), or choose another --work",
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _WRITABLE),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), _NO_FOLDER),
+}
 
 
 def _show_version(wanted: bool) -> None:
@@ -154,10 +165,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        where = error.filename or "a file"
+        where = error.filename or "a file of this command"
+        remedy = _REMEDIES.get(error.errno or 0, "see to its disk and run the command again")
         return _fail(
             f"{where}: expected to read and write there; found: {error.strerror or error}; "
-            "make room or choose another --work; what was committed is intact"
+            f"{remedy}; what was committed is intact"
         )
     except Exception as error:
         return _fail(_one_line(error))

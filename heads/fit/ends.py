@@ -80,9 +80,10 @@ def _refuse_responses(subject: Subject, surface: str) -> None:
     # NaN is refused where responses are read, which names the row
     bad = np.flatnonzero(~constant & np.isfinite(std) & ~((std >= low) & (std <= high)))
     if len(bad):
+        more = f" (and {len(bad) - 1} more vertices)" if len(bad) > 1 else ""
         raise DataError(
             subject.response_paths[surface],
             expected=f"responses whose standard deviation is from {low:.0e} to {high:.0e}",
-            found=f"{std[bad[0]]:.1e} at vertex {bad[0]}, and {len(bad) - 1} more such vertices",
+            found=f"{std[bad[0]]:.1e} at vertex {bad[0]}{more}",
             remedy="z-score the responses, or give them in another unit",
         )

@@ -1,5 +1,6 @@
 """What every command line can ask for: help, versions, completion, quiet."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -112,3 +113,24 @@ def test_full_memory_is_one_line_and_other_faults_of_torch_stay_what_they_are(mo
     else:
         with pytest.raises(RuntimeError, match=text):
             cli.run(["models"])
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EROFS, "make the folder writable"),
+        (errno.EISDIR, "rename it"),
+        (errno.EFBIG, "ulimit -f"),
+        (errno.EIO, "see to its disk"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_with_a_remedy_of_its_own(monkeypatch, capfd, number, remedy):
+    def fail(**_):
+        raise OSError(number, os.strerror(number), "there/a.npy")
+
+    monkeypatch.setattr(app, "_parser", lambda: fail)
+    assert cli.run(["models"]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: there/a.npy: expected to read and write there; found: {os.strerror(number)}; ")
+    assert remedy in line and line.endswith("what was committed is intact")
