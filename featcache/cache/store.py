@@ -205,8 +205,8 @@ class Store:
                 found=f"{values[tuple(bad)]} in {name}[{', '.join(map(str, [start + bad[0], *bad[1:]]))}]",
                 remedy="correct what they were made from",
             )
-        for row in range(start, stop, array.chunks[0]):  # an interrupted run may have left a link to another store's
-            self._chunk(name, row).unlink(missing_ok=True)
+        for row in range(start, stop, array.chunks[0]):
+            self._clear(name, row)
         array[start:stop] = values
 
     def link(self, name: str, start: int, other: "Store") -> None:
@@ -216,7 +216,7 @@ class Store:
         """
         path = self._chunk(name, start)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
+        self._clear(name, start)
         os.link(other._chunk(name, start), path)
 
     def commit(self, stops: Mapping[str, int]) -> None:
@@ -243,6 +243,12 @@ class Store:
         """The file that has a row."""
         array = self.arrays[name]
         return chunk_file(self.path / name, row // array.chunks[0], array.ndim)
+
+    def _clear(self, name: str, row: int) -> None:
+        """Remove what an interrupted run left of a chunk: a link to another store's, and parts that Zarr had begun."""
+        path = self._chunk(name, row)
+        for one in (path, *path.parent.glob(f"{path.name}.*.partial")):
+            one.unlink(missing_ok=True)
 
     def chunks(self, name: str) -> list[Chunk]:
         """The chunks of an array that have its committed rows, in order."""

@@ -203,7 +203,8 @@ def _from_table(path: Path, text: str) -> tuple[dict[str, str], bool]:
     """The groups in a table, and whether they are folds: a column `fold` of whole numbers."""
     header = text.partition("\n")[0]
     rows = csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in header else ",")
-    columns = {str(name).strip().lower(): name for name in rows.fieldnames or ()}
+    with reading(path, "a table of text"):
+        columns = {str(name).strip().lower(): name for name in rows.fieldnames or ()}
     image, group = (next((columns[name] for name in known if name in columns), None) for known in (_IDS, _GROUPS))
     if image is None or group is None:
         raise DataError(

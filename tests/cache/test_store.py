@@ -233,6 +233,15 @@ def test_stores_that_did_not_change_are_listed_without_reading_them(many, monkey
     assert [store.name for store in list_stores(folder)] == [path.name for path in sorted(folder.iterdir())]
 
 
+def test_what_zarr_had_begun_of_a_chunk_is_removed_with_the_next_writer(tmp_path):
+    store = create_store(tmp_path / "some.zarr", "a", {"a": 1}, IDS, len(IDS), {"a": ROWS.shape[1]}, {})
+    folder = store.path / "a/c/0"
+    folder.mkdir(parents=True)
+    (folder / f"0.{'1f' * 16}.partial").write_bytes(b"half")
+    store.append({"a": ROWS})
+    assert [path.name for path in folder.iterdir()] == ["0"] and np.array_equal(store.read("a"), ROWS)
+
+
 def test_a_listed_store_is_written_and_read_as_an_opened_one(many):
     listed = list_stores(many[0].path.parent)[3]
     listed.append({"a": ROWS, "b": ROWS[:, :2]})

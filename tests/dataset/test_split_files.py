@@ -190,3 +190,10 @@ def test_a_file_without_an_end_or_a_bottom_is_refused(tmp_path, subjects):
 def test_a_number_of_thousands_of_digits_is_an_image_that_is_not_there(tmp_path, subjects, said):
     read_split(written(tmp_path, {"101": "a", "100": "b", "9" * 5000: "c"}), subjects)
     assert any("names 1 images that are not in this dataset" in line for line in said)
+
+
+def test_a_table_whose_header_never_ends_is_refused_in_one_line(tmp_path):
+    (tmp_path / "a.csv").write_text("id," + "x" * 200_000)
+    with pytest.raises(DataError, match="expected a table of text that can be read") as refused:
+        read_split(tmp_path / "a.csv", ())
+    assert "\n" not in str(refused.value)
