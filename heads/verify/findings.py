@@ -258,7 +258,7 @@ def _others(files: Workdir) -> Iterator[Look]:
     for path in sorted(files.compared.glob("*/[!.]*.npz")):
         yield partial(_checked, COMPARISONS, path, path, partial(_check_npz, path))
     for path in sorted(files.compared.glob("*/shares.json")):
-        yield partial(_checked, COMPARISONS, path, path, partial(_check_json, path))
+        yield partial(_checked, COMPARISONS, path, path, partial(_check_shares, path))
     for path in sorted(files.index.glob("[!.]*.npz")):
         yield partial(_checked, INDEXES, path, path, partial(_check_npz, path))
     for path in sorted([*files.index.glob("[!.]*.json"), *(files.root / "images").glob("[!.]*.json")]):
@@ -268,6 +268,13 @@ def _others(files: Workdir) -> Iterator[Look]:
             yield partial(_checked, INDEXES, path, path, partial(_check_json, path))
     for path in sorted(files.splits.glob("[!.]*.json")):
         yield partial(_checked, INDEXES, path, path, partial(_check_split, path))
+
+
+def _check_shares(path: Path) -> bool:
+    for subject in read_document(path, dict[str, Any]).get("keys", {}):
+        if not os.path.isfile(path.with_name(f"{subject}.npz")):
+            raise DocumentError(f"{subject}.npz, which it is made of, is missing")
+    return is_sealed(path)
 
 
 def _check_pixels(path: Path) -> bool:

@@ -7,8 +7,9 @@ import pytest
 
 import cli
 from featcache.cache.store import create_store
+from featcache.machine.documents import write_document
 from featcache.workdir import Workdir
-from heads.verify.findings import BLEND, FEATURES, HEADS, INDEXES, PREDICTIONS, verify
+from heads.verify.findings import BLEND, COMPARISONS, FEATURES, HEADS, INDEXES, PREDICTIONS, verify
 from support.damage import first, flip
 
 DAMAGES = {
@@ -92,3 +93,14 @@ def test_a_store_that_was_only_begun_is_not_complete_and_not_damaged(tmp_path):
     assert not finding.fault and not finding.complete
     first(tmp_path, "features.zarr/*/zarr.json").with_name("committed.json").unlink()
     assert not [one for one in verify(tmp_path, 1) if one.fault]  # as an earlier version left it
+
+
+def test_a_comparison_that_lacks_a_subject_is_found(tmp_path):
+    path = tmp_path / "compared/layers-abc/shares.json"
+    path.parent.mkdir(parents=True)
+    write_document(path, {"keys": {"subj01": {}}})
+    np.savez(path.with_name("subj01.npz"), a=np.arange(3))
+    assert not [one for one in verify(tmp_path, 1) if one.fault]
+    path.with_name("subj01.npz").unlink()
+    (finding,) = [one for one in verify(tmp_path, 1) if one.fault]
+    assert (finding.kind, finding.owner) == (COMPARISONS, path) and "subj01.npz" in finding.fault
