@@ -46,7 +46,8 @@ def opened(folder: Path) -> list[object]:
     found = []
     for path in sorted(folder.glob("[!.]*")):
         group = zarr.open_group(path, mode="r", zarr_format=3)
-        found.append((group.attrs["featcache"]["recipe"], dict(group.arrays())))
+        about = group.attrs["featcache"]
+        found.append((about["recipe"], {name: group[name] for name in about["arrays"]}))
     return found
 
 

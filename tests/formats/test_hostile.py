@@ -1,7 +1,6 @@
 """Files that lie or are broken are refused by a DataError, before memory is taken; whatever is in them."""
 
 import gzip
-import os
 import struct
 import sys
 import zipfile
@@ -54,22 +53,6 @@ def test_a_member_of_a_zip_that_inflates_is_refused_before_it_is_read(tmp_path, 
         open_array(Place(tmp_path / "a.npz", "x"))
     with pytest.raises(DataError, match="lies is said to be"):
         open_array(Place(tmp_path / "a.npz", "lies"))
-
-
-@pytest.mark.parametrize("version", [2, 3])
-def test_a_pipe_in_a_zarr_folder_is_not_waited_for(tmp_path, version):
-    path = tmp_path / "a.zarr"
-    zarr.open_group(path, mode="w", zarr_format=version).create_array("x", data=VALUES, chunks=(5, 4))
-    for file in [one for one in path.rglob("*") if one.is_file()]:
-        content = file.read_bytes()
-        file.unlink()
-        os.mkfifo(file)
-        with pytest.raises(DataError, match="no regular file"):
-            array_names(path)
-            np.asarray(open_array(Place(path, "x"))[:])
-        file.unlink()
-        file.write_bytes(content)
-    np.testing.assert_array_equal(open_array(Place(path, "x"))[:], VALUES)
 
 
 def test_a_zarr_array_with_chunks_of_nothing_is_refused(tmp_path):
