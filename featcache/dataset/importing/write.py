@@ -283,21 +283,14 @@ def _refuse_short_sessions(material: Material) -> None:
             found="none",
             remedy="say which column of a table has them (--session-column), or do not z-score (--no-zscore)",
         )
-    counts = np.bincount(material.session)
-    if len(short := np.flatnonzero(counts == 1)):
+    sessions = np.unique(np.stack([material.session, material.shown]), axis=1)[0]  # once for each of its images
+    if len(short := np.flatnonzero(np.bincount(sessions) == 1)):
         raise DataError(
             f"sessions of {material.name}",
-            expected="two or more trials in each, to z-score within sessions",
+            expected="two or more images in each, since z-scoring within a session of one leaves zeros",
             found=f"one in {material.session_names[short[0]] if material.session_names else short[0]}",
-            remedy="leave that trial out, or do not z-score (--no-zscore)",
-        )
-    images = np.unique(np.stack([material.session, material.shown]), axis=1)[0]
-    if len(short := np.flatnonzero((counts > 0) & (np.bincount(images, minlength=len(counts)) == 1))):
-        raise DataError(
-            f"sessions of {material.name}",
-            expected="two or more images in each, as z-scoring within a session of one leaves zeros",
-            found=f"one in {material.session_names[short[0]] if material.session_names else short[0]}",
-            remedy="name the column that has the sessions (--session-column), or do not z-score (--no-zscore)",
+            remedy="name the column of the sessions (--session-column), leave such sessions out, or do not z-score "
+            "(--no-zscore)",
         )
 
 

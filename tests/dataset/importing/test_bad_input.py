@@ -308,7 +308,7 @@ CASES: dict[str, tuple[Make, Sequence[str]]] = {
     ),
     "a session of one trial": (
         lambda d: (*d.trials(run=[1] * (N - 1) + [2]), "--session-column", "run"),
-        ["two or more trials in each", "subj01", "found one in 2"],
+        ["two or more images in each", "subj01", "found one in 2"],
     ),
     "z-scoring without sessions": (
         lambda d: (*d.plain, "--zscore"),
