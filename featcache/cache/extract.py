@@ -382,14 +382,13 @@ def _fill_arrays(
 
     computed : rows of images that were computed; those of this run are added
     """
-    stop = len(store.image_ids)
-    span = max(map(store.chunk_rows, store.arrays))  # a multiple of the others: all are powers of two
+    stop, span = len(store.image_ids), store.commit_rows
     spans = [range(first, min(first + span, stop)) for first in range(min(store.committed.values()), stop, span)]
-    batches = [_batches(known.missing(rows), config.batch_size) for rows in spans]
+    parts = [_Part(store, known, rows) for rows in spans]
+    batches = [_batches(part.missing, config.batch_size) for part in parts]
     pixels = iter(images([batch for of_span in batches for batch in of_span]))
     with afterwards(_BEHIND) as then:
-        for rows, of_span in zip(spans, batches, strict=True):
-            part = _Part(store, known, rows)
+        for part, rows, of_span in zip(parts, spans, batches, strict=True):
             for batch in of_span:
                 then(partial(part.take, _forward(source, next(pixels), store, config.dtype)))
                 computed.update(batch)
@@ -404,6 +403,14 @@ class _Part:
     def __init__(self, store: Store, known: KnownRows, rows: range) -> None:
         self._store, self._known, self._rows = store, known, rows
         self._values: dict[str, list[np.ndarray]] = {layer: [] for layer in store.arrays}
+        # an array that is written again is behind the others, which have these rows already
+        self._behind = [layer for layer, n in store.committed.items() if n <= rows.start]
+        self._lost = [layer for layer in self._behind if not store.keeps(layer, rows)]
+
+    @property
+    def missing(self) -> list[int]:
+        """Rows whose images have to be read."""
+        return self._known.missing(self._rows) if self._lost else []
 
     def take(self, arrive: Callable[[], Rows]) -> None:
         """Wait for the rows of a batch. Raises BeyondFloat16Error."""
@@ -412,12 +419,10 @@ class _Part:
 
     def write(self) -> None:
         """Write and commit all rows. Raises BeyondFloat16Error or LostRowsError for what is known, StoreError."""
-        # an array that is written again is behind the others, which have these rows already
-        behind = [layer for layer, n in self._store.committed.items() if n == self._rows.start]
-        for layer in behind:
+        for layer in self._lost:
             whole = np.concatenate(self._values[layer]) if self._values[layer] else None
             self._known.write(self._store, layer, self._rows, whole, as_stored)
-        self._store.commit(dict.fromkeys(behind, self._rows.stop))
+        self._store.commit(dict.fromkeys(self._behind, self._rows.stop))
 
 
 def _batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:

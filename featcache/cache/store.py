@@ -166,6 +166,11 @@ class Store:
         """Rows in a chunk of an array."""
         return self.arrays[name].chunks[0]
 
+    @property
+    def commit_rows(self) -> int:
+        """Rows that `extract` commits at once: of the largest chunk, a multiple of the others, all powers of two."""
+        return max(map(self.chunk_rows, self.arrays))
+
     def widen(self, name: str) -> None:
         """Empty an array and make it float32, so that values beyond float16 can be written, from its first row on."""
         self.commit({name: 0})
@@ -221,14 +226,30 @@ class Store:
 
     def commit(self, stops: Mapping[str, int]) -> None:
         """Record that some arrays are whole up to a row, {name: row}, all in one step."""
+        self._record_rows(stops, keep_behind=False)
+
+    def take_back(self, stops: Mapping[str, int]) -> None:
+        """Have some arrays end before a row, {name: row}, where a commit begins; see `keeps` of what is behind it."""
+        starts = {name: row - row % self.commit_rows for name, row in stops.items()}
+        self._record_rows(starts, keep_behind=True)
+
+    def keeps(self, name: str, rows: range) -> bool:
+        """Whether rows that were taken back are as they were committed. Their chunks are read."""
+        chunks = self._chunks(name, rows)
+        return all(chunk.checksum is not None and not chunk.fault for chunk in chunks)
+
+    def _record_rows(self, stops: Mapping[str, int], keep_behind: bool) -> None:
+        """Record up to where arrays are whole. keep_behind : of an array that gets shorter, all its checksums stay"""
         self._refuse_gone()
         record = self._record
         checksums = dict(record.checksums)
         for name, stop in stops.items():
             # of a record of an earlier version, the checksums of all its chunks are taken now
-            known = checksums.get(name, [])[: min(record.rows[name], stop) // self.chunk_rows(name)]
+            before = checksums.get(name, [])
+            known = before[: min(record.rows[name], stop) // self.chunk_rows(name)]
             starts = range(len(known) * self.chunk_rows(name), stop, self.chunk_rows(name))
-            checksums[name] = known + [stored_checksum(self._chunk(name, start)) for start in starts]
+            known += [stored_checksum(self._chunk(name, start)) for start in starts]
+            checksums[name] = known + (before[len(known) :] if keep_behind or stop >= record.rows[name] else [])
         whole = Committed(self._digits, {**record.rows, **stops}, checksums)
         write_document(self.path / COMMITTED, msgspec.to_builtins(whole))
 
@@ -252,11 +273,13 @@ class Store:
 
     def chunks(self, name: str) -> list[Chunk]:
         """The chunks of an array that have its committed rows, in order."""
-        array, record = self.arrays[name], self._record
-        n_bytes = math.prod(array.chunks) * array.dtype.itemsize
-        starts = range(0, record.rows[name], array.chunks[0])
-        checksums = dict(zip(starts, record.checksums.get(name, ()), strict=False))
-        return [Chunk(self._chunk(name, start), n_bytes, checksums.get(start)) for start in starts]
+        return self._chunks(name, range(self._record.rows[name]))
+
+    def _chunks(self, name: str, rows: range) -> list[Chunk]:
+        """The chunks of an array that have some rows, the first of which is the first of its chunk."""
+        array, checksums = self.arrays[name], dict(enumerate(self._record.checksums.get(name, ())))
+        n_bytes, n_rows = math.prod(array.chunks) * array.dtype.itemsize, array.chunks[0]
+        return [Chunk(self._chunk(name, row), n_bytes, checksums.get(row // n_rows)) for row in rows[::n_rows]]
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """Rows `start` to `stop` of one array, all of them by default.

@@ -51,8 +51,8 @@ class Line:
 def take_away(findings: Sequence[Finding]) -> list[str]:
     """Take away what is damaged and no more, and say what; a line for each thing.
 
-    Of a store with damaged chunks, rows from the first of them on are taken back; the rows before it stay. Of a dataset
-    nothing is removed: `import` replaces it.
+    Of a store with damaged chunks, rows from the first of them on are taken back; `extract` makes the damaged ones
+    again and keeps the others, `fit-heads` makes all of them. Of a dataset nothing is removed: `import` replaces it.
     """
     damaged: dict[Path, list[Finding]] = {}
     for finding in findings:
@@ -67,8 +67,8 @@ def _take_away(owner: Path, faults: Sequence[Finding]) -> str:
         first: dict[str, int] = {}
         for fault in faults:
             first[fault.part] = min(fault.row, first.get(fault.part, fault.row))
-        open_store(owner).commit(first)
-        return f"rows of {', '.join(f'{name} from {row} on' for name, row in first.items())} will be made again"
+        open_store(owner).take_back(first)
+        return f"damaged rows of {', '.join(f'{name} from {row} on' for name, row in first.items())} are made again"
     if kind == CHECKPOINTS and owner.name.startswith("state-"):
         checkpoint = open_checkpoint(owner.parent)
         record(with_changes(checkpoint, facts=with_changes(checkpoint.facts, state=None)))

@@ -16,6 +16,7 @@ from PIL import Image
 from featcache.backbone.network import TorchBackbone, load_backbone
 from featcache.cache import extract as extract_module
 from featcache.cache import store as store_module
+from featcache.cache.chunks import chunk_file
 from featcache.cache.extract import Extracted, extract
 from featcache.cache.pixels import cache_pixels
 from featcache.cache.store import Store, list_stores, open_store
@@ -24,6 +25,7 @@ from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.subject import Subject
 from featcache.errors import ConfigError, DataError, StoreError
 from featcache.workdir import Workdir
+from support.damage import flip
 from support.images import add_test_image
 
 BACKBONE = BackboneConfig(name="test_resnet", weights="none", size=48)
@@ -129,6 +131,30 @@ def test_a_killed_process_goes_on_bit_equal(tiny, tmp_path):
     again = run(tiny, tmp_path / "killed")
     assert 0 < sum(result.n_new for result in again) < sum(result.n_images for result in again)
     assert [a.tobytes() for a in rows(again)] == [b.tobytes() for b in whole]
+
+
+def test_of_rows_that_are_taken_back_the_damaged_alone_are_computed(tiny, tmp_path, monkeypatch):
+    config = replace(CONFIG, layers=LayerConfig(layers=("layer2", "layer3")))
+    done = extract(subjects_of(tiny)[:1], config, tmp_path)[0]
+    store = open_store(done.path)
+    whole = {name: store.read(name) for name in store.arrays}
+    rows_in_chunk = {name: store.chunk_rows(name) for name in store.arrays}
+    early, late = sorted(store.arrays)[:2]
+
+    def damage(name: str, row: int) -> None:
+        flip(chunk_file(store.path / name, row // rows_in_chunk[name], store.arrays[name].ndim))
+
+    damage(early, 9)
+    damage(late, 17)
+    store.take_back({early: 9, late: 17})
+    assert set(store.committed.values()) >= {8, 16}
+    damage(late, 25)  # after somebody looked
+    again = extract(subjects_of(tiny)[:1], config, tmp_path)[0]
+    assert again.path == done.path and again.n_new == 24
+    store = open_store(done.path)
+    assert {name: store.read(name).tobytes() for name in whole} == {name: a.tobytes() for name, a in whole.items()}
+    assert not [chunk.fault for name in whole for chunk in store.chunks(name) if chunk.fault]
+    assert extract(subjects_of(tiny)[:1], config, tmp_path)[0].n_new == 0
 
 
 def test_batch_size_workers_and_place_do_not_change_the_key(tiny, tmp_path):

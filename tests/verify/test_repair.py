@@ -16,7 +16,7 @@ def test_of_a_damaged_store_rows_before_the_damage_stay(filled):
     store = path.parents[3]
     flip(path)
     said = take_away(verify(filled, 1))
-    assert said == [f"{store}: rows of lh from 0 on will be made again"]
+    assert said == [f"{store}: damaged rows of lh from 0 on are made again"]
     committed = open_store(store).committed
     assert committed["lh"] == 0 and committed["rh"] == len(open_store(store).image_ids)
 
