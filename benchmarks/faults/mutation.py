@@ -260,13 +260,21 @@ def attack(file: str, mutants: Sequence[Mutant], listed: frozenset[tuple[str, st
     return outcome
 
 
-def read_equivalents() -> dict[str, dict[tuple[str, str], str]]:
-    """{file: {(was, becomes): reason}}"""
-    reasons: dict[str, dict[tuple[str, str], str]] = {}
-    if EQUIVALENTS.exists():
-        for entry in tomllib.loads(EQUIVALENTS.read_text()).get("equivalent", []):
+def equivalents(file: str, mutants: Sequence[Mutant]) -> dict[tuple[str, str], str]:
+    """{(was, becomes): reason} of the mutants of a file that no test can kill."""
+    listed = tomllib.loads(EQUIVALENTS.read_text())
+    reasons: dict[tuple[str, str], str] = {}
+    for entry in listed["everywhere"]:
+        was, becomes = unspaced(entry["was"]), unspaced(entry["becomes"])
+        for mutant in mutants:
+            line, changed = mutant.key
+            places = (place for place in range(len(line)) if line.startswith(was, place))
+            if any(line[:place] + becomes + line[place + len(was) :] == changed for place in places):
+                reasons[mutant.key] = entry["why"]
+    for entry in listed["equivalent"]:
+        if entry["file"] == file:
             for becomes in [entry["becomes"]] if isinstance(entry["becomes"], str) else entry["becomes"]:
-                reasons.setdefault(entry["file"], {})[unspaced(entry["was"]), unspaced(becomes)] = entry["why"]
+                reasons[unspaced(entry["was"]), unspaced(becomes)] = entry["why"]
     return reasons
 
 
@@ -281,19 +289,20 @@ def main() -> None:
     chosen = [file for file in TARGETS if not options.only or Path(file).stem in options.only.split(",")]
     os.chdir(ROOT)
     import_everything()
-    reasons, totals, survivors = read_equivalents(), Counter[str](), []
+    totals, survivors = Counter[str](), []
     for file in chosen:
         mutants = mutants_of(ROOT / file)
         if options.n is not None and options.n < len(mutants):
             drawn = set(random.Random(options.seed).sample(range(len(mutants)), options.n))
             mutants = [mutant for i, mutant in enumerate(mutants) if i in drawn]
-        outcome = attack(file, mutants, frozenset(reasons.get(file, {})), options.functions)
+        reasons = equivalents(file, mutants)
+        outcome = attack(file, mutants, frozenset(reasons), options.functions)
         print(f"{file}: " + ", ".join(f"{n} {what}" for what, n in outcome.counts().items()), flush=True)
         for mutant in outcome.survived:
             print(f"  survived, line {mutant.first}: {mutant.was}\n    -> {mutant.becomes}", flush=True)
             survivors.append({"file": file, "line": mutant.first, "was": mutant.was, "becomes": mutant.becomes})
         for mutant in outcome.equivalent:
-            print(f"  equivalent, line {mutant.first}: {mutant.becomes}\n    {reasons[file][mutant.key]}", flush=True)
+            print(f"  equivalent, line {mutant.first}: {mutant.becomes}\n    {reasons[mutant.key]}", flush=True)
         totals.update(outcome.counts())
     print("in all: " + ", ".join(f"{n} {what}" for what, n in totals.items()))
     if options.out:

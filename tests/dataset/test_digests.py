@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from featcache.dataset.digests import (
     image_digest,
     response_digest,
     subject_digests,
+    whole_digest,
 )
 from featcache.dataset.image_lists import SubjectDigests
 from featcache.dataset.rois import HEMISPHERES, read_mapping
@@ -34,6 +36,13 @@ def test_digest_follows_content_and_order_but_not_names_or_dates(tmp_path):
     assert digest([a, b]) == before
     a.write_bytes(b"One")
     assert digest([a, b]) != before
+
+
+def test_the_digest_of_several_contents_is_that_of_their_digests_in_a_row(tmp_path):
+    """As stores of earlier versions are named by it."""
+    one, other = (blake2b(content, digest_size=16) for content in (b"one", b"two"))
+    expected = blake2b(one.digest() + other.digest(), digest_size=16).hexdigest()
+    assert whole_digest([one.hexdigest(), other.hexdigest()]) == expected
 
 
 def test_digest_reads_a_file_once(tmp_path, monkeypatch):

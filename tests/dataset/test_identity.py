@@ -6,6 +6,7 @@ import zipfile
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from featcache.dataset.identity import (
 from featcache.dataset.pictures import look_at, picture_id
 from featcache.dataset.splits import assign_folds
 from featcache.dataset.subject import ArrayImage, Dataset, Images, Subject
+from featcache.machine.files import only_writer
 from featcache.workdir import Workdir
 from support.pictures import scene
 
@@ -76,6 +78,26 @@ def test_every_image_is_counted_whether_decoded_or_remembered(copies, tmp_path):
         done = []
         look(copies.subjects[0], tmp_path / "work", 2, done.append)
         assert sum(done) == 5
+
+
+def test_images_that_are_remembered_and_those_that_are_not_are_counted_together(copies, tmp_path):
+    subject = copies.subjects[0]
+    look(subject, tmp_path / "work", 2)
+    os.utime(subject.train.sources[1], (1, 1))
+    done = []
+    look(subject, tmp_path / "work", 2, done.append)
+    assert done == [4, 1]
+
+
+def test_of_several_who_look_at_once_one_looks_and_the_others_wait(copies, tmp_path):
+    work, seen = tmp_path / "work", []
+    waiting = Thread(target=lambda: seen.append(look(copies.subjects[0], work, 2)))
+    with only_writer(Workdir(work).index, wait=True):
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive() and not seen
+    waiting.join(60)
+    assert len(seen[0].pictures) == 5 and not len(seen[0].unseen)
 
 
 def test_pictures_are_decoded_once_until_their_files_change(copies, tmp_path, monkeypatch):
@@ -163,14 +185,23 @@ def test_each_picture_goes_by_its_smallest_id(copies, tmp_path):
     assert renamed.notes[0] == "a note" and renamed.notes[1].startswith(
         "3 pictures have several ids, such as 2 and 5 ("
     )
+    files = [subject.train.sources[row] for subject, row in zip(copies.subjects, (1, 0), strict=True)]
+    assert renamed.notes[1].endswith(f" ({files[0]} and {files[1]}): each goes by its smallest id")
     assert renamed.notes[2].startswith("1 of them are test images of one subject and training images of another")
     assert same_pictures(renamed, looked(copies, tmp_path)) == []
+
+
+@pytest.mark.parametrize(("n", "some"), [(1, "1 picture has several ids"), (2, "2 pictures have several ids")])
+def test_pictures_of_several_ids_are_counted(tmp_path, n, some):
+    data = dataset(person(tmp_path / "a", [(10 * i + k, S[i]) for i in range(n) for k in (0, 1)]))
+    (_, note) = identified(data, looked(data, tmp_path)).notes
+    assert note.startswith(f"{some}, such as 0 and 1 (")
 
 
 def test_without_equal_pictures_nothing_changes(tmp_path):
     data = dataset(person(tmp_path / "a", [(4, S[0]), (1, S[1])]), person(tmp_path / "b", [(4, S[0])], [(2, S[2])]))
     seen = looked(data, tmp_path)
-    assert identified(data, seen) is data and not two_pictures(data, seen) and not in_both_splits(data, seen)
+    assert identified(data, seen) is data and two_pictures(data, seen) == [] and not in_both_splits(data, seen)
 
 
 def test_what_nobody_looked_at_keeps_its_ids(copies, tmp_path):
@@ -203,6 +234,17 @@ def test_a_picture_in_training_and_test_of_one_subject_is_a_fault_and_keeps_two_
     assert first.test.ids[1] == 5 and first.test.ids[0] not in {2, 4, 5, 9, picture_id(S[0])}
 
 
+def test_each_picture_in_training_and_test_keeps_an_id_of_its_own(tmp_path):
+    data = dataset(person(tmp_path / "a", [(20 + i, S[i]) for i in range(4)], [(10 + i, S[i]) for i in range(4)]))
+    seen = looked(data, tmp_path)
+    (fault,) = in_both_splits(data, seen)
+    pairs = [f"{a} and {b}" for a, b in zip(data.subjects[0].train.sources, data.subjects[0].test.sources, strict=True)]
+    lowest = int(np.argmin([picture_id(image) for image in S[:4]]))
+    assert fault.found == f"4 in both, such as {pairs[lowest]}"
+    (subject,) = identified(data, seen).subjects
+    assert subject.train.ids.tolist() == [10, 11, 12, 13] and len(set(subject.image_ids.tolist())) == 8
+
+
 @pytest.mark.parametrize("across", [False, True])
 def test_an_id_that_means_two_pictures_is_a_fault(tmp_path, across):
     a = [(4, S[0]), (7, S[1])]
@@ -218,7 +260,8 @@ def test_an_id_that_means_two_pictures_is_a_fault(tmp_path, across):
 def test_subjects_who_each_count_their_own_images_are_one_fault(tmp_path):
     people = [person(tmp_path / name, [(i, S[i + k]) for i in range(4)]) for k, name in ((0, "a"), (4, "b"))]
     (fault,) = two_pictures(data := dataset(*people), looked(data, tmp_path))
-    assert fault.found.startswith("4 ids mean two: 0, 1, 2, 3; 0 is ")
+    files = " and ".join(str(subject.train.sources[0]) for subject in people)
+    assert fault.found == f"4 ids mean two: 0, 1, 2, 3; 0 is {files}"
 
 
 def test_one_scene_in_other_files_under_one_id_is_no_fault(tmp_path):
@@ -249,6 +292,26 @@ def test_equal_pictures_share_a_fold_whatever_the_ids_the_folds_and_the_seed(tmp
             for image_id, (was, fold) in zip(given.train.ids.tolist(), ids, strict=True):
                 folds[image_id // 100].add(int(fold)), before[image_id // 100].add(int(was))
         assert all(len(one) == 1 for one in folds.values()) and any(len(one) > 1 for one in before.values())
+
+
+def test_a_near_copy_is_in_training_and_test_whichever_of_the_two_another_subject_saw_first(tmp_path):
+    large, small = scene(0, 96), scene(0, 96).resize((64, 64), Image.Resampling.BICUBIC)
+    data = dataset(person(tmp_path / "a", [(1, large)]), person(tmp_path / "b", [(2, small)], [(1, large)]))
+    (note,) = near_copy_notes(data, looked(data, tmp_path))
+    assert note.startswith("b: 1 pair of near copies") and note.endswith("1 of them in training and test")
+
+
+def test_near_copies_are_held_against_the_folds_that_are_usual(tmp_path):
+    """Eight pairs, in whose folds another seed would show."""
+    scenes = [scene(seed, 96) for seed in range(8)]
+    copies = [(one, image.resize((80, 80), Image.Resampling.BICUBIC)) for one, image in enumerate(scenes)]
+    data = dataset(person(tmp_path / "a", [*copies, *((30 + one, image) for one, image in enumerate(scenes))]))
+    (note,) = near_copy_notes(data, looked(data, tmp_path))
+    folds = assign_folds(range(40), 5, 0)
+    n_apart = sum(folds[one] != folds[30 + one] for one in range(8))
+    assert note.endswith(f"{n_apart} of them in different folds of 5")
+    others = [assign_folds(range(40), 5, seed) for seed in (1, -1)]
+    assert all(n_apart != sum(one[i] != one[30 + i] for i in range(8)) for one in others)
 
 
 def test_near_copies_are_told_by_subject_and_between_subjects(tmp_path):

@@ -117,6 +117,11 @@ def test_features_that_learnt_the_noise_of_their_training_images_do_not_fool_it(
 # --- plans
 
 
+def drawing(numbers):
+    """A split that puts rows into these parts, whatever their ids."""
+    return SimpleNamespace(parts=lambda ids, n_parts, seed: np.asarray(numbers))
+
+
 def test_a_frozen_backbones_plan_holds_every_fold_out_in_turn():
     ids = np.random.default_rng(0).permutation(73_000)[:60]
     plan = FoldPlan.of_frozen(ids, 4, 3)
@@ -232,6 +237,14 @@ def test_of_few_images_some_are_left_to_train_on_and_some_to_stop_by(n):
         assert len(trained) >= 2 and len(stop) >= 2 and len(trained) + len(stop) == n
 
 
+@pytest.mark.parametrize("n_stop", [0, 1, 2, 3, 27, 28, 29, 30])
+def test_a_draw_that_leaves_one_image_on_a_side_is_replaced_by_every_tenth(n_stop):
+    ids, drawn = np.arange(30) * 7, np.arange(30) < n_stop
+    trained, stop = stop_split(ids, np.arange(30), 0, 10, 0, drawing(np.where(drawn, 0, 1)))
+    assert stop.tolist() == (np.flatnonzero(drawn).tolist() if 2 <= n_stop <= 28 else [0, 10, 20])
+    assert sorted([*trained, *stop]) == list(range(30))
+
+
 def test_too_few_images_to_stop_by_are_refused():
     with pytest.raises(ConfigError, match=r"fold 2: expected 4 or more images outside it, .*; found 3"):
         stop_split(np.arange(3), np.arange(3), 2, 10, 0)
@@ -258,9 +271,36 @@ def test_parts_cover_a_fold_and_leave_something_to_choose_by():
         ids = rng.permutation(73_000)[:1000]
         parts = clean_parts(ids, held_out, 0)
         assert sorted(np.concatenate(parts)) == sorted(held_out)
-        assert all(n - len(part) >= 2 for part in parts) and len(parts) > 1
+        assert all(n - len(part) >= 2 for part in parts) and len(parts) == 4
 
 
 def test_a_fold_too_small_to_choose_on_is_refused():
     with pytest.raises(ConfigError, match="fold 1: expected enough held-out images to choose by"):
         clean_parts(np.arange(10), np.array([3, 5]), 1)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sizes"), [([0, 0, 3, 3], [2, 2]), ([1] * 6 + [2] * 2, [6, 2]), ([0, 1, 3, 3], [1, 1, 2])]
+)
+def test_a_part_without_rows_is_none(numbers, sizes):
+    parts = clean_parts(np.arange(20), np.arange(len(numbers)), 0, drawing(numbers))
+    assert [len(part) for part in parts] == sizes
+
+
+@pytest.mark.parametrize("numbers", [[2] * 8, [0] * 7 + [1]])
+def test_groups_that_leave_too_little_beside_one_are_cut_by_image_id(numbers):
+    ids, held_out = np.arange(100, 120), np.arange(8)
+    found = clean_parts(ids, held_out, 0, drawing(numbers))
+    assert [part.tolist() for part in found] == [part.tolist() for part in clean_parts(ids, held_out, 0)]
+
+
+def test_groups_stay_in_one_part_of_a_fold_that_has_many():
+    ids = np.arange(200, 320)
+    groups = Split("session", {int(one): str(one // 4) for one in ids})
+    parts = clean_parts(ids, np.arange(120), 0, groups)
+    assert len(parts) == 4 and all(len({int(ids[row]) // 4 for row in part}) == len(part) / 4 for part in parts)
+
+
+def test_a_picture_in_two_parts_of_a_fold_is_a_leak():
+    with pytest.raises(LeakError, match="what is chosen on fold 7"):
+        clean_parts(np.array([3, 4, 5, 3, 6, 8]), np.arange(6), 7, drawing([0, 0, 1, 1, 2, 2]))
