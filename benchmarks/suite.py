@@ -35,6 +35,7 @@ BENCHMARKS = {
     "extract": "Extraction",
     "store_read": "Reading the cache",
     "listing": "Listing many stores",
+    "verifying": "Checking a work folder",
     "metric": "Metric",
     "blend": "Blend",
     "stacking": "Blend weights and scikit-learn",
