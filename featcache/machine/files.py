@@ -47,11 +47,11 @@ def regular_status(path: Path) -> os.stat_result:
 
 def open_regular(path: Path) -> io.FileIO:
     """A regular file that is open to be read. Raises OSError as `regular_status`, and waits for no pipe's writer."""
-    file = io.FileIO(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
         raise OSError("no regular file")
-    return file
+    return io.FileIO(number)
 
 
 def small_bytes(path: Path, most: int) -> bytes:

@@ -1,6 +1,7 @@
 """Rows read from chunk files are those that zarr reads, and a chunk that is not whole is noticed."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec
 
-from featcache.cache.chunks import chunk_file, read_rows, stored_checksum
+from featcache.cache.chunks import Chunk, chunk_file, read_rows, stored_checksum
 
 CHUNK = 4
 
@@ -61,12 +62,33 @@ def test_a_missing_chunk_is_told_from_a_damaged_one(folder):
         read_rows(folder, rows, CHUNK, 4)
 
 
-@pytest.mark.parametrize("change", [lambda content: content[:-7], lambda content: content[:5] + b"!" + content[6:]])
-def test_a_chunk_that_was_cut_short_or_changed_is_refused(folder, change):
+CHANGES = {
+    "0 is 45 bytes": lambda content: content[:-7],
+    "0 is 53 bytes": lambda content: content + b"!",  # after which comes nothing that a reader asks for
+    "stored .*, computed": lambda content: content[:5] + b"!" + content[6:],
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+def test_a_chunk_that_was_cut_short_made_longer_or_changed_is_refused(folder, said):
     path = folder / "c" / "1" / "0"
-    path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"bytes|stored .* computed"):
+    path.write_bytes(CHANGES[said](path.read_bytes()))
+    with pytest.raises(ValueError, match=said):
         read_rows(folder, np.empty((10, 3), np.float32), CHUNK, 0)
+    assert re.fullmatch(rf"it fails its checksum \(.*{said}.*\)", Chunk(path, 48, None).fault)
+
+
+def test_the_fault_of_a_chunk_is_told(folder):
+    path, other = chunk_file(folder, 1, 2), chunk_file(folder, 2, 2)
+    checksum = stored_checksum(path)
+    assert Chunk(path, 48, checksum).fault == Chunk(path, 48, None).fault == ""
+    shutil.copy(other, path)
+    assert Chunk(path, 48, checksum).fault == "it is of another array, or of other rows"
+    assert Chunk(path, 48, None).fault == ""  # of an earlier version, where nobody wrote it down
+    path.unlink()
+    assert Chunk(path, 48, checksum).fault == "it is missing"
+    path.mkdir()
+    assert Chunk(path, 48, checksum).fault.startswith("it fails its checksum (")
 
 
 def test_a_whole_chunk_of_another_array_or_place_is_refused(folder, tmp_path):

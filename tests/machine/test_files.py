@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,11 +14,19 @@ import numpy as np
 import pytest
 
 from featcache.errors import StoreError
+from featcache.machine import files as files_module
 from featcache.machine.files import (
+    file_checksum,
+    is_leftover,
     only_writer,
+    open_regular,
+    partial_path,
     refuse_full_disk,
+    regular_status,
+    remove_leftovers,
     replace_bytes,
     replace_json,
+    small_bytes,
     whole_file,
 )
 
@@ -42,7 +51,7 @@ def test_another_process_is_refused_or_waits(tmp_path):
         expected = f"{tmp_path}: expected to be the only writer; found another process writing; wait for it to end"
         assert expected in error
         (tmp_path / "content").write_text("of the first writer")
-    assert waiting.communicate() == ("of the first writer\n", "")
+    assert waiting.communicate(timeout=60) == ("of the first writer\n", "")
 
 
 @pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -112,13 +121,23 @@ def test_a_long_wait_is_said_once(tmp_path, monkeypatch):
     monkeypatch.setattr("featcache.machine.files._PATIENCE", 0.01)
     monkeypatch.setattr("featcache.machine.files.say", said.append)
     with only_writer(tmp_path):
-        waiting = threading.Thread(target=wait)
+        waiting = threading.Thread(target=wait, daemon=True)
         waiting.start()
-        while not said:
+        ends = time.monotonic() + 20
+        while not said and time.monotonic() < ends:
             time.sleep(0.01)
         time.sleep(0.1)
-    waiting.join()
+    waiting.join(20)
     assert said == [f"{tmp_path}: waits for another process that writes there"]
+
+
+def test_a_disk_that_fails_is_not_taken_for_one_without_locks(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.raises(OSError, match="broken"), only_writer(tmp_path):
+        pytest.fail("it is not held")
 
 
 def test_an_error_frees_the_folder(tmp_path):
@@ -154,6 +173,24 @@ def test_a_file_that_was_begun_is_hidden_and_keeps_its_ending(tmp_path):
     assert np.load(tmp_path / "a.npy").tolist() == [0, 1, 2]
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    path, steps = tmp_path / "a.json", []
+    sync, rename = os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        steps.append(os.fstat(number).st_size)
+        sync(number)
+
+    def renamed(*names: Path) -> None:
+        steps.append("renamed")
+        rename(*names)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    replace_bytes(path, b"12345")
+    assert steps == [5, "renamed"]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_leaves_the_older_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "a.json"
@@ -169,3 +206,152 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
     with pytest.raises(StoreError, match=r"a.json: expected a file, or nothing; found a folder; remove it"):
         replace_json(tmp_path / "a.json", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+# --- regular files
+
+
+def special_files(folder: Path) -> list[Path]:
+    """A folder, a pipe and a link to it."""
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "link").symlink_to(folder / "pipe")
+    return [folder / name for name in ("folder", "pipe", "link")]
+
+
+@pytest.mark.parametrize("opened", [regular_status, open_regular, lambda path: small_bytes(path, 99), file_checksum])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path, opened):
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 0
+    for path in special_files(tmp_path):
+        with pytest.raises(OSError, match="no regular file"):
+            opened(path)
+    with pytest.raises(FileNotFoundError):
+        opened(tmp_path / "missing")
+    assert not before or len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_regular_file_is_read(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"123456789")
+    assert regular_status(path).st_size == 9
+    with open_regular(path) as file:
+        assert file.read() == b"123456789"
+    assert small_bytes(path, 9) == b"123456789"
+    with pytest.raises(OSError, match="9 bytes, more than 8"):
+        small_bytes(path, 8)
+
+
+def test_a_checksum_is_the_crc32c_of_all_blocks(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_bytes(b"123456789")
+    assert file_checksum(path) == "e3069283"  # the check value of this CRC, RFC 3720
+    monkeypatch.setattr(files_module, "_AT_ONCE", 4)
+    assert file_checksum(path) == "e3069283"
+    path.write_bytes(b"")
+    assert file_checksum(path) == "00000000"
+
+
+# --- what processes left unfinished
+
+
+@pytest.fixture
+def gone() -> int:
+    """Number of a process that has ended."""
+    if not (child := os.fork()):
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def begun(folder: Path, process: int, name: str = "a.npy", machine: str | None = None) -> Path:
+    """A path as another process of this machine, or of another one, would call it."""
+    ours = partial_path(folder / name).name
+    return folder / ours.replace(f"-{os.getpid()}-", f"-{process}-").replace(ours[1:9], machine or ours[1:9])
+
+
+def test_an_unfinished_name_says_who_writes_and_is_given_once(tmp_path):
+    one, other = (partial_path(tmp_path / "a.npy") for _ in range(2))
+    assert one != other and one.parent == tmp_path and one.suffix == ".npy"
+    assert re.fullmatch(rf"\.[0-9a-f]{{8}}-{os.getpid()}-\d+\.partial\.a\.npy", one.name)
+
+
+def test_leftovers_of_processes_that_are_gone_are_removed_and_nothing_else(tmp_path, gone):
+    outside = tmp_path / "outside"
+    (outside / "kept").mkdir(parents=True)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    left = [begun(folder, gone, name) for name in ("a.npy", "store", "line\nbreak", "link")]
+    left[0].write_text("half")
+    (left[1] / "deep").mkdir(parents=True)
+    (left[1] / "deep" / "file").touch()
+    left[2].touch()
+    left[3].symlink_to(outside)
+    beyond = begun(folder, 2**40)  # no process can have this number
+    beyond.touch()
+    kept = [begun(folder, os.getpid()), begun(folder, gone, machine="00000000"), folder / ".hidden", folder / "a.npy"]
+    kept += [folder / f"{gone}.partial.npy", folder / left[0].name[1:]]
+    for path in kept:
+        path.touch()
+    assert all(map(is_leftover, [*left, beyond])) and not any(map(is_leftover, kept))
+    assert sorted(remove_leftovers(folder)) == sorted([*left, beyond])
+    assert sorted(folder.iterdir()) == sorted(kept) and (outside / "kept").is_dir()
+    assert remove_leftovers(folder) == [] and remove_leftovers(tmp_path / "missing") == []
+
+
+def test_a_leftover_that_cannot_be_removed_stops_nobody(tmp_path, gone, monkeypatch):
+    path = begun(tmp_path, gone)
+    path.touch()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("read only")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert remove_leftovers(tmp_path) == [path]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".00000000-77-1.partial.a.npy", ".committed.json.77", ".77.a.safetensors", ".features.partial-ab12", ".a\nb.77"],
+)
+def test_what_another_machine_or_an_earlier_version_began_is_nobodys_after_a_week(tmp_path, name):
+    path, week = tmp_path / name, 7 * 86400
+    path.touch()
+    os.utime(path, (0, time.time() - week + 60))
+    assert not is_leftover(path) and remove_leftovers(tmp_path) == []
+    os.utime(path, (0, time.time() - week - 1))
+    assert is_leftover(path) and remove_leftovers(tmp_path) == [path]
+    assert not is_leftover(path)  # it is gone, and has no time
+
+
+def test_the_process_of_another_user_runs(tmp_path, monkeypatch):
+    def refuse(process: int, signal: int) -> None:
+        assert (process, signal) == (77, 0)
+        raise PermissionError
+
+    path = begun(tmp_path, 77)
+    monkeypatch.setattr(os, "kill", refuse)
+    assert not is_leftover(path)
+
+
+def test_the_first_that_is_begun_in_a_folder_removes_what_was_left_there(tmp_path, gone):
+    path = begun(tmp_path / "elsewhere", gone)
+    left = tmp_path / "new" / path.name
+    left.parent.mkdir()
+    left.touch()
+    partial_path(tmp_path / "new" / "a.npy")
+    assert not left.exists()
+    left.touch()
+    partial_path(tmp_path / "new" / "a.npy")  # and looks no more
+    assert left.exists()
+
+
+def test_sets_of_processes_that_do_not_see_each_other_are_told_apart(monkeypatch):
+    named = set()
+    for readlink in (lambda path: "pid:[1]", lambda path: "pid:[2]", refuse_to_read):
+        monkeypatch.setattr(os, "readlink", readlink)
+        named.add(files_module._this_machine.__wrapped__())
+    assert len(named) == 3 and all(re.fullmatch("[0-9a-f]{8}", name) for name in named)
+
+
+def refuse_to_read(path: str) -> str:
+    raise FileNotFoundError(path)
