@@ -70,7 +70,7 @@ def parse_json(text: bytes | str) -> Any:
     except RecursionError as error:
         raise DocumentError("it is nested too deeply") from error
     except ValueError as error:  # not JSON, or not text
-        raise DocumentError(f"it cannot be read ({first_line(error)})") from error
+        raise DocumentError(f"it is no JSON: {first_line(error)}") from error
     level = [content]
     for _ in range(_MOST_DEPTH):
         level = [

@@ -50,6 +50,11 @@ def size_of(n_bytes: float) -> str:
     return f"{n_bytes / 1e3:.1f} kB"
 
 
+def counted(n: int, what: str) -> str:
+    """A number of things, with the name of one: '1 store', '1,200 stores'."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
 class _Rate(ProgressColumn):
     """Units a second, of bars that have a unit."""
 

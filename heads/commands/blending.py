@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featcache.errors import ConfigError
+from featcache.machine.progress import counted
 from featcache.workdir import WORK, Workdir
 from heads.commands.options import (
     DATA,
@@ -49,7 +50,7 @@ def models(
 
         found, accuracy = list_models(subjects, work, models, exclude)
         print_table(model_table(found, accuracy))
-        return Outcome(f"{len(found)} models in {work}", {"models": [vars(model) for model in found]})
+        return Outcome(f"{counted(len(found), 'model')} in {work}", {"models": [vars(model) for model in found]})
 
     return Job(None, call)
 

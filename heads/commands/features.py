@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
+from featcache.machine.progress import counted
 from featcache.workdir import WORK, Workdir
 from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, open_data, option_of, read
 from heads.recipes.jobs import Job, Outcome
@@ -76,4 +77,5 @@ def _extract(data: Path | None, noise_ceiling: Path | None, subject: str, config
         {"subject": store.subject, "path": str(store.path), "images": store.n_images, "new": store.n_new}
         for store in done
     ]
-    return Outcome(f"{len(done)} stores, {n_new} new images in {Workdir(work).features}", {"stores": stores})
+    message = f"{counted(len(done), 'store')}, {counted(n_new, 'new image')} in {Workdir(work).features}"
+    return Outcome(message, {"stores": stores})

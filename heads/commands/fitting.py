@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from featcache.machine.progress import counted
 from featcache.workdir import WORK, Workdir
 from heads.commands.options import (
     DATA,
@@ -93,7 +94,7 @@ def _fit(dataset: "Dataset", subject: str, config: FitConfig, work: Path) -> Out
         print_table(score_table(alone, f"Scores on the images that {by.alone} holds out", marked))
         result["held_out"] = {"name": by.alone, "scores": scores_as_json(alone)}
     n_new = sum(fit.new for fit in done)
-    return Outcome(f"{len(done)} fits, {n_new} of them new, in {Workdir(work).predictions}", result)
+    return Outcome(f"{counted(len(done), 'fit')}, {n_new} of them new, in {Workdir(work).predictions}", result)
 
 
 @command()
@@ -111,6 +112,7 @@ def maps(
         from heads.maps.export import export_maps
 
         written = export_maps(subjects, models, work)
-        return Outcome(f"{len(written)} files in {Workdir(work).maps}", {"files": [str(path) for path in written]})
+        message = f"{counted(len(written), 'file')} in {Workdir(work).maps}"
+        return Outcome(message, {"files": [str(path) for path in written]})
 
     return Job(None, call)

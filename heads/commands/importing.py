@@ -7,6 +7,7 @@ import typer
 
 from featcache.config import ExtractConfig, MadeConfig, usual_workers
 from featcache.dataset.importing.config import ImportConfig
+from featcache.machine.progress import counted
 from featcache.workdir import WORK, Workdir
 from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, open_data, option_of, read
 from heads.recipes.jobs import Job, Outcome
@@ -82,8 +83,8 @@ def add_features(
             {"subject": store.subject, "path": str(store.path), "images": store.n_images, "new": store.n_new}
             for store in done
         ]
-        message = f"{len(done)} stores, features of {n_new} new images in {Workdir(work).features}"
-        return Outcome(message, {"stores": stores})
+        made = f"{counted(len(done), 'store')}, features of {counted(n_new, 'new image')}"
+        return Outcome(f"{made} in {Workdir(work).features}", {"stores": stores})
 
     return Job(config, call)
 

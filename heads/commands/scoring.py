@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from featcache.machine.progress import counted
 from featcache.workdir import WORK
 from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, open_data, option_of, read
 from heads.config import BlendConfig, ScoresConfig
@@ -64,6 +65,6 @@ def scores(
             written.append(f"{n_maps} maps in {maps_to}")
         n_models = len({one.model for one in done.vertices})
         wrote = f"; wrote {', '.join(written)}" if written else ""
-        return Outcome(f"{n_models} models in {work}{wrote}", scores_as_json(done) | {"written": written})
+        return Outcome(f"{counted(n_models, 'model')} in {work}{wrote}", scores_as_json(done) | {"written": written})
 
     return Job(config, call)

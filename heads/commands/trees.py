@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from featcache.config import ExtractConfig, usual_workers
+from featcache.machine.progress import counted
 from featcache.workdir import CHALLENGE, WORK, data_folder
 from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, existing, option_of
 from heads.recipes.jobs import Job, Outcome
@@ -96,7 +97,7 @@ def check(
             typer.echo(str(fault))
         result = {"data": str(folder), "faults": [str(fault) for fault in faults], "notes": notes}
         counts = (("subject", len(dataset.subjects)), ("image", total), ("fault", len(faults)))
-        message = f"{folder}: " + ", ".join(f"{n:,} {what}{'s' * (n != 1)}" for what, n in counts)
+        message = f"{folder}: " + ", ".join(counted(n, what) for what, n in counts)
         return Outcome(message, result, code=1 if faults else 0)
 
     return Job(None, call)

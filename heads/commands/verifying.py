@@ -7,7 +7,7 @@ import typer
 
 from featcache.config import usual_workers
 from featcache.errors import StoreError
-from featcache.machine.progress import say, size_of
+from featcache.machine.progress import counted, say, size_of
 from featcache.workdir import WORK
 from heads.commands.options import Work, command
 from heads.recipes.jobs import Job, Outcome
@@ -58,7 +58,7 @@ def verify(
         for one in partly[:_MOST_SAID]:
             say(f"{one}: not complete; the command that makes it goes on with it")
         earlier = f"; {unsealed} of an earlier version have no digest" if unsealed else ""
-        message = f"{work}: {len(findings)} files, {size_of(n_bytes)}, {len(damaged)} damaged{earlier}"
+        message = f"{work}: {counted(len(findings), 'file')}, {size_of(n_bytes)}, {len(damaged)} damaged{earlier}"
         message += f"; {len(partly)} not complete" if partly else ""
         if not damaged or not repair:
             hint = "; --repair makes them again" if damaged else ""

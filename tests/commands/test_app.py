@@ -56,7 +56,7 @@ def test_quiet_silences_progress_and_not_the_result(tiny, tmp_path, monkeypatch,
     where = ("--data", str(tiny), "--work", str(tmp_path))
     assert cli.run(["extract", *where, "--subject", "1", "--quiet"]) == 0
     out, err = capfd.readouterr()
-    assert err == "" and out.startswith("1 stores, 35 new images")
+    assert err == "" and out.startswith("1 store, 35 new images")
     assert cli.run(["fit-heads", "--data", "nowhere", "--quiet"]) == 1
     assert capfd.readouterr().err.startswith("error: --data: expected")
     assert cli.run(["extract", *where]) == 0 and capfd.readouterr().err != ""

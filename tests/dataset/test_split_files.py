@@ -139,7 +139,7 @@ def test_what_a_file_does_not_name_and_what_it_names_in_vain_are_counted(tmp_pat
         ({"a": {"b": 1}}, "found keys a; correct it"),
         ("[1, 2]", "found list of something else; correct it"),
         ("{}", "found no images; correct it"),
-        ("{", "expected JSON; found a mistake in it: it cannot be read (Expecting property name"),
+        ("{", "expected JSON; found a mistake in it: it is no JSON: Expecting property name"),
     ],
 )  # fmt: skip
 def test_what_a_file_cannot_be_is_one_line(tmp_path, subjects, content, line):
