@@ -15,11 +15,14 @@ from featcache.workdir import Workdir
 
 _BLOCK_BYTES = 64e6
 LARGEST_RESPONSE = 1e15  # whose squares float32 can still add up over all images
+_SCALES = (1e-6, 1e6)  # of the standard deviation of a vertex, beyond which float32 leaves no usable loss
+_SAMPLE = 256  # rows that tell it
+_RULES = "2"  # those that files were held against; others are looked through again
 
 
 def response_fault(path: Path) -> Fault | None:
-    """Fault of a .npy file of responses with a number that no fit can use; None where there is none."""
-    return _look(path)[0]
+    """Fault of a .npy file of responses with a number or a scale that no fit can use; None where there is none."""
+    return _look(path)[0] or _scale_fault(path)
 
 
 def _look(path: Path) -> tuple[Fault | None, int]:
@@ -37,6 +40,22 @@ def _look(path: Path) -> tuple[Fault | None, int]:
             return Fault(path, f"finite responses, up to {LARGEST_RESPONSE:.0e}", found), 0
         constant &= (block == responses[0]).all(axis=0)
     return None, int(constant.sum())
+
+
+def _scale_fault(path: Path) -> Fault | None:
+    """Fault of the first vertex whose responses, by a sample of the images, are far from any usual scale."""
+    responses = open_npy(path)
+    sample = np.asarray(responses[:: max(len(responses) // _SAMPLE, 1)], dtype=np.float64)
+    if len(sample) < 2:
+        return None
+    std, (low, high) = sample.std(0), _SCALES
+    constant = std <= 1e-6 * np.abs(sample).max(0)  # but for rounding
+    bad = np.flatnonzero(~constant & ~((std >= low) & (std <= high)))
+    if not len(bad):
+        return None
+    more = f" (and {len(bad) - 1} more vertices)" if len(bad) > 1 else ""
+    expected = f"responses whose standard deviation is from {low:.0e} to {high:.0e}"
+    return Fault(path, expected, f"{std[bad[0]]:.1e} at vertex {bad[0]}{more}")
 
 
 def response_fault_in(path: Path, block: np.ndarray, vertex: int) -> Fault | None:
@@ -61,16 +80,17 @@ def refuse_unfit(subjects: Sequence[Subject], work: Path) -> None:
         path = Workdir(work).checked_responses(subject.name)
         index = DigestIndex(Workdir(work).response_index(subject.name))
         digest = index.digest([*subject.response_paths.values(), *subject.test_response_paths.values()])
-        if _known(path) != digest:
+        looked_through = {"responses": digest, "rules": _RULES}
+        if _known(path) != looked_through:
             _refuse_unfit(subject)
-            write_document(path, {"responses": digest})
+            write_document(path, looked_through)
 
 
-def _known(path: Path) -> str | None:
+def _known(path: Path) -> dict[str, str]:
     try:
-        return read_document(path, dict[str, str]).get("responses")
+        return read_document(path, dict[str, str])
     except (OSError, DocumentError):  # not looked through yet, or a damaged file: once more
-        return None
+        return {}
 
 
 def _refuse_empty(subject: Subject) -> None:
@@ -91,6 +111,9 @@ def _refuse_unfit(subject: Subject) -> None:
             fault, n_constant[surface] = _look(path)
             if fault is not None:
                 remedy = "correct the file, or leave such images or vertices out of it; both count from 0"
+                raise DataError(fault.where, expected=fault.expected, found=fault.found, remedy=remedy)
+            if (fault := _scale_fault(path)) is not None:
+                remedy = "z-score the responses, or give them in another unit"
                 raise DataError(fault.where, expected=fault.expected, found=fault.found, remedy=remedy)
     for surface, n in n_constant.items():
         if 0 < n < subject.n_vertices[surface]:

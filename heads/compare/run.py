@@ -34,6 +34,7 @@ from heads.compare.results import EVERYTHING, Comparison, interval, rows_of, wri
 from heads.compare.spaces import Candidate, Spaces, is_sampled, n_columns, spaces_of
 from heads.config.comparing import CompareConfig
 from heads.features.sets import FeatureSet, choose, feature_sets, say_partial, say_without
+from heads.fit.ends import refuse_ends
 from heads.fit.run import refuse_leaks
 from heads.scores.resampling import N_DRAWS, image_weights
 from heads.solvers.held_out import FoldPlan
@@ -65,8 +66,8 @@ def compare(
 
     by : which images stay together in the folds; None: what `config.split` says of these subjects alone
 
-    Raises StoreError where there are no features, ConfigError for bands that are not there, LeakError for backbones of
-    different folds.
+    Raises StoreError where there are no features, or where float32 cannot hold their squares, ConfigError for bands
+    that are not there, LeakError for backbones of different folds.
     """
     subjects, work = data.subjects if isinstance(data, Dataset) else tuple(data), Path(work)
     device = resolve_device(config.device)
@@ -80,6 +81,8 @@ def compare(
     name, files = _name(tasks[0], config), Workdir(work)
     paths = {task.subject.name: files.compared_subject(name, task.subject.name) for task in tasks}
     new = [task for task in tasks if not _is_done(paths[task.subject.name], task)]
+    for part in (part for task in new for band in task.bands for part in band.parts):
+        refuse_ends(part, "linear")
     for task in tasks:
         if task in new:
             _compute(task, config, device, paths[task.subject.name])

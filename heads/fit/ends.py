@@ -1,10 +1,9 @@
-"""Numbers that heads cannot be fitted to in float32: refused beforehand, by the array, the row and the column."""
+"""Features that heads cannot be fitted to in float32: refused beforehand, by the array, the row and the column."""
 
 import numpy as np
 
 from featcache.cache.store import Store
-from featcache.dataset.subject import Subject
-from featcache.errors import DataError, StoreError
+from featcache.errors import StoreError
 from heads.config import HEADS
 from heads.features.sets import FeatureSet
 
@@ -13,11 +12,10 @@ _ROWS = 512  # that are looked through at a time
 _RANGE = (1e-12, 1e12)  # of an image's largest feature; beyond it, squares and their sums leave the range of float32
 _LEAST_MODULE = 1e-3  # the same of modules on maps, which add 1e-5 to the variance of a channel
 _FAR = 1e4  # times an image's usual largest feature: what a head gives for it, it gives for no other image
-_RESPONSES = (1e-6, 1e6)  # of the standard deviation of a vertex
 
 
-def refuse_ends(subject: Subject, features: FeatureSet, head: str) -> None:
-    """Raise StoreError for features, DataError for responses, whose scale no head could be fitted at.
+def refuse_ends(features: FeatureSet, head: str) -> None:
+    """Raise StoreError for features whose scale no head could be fitted at.
 
     Scales are told by a sample of the rows; every row of float32 features is looked through for one that is far from
     all others, which float16 cannot hold.
@@ -28,8 +26,6 @@ def refuse_ends(subject: Subject, features: FeatureSet, head: str) -> None:
     for store in features.stores:
         for name in features.names:
             _refuse_features(store, name, least)
-    for surface in subject.surfaces:
-        _refuse_responses(subject, surface)
 
 
 def _refuse_features(store: Store, name: str, least: float) -> None:
@@ -44,7 +40,7 @@ def _refuse_features(store: Store, name: str, least: float) -> None:
             where,
             expected=f"numbers whose largest of an image is from {least:.0e} to {_RANGE[1]:.0e}",
             found=f"{usual:.1e} in a usual image",
-            remedy="use other layers, weights or --head linear"
+            remedy=f"use other layers or weights{', or --head linear' if least > _RANGE[0] else ''}"
             if store.key.get("transform")
             else "scale them, such as to a standard deviation of 1, and run 'add-features' again",
         )
@@ -69,21 +65,3 @@ def _largest(rows: np.ndarray) -> np.ndarray:
     flat = rows.reshape(len(rows), -1)
     largest: np.ndarray = np.maximum(flat.max(1), -flat.min(1)).astype(np.float64)
     return largest
-
-
-def _refuse_responses(subject: Subject, surface: str) -> None:
-    responses = subject.responses(surface)
-    sample = np.asarray(responses[:: max(len(responses) // _SAMPLE, 1)], dtype=np.float64)
-    std = sample.std(0)
-    low, high = _RESPONSES
-    constant = std <= 1e-6 * np.abs(sample).max(0, initial=0)  # but for rounding
-    # NaN is refused where responses are read, which names the row
-    bad = np.flatnonzero(~constant & np.isfinite(std) & ~((std >= low) & (std <= high)))
-    if len(bad):
-        more = f" (and {len(bad) - 1} more vertices)" if len(bad) > 1 else ""
-        raise DataError(
-            subject.response_paths[surface],
-            expected=f"responses whose standard deviation is from {low:.0e} to {high:.0e}",
-            found=f"{std[bad[0]]:.1e} at vertex {bad[0]}{more}",
-            remedy="z-score the responses, or give them in another unit",
-        )

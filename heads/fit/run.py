@@ -279,7 +279,7 @@ def _fit(problem: Problem, labels: Mapping[str, str]) -> Fitted:
     known = find_known_fit(problem, key.to_json())
     if known is None and problem.config.solver_spec.fits:
         for trainee in problem.trainees or (problem,):
-            refuse_ends(trainee.subject, trainee.features, problem.config.head)
+            refuse_ends(trainee.features, problem.config.head)
     solver = build_solver(problem) if known is None else None  # what cannot be fitted must not leave a store
     if store is None:
         facts = PredictionFacts(

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import featcache as fc
-from featcache.cache.store import Row, create_store
+from featcache.cache.store import Row, create_store, list_stores
+from featcache.dataset.digests import image_digest
 from featcache.dataset.splits import assign_folds
 from featcache.errors import ConfigError, StoreError
 from featcache.workdir import Workdir
@@ -16,7 +17,7 @@ from heads.compare.run import blocks_of, compare, needed_bytes
 from heads.features.sets import feature_sets
 from support.keys import training_of
 from support.plans import plan_of
-from support.planted import N_VERTICES, planted_features
+from support.planted import N_VERTICES, planted_features, store_features
 
 
 @pytest.fixture
@@ -62,6 +63,20 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_another_compariso
         path = subject.response_paths["lh"]
         np.save(path, np.load(path)[::-1])
         compare([subject], config, work)
+
+
+@pytest.mark.parametrize(("scale", "found"), [(1e25, "in a usual image"), (1e-30, "in a usual image"), (None, "row 3")])
+def test_features_that_float32_cannot_hold_are_refused_and_no_table_of_nan_is_written(tmp_path, work, scale, found):
+    subject = planted_features(tmp_path, tmp_path / "other")
+    (store,) = list_stores(Workdir(tmp_path / "other").features)
+    values = {name: store.read(name).astype(np.float32) for name in store.arrays}
+    values["near"] *= np.float32(scale or 1)
+    if scale is None:
+        values["near"][3, 0, 0, 2] = 1e30
+    store_features(work, subject.image_ids, values, image_digest(subject, work))
+    with pytest.raises(StoreError, match=rf"features near of subj01-planted.*found .*{found}"):
+        compare([subject], fc.CompareConfig(n_candidates=0), work)
+    assert not list(work.rglob("*.csv"))
 
 
 def test_blocks_of_vertices_change_nothing(subject, work, monkeypatch):

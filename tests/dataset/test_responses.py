@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from featcache.dataset import responses as module
+from featcache.dataset.digests import response_digest
 from featcache.dataset.responses import refuse_unfit, response_fault
 from featcache.dataset.subject import Images
 from featcache.errors import DataError
+from featcache.machine.documents import write_document
 from featcache.workdir import Workdir
 from support.blends import N_TRAIN, N_VERTICES, subject_of
 
@@ -38,6 +40,35 @@ def test_whole_numbers_and_bytes_are_responses(tmp_path):
     for dtype in (np.int16, np.uint8, np.float16, np.float64):
         np.save(tmp_path / "a.npy", (VALUES * 20).astype(dtype))
         assert response_fault(tmp_path / "a.npy") is None
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e9, 1e14])
+def test_a_scale_at_which_no_head_could_be_fitted_is_named_by_its_vertex(tmp_path, scale):
+    values = VALUES.copy()
+    values[:, 1] *= np.float32(scale)
+    values[:, 2] = 1e9  # constant, which says nothing of a scale
+    subject = subject_of(tmp_path, values)
+    path = subject.response_paths[subject.surfaces[0]]
+    found = f"{values[:, 1].std(dtype=np.float64):.1e} at vertex 1"
+    fault = response_fault(path)
+    assert (fault.where, fault.found) == (path, found)
+    with pytest.raises(DataError, match=r"deviation is from 1e-06 to 1e\+06.*z-score the responses"):
+        refuse_unfit([subject], tmp_path)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_usual_scales_pass(tmp_path, scale):
+    subject = subject_of(tmp_path, VALUES * np.float32(scale))
+    refuse_unfit([subject], tmp_path)
+    assert response_fault(subject.response_paths[subject.surfaces[0]]) is None
+
+
+def test_what_was_looked_through_by_fewer_rules_is_looked_through_again(tmp_path):
+    subject = subject_of(tmp_path, VALUES * np.float32(1e-9))
+    digest = response_digest(subject, tmp_path)
+    write_document(Workdir(tmp_path).checked_responses("subj01"), {"responses": digest})
+    with pytest.raises(DataError, match="standard deviation"):
+        refuse_unfit([subject], tmp_path)
 
 
 def test_one_response_to_all_images_is_refused_and_some_such_vertices_are_counted(tmp_path, capfd):
