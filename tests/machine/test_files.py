@@ -95,7 +95,7 @@ def test_a_process_that_is_gone_holds_nobody_up_without_locks(tmp_path, without_
 
 
 def test_a_writer_of_another_machine_is_named_without_locks(tmp_path, without_locks):
-    (tmp_path / ".writing.marker").write_text("77\nnode12\n")
+    (tmp_path / ".writing.marker").write_text("77\nnode12\nand what a later version adds\n")
     with pytest.raises(StoreError) as refused, only_writer(tmp_path):
         pytest.fail("two writers")
     words = "found another process writing, process 77 of node12; wait for it to end; if that process is gone, delete "
@@ -109,6 +109,19 @@ def test_a_marker_that_was_never_written_is_nobodys_after_a_minute(tmp_path, wit
         pytest.fail("its process may be about to write it")
     os.utime(marker, (time.time() - 61,) * 2)
     refuse_a_second_writer(tmp_path)
+
+
+def test_a_marker_that_another_process_takes_away_first_holds_nobody_up(tmp_path, without_locks, monkeypatch):
+    (tmp_path / ".writing.marker").touch()
+
+    def taken_away(marker: Path) -> bool:
+        marker.unlink()
+        return True
+
+    assert files_module._was_never_written(tmp_path / "missing") is False
+    monkeypatch.setattr(files_module, "_was_never_written", taken_away)
+    with only_writer(tmp_path):
+        pass
 
 
 def test_a_long_wait_is_said_once(tmp_path, monkeypatch):
@@ -149,7 +162,8 @@ def test_an_error_frees_the_folder(tmp_path):
 
 def test_a_full_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 3e9})())
-    refuse_full_disk(tmp_path, 3_000_000_000)
+    refuse_full_disk(tmp_path / "new" / "folder", 3_000_000_000)
+    assert (tmp_path / "new" / "folder").is_dir()
     with pytest.raises(StoreError, match=r"expected 3\.1 GB of free disk; found 3\.0 GB; make room"):
         refuse_full_disk(tmp_path, 3_100_000_000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 4e5})())
@@ -158,6 +172,9 @@ def test_a_full_disk_is_refused(tmp_path, monkeypatch):
 
 
 def test_files_are_replaced_and_nothing_else_is_left(tmp_path):
+    replace_bytes(tmp_path / "new" / "deep" / "a.bin", b"one")
+    (tmp_path / "new" / "deep" / "a.bin").unlink()
+    (tmp_path / "new" / "deep").rmdir()
     replace_bytes(tmp_path / "new" / "a.bin", b"one")
     replace_bytes(tmp_path / "new" / "a.bin", b"two")
     replace_json(tmp_path / "new" / "b.json", {"name": "é", "values": [1.5, None]})
@@ -199,6 +216,11 @@ def test_an_error_leaves_the_older_file_and_nothing_else(tmp_path, error):
         partial.write_text("half")
         raise error
     assert path.read_text() == "1" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_before_anything_is_written_is_that_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "a.json"):
+        _ = 1 / 0
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
@@ -309,6 +331,21 @@ def test_a_leftover_that_cannot_be_removed_stops_nobody(tmp_path, gone, monkeypa
     assert remove_leftovers(tmp_path) == [path]
 
 
+def test_a_folder_that_cannot_be_removed_leaves_the_others_to_be_removed(tmp_path, gone, monkeypatch):
+    left = [begun(tmp_path, gone, f"{number}.npy") for number in range(4)]
+    for path in left[:2]:
+        path.mkdir()
+    for path in left[2:]:
+        path.touch()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("read only")
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(left[:2])
+
+
 @pytest.mark.parametrize(
     "name",
     [".00000000-77-1.partial.a.npy", ".committed.json.77", ".77.a.safetensors", ".features.partial-ab12", ".a\nb.77"],
@@ -320,7 +357,7 @@ def test_what_another_machine_or_an_earlier_version_began_is_nobodys_after_a_wee
     assert not is_leftover(path) and remove_leftovers(tmp_path) == []
     os.utime(path, (0, time.time() - week - 1))
     assert is_leftover(path) and remove_leftovers(tmp_path) == [path]
-    assert not is_leftover(path)  # it is gone, and has no time
+    assert is_leftover(path) is False  # it is gone, and has no time
 
 
 def test_the_process_of_another_user_runs(tmp_path, monkeypatch):
