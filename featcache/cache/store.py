@@ -150,7 +150,7 @@ class Store:
         if content.keys() == self.arrays.keys():  # of an earlier version
             content = {"key": self._digits, "rows": content, "checksums": {}}
         record = typed(content, Committed)
-        n_rows = max(record.rows.values(), default=0) and len(self.image_ids)  # which a list of stores does not read
+        n_rows = len(self.image_ids) if any(record.rows.values()) else 0  # a list of stores does not read the ids
         if record.key != self._digits or record.rows.keys() != self.arrays.keys():
             raise DocumentError("it is another store's")
         if any(n > n_rows for n in record.rows.values()):
@@ -247,7 +247,7 @@ class Store:
             # of a record of an earlier version, the checksums of all its chunks are taken now
             before = checksums.get(name, [])
             known = before[: min(record.rows[name], stop) // self.chunk_rows(name)]
-            starts = range(len(known) * self.chunk_rows(name), stop, self.chunk_rows(name))
+            starts = self._starts(name, range(len(known) * self.chunk_rows(name), stop))
             known += [stored_checksum(self._chunk(name, start)) for start in starts]
             checksums[name] = known + (before[len(known) :] if keep_behind or stop >= record.rows[name] else [])
         whole = Committed(self._digits, {**record.rows, **stops}, checksums)
@@ -279,7 +279,13 @@ class Store:
         """The chunks of an array that have some rows, the first of which is the first of its chunk."""
         array, checksums = self.arrays[name], dict(enumerate(self._record.checksums.get(name, ())))
         n_bytes, n_rows = math.prod(array.chunks) * array.dtype.itemsize, array.chunks[0]
-        return [Chunk(self._chunk(name, row), n_bytes, checksums.get(row // n_rows)) for row in rows[::n_rows]]
+        starts = self._starts(name, rows)
+        return [Chunk(self._chunk(name, row), n_bytes, checksums.get(row // n_rows)) for row in starts]
+
+    def _starts(self, name: str, rows: range) -> range:
+        """First rows of the chunks that have some rows; none where rows have no numbers, of which no file is written."""
+        array = self.arrays[name]
+        return rows[:: array.chunks[0]] if math.prod(array.shape[1:]) else rows[:0]
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """Rows `start` to `stop` of one array, all of them by default.
@@ -290,15 +296,15 @@ class Store:
         """
         stop = len(self.image_ids) if stop is None else stop
         record = self._record
-        if stop > record.rows.get(name, 0):
+        if stop > record.rows[name]:
             raise StoreError(
                 self.path,
                 expected=f"{stop} rows of {name}",
-                found=record.rows.get(name, 0),
+                found=record.rows[name],
                 remedy="run the command that writes it again, it goes on from there",
             )
         checksums = record.checksums.get(name)
-        if checksums is not None and len(checksums) * self.chunk_rows(name) < stop:
+        if checksums is not None and len(checksums) < len(self._starts(name, range(stop))):
             raise _damaged(self.path, f"{COMMITTED} has not a checksum for each chunk of {name}")
         array = self.arrays[name]
         rows = np.empty((stop - start, *array.shape[1:]), array.dtype) if out is None else out

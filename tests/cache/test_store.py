@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 
 from featcache.cache import store as store_module
-from featcache.cache.store import Row, Store, create_store, list_stores, nearest, open_store
+from featcache.cache.chunks import chunk_file, stored_checksum
+from featcache.cache.store import Row, Store, create_store, list_stores, nearest, open_store, stored_bytes
 from featcache.errors import StoreError
+from featcache.machine.documents import sealed, write_document
+from support.damage import flip
 
 KEY = {"kind": "features", "size": 224}
 IDS = np.arange(100, 110)
 ROWS = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
+MAPS = np.random.default_rng(1).standard_normal((10, 3, 2, 5)).astype(np.float16)
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +106,21 @@ def test_rows_of_another_width_or_past_the_end_are_refused(store):
             store.append({"pooled": rows})
 
 
+def test_the_first_of_several_values_that_are_not_finite_is_named(store):
+    rows = ROWS.copy()
+    rows[[2, 7], [2, 0]] = np.nan
+    with pytest.raises(StoreError, match=r"found nan in pooled\[2, 2\]"):
+        store.append({"pooled": rows})
+
+
+def test_nothing_is_written_into_a_store_that_somebody_removed(filled):
+    shutil.rmtree(filled.path)
+    for write in (lambda: filled.put("pooled", 0, ROWS), lambda: filled.commit({"pooled": 4})):
+        with pytest.raises(StoreError, match="expected the store that was opened; found that it is gone"):
+            write()
+    assert not filled.path.exists()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_values_that_are_not_finite_are_refused_by_name_and_nothing_is_committed(store, bad):
     rows = ROWS.copy()
@@ -159,6 +178,184 @@ def test_a_damaged_record_of_rows_is_refused(filled, content):
     (filled.path / "committed.json").write_text(content)
     with pytest.raises(StoreError, match=r"committed.json cannot be read"):
         filled.read("pooled")
+
+
+def record_of(store: Store, **changes: object) -> None:
+    """Replace the record of rows by one that is sealed and says something else."""
+    content = json.loads((store.path / "committed.json").read_text()) | changes
+    content.pop("digest")
+    write_document(store.path / "committed.json", content)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"key": "0" * 12}, "it is another store's"),
+        ({"rows": {"pooled": 10}}, "it is another store's"),
+        ({"rows": {"pooled": 11, "stem": 10}}, "it is of more than 10 rows"),
+        ({"checksums": {"pooled": [7], "stem": [7, 7, 7]}}, "has not a checksum for each chunk of pooled"),
+    ],
+)
+def test_a_record_of_another_store_or_of_other_rows_is_refused(filled, changes, why):
+    record_of(filled, **changes)
+    with pytest.raises(StoreError, match=why):
+        filled.read("pooled")
+
+
+def test_a_store_says_from_its_beginning_that_it_has_no_rows(store):
+    assert json.loads((store.path / "committed.json").read_text())["rows"] == {"pooled": 0, "stem": 0}
+
+
+def test_a_store_of_an_earlier_version_has_no_record_before_its_first_rows(store):
+    (store.path / "committed.json").unlink()
+    assert store.committed == {"pooled": 0, "stem": 0} and not store.complete
+    with pytest.raises(StoreError, match="expected 1 rows of pooled; found 0"):
+        store.read("pooled", 0, 1)
+    store.append({"pooled": ROWS})
+    assert np.array_equal(store.read("pooled"), ROWS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"data_type": "float64"}, {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [4, 2]}}}],
+)
+def test_an_array_that_is_not_as_stores_have_it_is_refused(filled, change):
+    path = filled.path / "pooled" / "zarr.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(StoreError, match="the description of pooled cannot be read"):
+        open_store(filled.path).read("pooled")
+
+
+def test_an_array_is_opened_once(filled):
+    assert filled.arrays["pooled"] is filled.arrays["pooled"]
+
+
+@pytest.mark.parametrize("out", [np.empty((10, 2), np.float32), np.empty((10, 3), np.float64)])
+def test_a_place_that_rows_do_not_fit_into_is_refused(filled, out):
+    with pytest.raises(ValueError, match="is no place for rows 0 to 10"):
+        filled.read("pooled", out=out)
+
+
+@pytest.mark.parametrize("change", [{"node_type": "array"}, {"zarr_format": 2}])
+def test_what_is_no_group_of_zarr_3_is_no_store(filled, change):
+    path = filled.path / "zarr.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(StoreError, match="it is no group of Zarr 3"):
+        open_store(filled.path)
+
+
+@pytest.mark.parametrize("lost", ["facts", "image_ids"])
+def test_a_description_without_facts_or_ids_is_refused(filled, lost):
+    path = filled.path / "zarr.json"
+    document = json.loads(path.read_text())
+    content = {name: value for name, value in document["attributes"]["featcache"].items() if name != "digest"}
+    content.pop(lost)
+    document["attributes"]["featcache"] = sealed("zarr.json", content)
+    path.write_text(json.dumps(document))
+    with pytest.raises(StoreError, match="it has no facts or no ids"):
+        open_store(filled.path)
+
+
+def test_a_store_under_the_name_of_another_is_refused(filled):
+    other = filled.path.with_name("a-0123456789ab")
+    filled.path.rename(other)
+    with pytest.raises(StoreError, match="its key is not the one that the folder is named by"):
+        open_store(other)
+
+
+def test_what_is_no_store_is_told_from_one_that_lost_its_description(filled, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StoreError, match=r"found no zarr.json in it; name a folder"):
+        open_store(tmp_path / "empty")
+    with pytest.raises(StoreError, match="found no such folder; name a folder"):
+        open_store(tmp_path / "missing")
+    (filled.path / "zarr.json").unlink()
+    with pytest.raises(StoreError, match=r"its description, zarr.json, is missing; delete it and run"):
+        open_store(filled.path)
+
+
+def test_a_file_among_stores_is_passed_over(filled):
+    (filled.path.parent / "0-notes.txt").touch()
+    assert [store.name for store in list_stores(filled.path.parent)] == [filled.name]
+
+
+# --- rows that are taken back
+
+
+@pytest.fixture
+def narrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A whole store, of which one array has 4 rows in a chunk and the other 2."""
+    monkeypatch.setattr(store_module, "_CHUNK_BYTES", 4 * 30 * 2)
+    rows = {"pooled": 3, "low": Row((3, 2, 5), "float16")}
+    store = create_store(tmp_path / "narrow.zarr", "a", KEY, IDS, 7, rows, {})
+    store.append({"pooled": ROWS, "low": MAPS})
+    assert [store.chunk_rows(name) for name in ("pooled", "low")] == [4, 2] and store.commit_rows == 4
+    return store
+
+
+def test_rows_are_taken_back_from_where_a_commit_begins_and_those_behind_it_are_kept_while_they_are_whole(narrow):
+    narrow.take_back({"low": 7})
+    assert narrow.committed == {"pooled": 10, "low": 4}
+    assert narrow.keeps("low", range(4, 10))
+    flip(chunk_file(narrow.path / "low", 3, 4))
+    assert not narrow.keeps("low", range(4, 10))
+    assert (
+        narrow.keeps("low", range(4, 6)) and not narrow.keeps("low", range(6, 8)) and narrow.keeps("low", range(8, 10))
+    )
+    narrow.put("low", 6, MAPS[6:8])
+    narrow.commit({"low": 8})
+    assert narrow.keeps("low", range(8, 10)) and not narrow.complete
+    narrow.commit({"low": 8})  # which takes nothing back
+    narrow.commit({"low": 10})
+    assert np.array_equal(open_store(narrow.path).read("low"), MAPS)
+
+
+def test_rows_that_are_taken_back_may_become_others(narrow):
+    narrow.take_back({"low": 4, "pooled": 0})
+    narrow.append({"low": 1 - MAPS[4:], "pooled": 1 - ROWS})
+    again = open_store(narrow.path)
+    assert np.array_equal(again.read("low"), np.concatenate([MAPS[:4], 1 - MAPS[4:]]))
+    assert np.array_equal(again.read("pooled"), 1 - ROWS)
+
+
+def test_a_commit_of_fewer_rows_keeps_nothing_behind_it(narrow):
+    narrow.commit({"low": 4})
+    assert not narrow.keeps("low", range(4, 6)) and narrow.committed["low"] == 4
+    assert np.array_equal(narrow.read("low", 0, 4), MAPS[:4])
+
+
+def test_nothing_is_kept_of_a_store_of_an_earlier_version(narrow):
+    (narrow.path / "committed.json").write_text(json.dumps({"pooled": 10, "low": 10}))
+    assert not narrow.keeps("low", range(4, 6))
+    narrow.take_back({"low": 4})
+    assert not narrow.keeps("low", range(4, 6)) and np.array_equal(narrow.read("low", 0, 4), MAPS[:4])
+
+
+def test_chunks_are_those_of_the_committed_rows_with_what_they_were_written_with(narrow):
+    narrow.take_back({"low": 8})
+    chunks = {name: narrow.chunks(name) for name in narrow.arrays}
+    assert {name: len(each) for name, each in chunks.items()} == {"pooled": 3, "low": 4}
+    for name, each in chunks.items():
+        assert [chunk.path for chunk in each] == chunk_files(narrow, name)[: len(each)]
+        assert all(chunk.fault == "" and chunk.checksum == stored_checksum(chunk.path) for chunk in each)
+        assert all(chunk.path.stat().st_size == chunk.n_bytes + 4 for chunk in each)
+
+
+# --- links
+
+
+def test_a_chunk_of_another_store_is_linked_in_the_place_of_what_was_begun(filled, tmp_path):
+    store = create_store(tmp_path / "other.zarr", "b", {"kind": "other"}, IDS, 7, {"pooled": 3, "stem": 2}, {})
+    store.put("pooled", 0, -ROWS)  # and not committed
+    for start in (0, 4, 8):
+        store.link("pooled", start, filled)
+    store.commit({"pooled": 10})
+    assert np.array_equal(open_store(store.path).read("pooled"), ROWS)
+    pairs = zip(chunk_files(store, "pooled"), chunk_files(filled, "pooled"), strict=True)
+    assert all(one.samefile(other) for one, other in pairs)
+
+
+# --- lists and sizes
 
 
 def test_a_half_made_store_is_not_listed(filled):
@@ -231,6 +428,39 @@ def test_stores_that_did_not_change_are_listed_without_reading_them(many, monkey
         assert [store.committed for store in listed] == [{"a": 0, "b": 0}] * 5
     assert described(listed) == described(many)
     assert [store.name for store in list_stores(folder)] == [path.name for path in sorted(folder.iterdir())]
+
+
+def test_few_new_stores_are_read_and_more_are_put_into_the_index_with_those_that_are_there(many):
+    folder = many[0].path.parent
+    index = folder.with_suffix(".index.json")
+    names = {path.name for path in folder.iterdir()}
+    for number in range(5, 8):
+        create_store(folder, f"s{number}", {"size": number}, IDS, 7, {"c": 1}, {})
+        assert {store.name for store in list_stores(folder)} == {path.name for path in folder.iterdir()}
+        indexed = json.loads(index.read_text()).keys() - {"digest"}
+        assert indexed == (names if number < 7 else {path.name for path in folder.iterdir()})
+
+
+@pytest.mark.parametrize(
+    "row", [Row((3,)), Row((9,)), Row((3, 2, 5), "float16"), Row((0,))], ids=["narrow", "wide", "maps", "empty"]
+)
+def test_a_store_takes_the_room_that_is_told_beforehand(tmp_path, row):
+    for n_rows in (0, 3, 4, 10):
+        store = create_store(tmp_path / f"{n_rows}.zarr", "a", KEY, np.arange(n_rows), 0, {"a": row}, {})
+        if n_rows:
+            store.append({"a": np.ones((n_rows, *row.shape), row.dtype)})
+            assert np.array_equal(store.read("a"), np.ones((n_rows, *row.shape)))
+        sizes = [path.stat().st_size - 4 for path in chunk_files(store, "a")]
+        assert stored_bytes(row, n_rows) == sum(sizes)
+
+
+def test_what_zarr_had_begun_of_any_chunk_is_removed_with_the_next_writer(tmp_path):
+    store = create_store(tmp_path / "some.zarr", "a", {"a": 1}, IDS, len(IDS), {"a": 9}, {})
+    for index in range(3):
+        (store.path / f"a/c/{index}").mkdir(parents=True)
+        (store.path / f"a/c/{index}/0.{'1f' * 16}.partial").write_bytes(b"half")
+    store.append({"a": np.ones((10, 9), np.float32)})
+    assert [path.name for path in chunk_files(store, "a")] == ["0"] * 3
 
 
 def test_what_zarr_had_begun_of_a_chunk_is_removed_with_the_next_writer(tmp_path):
@@ -306,9 +536,6 @@ def test_a_damaged_description_of_an_array_is_named_where_the_array_is_read(fill
 # --- layers with places
 
 
-MAPS = np.random.default_rng(1).standard_normal((10, 3, 2, 5)).astype(np.float16)
-
-
 @pytest.fixture
 def layered(tmp_path: Path) -> Store:
     rows = {"pooled": 3, "low": Row((3, 2, 5), "float16"), "deep": Row((1, 1, 4), "float16")}
@@ -379,6 +606,13 @@ def test_nothing_of_the_narrow_array_is_left_to_be_read_after_widening(layered):
     layered.append({"low": MAPS})
     layered.widen("low")
     assert chunk_files(layered, "low") == []
+    assert sorted(path.name for path in layered.path.iterdir()) == [
+        "committed.json",
+        "deep",
+        "low",
+        "pooled",
+        "zarr.json",
+    ]
 
 
 @pytest.mark.parametrize("call", ["rmtree", "_create_array", "replace"])
