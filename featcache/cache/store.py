@@ -283,7 +283,7 @@ class Store:
         return [Chunk(self._chunk(name, row), n_bytes, checksums.get(row // n_rows)) for row in starts]
 
     def _starts(self, name: str, rows: range) -> range:
-        """First rows of the chunks that have some rows; none where rows have no numbers, for Zarr writes no such file."""
+        """First rows of the chunks that have some rows; none where rows have no numbers: Zarr writes no such chunk."""
         array = self.arrays[name]
         return rows[:: array.chunks[0]] if math.prod(array.shape[1:]) else rows[:0]
 
