@@ -13,6 +13,7 @@ SOME = [
     "names of images: a number of 11 digits",
     "subjects: digits of another script",
     "responses: NaN",
+    "responses: a hemisphere without vertices",
     "masks: names of a trap",
     "ceilings: ncsnr",
     "tables: an id of 5,000 digits",

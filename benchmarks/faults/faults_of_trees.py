@@ -323,6 +323,20 @@ for what in KINDS:
     for name in (LABELS, f"{MASKS}/mapping_streams.npy"):
         words = f"{name.rpartition('/')[2]}"
         add("masks", f"{what} for {words}", lambda root, what=what, name=name: special(root / name, what), words)
+
+
+def no_vertices(root: Path) -> None:
+    """A right hemisphere without a vertex, as of a patient of whom one hemisphere was recorded."""
+    array(root / RESPONSES, lambda a: a[:, :0])
+    for path in (root / MASKS).glob("rh.*_challenge_space.npy"):
+        array(path, lambda a: a[:0])
+    for path in (root / MASKS).glob("rh.*fsaverage_space.npy"):
+        array(path, np.zeros_like)
+    array(root / "noise_ceiling/subj01/rh.npy", lambda a: a[:0])
+
+
+_ALL = (_FIT, ("blend", "--quiet"), ("scores", "--quiet"))
+add("responses", "a hemisphere without vertices", no_vertices, None, _ALL)
 add("masks", "none", lambda root: shutil.rmtree(root / MASKS), None)
 add("masks", "labels as floats", lambda root: array(root / LABELS, lambda a: a.astype(np.float64)), None)
 

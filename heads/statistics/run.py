@@ -175,7 +175,8 @@ class _Scorer:
         for name, parts in self._parts.items():
             columns = parts.columns(self._config.fdr)
             for surface in self._subject.surfaces:
-                of_surface = columns[surface]
+                if not (of_surface := columns[surface]):  # a surface without vertices
+                    continue
                 yield VertexScore(
                     subject=self._subject.name,
                     surface=surface,

@@ -8,6 +8,7 @@ from heads.scores.metrics import accuracy_from_r, pearson_r
 from heads.statistics.discovery import q_values
 from heads.statistics.run import joined_rois
 from support.scored import CEILINGS, FOLDING, WIDTHS, N, made, scored
+from support.statistics import subject_with
 
 
 def of(scores, model="good", surface="lh", subject="subj01"):
@@ -67,6 +68,17 @@ def test_nothing_depends_on_the_blocks(tmp_path, monkeypatch):
             assert (first is None) == (second is None)
             if first is not None:
                 np.testing.assert_allclose(first, second, atol=1e-5)
+
+
+def test_a_surface_without_vertices_is_left_out(tmp_path, monkeypatch):
+    found = made(tmp_path)
+    ((subject, models),) = found.items()
+    y = {"lh": np.array(subject.responses("lh")), "rh": np.empty((N, 0), np.float32)}
+    (tmp_path / "one").mkdir()
+    one_sided = subject_with(tmp_path / "one", y, "subj01", rois={"lh": {}, "rh": {}}, ceilings=CEILINGS)
+    scores = scored({one_sided: models}, monkeypatch, permutations=20, against="bad")
+    assert {one.surface for one in scores.vertices} == {"lh"}
+    np.testing.assert_array_equal(of(scores).r, of(scored(found, monkeypatch, permutations=0)).r)
 
 
 def test_vertices_of_several_rois_have_all_their_names(tmp_path):
