@@ -306,6 +306,7 @@ def test_rows_are_taken_back_from_where_a_commit_begins_and_those_behind_it_are_
     narrow.commit({"low": 8})
     assert narrow.keeps("low", range(8, 10)) and not narrow.complete
     narrow.commit({"low": 8})  # which takes nothing back
+    assert narrow.keeps("low", range(8, 10))
     narrow.commit({"low": 10})
     assert np.array_equal(open_store(narrow.path).read("low"), MAPS)
 
@@ -349,8 +350,10 @@ def test_a_chunk_of_another_store_is_linked_in_the_place_of_what_was_begun(fille
     store.put("pooled", 0, -ROWS)  # and not committed
     for start in (0, 4, 8):
         store.link("pooled", start, filled)
-    store.commit({"pooled": 10})
-    assert np.array_equal(open_store(store.path).read("pooled"), ROWS)
+        store.link("stem", start, filled)
+    store.commit({"pooled": 10, "stem": 10})
+    again = open_store(store.path)
+    assert np.array_equal(again.read("pooled"), ROWS) and np.array_equal(again.read("stem"), ROWS[:, :2])
     pairs = zip(chunk_files(store, "pooled"), chunk_files(filled, "pooled"), strict=True)
     assert all(one.samefile(other) for one, other in pairs)
 
