@@ -6,10 +6,22 @@ from typing import Annotated
 import typer
 
 from featcache.config import ExtractConfig, usual_workers
+from featcache.errors import ConfigError
 from featcache.machine.progress import counted
 from featcache.workdir import CHALLENGE, WORK, data_folder
 from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, existing, option_of
 from heads.recipes.jobs import Job, Outcome
+
+_SHARED = 50  # images, by default, that all simulated subjects saw
+_SIMULATED = {  # {setting: the option that it is called}
+    "n_subjects": "--subjects",
+    "n_train": "--images",
+    "n_test": "--test-images",
+    "n_shared": "--shared",
+    "n_vertices": "--vertices, of one hemisphere",
+    "n_image_ids": "--subjects, --images and --test-images together",
+    "image_size": "--image-size",
+}
 
 
 @command(old={"size": "image_size"})
@@ -29,7 +41,14 @@ def simulate(
     subjects: Annotated[int, typer.Option(help="Number of subjects.", rich_help_panel="Data")] = 8,
     images: Annotated[int, typer.Option(help="Training images of each subject.", rich_help_panel="Data")] = 200,
     test_images: Annotated[int, typer.Option(help="Test images of each subject.", rich_help_panel="Data")] = 40,
-    shared: Annotated[int, typer.Option(help="Training images that all subjects saw.", rich_help_panel="Data")] = 50,
+    shared: Annotated[
+        int | None,
+        typer.Option(
+            help="Training images that all subjects saw.",
+            rich_help_panel="Data",
+            show_default=f"{_SHARED}, or all of fewer",
+        ),
+    ] = None,
     vertices: Annotated[
         int, typer.Option(help="Vertices of each subject, in both hemispheres.", rich_help_panel="Data")
     ] = 989,
@@ -48,20 +67,25 @@ def simulate(
     from featcache.simulate import simulate as run
 
     left = round(vertices * 19_004 / 39_548)
-    config = (
-        SimulateConfig.full(seed=seed, workers=workers)
-        if full
-        else SimulateConfig(
-            n_subjects=subjects,
-            n_train=images,
-            n_test=test_images,
-            n_shared=shared,
-            n_vertices=(left, vertices - left),
-            image_size=image_size,
-            seed=seed,
-            workers=workers,
+    try:
+        config = (
+            SimulateConfig.full(seed=seed, workers=workers)
+            if full
+            else SimulateConfig(
+                n_subjects=subjects,
+                n_train=images,
+                n_test=test_images,
+                n_shared=min(_SHARED, images) if shared is None else shared,
+                n_vertices=(left, vertices - left),
+                image_size=image_size,
+                seed=seed,
+                workers=workers,
+            )
         )
-    )
+    except ConfigError as error:
+        where = _SIMULATED.get(error.where, f"--{error.where}")
+        remedy = "change it, or the counts that bound it"
+        raise ConfigError(where, expected=error.expected, found=error.found, remedy=remedy) from error
 
     def call() -> Outcome:
         with steps("simulate", "steps") as update:

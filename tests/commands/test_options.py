@@ -114,11 +114,10 @@ def test_defaults_of_simulate_are_those_of_its_settings():
     """They are written twice, because its settings load what `--help` must not wait for."""
     defaults = {one.name: one.default for name, one in OPTIONS if name == "simulate"}
     usual = SimulateConfig()
-    assert (defaults["subjects"], defaults["images"], defaults["test_images"], defaults["shared"]) == (
+    assert (defaults["subjects"], defaults["images"], defaults["test_images"]) == (
         usual.n_subjects,
         usual.n_train,
         usual.n_test,
-        usual.n_shared,
     )
     assert defaults["vertices"] == sum(usual.n_vertices)
     assert (defaults["image_size"], defaults["seed"], defaults["workers"]) == (

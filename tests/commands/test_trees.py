@@ -19,11 +19,26 @@ from support.commands import job_of, run
             ("--subjects", "2", "--images", "20", "--test-images", "5", "--shared", "4", "--image-size", "32"),
             SimulateConfig(n_subjects=2, n_train=20, n_test=5, n_shared=4, image_size=32),
         ),
+        (("--images", "40"), SimulateConfig(n_train=40, n_shared=40)),
         (("--size", "64", "--workers", "1"), SimulateConfig(image_size=64, workers=1)),  # its name in earlier versions
     ],
 )
 def test_options_make_the_settings(arguments, config):
     assert job_of("simulate", *arguments).config == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--images", "20", "--shared", "21"), "--shared: expected a whole number from 0 to 20; found 21; change it"),
+        (("--vertices", "60"), "--vertices, of one hemisphere: expected"),
+        (("--subjects", "9"), "--subjects: expected a whole number from 1 to 8; found 9"),
+        (("--seed", "-1"), "--seed: expected a whole number from 0"),
+    ],
+)
+def test_a_count_that_cannot_be_is_called_by_its_option(arguments, line):
+    with pytest.raises(ConfigError, match=line):
+        job_of("simulate", *arguments)
 
 
 @pytest.mark.parametrize("n_vertices", [90, 989, 39_548])
