@@ -388,6 +388,12 @@ def test_chunk_rows_are_powers_of_two_of_bounded_size(monkeypatch):
         assert rows in {1 << k for k in range(9)} and (rows == 1 or rows * n_columns * 4 <= 16 << 20)
 
 
+def test_chunks_are_as_earlier_versions_cut_them(monkeypatch):
+    """Rows of other stores are linked chunk by chunk, so that another size would cost a copy of each."""
+    monkeypatch.undo()
+    assert [store_module._chunk_rows(n) for n in (1, 1280, 65_536, 33_026)] == [256, 256, 64, 64]
+
+
 @pytest.mark.slow
 def test_a_second_writer_is_refused(store):
     script = (
