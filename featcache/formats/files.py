@@ -51,7 +51,7 @@ def reading(where: object, what: str) -> Iterator[None]:
         raise DataError(
             where,
             expected=f"{what} that can be read",
-            found=f"one that cannot ({first_line(error)})",
+            found=f"one that cannot be read ({first_line(error)})",
             remedy="copy it again, or write it again with the program that made it",
         ) from error
 

@@ -287,6 +287,13 @@ def test_images_of_any_mode_and_size_are_no_fault(tree):
     assert faults_of(tree) == []
 
 
+def test_responses_that_cannot_be_read_are_not_called_masks_that_are_missing(tree):
+    (tree / "subj01/training_split/training_fmri/lh_training_fmri.npy").write_bytes(b"no array")
+    dataset, faults = scan_tree(tree)
+    assert len(faults) == 1 and "cannot be read" in faults[0].found
+    assert not [note for note in dataset.notes if "masks" in note]
+
+
 def test_a_test_image_that_another_subject_trains_on_is_noted(tree):
     subjects = open_challenge(tree).subjects
     image_id = next(number for number in subjects[1].train.ids if number not in subjects[0].train.ids)

@@ -34,7 +34,7 @@ def test_a_name_that_the_system_refuses_is_no_file(tmp_path):
 def test_the_first_line_of_any_error_is_kept():
     with pytest.raises(DataError) as error, reading("a.h5", "an HDF5 file"):
         raise IndexError("first\nsecond")
-    assert (error.value.where, error.value.found) == ("a.h5", "one that cannot (first)")
+    assert (error.value.where, error.value.found) == ("a.h5", "one that cannot be read (first)")
 
 
 def test_errors_that_are_not_of_the_file_pass():
