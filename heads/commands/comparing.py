@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from featcache.machine.progress import counted
 from featcache.workdir import WORK
 from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, open_data, read
 from heads.config import CompareConfig
@@ -30,7 +31,7 @@ def compare(
         found = compare_spaces(dataset.select(subject), config, work, by)
         print_table(compared_table(found, config.per))
         return Outcome(
-            f"{len(found.bands)} bands; {len(found.subjects)} subjects, {len(found.new)} new, in {found.folder}",
+            f"{len(found.bands)} bands; {counted(len(found.subjects), 'subject')}, {len(found.new)} new, in {found.folder}",
             {
                 "bands": found.made_of,
                 "rows": [row.to_json() for row in found.rows],

@@ -9,6 +9,7 @@ import typer
 
 from featcache.config import BackboneConfig, ExtractConfig, usual_workers
 from featcache.errors import ConfigError
+from featcache.machine.progress import counted
 from featcache.workdir import WORK, data_folder
 from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, open_data, option_of
 from heads.recipes.jobs import Job, Outcome
@@ -96,7 +97,7 @@ def predict(
         )
         by, written = ", ".join(dict.fromkeys(chosen.values())), f"{out} and {csv}" if csv else str(out)
         result = {"images": len(pictures), "models": chosen, "out": str(out), "table": str(csv) if csv else None}
-        return Outcome(f"{len(pictures):,} images predicted by {by}: {written}", result)
+        return Outcome(f"{counted(len(pictures), 'image')} predicted by {by}: {written}", result)
 
     return Job(None, call)
 

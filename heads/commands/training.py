@@ -9,6 +9,7 @@ import typer
 
 from featcache.config import BackboneConfig
 from featcache.errors import ConfigError
+from featcache.machine.progress import counted
 from featcache.workdir import WORK, Workdir
 from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, given, open_data, read
 from heads.config import PAPER_FIT, PAPER_SIZE, PRESETS, StageConfig, TrainConfig
@@ -88,7 +89,7 @@ def _train(dataset: "Dataset", subject: str, config: StageConfig, work: Path) ->
         for trained in done
     ]
     n_new = sum(trained.new for trained in done)
-    message = f"{len(done)} checkpoints, {n_new} of them new, in {Workdir(work).checkpoints}"
+    message = f"{counted(len(done), 'checkpoint')}, {n_new} of them new, in {Workdir(work).checkpoints}"
     return Outcome(message, {"checkpoints": checkpoints})
 
 

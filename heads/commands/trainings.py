@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from featcache.machine.progress import counted
 from featcache.workdir import WORK, Workdir
 from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, open_data, option_of
 from heads.config import BlendConfig
@@ -39,7 +40,7 @@ def trainings(
         print_table(arm_table(arms))
         folder = Workdir(work).trainings
         return Outcome(
-            f"{len(arms)} arms, in {folder}", {"arms": [arm.to_json() for arm in arms], "folder": str(folder)}
+            f"{counted(len(arms), 'arm')}, in {folder}", {"arms": [arm.to_json() for arm in arms], "folder": str(folder)}
         )
 
     return Job(None, call)

@@ -66,7 +66,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(tiny, tmp_path):
     both = [*command, "finetune", *options, "--work", tmp_path / "two", "--batch-size", "4", "--correlation-batch", "8"]
     done = subprocess.run(list(map(str, both)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("1 checkpoints, 1 of them new") == 1  # one of them speaks
+    assert done.stdout.count("1 checkpoint, 1 of them new") == 1  # one of them speaks
     assert cli.run(list(map(str, ["finetune", *options, "--work", tmp_path / "one", "--batch-size", "8"]))) == 0
     two, one = (list_checkpoints(tmp_path / name)[0] for name in ("two", "one"))
     assert two.facts.scores == pytest.approx(one.facts.scores, abs=1e-3)
