@@ -294,7 +294,7 @@ def _notes_on_missing(subjects: Sequence[Subject]) -> list[str]:
     """Notes on what some subjects lack, and on what follows from it; not of surfaces whose responses are a fault."""
 
     def names_where(missing: Callable[[Subject, str], bool]) -> str:
-        names = [subject.name for subject in subjects if any(missing(subject, surface) for surface in subject.n_vertices)]
+        names = [one.name for one in subjects if any(missing(one, surface) for surface in one.n_vertices)]
         return "all subjects" if len(names) == len(subjects) else ", ".join(names)
 
     notes = []

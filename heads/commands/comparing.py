@@ -30,8 +30,9 @@ def compare(
         by = split_of(config.split, dataset.subjects, work)
         found = compare_spaces(dataset.select(subject), config, work, by)
         print_table(compared_table(found, config.per))
+        n_subjects = counted(len(found.subjects), "subject")
         return Outcome(
-            f"{len(found.bands)} bands; {counted(len(found.subjects), 'subject')}, {len(found.new)} new, in {found.folder}",
+            f"{len(found.bands)} bands; {n_subjects}, {len(found.new)} new, in {found.folder}",
             {
                 "bands": found.made_of,
                 "rows": [row.to_json() for row in found.rows],

@@ -40,7 +40,8 @@ def trainings(
         print_table(arm_table(arms))
         folder = Workdir(work).trainings
         return Outcome(
-            f"{counted(len(arms), 'arm')}, in {folder}", {"arms": [arm.to_json() for arm in arms], "folder": str(folder)}
+            f"{counted(len(arms), 'arm')}, in {folder}",
+            {"arms": [arm.to_json() for arm in arms], "folder": str(folder)},
         )
 
     return Job(None, call)

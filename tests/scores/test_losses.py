@@ -270,6 +270,14 @@ def test_a_pattern_of_one_vertex_has_no_correlation_and_no_gradient(shape):
     assert loss.item() == 0.5 and (gradient == 0).all()
 
 
+def test_a_second_derivative_which_would_be_wrong_is_refused():
+    predictions, responses, _ = (torch.tensor(values) for values in matrices())
+    loss = LOSSES["pearson"](predictions.requires_grad_(), responses)
+    (gradient,) = torch.autograd.grad(loss.square(), predictions, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
 def test_an_image_of_one_value_everywhere_has_no_gradient_and_the_others_keep_theirs():
     predictions, responses, _ = (torch.tensor(values) for values in matrices((5, 7)))
     predictions[1], responses[3] = 0.1, -2.0

@@ -147,6 +147,8 @@ def test_large_offsets_cost_no_digits(offset):
     tolerance = 1e-15 * abs(offset) + 1e-12  # what adding the offset itself rounds away
     np.testing.assert_allclose(pearson_r(moved, responses), pearson_r(predictions, responses), rtol=0, atol=tolerance)
     np.testing.assert_allclose(pearson_r(responses, moved), pearson_r(responses, predictions), rtol=0, atol=tolerance)
+    both = pearson_r(moved, responses + offset)  # of which no column is as it should be
+    np.testing.assert_allclose(both, pearson_r(predictions, responses), rtol=0, atol=2 * tolerance)
 
 
 def test_first_image_may_be_an_outlier():
@@ -341,6 +343,12 @@ def test_bad_ceilings_are_refused(ceiling):
         accuracy_from_r([0.1, 0.2], ceiling)
 
 
+@pytest.mark.parametrize(("ceiling", "found"), [([0.5, 60.0], r"\(2,\) from 0.5 to 60;"), ([], r"\(0,\);")])
+def test_what_bad_ceilings_are_is_said(ceiling, found):
+    with pytest.raises(FeatcacheError, match=f"found {found}"):
+        accuracy_from_r([0.1, 0.2], ceiling)
+
+
 @pytest.mark.parametrize("r", [[0.1, 1.1], [0.1, np.nan], [[0.1, 0.2]]])
 def test_bad_r_is_refused(r):
     with pytest.raises(FeatcacheError, match=r"^r: expected"):
@@ -416,7 +424,7 @@ def test_means_are_over_vertices(key, r, ceiling, zero_ceiling):
 
 def test_rows_of_a_report_call_a_surface_a_hemisphere():
     row = rows_of(summarize(two_subjects()))["all", "both", "EBA"]
-    assert row.all_surfaces
+    assert row.all_surfaces is True and rows_of(summarize(two_subjects()))["subj01", "lh", "all"].all_surfaces is False
     assert list(row.to_json()) == ["subject", "surface", "roi", "n_vertices", "mean_r", "mean_r2", "accuracy"]
     assert row.to_json()["surface"] == "both" and row.to_json()["mean_r"] == row.mean_r
 
