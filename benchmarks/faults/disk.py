@@ -106,9 +106,7 @@ class Disk:
         hurt = stages.at_operation(self.room, number, lambda: os.rename(work, taken), reading=True)
         ended = self.room.run(stage, hurt=hurt)
         if taken.exists():
-            stores = [path for path in work.glob("*.zarr/[!.]*") if path.is_dir()]
-            whole = all((store / "zarr.json").exists() for store in stores)
-            if ended.code == 0 and work.exists() and whole:  # what was made anew, and said to be there, stays
+            if ended.code == 0 and work.exists():  # what was made anew, and said to be there, stays
                 shutil.copytree(work, taken, dirs_exist_ok=True)
             shutil.rmtree(work, ignore_errors=True)
             taken.rename(work)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache import __version__
+from featcache.errors import StoreError
 from featcache.machine.journal import append
 from featcache.machine.memory import forget_peak, peak_memory
 from featcache.workdir import Workdir
@@ -22,14 +23,25 @@ INTERRUPTED = 130  # exit code
 
 
 def do(job: Job) -> Outcome:
-    """Run a command, and record it whether it succeeds or not. Of several processes, the first records."""
+    """Run a command, and record it whether it succeeds or not. Of several processes, the first records.
+
+    Raises StoreError where the work folder was taken away meanwhile: what was made is then of a folder without what
+    was there, such as features of a backbone whose training was no longer seen.
+    """
     if job.work is None or os.environ.get("RANK", "0") != "0":
         return job.call()
     forget_peak()
     began, clock = datetime.now(UTC), time.perf_counter()
-    outcome, code = None, 1
+    outcome, code, folder = None, 1, _number(job.work)
     try:
         outcome = job.call()
+        if folder not in (None, _number(job.work)):
+            raise StoreError(
+                job.work,
+                expected="the folder that was there when the command began",
+                found="another one" if job.work.is_dir() else "none",
+                remedy="see to its disk, and run the command again",
+            )
         code = outcome.code
         return outcome
     except KeyboardInterrupt:
@@ -39,6 +51,14 @@ def do(job: Job) -> Outcome:
         if job.work.is_dir():  # a mistake in the options makes no work folder
             wrote = _written(outcome.result) if outcome else []
             append(Workdir(job.work).journal, _record(job, began, time.perf_counter() - clock, code, wrote))
+
+
+def _number(folder: Path) -> int | None:
+    """What the file system knows a folder by, which a new one of the same name does not have; None for no folder."""
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return None
 
 
 def _record(job: Job, began: datetime, seconds: float, code: int, wrote: list[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Every command that writes to a work folder leaves a record there, with what it took and how it ended."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,29 @@ def test_a_command_that_fails_is_recorded_and_fails_as_before(tmp_path: Path, er
     with pytest.raises(error):
         do(Job(None, call, work=tmp_path, line=LINE))
     assert [record["exit"] for record in records(tmp_path)] == [code]
+
+
+@pytest.mark.parametrize(("anew", "found"), [(True, "another one"), (False, "none")])
+def test_a_work_folder_that_was_taken_away_meanwhile_is_no_success(tmp_path: Path, anew: bool, found: str):
+    work, taken = tmp_path / "work", tmp_path / "taken"
+    work.mkdir()
+
+    def call() -> Outcome:
+        work.rename(taken)
+        if anew:
+            work.mkdir()
+        return Outcome("done", {})
+
+    expected = f"{work}: expected the folder that was there when the command began; found {found}; see to its disk"
+    with pytest.raises(StoreError, match=re.escape(expected)):
+        do(Job(None, call, work=work, line=LINE))
+    assert [record["exit"] for record in records(work)] == [1] * anew
+
+
+def test_a_work_folder_may_be_made_by_the_command(tmp_path: Path):
+    work = tmp_path / "work"
+    do(Job(None, lambda: work.mkdir() or Outcome("done", {}), work=work, line=LINE))
+    assert [record["exit"] for record in records(work)] == [0]
 
 
 def test_a_journal_that_cannot_be_written_fails_nothing(tmp_path: Path):
