@@ -10,6 +10,7 @@ import torch
 
 import cli
 from featcache import __version__
+from featcache.errors import StoreError
 from featcache.machine.journal import read
 from featcache.workdir import Workdir
 from heads.config import FitConfig
