@@ -47,7 +47,8 @@ class Finding:
     fault : what is wrong with it; '' where nothing is
     sealed : whether it has a digest or a checksum; False in files of earlier versions
     part, row : of a store, the array and the first row of the chunk
-    complete : whether a store has all its rows; those of a command that was interrupted have not
+    complete : whether a store has all its rows, and a comparison its table; those of a command that was interrupted have
+        not
     """
 
     kind: str
@@ -253,6 +254,9 @@ def _others(files: Workdir) -> Iterator[Look]:
         yield partial(_checked, COMPARISONS, path, path, partial(_check_npz, path))
     for path in sorted(files.compared.glob("*/shares.json")):
         yield partial(_checked, COMPARISONS, path, path, partial(_check_shares, path))
+    for folder in sorted({path.parent for path in files.compared.glob("[!.]*/[!.]*.npz")}):
+        if not (folder / "shares.json").exists():  # subjects are compared, and then put together
+            yield partial(replace, _found(COMPARISONS, folder), complete=False)
     for path in sorted(files.index.glob("[!.]*.npz")):
         yield partial(_checked, INDEXES, path, path, partial(_check_npz, path))
     for path in sorted([*files.index.glob("[!.]*.json"), *(files.root / "images").glob("[!.]*.json")]):

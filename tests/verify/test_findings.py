@@ -87,6 +87,19 @@ def test_heads_of_two_stores_that_changed_places_are_found(filled):
     assert all(finding.fault.startswith("those of subj01-") for finding in faulty)
 
 
+def test_a_comparison_whose_subjects_are_not_put_together_is_not_complete(tmp_path):
+    folder = tmp_path / "compared/layers-abc"
+    folder.mkdir(parents=True)
+    np.savez(folder / "subj01.npz", values=np.arange(3))
+    findings = verify(tmp_path, 1)
+    assert [(one.path, one.fault, one.complete) for one in findings] == [
+        (folder / "subj01.npz", "", True),
+        (folder, "", False),
+    ]
+    write_document(folder / "shares.json", {"keys": {"subj01": {}}})
+    assert all(one.complete and not one.fault for one in verify(tmp_path, 1))
+
+
 def test_a_store_that_was_only_begun_is_not_complete_and_not_damaged(tmp_path):
     create_store(tmp_path / "features.zarr", "a", {"a": 1}, np.arange(3), 3, {"x": 2}, {})
     (finding,) = [one for one in verify(tmp_path, 1) if one.kind == FEATURES]
