@@ -47,8 +47,7 @@ class Finding:
     fault : what is wrong with it; '' where nothing is
     sealed : whether it has a digest or a checksum; False in files of earlier versions
     part, row : of a store, the array and the first row of the chunk
-    complete : whether a store has all its rows, and a comparison its table; those of a command that was interrupted have
-        not
+    complete : whether a store has all its rows, or a comparison its table; not after a command that was interrupted
     """
 
     kind: str
