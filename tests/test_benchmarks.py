@@ -25,6 +25,7 @@ SMALL = {
     "extract": ["--images", "10", "--batch-size", "5", "--cached-images", "16"],
     "store_read": [],
     "listing": [],
+    "verifying": ["--images", "40", "--vertices", "60", "--rounds", "1"],
     "metric": [],
     "blend": ["--vertices", "30", "--models", "3"],
     "stacking": ["--vertices", "200"],
