@@ -109,11 +109,10 @@ def _refuse_unfit(subject: Subject) -> None:
     for paths in (subject.test_response_paths, subject.response_paths):
         for surface, path in paths.items():
             fault, n_constant[surface] = _look(path)
+            remedy = "correct the file, or leave such images or vertices out of it; both count from 0"
+            if fault is None:
+                fault, remedy = _scale_fault(path), "z-score the responses, or give them in another unit"
             if fault is not None:
-                remedy = "correct the file, or leave such images or vertices out of it; both count from 0"
-                raise DataError(fault.where, expected=fault.expected, found=fault.found, remedy=remedy)
-            if (fault := _scale_fault(path)) is not None:
-                remedy = "z-score the responses, or give them in another unit"
                 raise DataError(fault.where, expected=fault.expected, found=fault.found, remedy=remedy)
     for surface, n in n_constant.items():
         if 0 < n < subject.n_vertices[surface]:

@@ -201,10 +201,14 @@ def _blend(files: Workdir) -> Iterator[Look]:
         yield partial(_checked, BLEND, files.blend_weights, files.submission, partial(_check_json, files.blend_weights))
     try:
         known = read_document(files.blend_files, dict[str, str])
+    except FileNotFoundError:
+        known = {}
+        if files.saved_blend.exists():
+            check = partial(_refuse_lost_checksums, files.saved_blend)
+            yield partial(_checked, BLEND, files.blend_files, files.submission, check)
     except (OSError, DocumentError) as error:
         known = {}
-        if not isinstance(error, FileNotFoundError):  # an earlier version wrote none
-            yield partial(_found, BLEND, files.blend_files, files.submission, str(error))
+        yield partial(_found, BLEND, files.blend_files, files.submission, str(error))
     handed_in = [(files.submission / name, checksum) for name, checksum in known.items()]
     if files.blend_zip.name in known:
         handed_in.append((files.submission_zip, known[files.blend_zip.name]))
@@ -220,6 +224,13 @@ def _check_blend(path: Path) -> bool:
     load_blend(path)
     load_nested(path)
     return has_checksum(path)
+
+
+def _refuse_lost_checksums(blend: Path) -> bool:
+    """False beside a blend of an earlier version, which wrote no checksums. Raises DocumentError beside another."""
+    if has_checksum(blend):
+        raise DocumentError("it is missing")
+    return False
 
 
 def _check_json(path: Path) -> bool:

@@ -59,7 +59,7 @@ def test_every_file_that_is_handed_in_or_read_again_is_looked_at(filled, hurt):
     assert not [finding for finding in verify(filled, 1) if finding.fault]
     predictions = sorted(files.submission.glob("*/*_pred_test.npy"))
     assert len(predictions) == 4
-    for path in (*predictions, files.submission_zip, files.saved_blend, files.blend_weights):
+    for path in (*predictions, files.submission_zip, files.saved_blend, files.blend_weights, files.blend_files):
         whole = path.read_bytes()
         hurt(path)
         faulty = [finding for finding in verify(filled, 1) if finding.fault]
@@ -68,11 +68,14 @@ def test_every_file_that_is_handed_in_or_read_again_is_looked_at(filled, hurt):
     assert not [finding for finding in verify(filled, 1) if finding.fault]
 
 
-def test_a_submission_of_an_earlier_version_is_looked_at_without_its_checksums(filled):
+def test_a_submission_of_an_earlier_version_is_looked_at_without_its_checksums(filled, monkeypatch):
     assert cli.run(["blend"]) == 0
     files = Workdir(filled)
     files.blend_files.unlink()
-    assert not [finding for finding in verify(filled, 1) if finding.fault]
+    monkeypatch.setattr("heads.verify.findings.has_checksum", lambda path: False)  # nor had the blend one
+    findings = verify(filled, 1)
+    assert not [finding for finding in findings if finding.fault]
+    assert [finding.sealed for finding in findings if finding.path == files.blend_files] == [False]
     flip(files.submission_zip)
     assert {finding.path for finding in verify(filled, 1) if finding.fault} == {files.submission_zip}
 
