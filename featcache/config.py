@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -219,7 +219,9 @@ class ExtractConfig:
         "Machine",
     )
     batch_size: int = option(32, "Images in one pass of the network.", "Machine")
-    workers: int = option(usual_workers, "Threads that decode images.", "Machine")
+    workers: int = option(
+        usual_workers, "Threads that decode images. With --engine: processes or jobs that share the work.", "Machine"
+    )
     image_cache: float = option(
         0.0,
         "Decode the images once into files of at most so many 10^9 bytes, or refuse where they do not fit; backbones "
@@ -251,6 +253,7 @@ class ExtractConfig:
         at_least("image-cache", self.image_cache, 0)
 
 
+_OF_A_MACHINE = ("workers",)  # settings whose usual value is another on each machine
 _FINGERPRINTED = re.compile(r".+-([0-9a-f]{12})")
 
 
@@ -261,6 +264,31 @@ def fingerprint(key: Mapping[str, Any]) -> str:
     """
     canonical = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def settings_key(settings: Any) -> dict[str, Any]:
+    """Settings as JSON has them, the same on every machine, with times and sizes of the files that they name."""
+    values = {name: value for name, value in asdict(settings).items() if name not in _OF_A_MACHINE}
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    files = {text: _stamp(text) for text in _texts(plain)}
+    return plain | {"files": {name: stamp for name, stamp in files.items() if stamp}}
+
+
+def _texts(content: Any) -> Iterator[str]:
+    if isinstance(content, Mapping | list):
+        for inner in content.values() if isinstance(content, Mapping) else content:
+            yield from _texts(inner)
+    elif isinstance(content, str):
+        yield content
+
+
+def _stamp(text: str) -> list[int] | None:
+    """Time in ns and size of the file that a setting names, such as file:PATH or PATH.py:FUNCTION, if it names one."""
+    for name in (text, text.removeprefix("file:"), text.rpartition(":")[0]):
+        if os.path.isfile(name):
+            status = os.stat(name)
+            return [status.st_mtime_ns, status.st_size]
+    return None
 
 
 def is_named_by(name: str, key: Mapping[str, Any]) -> bool:

@@ -71,6 +71,10 @@ class StoreError(FeatcacheError):
     """A store that is missing, incomplete, damaged, or of another format."""
 
 
+class BusyError(StoreError):
+    """A folder that another process writes to; it is not wrong, and will be free."""
+
+
 class LeakError(FeatcacheError):
     """One image on both sides of a split."""
 

@@ -45,6 +45,11 @@ class Workdir:
         return self.root / "journal.jsonl"
 
     @property
+    def units(self) -> Path:
+        """Folder of what several processes that share the work know of its units: leases, failures, records, logs."""
+        return self.root / "units"
+
+    @property
     def report(self) -> Path:
         """The page that `report` writes."""
         return self.root / "report.html"

@@ -34,7 +34,7 @@ from featcache.cache.store import (
     open_store,
     store_path,
 )
-from featcache.config import ExtractConfig
+from featcache.config import ExtractConfig, settings_key
 from featcache.dataset.image_lists import ImageList
 from featcache.dataset.images import load_image
 from featcache.dataset.subject import ImageSource, Subject, listed
@@ -98,6 +98,41 @@ def extract(subjects: Sequence[Subject], config: ExtractConfig, work: Path | str
         if config.prune and checkpoint is not None and (removed := prune_backbone(checkpoint)):
             say(f"{checkpoint.path.name}: its backbone, {size_of(removed)}, was removed; its heads stay")
     return done
+
+
+@dataclass(frozen=True)
+class ExtractPart:
+    """The images of one subject, read by one backbone.
+
+    config : with the one checkpoint, or none
+    inputs : what decides the rows, as JSON has it, and is the same on every machine
+    """
+
+    subjects: tuple[Subject]
+    config: ExtractConfig
+    inputs: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Subject, and checkpoint or backbone."""
+        network = self.config.backbone.label if self.config.checkpoint == "none" else Path(self.config.checkpoint).name
+        return f"{self.subjects[0].name} {network}"
+
+
+def extract_parts(subjects: Sequence[Subject], config: ExtractConfig, work: Path) -> list[ExtractPart]:
+    """What `extract` does, in parts that share nothing but files; `extract` does each. No network is loaded."""
+    parts = []
+    for checkpoint, served in choose_checkpoints(subjects, config, work):
+        if checkpoint is None:
+            one = replace(config, checkpoint="none")
+        else:
+            one = replace(config, checkpoint=checkpoint.name) if config.checkpoint == "auto" else config
+        trained = None if checkpoint is None else [checkpoint.name, checkpoint.facts.weights]
+        for subject in served:
+            images = ImageList.of(subject, work).key
+            inputs = {"subject": subject.name, **images, "checkpoint": trained, "settings": settings_key(one)}
+            parts.append(ExtractPart((subject,), one, inputs))
+    return parts
 
 
 def _is_whole(subject: Subject, source: Source, config: ExtractConfig, work: Path) -> bool:

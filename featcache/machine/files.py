@@ -20,7 +20,7 @@ from typing import Any
 import google_crc32c
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from featcache.errors import StoreError
+from featcache.errors import BusyError, StoreError
 from featcache.machine.progress import say, size_of
 
 _AT_ONCE = 16 << 20  # bytes that are read at a time
@@ -69,7 +69,7 @@ def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
     The lock ends with its process, however that ends. Where the file system has no such locks, a file with the
     process's number and machine stands for it; that of a process of this machine that is gone does not count.
 
-    Raises StoreError where another writer holds the folder, unless `wait`.
+    Raises BusyError where another writer holds the folder, unless `wait`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock: BaseFileLock = FileLock(folder / _LOCK, fallback_to_soft=False)
@@ -88,7 +88,7 @@ def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
 
 
 def _acquired(lock: BaseFileLock, wait: bool, folder: Path, marker: Path | None) -> AbstractContextManager[object]:
-    """The lock, held. Raises StoreError where another writer holds it, unless `wait`; a long wait is said once."""
+    """The lock, held. Raises BusyError where another writer holds it, unless `wait`; a long wait is said once."""
     said = False
     while True:
         try:
@@ -99,7 +99,7 @@ def _acquired(lock: BaseFileLock, wait: bool, folder: Path, marker: Path | None)
                 continue
             gone = "" if marker is None else f"; if that process is gone, delete {marker}"
             if not wait:
-                raise StoreError(
+                raise BusyError(
                     folder,
                     expected="to be the only writer",
                     found=f"another process writing{_holder(marker)}",
@@ -156,11 +156,11 @@ def partial_path(path: Path) -> Path:
     the folder are removed here, the first time that this process writes into it.
     """
     _tidy_once(path.parent.absolute())
-    return path.with_name(f".{_this_machine()}-{os.getpid()}-{next(_numbers)}.partial.{path.name}")
+    return path.with_name(f".{this_machine()}-{os.getpid()}-{next(_numbers)}.partial.{path.name}")
 
 
 @cache
-def _this_machine() -> str:
+def this_machine() -> str:
     """Eight digits that tell this machine, and this set of processes on it, from others that share its disk."""
     processes = ""
     with suppress(OSError):  # not every system has sets of processes that cannot see each other
@@ -194,7 +194,7 @@ def _unlink(path: Path) -> None:
 
 def is_leftover(path: Path) -> bool:
     """Whether a file or folder is what a process that is gone left unfinished."""
-    if (partial := _PARTIAL.fullmatch(path.name)) and partial[1] == _this_machine():
+    if (partial := _PARTIAL.fullmatch(path.name)) and partial[1] == this_machine():
         return not _runs(int(partial[2]))
     if partial or _EARLIER.fullmatch(path.name):
         with suppress(OSError):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,7 @@ from rich.text import Text
 # Of several processes that train together, only the first prints.
 _stderr = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0", highlight=False, soft_wrap=True, markup=False)
 
+_STATUS_SECONDS = 10
 _BAR = 16  # columns of the bar itself
 _NUMBERS = _BAR + 40  # columns of the bar with counts, rate and time
 
@@ -128,6 +130,27 @@ def steps(description: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar for work that counts by itself; yields the function to call with (done, total)."""
     with _bar(description, None, unit) as (progress, task):
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def status() -> Iterator[Callable[[str], None]]:
+    """Show one line that changes; yields the function to call with its text. In a file, a line when it has changed.
+
+    There, no more than one in _STATUS_SECONDS seconds.
+    """
+    shown, at = "", float(-_STATUS_SECONDS)
+    if _stderr.is_terminal and not _stderr.quiet:
+        with _stderr.status("") as line:
+            yield line.update
+        return
+
+    def show(text: str) -> None:
+        nonlocal shown, at
+        if text != shown and time.monotonic() - at >= _STATUS_SECONDS:
+            shown, at = text, time.monotonic()
+            say(text)
+
+    yield show
 
 
 @contextmanager

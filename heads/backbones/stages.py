@@ -10,10 +10,11 @@ import copy
 import gc
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import numpy as np
@@ -24,6 +25,7 @@ from featcache.backbone.checkpoint import (
     Checkpoint,
     checkpoint_path,
     find_same_training,
+    list_checkpoints,
     open_checkpoint,
     prune,
 )
@@ -31,7 +33,7 @@ from featcache.backbone.keys import DESCRIPTION, BackboneKey, CheckpointFacts, C
 from featcache.backbone.network import Backbone
 from featcache.backbone.outline import outline
 from featcache.cache.pixels import cache_pixels
-from featcache.config import OWN_WEIGHTS, BackboneConfig, is_own_code
+from featcache.config import OWN_WEIGHTS, BackboneConfig, is_own_code, settings_key
 from featcache.dataset.digests import subject_digests
 from featcache.dataset.grouping import split_of
 from featcache.dataset.image_lists import SubjectDigests
@@ -96,6 +98,46 @@ def train_stage(
     starts = Starts(config, work)
     with matrix_products(precision), refused_where_full(device):
         return [_train_fold(group, split, by, config, starts, device, work) for group in groups for split in splits]
+
+
+@dataclass(frozen=True)
+class StagePart:
+    """One fold of a stage, of all subjects in stage 1, of one in stage 2.
+
+    config : with its one fold
+    inputs : what decides the checkpoint, as JSON has it, and is the same on every machine
+    """
+
+    subjects: tuple[Subject, ...]
+    config: StageConfig
+    inputs: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Subjects, stage and fold."""
+        return f"{', '.join(one.name for one in self.subjects)} fold {self.config.fold}"
+
+
+def stage_parts(subjects: Sequence[Subject], config: StageConfig, work: Path, by: ImageSplit) -> list[StagePart]:
+    """What `train_stage` does, in parts that share nothing but files; `train_stage` does each. No network is loaded."""
+    groups = [tuple(subjects)] if config.stage == "pretrain" else [(subject,) for subject in subjects]
+    folds = range(config.n_folds) if config.fold is None else [config.fold]
+    before = (
+        [one for one in list_checkpoints(work) if one.key.stage == "pretrain"] if config.stage == "finetune" else []
+    )
+    digests = {subject: SubjectDigests.of(subject, work).to_json() | subject_digests(subject) for subject in subjects}
+    parts = []
+    for group in groups:
+        for fold in folds:
+            one = replace(config, fold=fold)
+            inputs = {
+                "subjects": {subject.name: digests[subject] for subject in group},
+                "starts": [[start.name, start.facts.weights] for start in before if start.fold == fold],
+                "split": by.key.to_json(),
+                "settings": settings_key(one),
+            }
+            parts.append(StagePart(group, one, inputs))
+    return parts
 
 
 def _refuse_missing_rois(subjects: Sequence[Subject], config: StageConfig) -> None:

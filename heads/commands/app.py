@@ -109,7 +109,7 @@ COMMANDS = {
         "report": reporting.report,
         "verify": verifying.verify,
     },
-    "All at once": {"run": running.run},
+    "All at once": {"run": running.run, "units": running.units},
 }
 for group, commands in COMMANDS.items():
     for name, function in commands.items():
@@ -119,8 +119,11 @@ for group, commands in COMMANDS.items():
 def _do(job: Job) -> int:
     """Run a command and print the one line that it ends with, from one of its processes; its exit code."""
     from featcache.machine.progress import silenced
+    from heads.commands.working import shared
     from heads.recipes.doing import do
 
+    if job.engine is not None:
+        job = shared(job, parser())
     began = time.perf_counter()
     with silenced(job.quiet):
         outcome = do(job)
@@ -144,7 +147,7 @@ def _interrupted() -> int:
 
 
 @cache
-def _parser() -> Any:
+def parser() -> Any:
     """The commands as typer reads them, made once: a program may call `run` many times."""
     return typer.main.get_command(app)
 
@@ -153,7 +156,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; its exit code. A user's mistake is one line on stderr and code 1."""
     try:
         given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-        asked = _parser()(args=given, standalone_mode=False)
+        asked = parser()(args=given, standalone_mode=False)
         code: int = _do(replace(asked, line=given)) if isinstance(asked, Job) else asked or 0
         return _interrupted() if code == 130 else code  # typer may turn the interruption into its exit code
     except FeatcacheError as error:

@@ -1,15 +1,19 @@
 """layers and extract: backbones and checkpoints -> cached features."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featcache.config import BackboneConfig, ExtractConfig, LayerConfig
 from featcache.machine.progress import counted
 from featcache.workdir import WORK, Workdir
-from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, open_data, option_of, read
+from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, in_parts, open_data, option_of, read
 from heads.recipes.jobs import Job, Outcome
+
+if TYPE_CHECKING:
+    from featcache.dataset.subject import Subject
 
 
 @command(writes=False)
@@ -32,7 +36,7 @@ def layers(
     return Job(None, call)
 
 
-@command(BackboneConfig, LayerConfig, ExtractConfig)
+@command(BackboneConfig, LayerConfig, ExtractConfig, has_parts=True)
 def extract(
     data: Data = DATA,
     work: Work = WORK,
@@ -64,11 +68,19 @@ def extract(
         layers=read(LayerConfig, options, layers=layers),
         checkpoint=checkpoint,
     )
-    return Job(config, lambda: _extract(data, noise_ceiling, subject, config, work))
+
+    def parts(*given: Any) -> Sequence[Any]:
+        from featcache.cache.extract import extract_parts
+
+        return extract_parts(*given)
+
+    def settle() -> "tuple[Sequence[Subject]]":
+        return (open_data(data, noise_ceiling, work, decodes=True).select(subject),)
+
+    return in_parts(config, settle, _extract, parts, work)
 
 
-def _extract(data: Path | None, noise_ceiling: Path | None, subject: str, config: ExtractConfig, work: Path) -> Outcome:
-    subjects = open_data(data, noise_ceiling, work, decodes=True).select(subject)
+def _extract(subjects: Sequence["Subject"], config: ExtractConfig, work: Path) -> Outcome:
     from featcache.cache.extract import extract as run
 
     done = run(subjects, config, work)

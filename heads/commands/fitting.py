@@ -1,5 +1,6 @@
 """fit-heads and maps: cached features -> heads and predictions."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,10 +17,12 @@ from heads.commands.options import (
     Work,
     command,
     given,
+    in_parts,
     on_command_line,
     open_data,
     option_of,
     read,
+    settled,
 )
 from heads.config import (
     HEADS,
@@ -35,13 +38,22 @@ from heads.config import (
 from heads.recipes.jobs import Job, Outcome
 
 if TYPE_CHECKING:
-    from featcache.dataset.subject import Dataset
+    from featcache.dataset.splits import Split
+    from featcache.dataset.subject import Subject
 
 _OLD_SOLVERS = {"exact": "ridge"}  # {name in earlier versions: name}
 _LOOPS = {head: vars(adamw_of(head)) for head in HEADS}
 
 
-@command(FitConfig, AdamWConfig, SpatialConfig, CoreConfig, old={"seed": "seed"}, presets={AdamWConfig: _LOOPS})
+@command(
+    FitConfig,
+    AdamWConfig,
+    SpatialConfig,
+    CoreConfig,
+    old={"seed": "seed"},
+    presets={AdamWConfig: _LOOPS},
+    has_parts=True,
+)
 def fit_heads(
     context: typer.Context,
     data: Data = DATA,
@@ -60,11 +72,16 @@ def fit_heads(
         core=read(CoreConfig, options),
     )
     refuse_unread(on_command_line(context), config)
-    return Job(config, lambda: _fit(open_data(data, noise_ceiling, work), subject, config, work))
+
+    def parts(*given: Any) -> Sequence[Any]:
+        from heads.fit.run import fit_parts
+
+        return fit_parts(*given)
+
+    return in_parts(config, lambda: settled(data, noise_ceiling, work, subject, config.split), _fit, parts, work)
 
 
-def _fit(dataset: "Dataset", subject: str, config: FitConfig, work: Path) -> Outcome:
-    from featcache.dataset.grouping import split_of
+def _fit(subjects: Sequence["Subject"], config: FitConfig, work: Path, by: "Split") -> Outcome:
     from featcache.machine.progress import say
     from heads.fit.run import chosen_on, scores_by_model, test_scores_by_model
     from heads.fit.run import fit_heads as run
@@ -76,8 +93,6 @@ def _fit(dataset: "Dataset", subject: str, config: FitConfig, work: Path) -> Out
             f"{', '.join(losses)}: --solver {solver}{', one model' if len(losses) > 1 else ''}; "
             f"its heads are the same under {', '.join(SOLVERS[solver].losses)}"
         )
-    subjects = dataset.select(subject)
-    by = split_of(config.split, dataset.subjects, work)
     done = run(subjects, config, work, by)
     scores = scores_by_model(subjects, done)
     marked = chosen_on(done, work)

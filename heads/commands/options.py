@@ -7,8 +7,9 @@ are written once, in the settings, and an option of one name means one thing.
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
@@ -18,10 +19,14 @@ import typer.core
 from featcache.config import usual_workers
 from featcache.errors import ConfigError
 from featcache.workdir import CHALLENGE, data_folder
-from heads.recipes.jobs import Job
+from heads.config import EngineConfig
+from heads.config.checks import refuse_given
+from heads.config.engines import ENGINE_PANEL
+from heads.recipes.jobs import Job, Outcome, Part
 
 if TYPE_CHECKING:
-    from featcache.dataset.subject import Dataset
+    from featcache.dataset.splits import Split
+    from featcache.dataset.subject import Dataset, Subject
 
 T = TypeVar("T")
 
@@ -124,6 +129,7 @@ PANELS = (
     "Training",
     "Training, in detail",
     "Machine",
+    ENGINE_PANEL,
     "Output",
 )
 
@@ -134,6 +140,7 @@ def command(
     presets: Mapping[type, Mapping[str, Mapping[str, Any]]] | None = None,
     leave_out: Collection[str] = (),
     writes: bool = True,
+    has_parts: bool = False,
 ) -> Callable[[Callable[..., Job]], Callable[..., Job]]:
     """Decorator that gives a command the options of its settings, and those that every command has.
 
@@ -148,16 +155,20 @@ def command(
         the values under all presets
     leave_out : fields that are no options of this command
     writes : whether it changes the work folder, whose journal then has a record of it
+    has_parts : whether an engine can do it, in parts; it then has the options of EngineConfig, and --workers
     """
 
     def decorated(function: Callable[..., Job]) -> Callable[..., Job]:
         signature = inspect.signature(function)
         own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
         parameters = {one.name: one.replace(kind=one.KEYWORD_ONLY) for one in own}
+        own_names = set(parameters)
         for kind in settings:
             for setting in _offered(kind):
                 if setting.name not in (*parameters, *leave_out):
                     parameters[setting.name] = _parameter(setting, (presets or {}).get(kind))
+        if has_parts:
+            parameters |= _of_engine(parameters)
         for name, parameter in (old or {}).items():
             parameters[f"old_{name}"] = _hidden(name, parameters[parameter])
         for name, annotation in _OUTPUT.items():
@@ -168,8 +179,9 @@ def command(
             for name, parameter in (old or {}).items():
                 if (value := options.pop(f"old_{name}")) is not None:
                     options[parameter] = value
+            engine = _engine(options, own_names, parameters["workers"].default) if has_parts else None
             work = options.get("work") if writes else None
-            return replace(function(**options), as_json=as_json, quiet=quiet, work=work)
+            return replace(function(**options), as_json=as_json, quiet=quiet, work=work, engine=engine)
 
         described = cast(Any, run)
         described.__signature__ = signature.replace(parameters=sorted(parameters.values(), key=_panel))
@@ -177,6 +189,46 @@ def command(
         return run
 
     return decorated
+
+
+def _engine(options: dict[str, Any], own: Collection[str], usual_workers: int) -> EngineConfig | None:
+    """Take the settings of an engine out of the options of a command; None where it has none.
+
+    own : names of the options that the command's function takes itself
+    usual_workers : the value of --workers that is not given: 0, unless it is of the threads of the command
+    """
+    context = options["context"] if "context" in own else options.pop("context")
+    said = on_command_line(context)
+    values = {one.name: options.pop(one.name) for one in _offered(EngineConfig)}
+    n_workers = options["workers"] if "workers" in said else 0
+    if not usual_workers:
+        options.pop("workers")
+    if values["engine"] is None:
+        unread = [name for name in (*values, *([] if usual_workers else ["workers"])) if name in said]
+        refuse_given(unread, "--engine", "none")
+        return None
+    if usual_workers:
+        options["workers"] = usual_workers
+    return read(EngineConfig, values, workers=n_workers)
+
+
+_WORKERS = Annotated[
+    int,
+    typer.Option(
+        help="Processes or jobs of --engine that share the work. 0: as many as it has.",
+        rich_help_panel=ENGINE_PANEL,
+        min=0,
+    ),
+]
+
+
+def _of_engine(parameters: Mapping[str, inspect.Parameter]) -> dict[str, inspect.Parameter]:
+    """The parameters that a command with parts has besides its own."""
+    more = {one.name: _parameter(one, None) for one in _offered(EngineConfig)}
+    more["context"] = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    if "workers" not in parameters:
+        more["workers"] = _keyword("workers", _WORKERS, 0)
+    return more
 
 
 def _panel(parameter: inspect.Parameter) -> int:
@@ -288,3 +340,49 @@ def open_data(data: Path | None, noise_ceiling: Path | None, work: Path, decodes
     for note in dataset.notes:
         say(note)
     return dataset
+
+
+def in_parts(
+    config: Any,
+    settle: Callable[[], tuple[Any, ...]],
+    call: Callable[..., Outcome],
+    parts: Callable[..., Iterable[Any]],
+    work: Path,
+) -> Job:
+    """The job of a command that an engine can do in parts.
+
+    settle : opens the dataset, and gives the subjects and what else `call` and `parts` take
+    call : (subjects, settings, work, ...) -> outcome
+    parts : (subjects, settings, work, ...) -> parts, each with `name`, `subjects`, `config` and `inputs`
+    """
+
+    once = functools.cache(settle)
+
+    def pieces(without: Collection[str]) -> list[Part]:
+        subjects, *more = once()
+        kept = [one for one in subjects if one.name not in without]
+        return [
+            Part(
+                part.name,
+                tuple(one.name for one in part.subjects),
+                part.inputs,
+                partial(call, part.subjects, part.config, work, *more),
+            )
+            for part in parts(kept, config, work, *more)
+        ]
+
+    def whole() -> Outcome:
+        subjects, *more = settle()
+        return call(subjects, config, work, *more)
+
+    return Job(config, whole, parts=pieces)
+
+
+def settled(
+    data: Path | None, noise_ceiling: Path | None, work: Path, subject: str, split: str, decodes: bool = False
+) -> "tuple[Sequence[Subject], Split]":
+    """The subjects that are asked for, and the split over all subjects of the dataset. decodes : as for `open_data`"""
+    from featcache.dataset.grouping import split_of
+
+    dataset = open_data(data, noise_ceiling, work, decodes)
+    return dataset.select(subject), split_of(split, dataset.subjects, work)

@@ -1,6 +1,6 @@
 """pretrain and finetune: images and responses -> checkpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,13 +11,14 @@ from featcache.config import BackboneConfig
 from featcache.errors import ConfigError
 from featcache.machine.progress import counted
 from featcache.workdir import WORK, Workdir
-from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, given, open_data, read
+from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, given, in_parts, read, settled
 from heads.config import PAPER_FIT, PAPER_SIZE, PRESETS, StageConfig, TrainConfig
 from heads.config import preset as settings_of
 from heads.recipes.jobs import Job, Outcome
 
 if TYPE_CHECKING:
-    from featcache.dataset.subject import Dataset
+    from featcache.dataset.splits import Split
+    from featcache.dataset.subject import Subject
 
 _OLD_HEADS = {"pooled": "linear"}  # {name in earlier versions: name}
 
@@ -32,6 +33,7 @@ def _training_command(stage: str, meaning: str) -> Callable[..., Job]:
         old={"recipe": "preset"},
         presets={TrainConfig: {name: vars(settings_of(name, stage)) for name in PRESETS}},
         leave_out=("init", "roi_loss") if stage == "pretrain" else (),
+        has_parts=True,
     )
     def train(
         data: Data = DATA,
@@ -66,19 +68,26 @@ def _training_command(stage: str, meaning: str) -> Callable[..., Job]:
             backbone=read(BackboneConfig, paper | given(BackboneConfig, options)),
             fold=None if fold == "all" else int(fold),
         )
-        return Job(config, lambda: _train(open_data(data, noise_ceiling, work, decodes=True), subject, config, work))
+
+        def parts(*given: Any) -> Sequence[Any]:
+            from heads.backbones.stages import stage_parts
+
+            return stage_parts(*given)
+
+        def settle() -> "tuple[Sequence[Subject], Split]":
+            return settled(data, noise_ceiling, work, subject, config.split, decodes=True)
+
+        return in_parts(config, settle, _train, parts, work)
 
     train.__doc__ = meaning
     return train
 
 
-def _train(dataset: "Dataset", subject: str, config: StageConfig, work: Path) -> Outcome:
+def _train(subjects: Sequence["Subject"], config: StageConfig, work: Path, by: "Split") -> Outcome:
     from featcache.backbone.trainings import stops_on_fold
-    from featcache.dataset.grouping import split_of
     from heads.backbones.stages import train_stage
 
-    subjects = dataset.select(subject)
-    done = train_stage(subjects, config, work, split_of(config.split, dataset.subjects, work))
+    done = train_stage(subjects, config, work, by)
     checkpoints = [
         {
             "path": str(trained.checkpoint.path),

@@ -2,6 +2,7 @@
 
 from heads.config.blending import BLEND_PRESETS, BLENDS, LEVELS, BlendConfig, blend_preset
 from heads.config.comparing import CompareConfig
+from heads.config.engines import EngineConfig
 from heads.config.fitting import (
     AdamWConfig,
     CoreConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "BlendConfig",
     "CompareConfig",
     "CoreConfig",
+    "EngineConfig",
     "FitConfig",
     "RidgeConfig",
     "ScoresConfig",

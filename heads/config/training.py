@@ -295,7 +295,9 @@ class StageConfig:
         "Machine",
     )
     image_cache: float = option(50.0, "Disk space that decoded images may take, in 10^9 bytes.", "Machine")
-    workers: int = option(usual_workers, "Threads that decode images.", "Machine")
+    workers: int = option(
+        usual_workers, "Threads that decode images. With --engine: processes or jobs that share the work.", "Machine"
+    )
     compile: bool = option(
         False, "Compile the backbone for training with torch.compile: minutes at first, then faster steps.", "Machine"
     )

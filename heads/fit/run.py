@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,10 @@ import torch
 from featcache.backbone.trainings import Trainings
 from featcache.cache.known_rows import KnownRows
 from featcache.cache.store import NotFiniteError, Row, Store, create_store, open_store, store_path
+from featcache.config import settings_key
+from featcache.dataset.digests import subject_digests
 from featcache.dataset.grouping import split_of
+from featcache.dataset.image_lists import SubjectDigests
 from featcache.dataset.responses import refuse_unfit
 from featcache.dataset.splits import Split, refuse_leak
 from featcache.dataset.subject import Subject
@@ -89,6 +93,55 @@ def fit_heads(
     fits = [fit for together in runs for fit in _fit_variants(trainees, together, device, work, labels)]
     order = {trainee: number for number, trainee in enumerate(trainees)}
     return [fitted for _, fitted in sorted(fits, key=lambda fit: order[fit[0]])]
+
+
+@dataclass(frozen=True)
+class FitPart:
+    """One model of one subject, or of the subjects that are trained together.
+
+    config : with its one loss, and the features and layers that it reads
+    inputs : what decides the predictions, as JSON has it, and is the same on every machine
+    """
+
+    subjects: tuple[Subject, ...]
+    name: str
+    config: FitConfig
+    inputs: Mapping[str, Any]
+
+
+def fit_parts(subjects: Sequence[Subject], config: FitConfig, work: Path, by: Split) -> list[FitPart]:
+    """What `fit_heads` does, in parts that share nothing but files; `fit_heads` does each."""
+    variants = config.variants()
+    _refuse_missing_rois(subjects, variants[0])
+    trainees = _trainees(subjects, variants[0], work, by)
+    digests = {subject: SubjectDigests.of(subject, work).to_json() | subject_digests(subject) for subject in subjects}
+    return [
+        _part(group, variant, digests, by) for group in _groups(trainees, variants[0], work) for variant in variants
+    ]
+
+
+def _part(
+    group: Sequence[Trainee], variant: FitConfig, digests: Mapping[Subject, Mapping[str, Any]], by: Split
+) -> FitPart:
+    features = group[0].features
+    layers = variant.layers if variant.layers != "each" else ",".join(dict.fromkeys(map(layer_of, features.names)))
+    one = replace(variant, features=",".join(dict.fromkeys(each.features.title for each in group)), layers=layers)
+    inputs = {
+        "subjects": {each.subject.name: digests[each.subject] for each in group},
+        "features": [each.features.name for each in group],
+        "arrays": list(features.names),
+        "split": by.key.to_json(),
+        "settings": settings_key(replace(one, loss=FitConfig.loss)),
+        "objective": one.objective,  # losses that share it have the same heads
+    }
+    who = ", ".join(each.subject.name for each in group)
+    of_layers = f" {layers}" if variant.layers == "each" else ""
+    return FitPart(
+        tuple(each.subject for each in group),
+        f"{who} {one.features}{of_layers} {variant.head} {variant.loss}",
+        one,
+        inputs,
+    )
 
 
 def _labels(trainees: Sequence[Trainee], variants: Sequence[FitConfig], work: Path) -> dict[str, str]:

@@ -53,6 +53,12 @@ def do(job: Job) -> Outcome:
             append(Workdir(job.work).journal, _record(job, began, time.perf_counter() - clock, code, wrote))
 
 
+def note(job: Job, seconds: float, result: Mapping[str, Any]) -> None:
+    """Record in the journal that the parts of a command were done, by whichever processes. result : of all of them"""
+    if job.work is not None and job.work.is_dir():
+        append(Workdir(job.work).journal, _record(job, datetime.now(UTC), seconds, 0, _written(result)))
+
+
 def _number(folder: Path) -> int | None:
     """What the file system knows a folder by, which a new one of the same name does not have; None for no folder."""
     try:

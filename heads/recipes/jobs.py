@@ -1,9 +1,11 @@
 """What commands hand out: a job, which is a command line that was read and not yet run, and its outcome."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from heads.config import EngineConfig
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,22 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A piece of a job, which shares nothing but files with its other pieces. All of them make what the job makes.
+
+    name : what it is of, in words, the subject first: 'subj01 fold 2'
+    subjects : whose results it makes
+    inputs : what decides its results, as JSON has it
+    call : does it
+    """
+
+    name: str
+    subjects: tuple[str, ...]
+    inputs: Mapping[str, Any]
+    call: Callable[[], Outcome]
+
+
+@dataclass(frozen=True)
 class Job:
     """A command line whose options are read and whose settings are checked. Nothing is run before `call`.
 
@@ -30,6 +48,9 @@ class Job:
     is_done : whether there is nothing to do, for a command that would not find out by itself
     work : the work folder whose journal gets a record of the command; None: none is kept of it
     line : the command line, as its words
+    parts : gives its pieces, but those of some subjects; None where it is one piece. What they read must be there
+    engine : where its pieces are done; None: all of it here, as one
+    steps : of a recipe, its steps, each `heads.recipes.steps.Ready`
     """
 
     config: Any
@@ -39,6 +60,9 @@ class Job:
     is_done: Callable[[], bool] = lambda: False
     work: Path | None = None
     line: Sequence[str] = ()
+    parts: Callable[[Collection[str]], list[Part]] | None = None
+    engine: EngineConfig | None = None
+    steps: Sequence[Any] = ()
 
 
 def usage_fault(error: Exception) -> str | None:

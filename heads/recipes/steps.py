@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from featcache.errors import ConfigError, FeatcacheError, first_line
 from featcache.machine.files import small_bytes
+from heads.config.engines import ENGINE_PANEL
 from heads.recipes.doing import do
 from heads.recipes.jobs import Job, usage_fault
 
@@ -43,7 +44,7 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {  # in words, and what TOML 
     Path: ("a path", (str,)),
 }
 _PARTS = ("title", "takes", "options", "steps")
-_NO_STEPS = ("run", "layers")
+_NO_STEPS = ("run", "units", "layers")
 MOST_STEPS = 10_000  # more than a year of steps of an hour
 _LARGEST = 2**63
 _MOST_LEVELS = 100  # of keys in each other; a recipe needs two
@@ -250,7 +251,7 @@ def _options_of(command: Any) -> dict[str, Option]:
     signature = inspect.signature(command.callback).parameters
     found = {}
     for one in command.params:
-        if one.hidden:  # a name of earlier versions, for the command line alone
+        if one.hidden or getattr(one, "rich_help_panel", None) == ENGINE_PANEL:  # for the command line alone
             continue
         annotation = signature[one.name].annotation
         kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation

@@ -386,7 +386,7 @@ def test_sets_of_processes_that_do_not_see_each_other_are_told_apart(monkeypatch
     named = set()
     for readlink in (lambda path: "pid:[1]", lambda path: "pid:[2]", refuse_to_read):
         monkeypatch.setattr(os, "readlink", readlink)
-        named.add(files_module._this_machine.__wrapped__())
+        named.add(files_module.this_machine.__wrapped__())
     assert len(named) == 3 and all(re.fullmatch("[0-9a-f]{8}", name) for name in named)
 
 
