@@ -7,6 +7,7 @@ from featcache.config import at_least, one_of, option
 from featcache.errors import ConfigError
 
 ENGINES = ("here", "local", "submitit", "dask")
+CLUSTERS = ("auto", "slurm", "local")
 INTERRUPTS = ("cancel", "leave")
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(d|h|m|min)?")
 _MINUTES = {"d": 1440, "h": 60, "m": 1, "min": 1, None: 1}
@@ -26,6 +27,12 @@ class EngineConfig:
     )
     scheduler: str | None = option(
         None, "Of --engine dask: address of the scheduler, tcp://HOST:PORT, or a scheduler file.", ENGINE_PANEL
+    )
+    cluster: str = option(
+        "auto",
+        "Of --engine submitit: slurm; or local, processes of this machine, as a rehearsal. auto: slurm where there is "
+        "sbatch.",
+        ENGINE_PANEL,
     )
     partition: str | None = option(None, "Of --engine submitit: SLURM partition.", ENGINE_PANEL)
     gpus: int = option(0, "Of --engine submitit: GPUs of each job.", ENGINE_PANEL)
@@ -47,6 +54,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.engine is not None:
             one_of("engine", self.engine, ENGINES)
+        one_of("cluster", self.cluster, CLUSTERS)
         one_of("interrupt", self.interrupt, INTERRUPTS)
         at_least("attempts", self.attempts, 1)
         at_least("workers", self.workers, 0)

@@ -5,6 +5,7 @@ concern of it. A new engine is one class here and an entry in ENGINES.
 """
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -25,7 +26,8 @@ from featcache.machine.extra import needed
 from heads.config import EngineConfig
 
 ROOT = Path(__file__).parents[2]  # where workers find this program, if it is not installed
-_POLL = 0.5  # seconds between two looks at jobs
+_POLL = 2.0  # seconds between two looks at jobs
+_GONE_FROM_QUEUE = 10.0  # seconds after which a job that is not in the queue, and left no answer, is lost
 _LOCAL = 2  # workers of a machine without GPUs, where the user does not say
 _CLUSTER = 4  # SLURM jobs, where the user does not say
 
@@ -162,10 +164,15 @@ def _share(number: int, n_workers: int, n_gpus: int) -> dict[str, str]:
 
 
 class SlurmJobs(Executor):
-    """SLURM jobs as futures. jobs : submitit's executor"""
+    """SLURM jobs as futures.
 
-    def __init__(self, jobs: Any) -> None:
-        self._jobs = jobs
+    jobs : submitit's executor
+    queued : (jobs) -> numbers of those that wait or run. Accounting, which submitit asks, is not kept by every SLURM
+    """
+
+    def __init__(self, jobs: Any, queued: Callable[[Sequence[Any]], set[str] | None]) -> None:
+        self._jobs, self._queued = jobs, queued
+        logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns of accounting that is not kept
         self._running: dict[Future[Any], Any] = {}
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -176,8 +183,16 @@ class SlurmJobs(Executor):
 
     def submit_all(self, fn: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Future[Any]]:
         """Queue several jobs as one array."""
-        with self._jobs.batch():
-            jobs = [self._jobs.submit(fn, *one) for one in arguments]
+        try:
+            with self._jobs.batch():
+                jobs = [self._jobs.submit(fn, *one) for one in arguments]
+        except (RuntimeError, OSError) as error:  # of sbatch, whose own words these are
+            raise ConfigError(
+                "--engine submitit",
+                expected="sbatch to take the jobs",
+                found=first_line(error),
+                remedy="correct --partition, --gpus, --time or --slurm, or ask who runs the cluster",
+            ) from error
         futures: list[Future[Any]] = [Future() for _ in jobs]
         for future in futures:
             future.set_running_or_notify_cancel()
@@ -199,20 +214,45 @@ class SlurmJobs(Executor):
             return [str(job.job_id) for job in self._running.values()]
 
     def _watch(self) -> None:
+        absent: dict[Future[Any], int] = {}  # how often in a row a job was not in the queue
         while True:
             time.sleep(_POLL)
             with self._lock:
                 jobs = list(self._running.items())
+            queue = self._queued([job for _, job in jobs]) if jobs else set()
             for future, job in jobs:
-                if job.done():
+                there = job.paths.result_pickle.exists()
+                absent[future] = 0 if there or queue is None or str(job.job_id) in queue else absent.get(future, 0) + 1
+                if there or absent[future] * _POLL > _GONE_FROM_QUEUE:
                     with self._lock:
                         self._running.pop(future)
-                    try:
-                        future.set_result(job.result())
-                    except Exception as error:  # of the job, or of its end
-                        future.set_exception(
-                            WorkerLostError(f"job {job.job_id}: {first_line(error)}; {job.paths.stderr}")
-                        )
+                    self._end(future, job, there)
+
+    def _end(self, future: Future[Any], job: Any, answered: bool) -> None:
+        if not answered:
+            future.set_exception(
+                WorkerLostError(f"job {job.job_id} left the queue without an answer; {job.paths.stderr}")
+            )
+            return
+        try:
+            future.set_result(job.result())
+        except Exception as error:
+            future.set_exception(WorkerLostError(f"job {job.job_id}: {first_line(error)}; {job.paths.stderr}"))
+
+
+def queued_by_slurm(_jobs: Sequence[Any]) -> set[str] | None:
+    """Numbers of the user's jobs that wait or run; None where SLURM does not answer."""
+    command = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return set(asked.stdout.split())
+
+
+def running_here(jobs: Sequence[Any]) -> set[str]:
+    """Numbers of those jobs, processes of this machine, that have not ended."""
+    return {str(job.job_id) for job in jobs if not job.done()}
 
 
 class Submitit:
@@ -220,7 +260,7 @@ class Submitit:
 
     def __init__(self, config: EngineConfig, n_workers: int, logs: Path) -> None:
         submitit = needed("submitit", "--engine submitit", "cluster")
-        slurm = which("sbatch") is not None
+        slurm = which("sbatch") is not None if config.cluster == "auto" else config.cluster == "slurm"
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         jobs = submitit.AutoExecutor(folder=logs / "%j", cluster="slurm" if slurm else "local")
         settings: dict[str, Any] = {"timeout_min": config.minutes, "name": "featcache"}
@@ -238,8 +278,8 @@ class Submitit:
                 "--engine submitit", expected="options that it takes", found=first_line(error), remedy="correct them"
             ) from error
         self.n_workers = n_workers or _CLUSTER
-        self.executor = SlurmJobs(jobs)
-        where = "jobs of SLURM" if slurm else "no sbatch here: processes of this machine, as a rehearsal"
+        self.executor = SlurmJobs(jobs, queued_by_slurm if slurm else running_here)
+        where = "jobs of SLURM" if slurm else "processes of this machine, as a rehearsal for SLURM"
         self.address = f"{where}; what they print is in {logs}"
 
     def leave(self) -> None:
