@@ -117,6 +117,11 @@ class StagePart:
         """Subjects, stage and fold."""
         return f"{', '.join(one.name for one in self.subjects)} fold {self.config.fold}"
 
+    @property
+    def words(self) -> dict[str, str]:
+        """Options of the command that have it train this part alone."""
+        return {"--subject": ",".join(one.name for one in self.subjects), "--fold": str(self.config.fold)}
+
 
 def stage_parts(subjects: Sequence[Subject], config: StageConfig, work: Path, by: ImageSplit) -> list[StagePart]:
     """What `train_stage` does, in parts that share nothing but files; `train_stage` does each. No network is loaded."""

@@ -119,10 +119,11 @@ for group, commands in COMMANDS.items():
 def _do(job: Job) -> int:
     """Run a command and print the one line that it ends with, from one of its processes; its exit code."""
     from featcache.machine.progress import silenced
-    from heads.commands.working import shared
     from heads.recipes.doing import do
 
     if job.engine is not None:
+        from heads.commands.working import shared
+
         job = shared(job, parser())
     began = time.perf_counter()
     with silenced(job.quiet):

@@ -353,22 +353,28 @@ def in_parts(
 
     settle : opens the dataset, and gives the subjects and what else `call` and `parts` take
     call : (subjects, settings, work, ...) -> outcome
-    parts : (subjects, settings, work, ...) -> parts, each with `name`, `subjects`, `config` and `inputs`
+    parts : (subjects, settings, work, ...) -> parts, each with `name`, `subjects`, `config` and `inputs`; and `words`,
+        if there are some that have the command do this part alone
     """
 
     once = functools.cache(settle)
 
     def pieces(without: Collection[str]) -> list[Part]:
         subjects, *more = once()
-        kept = [one for one in subjects if one.name not in without]
+        if not [one for one in subjects if one.name not in without]:
+            return []
+        listed = [(part, [one.name for one in part.subjects]) for part in parts(subjects, config, work, *more)]
         return [
             Part(
                 part.name,
-                tuple(one.name for one in part.subjects),
+                tuple(names),
                 part.inputs,
                 partial(call, part.subjects, part.config, work, *more),
+                getattr(part, "words", {}),
             )
-            for part in parts(kept, config, work, *more)
+            for part, names in listed
+            # what several subjects make together would be another thing without one of them
+            if not without or (len(names) == 1 and names[0] not in without)
         ]
 
     def whole() -> Outcome:

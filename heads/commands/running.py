@@ -15,11 +15,10 @@ from featcache.errors import ConfigError
 from featcache.machine.progress import counted
 from featcache.workdir import WORK
 from heads.commands.options import DATA, Ceiling, Data, Subjects, Work, command, on_command_line, option_of
-from heads.commands.working import work_of
 from heads.config import STAGES, EngineConfig
 from heads.config.engines import ENGINE_PANEL
 from heads.recipes.jobs import Job, Outcome
-from heads.recipes.steps import Ready, Step, commands_of, described, read_recipe, ready, run_steps
+from heads.recipes.steps import Ready, Step, commands_of, described, read_recipe, ready, run_steps, work_of
 
 _FOR_EVERY_STEP = ("data", "work", "noise_ceiling", "subject", "device", "backbone", "fold")
 

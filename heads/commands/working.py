@@ -15,30 +15,17 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-from featcache.errors import ConfigError, FeatcacheError, StoreError
+from featcache.errors import FeatcacheError, StoreError
 from featcache.machine.progress import counted, say
 from heads.config import EngineConfig
 from heads.recipes.jobs import Job, Outcome
-from heads.recipes.steps import Ready, Step, ready
+from heads.recipes.steps import Ready, Step, ready, work_of
 from heads.units.course import Ended
+from heads.units.units import without
 
 _IDLE = 120.0  # seconds without work after which a worker that an engine started ends
 _OPTIONS = {f"--{one.name.replace('_', '-')}" for one in fields(EngineConfig)} | {"--workers"}
 _NOT_FOR_WORKERS = ("--json", "--quiet")
-
-
-def plain(words: Sequence[str]) -> tuple[str, ...]:
-    """A command line without what says who does it."""
-    kept: list[str] = []
-    takes_value = False
-    for word in words:
-        if takes_value:
-            takes_value = False
-        elif word.partition("=")[0] in _OPTIONS:
-            takes_value = "=" not in word
-        elif word not in _NOT_FOR_WORKERS:
-            kept.append(word)
-    return tuple(kept)
 
 
 def shared(job: Job, group: TyperGroup) -> Job:
@@ -46,22 +33,9 @@ def shared(job: Job, group: TyperGroup) -> Job:
     assert job.engine is not None
     engine, steps = job.engine, list(job.steps)
     if not steps:
-        words = plain(job.line)
-        steps = [ready(group, Step(Path("command line"), 1, words[0], words[1:]))]
+        words = [word for word in without(job.line, _OPTIONS) if word not in _NOT_FOR_WORKERS]
+        steps = [ready(group, Step(Path("command line"), 1, words[0], tuple(words[1:])))]
     return replace(job, call=lambda: outcome_of(steps, engine), work=None)
-
-
-def work_of(steps: Sequence[Ready]) -> Path:
-    """The work folder of some steps. Raises ConfigError where they have several."""
-    works = list(dict.fromkeys(Path(one.options["work"]) for one in steps if "work" in one.options))
-    if len(works) != 1:
-        raise ConfigError(
-            "--work",
-            expected="one work folder of all steps",
-            found=", ".join(map(str, works)) or "none",
-            remedy="write a recipe for each",
-        )
-    return works[0]
 
 
 def outcome_of(steps: Sequence[Ready], engine: EngineConfig) -> Outcome:
@@ -87,6 +61,8 @@ def outcome_of(steps: Sequence[Ready], engine: EngineConfig) -> Outcome:
             "environment": {name: value for name, value in os.environ.items() if name.startswith("FEATCACHE_")},
             "attempts": engine.attempts,
             "lost_after": engine.lost_after,
+            "nodes": engine.nodes,
+            "processes": engine.processes or engine.gpus,
         }
         ended = drive(steps, work, engine, engine.workers, do_units, orders)
         who = ""
@@ -122,13 +98,16 @@ def do_units(orders: dict[str, Any]) -> dict[str, Any]:
     from heads.commands.app import parser
     from heads.units.worker import take_part
 
+    if os.environ.get("SLURM_PROCID", "0") != "0":
+        return {}  # of a job on several machines, the first works, and starts what needs the others
     with _as_ordered(orders["folder"], orders["environment"]):
         group = parser()
         steps = [
             ready(group, Step(Path(orders["recipe"]), number, line[0], tuple(line[1:])))
             for number, line in zip(orders["steps"], orders["lines"], strict=True)
         ]
-        engine = EngineConfig(engine="here", attempts=orders["attempts"], lost_after=orders["lost_after"])
+        settings = {name: orders[name] for name in ("attempts", "lost_after", "nodes", "processes")}
+        engine = EngineConfig(engine="here", **settings)
         _, worker = take_part(steps, Path(orders["work"]), engine, _IDLE)
         return {"done": worker.done, "again": worker.again}
 

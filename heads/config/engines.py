@@ -35,7 +35,19 @@ class EngineConfig:
         ENGINE_PANEL,
     )
     partition: str | None = option(None, "Of --engine submitit: SLURM partition.", ENGINE_PANEL)
-    gpus: int = option(0, "Of --engine submitit: GPUs of each job.", ENGINE_PANEL)
+    nodes: int = option(
+        1,
+        "Of --engine submitit: machines of each job. A training takes all of them; other units take the first.",
+        ENGINE_PANEL,
+    )
+    gpus: int = option(
+        0, "Of --engine submitit: GPUs of each job, on each machine. A training takes all of them.", ENGINE_PANEL
+    )
+    processes: int = option(
+        0,
+        "Processes that train one backbone together, on each machine, by torchrun. 0: one for each of --gpus.",
+        ENGINE_PANEL,
+    )
     cpus: int = option(0, "Of --engine submitit: cores of each job; 0: as SLURM gives them.", ENGINE_PANEL)
     memory: float = option(
         0.0, "Of --engine submitit: main memory of each job, in 10^9 bytes; 0: as SLURM gives it.", ENGINE_PANEL
@@ -58,6 +70,8 @@ class EngineConfig:
         one_of("interrupt", self.interrupt, INTERRUPTS)
         at_least("attempts", self.attempts, 1)
         at_least("workers", self.workers, 0)
+        at_least("nodes", self.nodes, 1)
+        at_least("processes", self.processes, 0)
         at_least("gpus", self.gpus, 0)
         at_least("cpus", self.cpus, 0)
         at_least("memory", self.memory, 0)

@@ -1,7 +1,7 @@
 """What commands hand out: a job, which is a command line that was read and not yet run, and its outcome."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ class Part:
     subjects : whose results it makes
     inputs : what decides its results, as JSON has it
     call : does it
+    words : {option: value} that have the command do this piece alone; {} where there are none
     """
 
     name: str
     subjects: tuple[str, ...]
     inputs: Mapping[str, Any]
     call: Callable[[], Outcome]
+    words: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -291,6 +291,19 @@ def ready(group: TyperGroup, step: Step) -> Ready:
         ) from error
 
 
+def work_of(steps: Sequence[Ready]) -> Path:
+    """The work folder of some steps. Raises ConfigError where they have several."""
+    works = list(dict.fromkeys(Path(one.options["work"]) for one in steps if "work" in one.options))
+    if len(works) != 1:
+        raise ConfigError(
+            "--work",
+            expected="one work folder of all steps",
+            found=", ".join(map(str, works)) or "none",
+            remedy="write a recipe for each",
+        )
+    return works[0]
+
+
 def located(error: FeatcacheError, step: Step) -> FeatcacheError:
     """The same mistake, with the step that it is in."""
     return error.inside(step.where)

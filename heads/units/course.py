@@ -11,6 +11,7 @@ from featcache.machine.leases import Done, Failure, Leases, State
 from featcache.workdir import Workdir
 from heads.config import EngineConfig
 from heads.recipes.steps import Ready
+from heads.units.torchrun import Devices
 from heads.units.units import Phase, Unit, merged, phases_of
 
 FIRST_WAIT, LONGEST_WAIT = 0.02, 2.0  # seconds between two looks at the folder
@@ -76,12 +77,13 @@ class Course:
     def __init__(self, steps: Sequence[Ready], work: Path, config: EngineConfig) -> None:
         self.leases = Leases(Workdir(work).units, config.lost_after)
         self._steps, self._attempts = steps, config.attempts
+        self._devices = Devices(config.nodes, max(config.processes or config.gpus, 1))
         self.ended = Ended()
 
     def follow(self, turn: Turn) -> Ended:
         """Take turns until every unit is done or given up. What follows from a unit that is given up is not begun."""
         before = ""
-        for phase in phases_of(self._steps):
+        for phase in phases_of(self._steps, self._devices):
             units = self._of_phase(phase, before, turn)
             before = ",".join([before, *(unit.id for unit in units)])
         return self.ended
@@ -90,9 +92,12 @@ class Course:
         if self.ended.failed and not phase.has_parts:
             self.ended.not_begun.append(phase.command)
             return []
-        if phase.has_parts and not self._until_over(phase, [phase.first(before)], turn):
+        but = self.ended.subjects
+        if phase.has_parts and not self._until_over(phase, [phase.first(before, but)], turn):
             return []
-        units = phase.units(before, self.ended.subjects)
+        units = phase.units(before, but)
+        if self.ended.failed and not units:
+            self.ended.not_begun.append(phase.command)
         self.ended.units += units
         whole = self._until_over(phase, units, turn)
         if phase.has_parts and units and whole:

@@ -75,7 +75,7 @@ class Driver:
                 future.result()
             except (Exception, CancelledError) as error:
                 self.lost.append(first_line(error))
-                say(f"a worker was lost: {self.lost[-1]}")
+                say(f"a worker ended early: {self.lost[-1]}")
         if len(self.lost) >= _MOST_LOST:
             raise ConfigError(
                 f"--engine {self.config.engine}",

@@ -266,6 +266,7 @@ class Submitit:
         settings: dict[str, Any] = {"timeout_min": config.minutes, "name": "featcache"}
         if slurm:
             settings |= {"slurm_partition": config.partition} if config.partition else {}
+            settings |= {"nodes": config.nodes, "tasks_per_node": 1}
             settings |= {"gpus_per_node": config.gpus} if config.gpus else {}
             settings |= {"cpus_per_task": config.cpus} if config.cpus else {}
             settings |= {"mem_gb": config.memory} if config.memory else {}

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from featcache.machine.leases import Done, Stamps, stamp_of
 from heads.recipes.doing import do, note
 from heads.recipes.jobs import Outcome
 from heads.recipes.steps import Ready, located
+from heads.units.torchrun import COMMANDS, ONE_DEVICE, Devices
 
 _RECORDS = ("committed.json", "checkpoint.json", "files.json", "zarr.json", "encoder.json")  # that tell of a folder
 _LONGEST_LIST = 200  # of results that a record keeps of a command that has no parts
@@ -55,6 +57,7 @@ class Phase:
 
     number: int
     steps: tuple[Ready, ...]
+    devices: Devices = ONE_DEVICE
 
     @property
     def command(self) -> str:
@@ -66,14 +69,17 @@ class Phase:
         """Whether its steps have parts."""
         return self.steps[0].job.parts is not None
 
-    def first(self, before: str) -> Unit:
+    def first(self, before: str, but: Collection[str] = ()) -> Unit:
         """The unit that comes before all others: it reads every image and response, whose digests are remembered.
 
-        Otherwise each worker would. before : what identifies all that comes before the phase
+        Otherwise each worker would.
+
+        before : what identifies all that comes before the phase
+        but : subjects that are left out
         """
 
         def call() -> Outcome:
-            n = sum(1 for _ in self._parts(()))
+            n = sum(1 for _ in self._parts(but))
             return Outcome(f"{n} units", {})
 
         return Unit(
@@ -85,8 +91,8 @@ class Phase:
             call,
         )
 
-    def units(self, before: str, without: Collection[str] = ()) -> list[Unit]:
-        """The units of the phase. without : subjects that are left out"""
+    def units(self, before: str, but: Collection[str] = ()) -> list[Unit]:
+        """The units of the phase. but : subjects that are left out"""
         if not self.has_parts:
             (ready,) = self.steps
             unit_id = _id("step", before, self._lines)
@@ -95,7 +101,7 @@ class Phase:
                 if ready.job.is_done()
                 else [Unit(unit_id, ready.step.number, self.command, "", (), lambda: _whole(ready))]
             )
-        return list(self._parts(without))
+        return list(self._parts(but))
 
     def last(self, units: Sequence[Unit], records: Mapping[str, Done]) -> Unit:
         """The unit that comes after all others: it writes the phase into the journal, once."""
@@ -119,23 +125,41 @@ class Phase:
     def _lines(self) -> list[list[str]]:
         return [[ready.step.command, *ready.step.arguments] for ready in self.steps]
 
-    def _parts(self, without: Collection[str]) -> Iterator[Unit]:
+    def _parts(self, but: Collection[str]) -> Iterator[Unit]:
         for ready in self.steps:
             assert ready.job.parts is not None
             try:
-                parts = ready.job.parts(without)
+                parts = ready.job.parts(but)
             except FeatcacheError as error:
                 raise located(error, ready.step) from error
             for part in parts:
-                unit_id = _id(self.command, part.name, part.inputs, timm.__version__)
-                yield Unit(unit_id, ready.step.number, self.command, part.name, part.subjects, part.call)
+                unit_id, call = _id(self.command, part.name, part.inputs, timm.__version__), part.call
+                if self.devices.several and self.command in COMMANDS:
+                    unit_id = _id(unit_id, vars(self.devices))  # batches are a device's
+                    words = [self.command, *without(ready.step.arguments, part.words)]
+                    words += [f"{name}={value}" for name, value in part.words.items()]
+                    call = partial(self.devices.train, unit_id, words)
+                yield Unit(unit_id, ready.step.number, self.command, part.name, part.subjects, call)
 
 
-def phases_of(steps: Sequence[Ready]) -> list[Phase]:
+def without(words: Sequence[str], options: Collection[str]) -> list[str]:
+    """A command line without some options, each '--name' that takes a value."""
+    kept, takes_value = list[str](), False
+    for word in words:
+        if takes_value:
+            takes_value = False
+        elif word.partition("=")[0] in options:
+            takes_value = "=" not in word
+        else:
+            kept.append(word)
+    return kept
+
+
+def phases_of(steps: Sequence[Ready], devices: Devices = ONE_DEVICE) -> list[Phase]:
     """Steps in a row of one command that has parts are one phase, any other step is one by itself."""
     keys = [(one.step.command if one.job.parts else number, bool(one.job.parts)) for number, one in enumerate(steps)]
     grouped = groupby(zip(keys, steps, strict=True), key=lambda pair: pair[0])
-    return [Phase(number, tuple(step for _, step in group)) for number, (_, group) in enumerate(grouped)]
+    return [Phase(number, tuple(step for _, step in group), devices) for number, (_, group) in enumerate(grouped)]
 
 
 def record_of(unit: Unit, outcome: Outcome, seconds: float, work: Path) -> Done:
