@@ -4,9 +4,9 @@
 
 `--n` cases of every stage. Half of the moments are random in time, half are right before a random operation on files.
 In one case of four a third worker begins in between. `--machines two`: each worker takes itself for another machine,
-with a clock that is minutes off, on a file system whose locks hold nobody off; so a lost worker is told by its silence alone,
-and one case in three has a worker that is only stopped for a while, and goes on. A case is right where the last worker
-ends with exit code 0, and where all files of the work folder are those of an undisturbed run, with the same bytes.
+with a clock that is minutes off, on a file system whose locks hold nobody off; so a lost worker is told by its silence
+alone, and one case in three has a worker that is only stopped for a while, and goes on. A case is right where the last
+worker ends with exit code 0, and where all files of the work folder are those of an undisturbed run, byte for byte.
 """
 
 import argparse

@@ -412,8 +412,7 @@ def _fill_arrays(
 ) -> None:
     """Compute and commit the missing rows, or raise BeyondFloat16Error or LostRowsError.
 
-    Batches begin anew at every commit, whether or not the run was interrupted there: the sums inside a network depend
-    on the shape of the batch, so only equal batches give equal bits.
+    Batches begin anew at every commit, whether or not the run was interrupted there.
 
     computed : rows of images that were computed; those of this run are added
     """
@@ -425,7 +424,7 @@ def _fill_arrays(
     with afterwards(_BEHIND) as then:
         for part, rows, of_span in zip(parts, spans, batches, strict=True):
             for batch in of_span:
-                then(partial(part.take, _forward(source, next(pixels), store, config.dtype)))
+                then(partial(part.take, _forward(source, next(pixels), store, config)))
                 computed.update(batch)
                 advance(len(batch))
             then(part.write)
@@ -464,11 +463,20 @@ def _batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:
     return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
 
-def _forward(source: Source, pixels: torch.Tensor, store: Store, dtype: str) -> Callable[[], Rows]:
-    """Start a pass; the function that gives {array: rows in main memory, as they are stored}."""
+def _forward(source: Source, pixels: torch.Tensor, store: Store, config: ExtractConfig) -> Callable[[], Rows]:
+    """Start a pass; the function that gives {array: rows in main memory, as they are stored}.
+
+    A shorter batch is filled up. Sums inside a network depend on the number of images, and not on which others these
+    are; so the row of an image does not depend on which images were known already, as of a subject that was read before.
+    """
     dtypes = {layer: str(array.dtype) for layer, array in store.arrays.items()}
-    arrive = start_rows(source.backbone, pixels, [(source.taps, dtypes)], dtype, source.device)
-    return lambda: arrive()[0]
+    n, missing = len(pixels), config.batch_size - len(pixels)
+    if missing > 0:
+        pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)]).contiguous(
+            memory_format=torch.channels_last
+        )
+    arrive = start_rows(source.backbone, pixels, [(source.taps, dtypes)], config.dtype, source.device)
+    return lambda: {layer: rows[:n] for layer, rows in arrive()[0].items()}
 
 
 def _reader(subject: Subject, backbone: Backbone, config: ExtractConfig, work: Path, n_missing: int) -> Reader:

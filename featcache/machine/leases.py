@@ -185,7 +185,7 @@ class Leases:
         if not lease.begin():
             return None
         if self.done(unit) is not None:  # since that listing
-            lease.release()
+            self._remove(unit, lease.number)
             return None
         return lease
 

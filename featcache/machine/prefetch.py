@@ -13,10 +13,12 @@ U = TypeVar("U")
 def prefetch(load: Callable[[T], U], items: Iterable[T], depth: int, threads: int = 1) -> Iterator[U]:
     """Yield load(item) for each item, in order, while `threads` threads load up to `depth` items in advance.
 
-    An error of `load` is raised at its item's place and ends the iteration.
+    An error of `load` is raised at its item's place and ends the iteration. Whoever leaves early does not wait for what
+    is being loaded.
     """
     waiting: deque[Future[U]] = deque()
     pool = ThreadPoolExecutor(threads)
+    join = True
     try:
         for item in items:
             waiting.append(pool.submit(load, item))
@@ -24,8 +26,13 @@ def prefetch(load: Callable[[T], U], items: Iterable[T], depth: int, threads: in
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except GeneratorExit:
+        # the garbage collector may be the one who leaves, in a thread that is about to start and holds the lock that
+        # the end of a thread is waited for with
+        join = False
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(join, cancel_futures=True)
 
 
 @contextmanager

@@ -133,7 +133,7 @@ class Phase:
             except FeatcacheError as error:
                 raise located(error, ready.step) from error
             for part in parts:
-                unit_id, call = _id(self.command, part.name, part.inputs, timm.__version__), part.call
+                unit_id, call = _id(self.command, part.inputs, timm.__version__), part.call
                 if self.devices.several and self.command in COMMANDS:
                     unit_id = _id(unit_id, vars(self.devices))  # batches are a device's
                     words = [self.command, *without(ready.step.arguments, part.words)]

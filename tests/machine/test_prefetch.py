@@ -1,4 +1,6 @@
+import gc
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
 
@@ -88,7 +90,34 @@ def test_leaving_early_begins_nothing_more_and_leaves_no_thread(monkeypatch):
     results = prefetch(load, range(100), depth=4)
     next(results)
     results.close()
+    until = time.monotonic() + PATIENCE
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
     assert threading.active_count() == before and begun in ([0], [0, 1])
+
+
+@pytest.mark.skipif(not hasattr(threading, "_shutdown_locks_lock"), reason="this Python has no such lock")
+def test_the_garbage_collector_may_end_it_in_a_thread_that_starts():
+    """A new thread holds a lock for a moment in which garbage may be collected; the end of a thread needs that lock."""
+    results = prefetch(lambda n: n, count(), depth=2, threads=2)
+    next(results)
+    cycle = [results]
+    cycle.append(cycle)
+    del results
+
+    def collect() -> None:
+        with threading._shutdown_locks_lock:
+            gc.collect()
+
+    gc.disable()
+    try:
+        del cycle
+        starting = threading.Thread(target=collect, daemon=True)
+        starting.start()
+        starting.join(PATIENCE)
+    finally:
+        gc.enable()
+    assert not starting.is_alive()
 
 
 # --- afterwards
