@@ -464,19 +464,12 @@ def _batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:
 
 
 def _forward(source: Source, pixels: torch.Tensor, store: Store, config: ExtractConfig) -> Callable[[], Rows]:
-    """Start a pass; the function that gives {array: rows in main memory, as they are stored}.
-
-    A shorter batch is filled up. Sums inside a network depend on the number of images, and not on which others these
-    are; so the row of an image does not depend on which images were known already, as of a subject that was read before.
-    """
+    """Start a pass; the function that gives {array: rows in main memory, as they are stored}."""
     dtypes = {layer: str(array.dtype) for layer, array in store.arrays.items()}
-    n, missing = len(pixels), config.batch_size - len(pixels)
-    if missing > 0:
-        pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)]).contiguous(
-            memory_format=torch.channels_last
-        )
-    arrive = start_rows(source.backbone, pixels, [(source.taps, dtypes)], config.dtype, source.device)
-    return lambda: {layer: rows[:n] for layer, rows in arrive()[0].items()}
+    arrive = start_rows(
+        source.backbone, pixels, [(source.taps, dtypes)], config.dtype, source.device, config.batch_size
+    )
+    return lambda: arrive()[0]
 
 
 def _reader(subject: Subject, backbone: Backbone, config: ExtractConfig, work: Path, n_missing: int) -> Reader:

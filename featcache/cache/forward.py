@@ -26,28 +26,31 @@ def start_rows(
     wanted: Sequence[tuple[Taps, Mapping[str, str]]],
     dtype: str,
     device: str,
+    n_read: int = 0,
 ) -> Callable[[], list[Rows]]:
     """Start one pass of the network, and return the function that waits for its rows, in main memory, and gives them.
 
     pixels : (n_images, 3, height, width) as `backbone.pixels` gives them
     wanted : taps, and {array: type} of their rows as stored
     dtype : precision of the network
+    n_read : images that the network reads; fewer are filled up. Sums inside a network depend on the number of images,
+        and not on which others these are, so that the row of an image is the same in whichever batch it is
 
     The host waits for the device once, in that function, which raises BeyondFloat16Error for values that float16 cannot
     hold. Any thread may call it.
     """
     precision = getattr(torch, dtype, torch.float32)  # TF32 is no type, but how CUDA multiplies float32
     with torch.inference_mode(), torch.autocast(device, precision, enabled=precision != torch.float32):
-        images, (taps, *more) = backbone.normalise(to_device(pixels, device)), [taps for taps, _ in wanted]
+        images, (taps, *more) = backbone.normalise(_filled(to_device(pixels, device), n_read)), [t for t, _ in wanted]
         together = backbone.read_together(images, [taps, *more]) if more else [backbone.read(images, taps)]
         names, found, narrow, extremes = [], [], [], []
         for number, (rows, (_, dtypes)) in enumerate(zip(together, wanted, strict=True)):
             for layer, values in rows.items():
                 names.append((number, layer))
-                found.append(values.to(getattr(torch, dtypes[layer])))
+                found.append(values[: len(pixels)].to(getattr(torch, dtypes[layer])))
                 if dtypes[layer] == "float16":
                     narrow.append(layer)
-                    extremes.append(torch.stack(torch.aminmax(values)).float())
+                    extremes.append(torch.stack(torch.aminmax(values[: len(pixels)])).float())
         arrive = to_host([*found, torch.stack(extremes) if extremes else torch.empty(0, 2)])
 
     def arrived() -> list[Rows]:
@@ -60,6 +63,16 @@ def start_rows(
         return each
 
     return arrived
+
+
+def _filled(pixels: torch.Tensor, n_images: int) -> torch.Tensor:
+    """The images, and the last of them again, up to that many."""
+    missing = n_images - len(pixels)
+    if missing <= 0:
+        return pixels
+    return torch.cat([pixels, pixels[-1:].expand(missing, *pixels.shape[1:])]).contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 def rows_of(

@@ -66,7 +66,7 @@ def outcome_of(steps: Sequence[Ready], engine: EngineConfig) -> Outcome:
         }
         ended = drive(steps, work, engine, engine.workers, do_units, orders)
         who = ""
-    _refuse_failed(ended)
+    _refuse_failed(ended, alone=engine.engine == "here")
     from heads.units.course import Course
 
     again = Course(steps, work, engine).leases.again()
@@ -78,7 +78,8 @@ def outcome_of(steps: Sequence[Ready], engine: EngineConfig) -> Outcome:
     return Outcome(message, result)
 
 
-def _refuse_failed(ended: Ended) -> None:
+def _refuse_failed(ended: Ended, alone: bool) -> None:
+    """Raise StoreError where a unit was given up. alone : whether no engine was asked to try it once more"""
     if not ended.failed:
         return
     for unit, failure in ended.failed.values():
@@ -89,7 +90,8 @@ def _refuse_failed(ended: Ended) -> None:
         unit.title,
         expected=f"all of {counted(len(ended.units), 'unit')} done",
         found=f"{len(ended.failed)} given up{left}, this one because: {failure.error}",
-        remedy="correct it and run the command again, which tries them once more",
+        remedy="correct it, "
+        + ("have them tried again by 'units --retry', and run the command again" if alone else "and run it again"),
     )
 
 

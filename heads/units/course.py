@@ -72,13 +72,16 @@ Turn = Callable[[Look], bool]  # whether it did something, so that the folder is
 
 
 class Course:
-    """One process's way through the units of a recipe. Any number of processes may go it side by side."""
+    """One process's way through the units of a recipe. Any number of processes may go it side by side.
 
-    def __init__(self, steps: Sequence[Ready], work: Path, config: EngineConfig) -> None:
+    anew : whether units that failed before are tried again
+    """
+
+    def __init__(self, steps: Sequence[Ready], work: Path, config: EngineConfig, anew: bool = False) -> None:
         self.leases = Leases(Workdir(work).units, config.lost_after)
         self._steps, self._attempts = steps, config.attempts
         self._devices = Devices(config.nodes, max(config.processes or config.gpus, 1))
-        self.ended = Ended()
+        self._anew, self.ended = anew, Ended()
 
     def follow(self, turn: Turn) -> Ended:
         """Take turns until every unit is done or given up. What follows from a unit that is given up is not begun."""
@@ -106,6 +109,9 @@ class Course:
 
     def _until_over(self, phase: Phase, units: Sequence[Unit], turn: Turn) -> bool:
         """Take turns until these units are done or given up; whether all of them are done."""
+        if self._anew:
+            states = self.leases.states()
+            self.leases.forget_failures([unit.id for unit in units if states.get(unit.id, State()).failed])
         wait = FIRST_WAIT
         while True:
             look = self._look(phase, units)

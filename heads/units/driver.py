@@ -126,7 +126,7 @@ def drive(
 
     work : what each worker calls, with `orders`
     """
-    course = Course(steps, work_folder, config)
+    course = Course(steps, work_folder, config, anew=True)
     logs = Workdir(work_folder).units / "logs"
     with ExitStack() as stack, status() as show:
         driver = Driver(course, config, n_workers, work, orders, logs, show, stack)

@@ -28,6 +28,7 @@ from heads.config import EngineConfig
 ROOT = Path(__file__).parents[2]  # where workers find this program, if it is not installed
 _POLL = 2.0  # seconds between two looks at jobs
 _GONE_FROM_QUEUE = 10.0  # seconds after which a job that is not in the queue, and left no answer, is lost
+_DASK_SECONDS = 20  # in which a scheduler has to answer
 _LOCAL = 2  # workers of a machine without GPUs, where the user does not say
 _CLUSTER = 4  # SLURM jobs, where the user does not say
 
@@ -301,7 +302,7 @@ class Dask:
         scheduler = str(config.scheduler)
         file = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
         try:
-            self._client = distributed.Client(**file, timeout="20s", set_as_default=False)
+            self._client = distributed.Client(**file, timeout=_DASK_SECONDS, set_as_default=False)
         except (OSError, ValueError, TimeoutError) as error:
             raise ConfigError(
                 f"--scheduler {scheduler}",

@@ -145,7 +145,7 @@ def test_a_layer_beyond_float16_on_the_device_is_stored_as_float32(tiny, tmp_pat
 
     def loud(self, images, taps):
         rows = honest(self, images, taps)
-        if len(images) == 3:  # the last batch
+        if len(images) > 1 and torch.equal(images[-1], images[-2]):  # the last batch, which is filled up
             rows["layer2"] = rows["layer2"] + 1e6
         return rows
 

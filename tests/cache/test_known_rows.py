@@ -393,6 +393,25 @@ def test_in_any_order_of_subjects_and_runs_an_image_is_computed_once(eight, work
     assert sum(read_images) == distinct(eight)
 
 
+@pytest.mark.parametrize("batch_size", [7, 8])
+def test_rows_are_the_same_to_the_bit_in_any_order_of_subjects(eight, work, tmp_path, batch_size):
+    """Which images are known already decides which are in a batch together, and no row depends on that."""
+    config = replace(CONFIG, batch_size=batch_size)
+    subjects = open_challenge(eight).subjects
+    forward, backward, alone = tmp_path / "forward", tmp_path / "backward", tmp_path / "alone"
+    extract(subjects, config, forward)
+    extract(subjects[::-1], config, backward)
+    for number, subject in enumerate(subjects):
+        extract([subject], config, alone / str(number))
+        stores = [
+            next(store for store in list_stores(folder / "features.zarr") if store.key["subject"] == subject.name)
+            for folder in (forward, backward, alone / str(number))
+        ]
+        for name in stores[0].arrays:
+            rows = [store.read(name).tobytes() for store in stores]
+            assert rows[0] == rows[1] == rows[2]
+
+
 def test_a_run_of_all_subjects_that_was_interrupted_computes_an_image_once_but_for_what_was_not_committed(
     eight, work, tmp_path, monkeypatch, read_images
 ):

@@ -106,7 +106,7 @@ def test_full_memory_is_one_line_and_other_faults_of_torch_stay_what_they_are(mo
     def fail(**_):
         raise RuntimeError(text)
 
-    monkeypatch.setattr(app, "_parser", lambda: fail)
+    monkeypatch.setattr(app, "parser", lambda: fail)
     if is_memory:
         assert cli.run(["models"]) == 1
         assert capfd.readouterr().err.startswith(f"error: expected enough memory; found: {text}; lower --batch-size")
@@ -129,7 +129,7 @@ def test_what_the_system_refuses_is_one_line_with_a_remedy_of_its_own(monkeypatc
     def fail(**_):
         raise OSError(number, os.strerror(number), "there/a.npy")
 
-    monkeypatch.setattr(app, "_parser", lambda: fail)
+    monkeypatch.setattr(app, "parser", lambda: fail)
     assert cli.run(["models"]) == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"error: there/a.npy: expected to read and write there; found: {os.strerror(number)}; ")

@@ -305,7 +305,7 @@ def test_a_correlation_over_images_has_several_of_a_subject_in_stage_1_of_the_pa
 def test_a_command_line_is_read_without_being_done():
     """A command that worked while it reads its options would do so while a recipe is checked."""
     group = typer.main.get_command(cli.app)
-    assert commands_of(group).keys() == group.commands.keys() - {"run", "layers"}
+    assert commands_of(group).keys() == group.commands.keys() - {"run", "units", "layers"}
     assert {inspect.signature(command.callback).return_annotation for command in group.commands.values()} == {Job}
 
 

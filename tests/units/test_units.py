@@ -8,7 +8,6 @@ import pytest
 import cli
 from featcache.config import ExtractConfig, settings_key
 from featcache.dataset.algonauts import open_challenge
-from featcache.dataset.splits import BY_ID
 from featcache.machine.leases import stamp_of
 from heads.commands.app import parser
 from heads.config import FitConfig, StageConfig

@@ -208,7 +208,7 @@ def test_a_worker_that_is_told_to_end_gives_its_unit_back(work, end):
 
 def test_a_step_that_ends_with_another_exit_code_has_failed(work):
     ended, _ = take_part([whole(work, 1, "check", code=1), whole(work, 2, "blend")], work, HERE)
-    ((unit, failure),) = ended.failed.values()
+    ((_, failure),) = ended.failed.values()
     assert "found 1; check says" in failure.error
     assert ended.not_begun == ["blend"]
 
