@@ -28,7 +28,7 @@ from featcache.dataset.images import load_image
 from featcache.dataset.subject import Subject
 from featcache.errors import StoreError, first_line
 from featcache.machine.documents import Count, read_document, write_document
-from featcache.machine.files import only_writer
+from featcache.machine.files import only_writer, partial_path
 from featcache.machine.progress import bar, say, size_of
 from featcache.workdir import Workdir
 
@@ -221,7 +221,8 @@ def _fill(path: Path, subject: Subject, backbone: Backbone, workers: int) -> Non
     done, checksums = record.images, record.checksums
     if not done:
         _record(path).unlink(missing_ok=True)  # the record of a file that was lost must not count for this one
-        _create(path, _shape(subject, backbone), backbone.pixel_dtype)
+        if not _has_room(path, subject, backbone):
+            _create(path, _shape(subject, backbone), backbone.pixel_dtype)
         checksums = []
     array = np.lib.format.open_memmap(path, mode="r+")
 
@@ -240,18 +241,32 @@ def _fill(path: Path, subject: Subject, backbone: Backbone, workers: int) -> Non
             write_document(_record(path), msgspec.to_builtins(whole))
 
 
+def _has_room(path: Path, subject: Subject, backbone: Backbone) -> bool:
+    """Whether there is a file for these images, whatever is in it yet.
+
+    Where locks hold nobody off, another process may be writing to it: the same bytes to the same places.
+    """
+    try:
+        return _is_like(np.load(path, mmap_mode="r"), subject, backbone)
+    except (OSError, ValueError):
+        return False
+
+
 def _create(path: Path, shape: tuple[int, ...], dtype: str) -> None:
     """Make an empty pixel file that has its room on the disk. Raises StoreError where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape).flush()
+    partial = partial_path(path)
     try:
-        with path.open("r+b") as file:  # a disk that is full later would end the process by a signal: claim it now
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return  # a file system that cannot promise room
-        path.unlink()
-        raise _no_room(path.parent, math.prod(shape) * np.dtype(dtype).itemsize) from error
+        np.lib.format.open_memmap(partial, mode="w+", dtype=np.dtype(dtype), shape=shape).flush()
+        try:
+            with partial.open("r+b") as file:  # a disk that is full later would end the process by a signal
+                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise _no_room(path.parent, math.prod(shape) * np.dtype(dtype).itemsize) from error
+        os.replace(partial, path)  # never in place: whoever has the older file in memory keeps it
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _no_room(folder: Path, n_bytes: int) -> StoreError:

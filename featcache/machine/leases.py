@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from featcache.machine.files import replace_json, this_machine
 
 _BEAT = 10.0  # seconds between changes of a lease
 _BEAT_DIGITS = 12
+_KINDS = ("lease", "failed", "released")
 _MOST_LOST = 10  # workers of one piece, after which it is the piece that ends them
 
 Stamps = Mapping[str, tuple[int, int]]  # {path, from the folder above: time in ns and size} of what a piece has made
@@ -117,23 +118,24 @@ class Leases:
 
     def states(self) -> dict[str, State]:
         """What is known of every piece that was ever taken, by one listing."""
-        states: dict[str, State] = {}
+        done: set[str] = set()
+        numbers: dict[str, dict[str, set[int]]] = {}  # {piece: {kind of file: numbers}}
         with os.scandir(self._folder) as entries:
             for entry in entries:
                 name, _, rest = entry.name.partition(".")
-                number, _, kind = rest.partition(".")
-                state = states.get(name, State())
                 if rest == "done":
-                    states[name] = replace(state, done=True)
-                elif kind in ("lease", "failed", "released") and number.isdecimal():
-                    n = int(number)
-                    state = replace(state, taken=max(state.taken, n))
-                    if kind == "failed":
-                        state = replace(state, failed=state.failed | {n})
-                    elif kind == "released":
-                        state = replace(state, released=state.released | {n})
-                    states[name] = state
-        return states
+                    done.add(name)
+                    continue
+                number, _, kind = rest.partition(".")
+                if kind in _KINDS and number.isdecimal():
+                    numbers.setdefault(name, {one: set() for one in _KINDS})[kind].add(int(number))
+        states = {
+            name: State(
+                name in done, max(set().union(*of.values())), frozenset(of["failed"]), frozenset(of["released"])
+            )
+            for name, of in numbers.items()
+        }
+        return dict.fromkeys(done - numbers.keys(), State(done=True)) | states
 
     def done(self, unit: str) -> Done | None:
         """The record of a piece, if what it made is as it was then; None where it has to be done, again or at all."""
@@ -208,7 +210,7 @@ class Leases:
     def _remove(self, unit: str, last: int) -> None:
         """Remove the leases of a piece up to a number, and how they ended."""
         for number in range(1, last + 1):
-            for kind in ("lease", "failed", "released"):
+            for kind in _KINDS:
                 self._path(unit, f"{number}.{kind}").unlink(missing_ok=True)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from featcache.backbone.trainings import Trainings
-from featcache.cache.store import Store
+from featcache.cache.store import Store, list_stores
 from featcache.dataset.digests import image_digest, response_digest, subject_digests
 from featcache.dataset.grouping import recall
 from featcache.dataset.splits import BY_ID, Split, SplitKey, refuse_leak
@@ -159,7 +159,7 @@ def usable_models(subject: Subject, work: Path, some_folds: bool = False) -> lis
 
     Other stores are left out, and named with what is wrong with them.
     """
-    stores = subject_stores(subject, Workdir(work).predictions, "fit-heads", some_folds)
+    stores = subject_stores(subject, list_stores(Workdir(work).predictions), "fit-heads", some_folds)
     models = {store.name: Model.from_store(store) for store in stores}
     names = {store: model.key.model for store, model in models.items()}  # facts may have the name of an earlier version
     data = (image_digest(subject, work), response_digest(subject, work)) if stores else ("", "")

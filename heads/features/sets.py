@@ -197,15 +197,23 @@ def layer_of(name: str) -> str:
     return name.removesuffix(CLASS_TOKEN)
 
 
-def feature_sets(subject: Subject, work: Path) -> list[FeatureSet]:
-    """The complete features of the subject's current images. Says which stores are left out, and why."""
-    stores = subject_stores(subject, Workdir(work).features, "extract")
+def feature_sets(subject: Subject, work: Path, listed: Sequence[Store] | None = None) -> list[FeatureSet]:
+    """The complete features of the subject's current images. Says which stores are left out, and why.
+
+    listed : the feature stores of the work folder, where they are known already
+    """
+    listed = list_stores(Workdir(work).features) if listed is None else listed
+    stores = subject_stores(subject, listed, "extract")
     digest = image_digest(subject, work) if stores else ""
     stores = keep(subject, stores, lambda s: "" if FeatureKey.of(s).images == digest else "made from other images")
-    stores = keep(subject, stores, lambda store: _older_fault(store, stores))
-    families: dict[str, list[Store]] = {}
+    alike: dict[tuple[str, int], list[Store]] = {}  # of one training and fold
     for store in stores:
-        families.setdefault(_family(store), []).append(store)
+        alike.setdefault((_family(store), _fold(store)), []).append(store)
+    newest = {store.name: newer_fault(store, of_one, "training") for of_one in alike.values() for store in of_one}
+    keep(subject, stores, lambda store: newest[store.name])
+    families: dict[str, list[Store]] = {}
+    for (family, _), of_one in alike.items():
+        families.setdefault(family, []).extend(store for store in of_one if not newest[store.name])
     return [FeatureSet(tuple(sorted(family, key=_fold))) for family in families.values()]
 
 
@@ -214,12 +222,6 @@ def say_partial(sets: Iterable[FeatureSet]) -> None:
     partial = [each for each in sets if each.backbone_trained and len(each.stores) < each.trainings[0].n_folds]
     for title, folds, n_folds in dict.fromkeys((p.title, p.held_out, p.trainings[0].n_folds) for p in partial):
         say(f"{title} has fold {', '.join(map(str, folds))} of {n_folds}; only their images are predicted")
-
-
-def _older_fault(store: Store, stores: Sequence[Store]) -> str:
-    """Why a store is left out beside a newer one of the same fold and training, as of an unfinished checkpoint."""
-    alike = [other for other in stores if _family(other) == _family(store) and _fold(other) == _fold(store)]
-    return newer_fault(store, alike, "training")
 
 
 def newer_fault(store: Store, alike: Sequence[Store], what: str) -> str:
@@ -245,12 +247,13 @@ def say_without(found: Mapping[Subject, Sequence[object]], folder: Path, command
         say(f"{', '.join(names)}: nothing to use in {folder}; for these subjects, run '{command}' first")
 
 
-def subject_stores(subject: Subject, folder: Path, command: str, some_folds: bool = False) -> list[Store]:
-    """The subject's stores in a folder that are complete and have the rows of its images, in the same order.
+def subject_stores(subject: Subject, listed: Sequence[Store], command: str, some_folds: bool = False) -> list[Store]:
+    """The subject's stores that are complete and have the rows of its images, in the same order.
 
+    listed : the stores of a folder
     some_folds : whether to take stores that have the training images of some folds alone
     """
-    stores = [store for store in list_stores(folder) if store.key["subject"] == subject.name]
+    stores = [store for store in listed if store.key["subject"] == subject.name]
     complete = keep(subject, stores, lambda store: "" if store.complete else f"not complete, run '{command}' again")
     return keep(subject, complete, lambda store: _row_fault(store, subject, command, some_folds))
 

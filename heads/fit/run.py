@@ -13,7 +13,7 @@ import torch
 
 from featcache.backbone.trainings import Trainings
 from featcache.cache.known_rows import KnownRows
-from featcache.cache.store import NotFiniteError, Row, Store, create_store, open_store, store_path
+from featcache.cache.store import NotFiniteError, Row, Store, create_store, list_stores, open_store, store_path
 from featcache.config import settings_key
 from featcache.dataset.digests import subject_digests
 from featcache.dataset.grouping import split_of
@@ -115,33 +115,29 @@ def fit_parts(subjects: Sequence[Subject], config: FitConfig, work: Path, by: Sp
     _refuse_missing_rois(subjects, variants[0])
     trainees = _trainees(subjects, variants[0], work, by)
     digests = {subject: SubjectDigests.of(subject, work).to_json() | subject_digests(subject) for subject in subjects}
-    return [
-        _part(group, variant, digests, by) for group in _groups(trainees, variants[0], work) for variant in variants
+    # what is read is told by names of stores and arrays, and losses that share an objective have the same heads
+    settings = [
+        settings_key(replace(one, loss=FitConfig.loss, features=FitConfig.features, layers=FitConfig.layers))
+        | {"objective": one.objective}
+        for one in variants
     ]
-
-
-def _part(
-    group: Sequence[Trainee], variant: FitConfig, digests: Mapping[Subject, Mapping[str, Any]], by: Split
-) -> FitPart:
-    features = group[0].features
-    layers = variant.layers if variant.layers != "each" else ",".join(dict.fromkeys(map(layer_of, features.names)))
-    one = replace(variant, features=",".join(dict.fromkeys(each.features.title for each in group)), layers=layers)
-    inputs = {
-        "subjects": {each.subject.name: digests[each.subject] for each in group},
-        "features": [each.features.name for each in group],
-        "arrays": list(features.names),
-        "split": by.key.to_json(),
-        "settings": settings_key(replace(one, loss=FitConfig.loss)),
-        "objective": one.objective,  # losses that share it have the same heads
-    }
-    who = ", ".join(each.subject.name for each in group)
-    of_layers = f" {layers}" if variant.layers == "each" else ""
-    return FitPart(
-        tuple(each.subject for each in group),
-        f"{who} {one.features}{of_layers} {variant.head} {variant.loss}",
-        one,
-        inputs,
-    )
+    parts = []
+    for group in _groups(trainees, variants[0], work):
+        features = group[0].features
+        title = ",".join(dict.fromkeys(each.features.title for each in group))
+        one_layer = ",".join(dict.fromkeys(map(layer_of, features.names))) if config.layers == "each" else ""
+        name = " ".join([", ".join(each.subject.name for each in group), title, *([one_layer] if one_layer else [])])
+        inputs = {
+            "subjects": {each.subject.name: digests[each.subject] for each in group},
+            "features": [each.features.name for each in group],
+            "arrays": list(features.names),
+            "split": by.key.to_json(),
+        }
+        for variant, deciding in zip(variants, settings, strict=True):
+            one = replace(variant, features=title, layers=one_layer or variant.layers)
+            members = tuple(each.subject for each in group)
+            parts.append(FitPart(members, f"{name} {one.head} {one.loss}", one, inputs | {"settings": deciding}))
+    return parts
 
 
 def _labels(trainees: Sequence[Trainee], variants: Sequence[FitConfig], work: Path) -> dict[str, str]:
@@ -173,7 +169,8 @@ def _trainees(subjects: Sequence[Subject], config: FitConfig, work: Path, by: Sp
     Raises LeakError for features of a backbone that was trained under another split.
     """
     takes_heads = not config.solver_spec.fits
-    found = choose({subject: feature_sets(subject, work) for subject in subjects}, config.features)
+    listed = list_stores(Workdir(work).features)
+    found = choose({subject: feature_sets(subject, work, listed) for subject in subjects}, config.features)
     stored = {subject: _suitable(sets, subject, takes_heads) for subject, sets in found.items()}
     if not any(stored.values()):
         raise StoreError(

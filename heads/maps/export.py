@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from featcache.backbone.extent import Extent, extent_of
+from featcache.cache.store import list_stores
 from featcache.dataset.images import image_shape
 from featcache.dataset.subject import Subject
 from featcache.errors import StoreError
@@ -84,8 +85,9 @@ def _extent(subject: Subject, model: Model, shapes: Shapes) -> Extent:
 def _models(subjects: Sequence[Subject], pattern: str, work: Path) -> Iterator[tuple[Subject, Model]]:
     """Every subject's models whose names match."""
     folder = Workdir(work).predictions
+    stores = list_stores(folder)
     models = {
-        subject: [Model.from_store(store) for store in subject_stores(subject, folder, "fit-heads")]
+        subject: [Model.from_store(store) for store in subject_stores(subject, stores, "fit-heads")]
         for subject in subjects
     }
     if not any(models.values()):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,9 @@ def _needs(estimate: Estimate, n_units: int) -> dict[str, float | None]:
     return {"memory": estimate.memory, "disk": disk, "device": estimate.device}
 
 
+@cache
 def _folder(command: str, work: Path) -> str:
+    """The folder of what a command makes, or the file, from the work folder; '' for one that makes nothing there."""
     files = Workdir(work)
     folders: dict[str, Path] = {
         "pretrain": files.checkpoints,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from featcache.errors import BusyError, StoreError
+from featcache.machine.leases import Lease
 from featcache.machine.memory import give_back_memory
 from featcache.machine.progress import say
 from heads.config import EngineConfig
@@ -18,6 +18,7 @@ from heads.units.course import Course, Ended, Look, in_one_line
 from heads.units.units import Unit, record_of, timed
 
 _BUSY = 5.0  # seconds after which a unit is tried again whose folder another process writes to
+_LONG = 1.0  # seconds of a unit after which its memory is given back
 _MOST_FAILURES = 3  # of different units in a row, after which it is the worker that is wrong
 _one_at_a_time = threading.Lock()  # of a process whose threads are given units, as those of a Dask worker
 
@@ -64,7 +65,8 @@ class Worker:
         new = [unit for unit in free if unit.id not in self.failed]
         return new or ([] if look.n_held else free)
 
-    def _do(self, unit: Unit, lease: Any) -> None:
+    def _do(self, unit: Unit, lease: Lease) -> None:
+        began = time.monotonic()
         try:
             outcome, seconds = timed(unit.call)
             if outcome.code:
@@ -87,8 +89,9 @@ class Worker:
             lease.release()
             raise
         finally:
-            gc.collect()
-            give_back_memory()
+            if time.monotonic() - began > _LONG:  # collecting garbage takes a tenth of a second
+                gc.collect()
+                give_back_memory()
 
 
 def take_part(

@@ -307,6 +307,29 @@ def test_a_file_system_that_promises_nothing_serves_all_the_same(subjects, backb
     assert cache(subjects[:1], backbone, tmp_path)[0].array.any()
 
 
+def test_a_file_that_another_process_writes_to_without_a_lock_is_shared(subjects, backbone, tmp_path):
+    """Both write the same bytes to the same places; a file that was cut off under the other would end it (SIGBUS)."""
+    (first,) = cache_pixels(subjects[:1], backbone, tmp_path, 1, 2)
+    before, other = first.path.stat().st_ino, np.lib.format.open_memmap(first.path, mode="r+")
+    whole = other.copy()
+    other[:] = 0  # as when it has just begun
+    first.path.with_suffix(".json").unlink()
+    (again,) = cache_pixels(subjects[:1], backbone, tmp_path, 1, 2)
+    assert again.path.stat().st_ino == before
+    assert np.array_equal(other, whole) and np.array_equal(again.array, whole)
+
+
+def test_a_file_of_another_shape_is_replaced_and_not_cut_off(subjects, backbone, tmp_path):
+    (first,) = cache_pixels(subjects[:1], backbone, tmp_path, 1, 2)
+    whole = first.array.copy()
+    np.save(first.path, np.ones((5000, 7, 3), np.uint8))
+    first.path.with_suffix(".json").unlink()
+    reader = np.load(first.path, mmap_mode="r")
+    (again,) = cache_pixels(subjects[:1], backbone, tmp_path, 1, 2)
+    assert int(reader.sum()) == 5000 * 7 * 3  # which would be a signal and no number
+    assert np.array_equal(again.array, whole)
+
+
 def test_a_second_process_waits_for_the_first(subjects, backbone, tmp_path, monkeypatch):
     """Two trainings that start together decode each image once."""
     honest, threads, seen = pixels_module.load_image, [], []

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from featcache.cache.store import Row, create_store
+from featcache.cache.store import Row, create_store, list_stores
 from featcache.dataset.algonauts import open_challenge
 from featcache.dataset.splits import assign_folds
 from heads.features.sets import chosen_by, feature_sets, say_partial, subject_stores, without_digits
@@ -113,7 +113,7 @@ def test_what_happened_to_images_since_is_said_and_nobody_is_told_to_train(subje
     n_train = len(subject.train.ids[train])
     made = create_store(tmp_path / "features.zarr", "f", feature_key(subject.name), ids, n_train, {"pooled": 4}, {})
     made.append({"pooled": np.zeros((len(ids), 4), dtype=np.float32)})
-    assert subject_stores(subject, tmp_path / "features.zarr", "extract") == []
+    assert subject_stores(subject, list_stores(tmp_path / "features.zarr"), "extract") == []
     (line,) = said
     assert line.startswith(f"{subject.name}: left out {made.name}: {why}") and "all folds" not in line
 
@@ -124,11 +124,11 @@ def test_predictions_of_some_folds_need_the_other_folds(subject, tmp_path, said)
     key = {"kind": "predictions", "subject": subject.name, "features": {"fold": training}}
     made = create_store(tmp_path / "predictions.zarr", "p", key, ids, 9, {"lh": 4}, {})
     made.append({"lh": np.zeros((len(ids), 4), dtype=np.float32)})
-    assert subject_stores(subject, tmp_path / "predictions.zarr", "fit-heads") == []
+    assert subject_stores(subject, list_stores(tmp_path / "predictions.zarr"), "fit-heads") == []
     assert said[-1].endswith("it predicts the images of fold 0 of 3 alone, 21 are missing; train and extract all folds")
-    assert subject_stores(subject, tmp_path / "predictions.zarr", "fit-heads", some_folds=True) != []
+    assert subject_stores(subject, list_stores(tmp_path / "predictions.zarr"), "fit-heads", some_folds=True) != []
     more = replace(subject, test=replace(subject.test, ids=np.append(subject.test.ids, 72_999)))
-    assert subject_stores(more, tmp_path / "predictions.zarr", "fit-heads") == []
+    assert subject_stores(more, list_stores(tmp_path / "predictions.zarr"), "fit-heads") == []
     assert said[-1].endswith(f"{made.name}: 1 test image was added since; run 'fit-heads' again")
 
 

@@ -101,7 +101,7 @@ def test_what_several_subjects_make_together_is_one_unit_and_waits_for_all(tiny,
     [
         (("--folds", "4"), True),
         (("--fold-seed", "1"), True),
-        (("--layers", "pooled"), True),
+        (("--features", "test_resnet*", "--layers", "pooled"), True),
         (("--max-memory", "2"), True),
         (("--loss", "mse"), False),
     ],
