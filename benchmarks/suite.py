@@ -36,6 +36,7 @@ BENCHMARKS = {
     "store_read": "Reading the cache",
     "listing": "Listing many stores",
     "verifying": "Checking a work folder",
+    "units": "Sharing the work",
     "metric": "Metric",
     "blend": "Blend",
     "stacking": "Blend weights and scikit-learn",

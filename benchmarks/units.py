@@ -94,7 +94,9 @@ def listing(folder: Path, n_sets: int) -> Figure:
 
 
 def scaling(folder: Path, images: int, vertices: int, epochs: int) -> list[Figure]:
-    """Whole runs of one worker and of two, with their starts."""
+    """Whole runs of one worker and of two, with their starts. images : of each of four subjects; 0: nothing is run"""
+    if not images:
+        return []
     data = folder / "tree"
     tree = ("--subjects", "4", "--images", str(images), "--vertices", str(vertices))
     run("simulate", "--data", str(data), *tree, *_TREE)
@@ -122,7 +124,7 @@ def scaling(folder: Path, images: int, vertices: int, epochs: int) -> list[Figur
 
 
 def main() -> None:
-    sizes = options(__doc__, units=(2000, 30), sets=(125, 3), images=(900, 12), vertices=(8000, 40), epochs=(10, 1))
+    sizes = options(__doc__, units=(2000, 30), sets=(125, 3), images=(700, 12), vertices=(4000, 40), epochs=(3, 1))
     with tempfile.TemporaryDirectory() as name, silenced(True):
         folder = Path(name)
         figures = [overhead(folder, sizes.units), listing(folder, sizes.sets)]

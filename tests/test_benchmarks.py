@@ -26,6 +26,7 @@ SMALL = {
     "store_read": [],
     "listing": [],
     "verifying": ["--images", "40", "--vertices", "60", "--rounds", "1"],
+    "units": ["--units", "5", "--sets", "2", "--images", "0"],
     "metric": [],
     "blend": ["--vertices", "30", "--models", "3"],
     "stacking": ["--vertices", "200"],

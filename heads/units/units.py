@@ -25,7 +25,6 @@ from heads.recipes.steps import Ready, located
 from heads.units.torchrun import COMMANDS, ONE_DEVICE, Devices
 
 _RECORDS = ("committed.json", "checkpoint.json", "files.json", "zarr.json", "encoder.json")  # that tell of a folder
-_LONGEST_LIST = 200  # of results that a record keeps of a command that has no parts
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps whose units may be done in any order. number : of the phase, from 0"""
+    """Steps whose units may be done in any order. devices : that train one backbone together"""
 
-    number: int
     steps: tuple[Ready, ...]
     devices: Devices = ONE_DEVICE
 
@@ -82,25 +80,14 @@ class Phase:
             n = sum(1 for _ in self._parts(but))
             return Outcome(f"{n} units", {})
 
-        return Unit(
-            _id("look", before, self._lines),
-            self.steps[0].step.number,
-            self.command,
-            "looks through the data",
-            (),
-            call,
-        )
+        return self._unit(self.steps[0], _id("look", before, self._lines), "looks through the data", call)
 
     def units(self, before: str, but: Collection[str] = ()) -> list[Unit]:
         """The units of the phase. but : subjects that are left out"""
         if not self.has_parts:
             (ready,) = self.steps
-            unit_id = _id("step", before, self._lines)
-            return (
-                []
-                if ready.job.is_done()
-                else [Unit(unit_id, ready.step.number, self.command, "", (), lambda: _whole(ready))]
-            )
+            unit = self._unit(ready, _id("step", before, self._lines), "", lambda: _whole(ready))
+            return [] if ready.job.is_done() else [unit]
         return list(self._parts(but))
 
     def last(self, units: Sequence[Unit], records: Mapping[str, Done]) -> Unit:
@@ -112,14 +99,12 @@ class Phase:
                 note(ready.job, sum(one.seconds for one in done), merged([one.result for one in done]))
             return Outcome("", {})
 
-        return Unit(
-            _id("journal", [unit.id for unit in units]),
-            self.steps[-1].step.number,
-            self.command,
-            "is written into the journal",
-            (),
-            call,
+        return self._unit(
+            self.steps[-1], _id("journal", [unit.id for unit in units]), "is written into the journal", call
         )
+
+    def _unit(self, ready: Ready, unit_id: str, name: str, call: Callable[[], Outcome]) -> Unit:
+        return Unit(unit_id, ready.step.number, self.command, name, (), call)
 
     @property
     def _lines(self) -> list[list[str]]:
@@ -159,20 +144,14 @@ def phases_of(steps: Sequence[Ready], devices: Devices = ONE_DEVICE) -> list[Pha
     """Steps in a row of one command that has parts are one phase, any other step is one by itself."""
     keys = [(one.step.command if one.job.parts else number, bool(one.job.parts)) for number, one in enumerate(steps)]
     grouped = groupby(zip(keys, steps, strict=True), key=lambda pair: pair[0])
-    return [Phase(number, tuple(step for _, step in group), devices) for number, (_, group) in enumerate(grouped)]
+    return [Phase(tuple(step for _, step in group), devices) for _, group in grouped]
 
 
 def record_of(unit: Unit, outcome: Outcome, seconds: float, work: Path) -> Done:
     """What is kept of a unit that was done."""
-    made = made_by(outcome, work)
-    return Done(
-        unit.title,
-        dict(made),
-        round(seconds, 2),
-        f"{os.uname().nodename} {os.getpid()}",
-        outcome.message,
-        outcome.result,
-    )
+    host = f"{os.uname().nodename} {os.getpid()}"
+    made = dict(made_by(outcome, work))
+    return Done(unit.title, made, round(seconds, 2), host, outcome.message, outcome.result)
 
 
 def made_by(outcome: Outcome, work: Path) -> Stamps:
@@ -196,9 +175,8 @@ def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name, value in result.items():
             before = whole.get(name)
             if isinstance(value, list) and isinstance(before, list):
-                whole[name] = (
-                    [*before, *(one for one in value if one not in before)] if name == "chosen_on" else before + value
-                )
+                new = [one for one in value if one not in before] if name == "chosen_on" else value
+                whole[name] = [*before, *new]
             elif isinstance(value, Mapping) and isinstance(before, Mapping):
                 whole[name] = merged([before, value])
             else:

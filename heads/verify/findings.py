@@ -274,6 +274,8 @@ def _others(files: Workdir) -> Iterator[Look]:
     for path in (files.features.with_suffix(".index.json"), files.predictions.with_suffix(".index.json")):
         if path.exists():
             yield partial(_checked, INDEXES, path, path, partial(_check_json, path))
+    for path in sorted(files.units.glob("[!.]*.done")):
+        yield partial(_checked, INDEXES, path, path, partial(_check_json, path))
     for path in sorted(files.splits.glob("[!.]*.json")):
         yield partial(_checked, INDEXES, path, path, partial(_check_split, path))
 

@@ -8,6 +8,7 @@ import pytest
 import cli
 from featcache.cache.store import create_store
 from featcache.machine.documents import write_document
+from featcache.machine.leases import Done, Leases, State
 from featcache.workdir import Workdir
 from heads.verify.findings import BLEND, COMPARISONS, FEATURES, HEADS, INDEXES, PREDICTIONS, verify
 from support.damage import first, flip
@@ -109,6 +110,18 @@ def test_a_store_that_was_only_begun_is_not_complete_and_not_damaged(tmp_path):
     assert not finding.fault and not finding.complete
     first(tmp_path, "features.zarr/*/zarr.json").with_name("committed.json").unlink()
     assert not [one for one in verify(tmp_path, 1) if one.fault]  # as an earlier version left it
+
+
+def test_a_damaged_record_of_a_unit_is_found(tmp_path):
+    leases = Leases(Workdir(tmp_path).units)
+    for unit in ("0123456789ab", "ba9876543210"):
+        leases.take(unit, State()).finish(Done(unit, {}, 1.0, "here", "done", {}))
+    assert not [one for one in verify(tmp_path, 1) if one.fault]
+    damaged = Workdir(tmp_path).units / "0123456789ab.done"
+    damaged.write_text(damaged.read_text().replace("here", "hare"))
+    assert [(one.path, one.fault) for one in verify(tmp_path, 1) if one.fault] == [
+        (damaged, "it is not what was written")
+    ]
 
 
 def test_a_comparison_that_lacks_a_subject_is_found(tmp_path):
