@@ -38,6 +38,7 @@ class Driver:
     lost: list[str] = field(default_factory=list)
     n_over: int = 0
     said: set[str] = field(default_factory=set)  # failures
+    trouble: str = ""  # of the engine, as it was said last
 
     def turn(self, look: Look) -> bool:
         """See to the workers. The engine is opened by the first turn: where all is done, none is needed."""
@@ -48,6 +49,9 @@ class Driver:
         if (n := self._wanted(look) - len(self.running)) > 0:
             self._start(n)
         self._say_failures(look)
+        if (trouble := self.engine.trouble) != self.trouble:
+            self.trouble = trouble
+            say(trouble or "workers can start again")
         self.show(self._described(look))
         return False
 

@@ -56,6 +56,10 @@ class Engine(Protocol):
     @property
     def n_workers(self) -> int: ...
 
+    @property
+    def trouble(self) -> str:
+        """Why no worker can start now, in words; '' where one can."""
+
     def leave(self) -> None:
         """Let workers go on when this process ends."""
 
@@ -135,6 +139,8 @@ class Processes(Executor):
 
 class Local:
     """Workers on this machine: one for each GPU, or with a share of the cores each."""
+
+    trouble = ""
 
     def __init__(self, config: EngineConfig, n_workers: int, logs: Path) -> None:
         n_gpus = torch.cuda.device_count()
@@ -259,6 +265,8 @@ def running_here(jobs: Sequence[Any]) -> set[str]:
 class Submitit:
     """SLURM jobs, by submitit; where there is no SLURM, its own processes of this machine, as a rehearsal."""
 
+    trouble = ""
+
     def __init__(self, config: EngineConfig, n_workers: int, logs: Path) -> None:
         submitit = needed("submitit", "--engine submitit", "cluster")
         slurm = which("sbatch") is not None if config.cluster == "auto" else config.cluster == "slurm"
@@ -314,6 +322,12 @@ class Dask:
         self.n_workers = n_workers or max(len(self._client.scheduler_info(n_workers=-1)["workers"]), 1)
         self.executor = self._client.get_executor(pure=False)
         self.address = f"dashboard: {self._client.dashboard_link}"
+
+    @property
+    def trouble(self) -> str:
+        """Why no worker can start now, in words; '' where one can."""
+        there = self._client.scheduler_info(n_workers=-1)["workers"]
+        return "" if there else "the Dask cluster has no workers; waits for some"
 
     def leave(self) -> None:
         """Let the tasks go on, although nobody waits for them."""

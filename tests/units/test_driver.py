@@ -1,6 +1,7 @@
 """The process that starts workers and watches: it keeps as many as there is work for, and says what happens."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -23,7 +24,7 @@ class Threads:
     """An engine whose workers are threads of this process."""
 
     def __init__(self, config, n_workers, logs):
-        self.n_workers, self.address = n_workers, "dashboard: nowhere"
+        self.n_workers, self.address, self.trouble = n_workers, "dashboard: nowhere", ""
         self.executor = ThreadPoolExecutor(8)
         self.ended = []
 
@@ -94,6 +95,22 @@ def test_no_engine_is_started_where_all_is_done(work, engines, lines):
     drive(steps, work, LOCAL, 2, worker_of(steps, work), {"told": True})
     drive(steps, work, LOCAL, 2, lambda orders: pytest.fail("started"), {"told": True})
     assert len(engines) == 1
+
+
+def test_an_engine_that_cannot_start_workers_is_said_once(work, engines, lines):
+    steps = [parted(work, 1, "extract", TWO)]
+
+    def start(orders):
+        engines[0].trouble = "the cluster has no workers"
+        time.sleep(0.3)
+        engines[0].trouble = ""
+        return worker_of(steps, work)(orders)
+
+    assert not drive(steps, work, LOCAL, 1, start, {"told": True}).failed
+    assert [line for line in lines if "cluster" in line or "again" in line] == [
+        "the cluster has no workers",
+        "workers can start again",
+    ]
 
 
 def test_workers_that_never_do_anything_end_it(work, engines, lines):
