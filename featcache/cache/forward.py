@@ -41,7 +41,8 @@ def start_rows(
     """
     precision = getattr(torch, dtype, torch.float32)  # TF32 is no type, but how CUDA multiplies float32
     with torch.inference_mode(), torch.autocast(device, precision, enabled=precision != torch.float32):
-        images, (taps, *more) = backbone.normalise(_filled(to_device(pixels, device), n_read)), [t for t, _ in wanted]
+        images = _filled(backbone.normalise(to_device(pixels, device)), n_read)
+        taps, *more = [taps for taps, _ in wanted]
         together = backbone.read_together(images, [taps, *more]) if more else [backbone.read(images, taps)]
         names, found, narrow, extremes = [], [], [], []
         for number, (rows, (_, dtypes)) in enumerate(zip(together, wanted, strict=True)):
@@ -81,9 +82,10 @@ def rows_of(
     wanted: Sequence[tuple[Taps, Mapping[str, str]]],
     dtype: str,
     device: str,
+    n_read: int = 0,
 ) -> list[Rows]:
     """The rows of one pass; see `start_rows`. Raises BeyondFloat16Error."""
-    return start_rows(backbone, pixels, wanted, dtype, device)()
+    return start_rows(backbone, pixels, wanted, dtype, device, n_read)()
 
 
 def refuse_beyond_float16(layer: str, low: float, high: float) -> None:

@@ -238,6 +238,8 @@ class Encoder:
             dtype = next(iter(parts.values())).key.dtype
             source: Any = pictures if images is None else images
             pixels = prefetch(_pixels_by(backbone), source, batch_size + workers, workers)
+            # a whole batch, as `extract` reads it; but a few pictures do not wait for the places of many
+            n_read = batch_size if 2 * len(pictures) > batch_size or first else 0
             batches: list[list[dict[str, torch.Tensor]]] = []
             with matrix_products(dtype):
                 for start in range(0, len(pictures), batch_size):
@@ -245,7 +247,7 @@ class Encoder:
                         torch.stack([next(pixels) for _ in pictures[start : start + batch_size]]), self.device
                     )
                     try:
-                        batches.append(rows_of(backbone, batch, wanted, dtype, self.device))
+                        batches.append(rows_of(backbone, batch, wanted, dtype, self.device, n_read))
                     except BeyondFloat16Error as overflow:
                         raise DataError(
                             f"images {first + start} to {first + start + len(batch) - 1}",
