@@ -251,7 +251,10 @@ def large_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def reading(self, images, taps):
         rows = honest(self, images, taps)
-        large = marked[0] if marked and len(marked[0]) == len(images) else torch.zeros(len(images), dtype=bool)
+        n_filled = len(images) - len(marked[0]) if marked else -1  # a short batch is filled up with its last image
+        large = torch.zeros(len(images), dtype=bool)
+        if n_filled >= 0:
+            large = torch.cat([marked[0], marked[0][-1:].expand(n_filled)])
         rows["layer2"] = rows["layer2"] + LARGE * large[:, None, None, None]
         return rows
 
