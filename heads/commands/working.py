@@ -48,7 +48,7 @@ def outcome_of(steps: Sequence[Ready], engine: EngineConfig) -> Outcome:
         from heads.units.worker import take_part
 
         ended, worker = take_part(steps, work, engine)
-        who = f", {worker.done} of them here"
+        who = f", {sum(unit.id in worker.did for unit in ended.units)} of them here"
     else:
         from heads.units.driver import drive
 

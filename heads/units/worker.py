@@ -39,6 +39,7 @@ class Worker:
     idle: float | None = None
     done: int = 0
     again: int = 0
+    did: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)  # units that failed here
     busy: dict[str, float] = field(default_factory=dict)  # units, and when each was last found to be written to
     in_a_row: int = 0
@@ -73,6 +74,7 @@ class Worker:
                 raise StoreError(unit.title, expected="exit code 0", found=outcome.code, remedy=outcome.message)
             self.again += not lease.finish(record_of(unit, outcome, seconds, self.work))
             self.done, self.in_a_row = self.done + 1, 0
+            self.did.add(unit.id)
         except BusyError:  # as of a worker that was taken for lost, and was only slow
             lease.release()
             self.busy[unit.id] = time.monotonic()

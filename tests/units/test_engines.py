@@ -140,7 +140,7 @@ def test_a_second_start_beside_the_first_shares_its_work(alone, recipe, tiny, tm
     assert contents(work) == alone
     messages = [out.splitlines()[-2] for out in ended]
     here = [int(message.split(" units, ")[1].split(" of them here")[0]) for message in messages]
-    assert sum(here) == 2 + 4 + 1 + 2 * 2  # each once: units, and the look and the record of two phases
+    assert sum(here) == 2 + 4 + 1  # each once
 
 
 @pytest.mark.parametrize("interrupt", ["cancel", "leave"])
