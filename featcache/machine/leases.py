@@ -113,7 +113,6 @@ class Leases:
         self._folder, self._lost_after, self._beat, self._clock = folder, lost_after, min(beat, lost_after / 4), clock
         self._seen: dict[str, tuple[bytes, float]] = {}  # a lease as it was read, and when it was first read so
         self._known: dict[str, Done] = {}
-        self.mine: Lease | None = None  # the one that this process holds
         folder.mkdir(parents=True, exist_ok=True)
 
     def states(self) -> dict[str, State]:
@@ -233,11 +232,9 @@ class Lease:
         """Change the lease every few seconds while the block runs."""
         beats = threading.Thread(target=self._keep_changing, daemon=True)
         beats.start()
-        self.leases.mine = self
         try:
             yield
         finally:
-            self.leases.mine = None
             self._over.set()
             beats.join()
 

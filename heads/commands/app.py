@@ -121,7 +121,7 @@ def _do(job: Job) -> int:
     from featcache.machine.progress import silenced
     from heads.recipes.doing import do
 
-    if job.engine is not None:
+    if job.engine is not None and (job.parts or job.steps):  # a plan has neither
         from heads.commands.working import shared
 
         job = shared(job, parser())

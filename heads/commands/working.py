@@ -111,7 +111,7 @@ def do_units(orders: dict[str, Any]) -> dict[str, Any]:
         settings = {name: orders[name] for name in ("attempts", "lost_after", "nodes", "processes")}
         engine = EngineConfig(engine="here", **settings)
         _, worker = take_part(steps, Path(orders["work"]), engine, _IDLE)
-        return {"done": worker.done, "again": worker.again}
+        return {"done": len(worker.did), "again": worker.again}
 
 
 @contextmanager

@@ -24,8 +24,8 @@ import torch
 from featcache.errors import ConfigError, first_line
 from featcache.machine.extra import needed
 from heads.config import EngineConfig
+from heads.units.torchrun import python_path
 
-ROOT = Path(__file__).parents[2]  # where workers find this program, if it is not installed
 _POLL = 2.0  # seconds between two looks at jobs
 _GONE_FROM_QUEUE = 10.0  # seconds after which a job that is not in the queue, and left no answer, is lost
 _DASK_SECONDS = 20  # in which a scheduler has to answer
@@ -161,7 +161,7 @@ class Local:
 
 def _share(number: int, n_workers: int, n_gpus: int) -> dict[str, str]:
     """The environment of one of several workers: its GPU, and its part of the cores unless the user gave one."""
-    share = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    share = {"PYTHONPATH": python_path()}
     if "OMP_NUM_THREADS" not in os.environ:
         share["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // n_workers, 1))
     if n_gpus:
@@ -270,7 +270,7 @@ class Submitit:
     def __init__(self, config: EngineConfig, n_workers: int, logs: Path) -> None:
         submitit = needed("submitit", "--engine submitit", "cluster")
         slurm = which("sbatch") is not None if config.cluster == "auto" else config.cluster == "slurm"
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        os.environ["PYTHONPATH"] = python_path()
         jobs = submitit.AutoExecutor(folder=logs / "%j", cluster="slurm" if slurm else "local")
         settings: dict[str, Any] = {"timeout_min": config.minutes, "name": "featcache"}
         if slurm:

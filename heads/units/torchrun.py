@@ -14,7 +14,7 @@ from featcache.errors import StoreError
 from featcache.machine.documents import DocumentError, parse_json
 from heads.recipes.jobs import Outcome
 
-ROOT = Path(__file__).parents[2]  # where this program is found, if it is not installed
+ROOT = Path(__file__).parents[2]
 COMMANDS = ("pretrain", "finetune")  # that torchrun can start
 _PORTS = range(29400, 30400)
 
@@ -41,7 +41,7 @@ class Devices:
         Raises StoreError, with the line that it ends with, where it fails.
         """
         line = [*self._launcher(unit), "-m", "featcache", *words, "--json"]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_given("PYTHONPATH")])}
+        environment = {**os.environ, "PYTHONPATH": python_path()}
         with subprocess.Popen(
             line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         ) as process:
@@ -84,5 +84,6 @@ def _passed_on(source: IO[str], to: IO[str]) -> list[str]:
     return lines
 
 
-def _given(variable: str) -> list[str]:
-    return [os.environ[variable]] if os.environ.get(variable) else []
+def python_path() -> str:
+    """PYTHONPATH of processes that are started, in which they find this program, if it is not installed."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

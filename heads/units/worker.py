@@ -29,15 +29,15 @@ class DismissedError(Exception):
 
 @dataclass
 class Worker:
-    """What one process does of a recipe. done, again : units that it did, and those among them that another had done
+    """What one process does of a recipe.
 
+    did : ids of the units that it did. again : how many of them another had done
     idle : seconds without work after which it ends; None: it stays until all is over
     """
 
     course: Course
     work: Path
     idle: float | None = None
-    done: int = 0
     again: int = 0
     did: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)  # units that failed here
@@ -73,8 +73,8 @@ class Worker:
             if outcome.code:
                 raise StoreError(unit.title, expected="exit code 0", found=outcome.code, remedy=outcome.message)
             self.again += not lease.finish(record_of(unit, outcome, seconds, self.work))
-            self.done, self.in_a_row = self.done + 1, 0
             self.did.add(unit.id)
+            self.in_a_row = 0
         except BusyError:  # as of a worker that was taken for lost, and was only slow
             lease.release()
             self.busy[unit.id] = time.monotonic()

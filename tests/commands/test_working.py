@@ -101,3 +101,12 @@ def test_a_recipe_cannot_say_who_does_it(tmp_path, capfd):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[[steps]]\nrun = "extract"\nengine = "local"\n')
     assert "expected an option of extract; found 'engine'" in fails(capfd, "run", str(recipe))
+
+
+def test_a_plan_is_a_plan_with_any_engine(tiny, tmp_path, capfd):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[[steps]]\nrun = "extract"\nbackbone = "test_resnet"\nweights = "none"\nlayers = "pooled"\n')
+    where = ("--data", str(tiny), "--work", str(tmp_path / "work"))
+    assert cli.run(["run", str(recipe), *where, "--plan", "--engine", "local"]) == 0
+    assert "1 steps planned, none run" in capfd.readouterr().out
+    assert not (tmp_path / "work" / "units").exists()

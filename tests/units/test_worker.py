@@ -43,7 +43,7 @@ def test_one_worker_does_every_unit_in_order(work):
     assert (work / "blend.txt").read_text() == "extract-a.txt extract-b.txt fit-heads-a.txt fit-heads-b.txt"
     assert [unit.title for unit in ended.units] == ["extract a", "extract b", "fit-heads a", "fit-heads b", "blend"]
     assert not ended.failed and not ended.not_begun
-    assert worker.done == 5 + 4  # the look before, and the record after, both phases
+    assert len(worker.did) == 5 + 4  # the look before, and the record after, both phases
     assert ended.results(steps)[0]["counts"] == {"a": 1, "b": 1}
     assert [len(one.get("stores", ())) for one in ended.results(steps)] == [2, 2, 0]
 
@@ -52,11 +52,11 @@ def test_what_is_done_is_not_done_again(work):
     order = []
     steps = [parted(work, 1, "extract", TWO, order.append), whole(work, 2, "blend", order.append)]
     take_part(steps, work, HERE)
-    assert take_part(steps, work, HERE)[1].done == 0
+    assert len(take_part(steps, work, HERE)[1].did) == 0
     (work / "extract-b.txt").unlink()
-    assert take_part(steps, work, HERE)[1].done == 1
+    assert len(take_part(steps, work, HERE)[1].did) == 1
     (work / "blend.txt").write_text("another")
-    assert take_part(steps, work, HERE)[1].done == 1
+    assert len(take_part(steps, work, HERE)[1].did) == 1
     assert order == ["a", "b", "blend", "b", "blend"]
 
 
@@ -221,7 +221,7 @@ def test_a_worker_of_an_engine_ends_when_there_is_nothing_to_take(work):
     assert lease is not None
     began = time.monotonic()
     ended, worker = take_part(steps, work, HERE, idle=0.1)
-    assert worker.done == 0 and not ended.records
+    assert len(worker.did) == 0 and not ended.records
     assert time.monotonic() - began < 30
 
 
