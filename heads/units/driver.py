@@ -13,7 +13,7 @@ from featcache.workdir import Workdir
 from heads.config import EngineConfig
 from heads.recipes.steps import Ready
 from heads.units.course import Course, Ended, Look
-from heads.units.engines import Engine, SlurmJobs, Work, opened
+from heads.units.engines import Engine, Work, opened
 
 _MOST_LOST = 10  # workers, one after the other, that ended with an error while no unit ended
 
@@ -47,7 +47,7 @@ class Driver:
             say(f"{counted(self.engine.n_workers, 'worker')}; {self.engine.address}")
         self._see_to_the_dead(look)
         if (n := self._wanted(look) - len(self.running)) > 0:
-            self._start(n)
+            self.running |= set(self.engine.start(self.work, self.orders, n))
         self._say_failures(look)
         if (trouble := self.engine.trouble) != self.trouble:
             self.trouble = trouble
@@ -60,14 +60,6 @@ class Driver:
         assert self.engine is not None
         known = any(unit.id in look.records for unit in look.units) or len(look.units) > 1
         return min(self.engine.n_workers, len(look.open)) if known or self.running else self.engine.n_workers
-
-    def _start(self, n: int) -> None:
-        assert self.engine is not None
-        executor, orders = self.engine.executor, self.orders
-        if isinstance(executor, SlurmJobs):
-            self.running |= set(executor.submit_all(self.work, [(orders,)] * n))
-        else:
-            self.running |= {executor.submit(self.work, orders) for _ in range(n)}
 
     def _see_to_the_dead(self, look: Look) -> None:
         n_over = len(self.course.ended.records) + len(self.course.ended.failed)

@@ -40,15 +40,11 @@ class WorkerLostError(Exception):
 
 
 class Engine(Protocol):
-    """Starts workers.
+    """Starts workers, by an executor of the library that it stands for.
 
-    executor : whose `submit(work, orders)` starts one
     address : where its workers can be watched, in words
     n_workers : how many there may be
     """
-
-    @property
-    def executor(self) -> Executor: ...
 
     @property
     def address(self) -> str: ...
@@ -59,6 +55,9 @@ class Engine(Protocol):
     @property
     def trouble(self) -> str:
         """Why no worker can start now, in words; '' where one can."""
+
+    def start(self, work: Work, orders: dict[str, Any], n: int) -> list[Future[Any]]:
+        """Start so many workers, each of which calls `work(orders)`."""
 
     def leave(self) -> None:
         """Let workers go on when this process ends."""
@@ -148,6 +147,10 @@ class Local:
         shares = [_share(number, self.n_workers, n_gpus) for number in range(self.n_workers)]
         self.executor = Processes(logs, shares)
         self.address = f"what they print is in {logs}"
+
+    def start(self, work: Work, orders: dict[str, Any], n: int) -> list[Future[Any]]:
+        """Start so many processes."""
+        return [self.executor.submit(work, orders) for _ in range(n)]
 
     def leave(self) -> None:
         """Let them go on: they are in sessions of their own."""
@@ -292,6 +295,10 @@ class Submitit:
         where = "jobs of SLURM" if slurm else "processes of this machine, as a rehearsal for SLURM"
         self.address = f"{where}; what they print is in {logs}"
 
+    def start(self, work: Work, orders: dict[str, Any], n: int) -> list[Future[Any]]:
+        """Queue so many jobs, as one array."""
+        return self.executor.submit_all(work, [(orders,)] * n)
+
     def leave(self) -> None:
         """Let them go on: they are SLURM's."""
 
@@ -328,6 +335,10 @@ class Dask:
         """Why no worker can start now, in words; '' where one can."""
         there = self._client.scheduler_info(n_workers=-1)["workers"]
         return "" if there else "the Dask cluster has no workers; waits for some"
+
+    def start(self, work: Work, orders: dict[str, Any], n: int) -> list[Future[Any]]:
+        """Start so many tasks."""
+        return [self.executor.submit(work, orders) for _ in range(n)]
 
     def leave(self) -> None:
         """Let the tasks go on, although nobody waits for them."""

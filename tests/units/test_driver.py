@@ -28,6 +28,9 @@ class Threads:
         self.executor = ThreadPoolExecutor(8)
         self.ended = []
 
+    def start(self, work, orders, n):
+        return [self.executor.submit(work, orders) for _ in range(n)]
+
     def leave(self):
         self.ended.append("left")
 
